@@ -1,0 +1,44 @@
+"""thinwire: train PyTorch over thin wires.
+
+    wire = thinwire.attach(ddp, thinwire.dgc(density=0.001), optimizer=optimizer)
+
+``thinwire.pipeline`` is the file to read first.
+"""
+
+from thinwire.compressors.cast import Cast
+from thinwire.compressors.sparse import TopK
+from thinwire.core import Compressor, Memory, ThinwireError
+from thinwire.engines.ddp import attach
+from thinwire.link import Link
+from thinwire.memory import ErrorFeedback, Momentum, MomentumCorrection, NoMemory
+from thinwire.methods import cast, dense, dgc, topk
+from thinwire.policy.plan import Method, Rule
+from thinwire.policy.schedule import Warmup
+from thinwire.session import Session
+from thinwire.sim.workers import Simulation, simulate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cast",
+    "Compressor",
+    "ErrorFeedback",
+    "Link",
+    "Memory",
+    "Method",
+    "Momentum",
+    "MomentumCorrection",
+    "NoMemory",
+    "Rule",
+    "Session",
+    "Simulation",
+    "ThinwireError",
+    "TopK",
+    "Warmup",
+    "attach",
+    "cast",
+    "dense",
+    "dgc",
+    "simulate",
+    "topk",
+]

@@ -1,0 +1,111 @@
+"""Top-k: send the elements of largest magnitude, and where they stand."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from thinwire.compressors.cast import dtype_named
+from thinwire.compressors.select import EXACT_BELOW, by_threshold, largest, sample_size
+from thinwire.core import Compressor, Context, Decompressed, Payload, Sparse, State, ThinwireError, flat
+from thinwire.wire import elias_fano
+
+
+@dataclass(frozen=True)
+class TopK(Compressor):
+    """Sends the ``k = ceil(density * n)`` elements of largest magnitude of each tensor.
+
+    ``decompress(compress(x))_j = x_j`` for the k largest ``|x_j|``, 0 elsewhere; so
+    ``||x - decompress(compress(x))||^2 <= (1 - k/n) ||x||^2``.
+
+    Args:
+        density: kept / total, in (0, 1].
+        values: dtype of the values on the wire; None for that of ``x``. What a shorter one loses stays in the residual.
+        selection: ``"exact"``; ``"sampled"``, a threshold from a sample, which may send fewer than k but never more;
+            or ``"auto"``: sampled from 100,000 elements on, where the sample is smaller than the tensor.
+        sample_ratio: smallest share of the elements to sample, in (0, 1].
+        lower: a sampled threshold that passes fewer than ``lower * k`` elements is lowered, in (0, 1).
+        attempts: how often it may be lowered.
+
+    Raises:
+        ThinwireError: a value outside its range.
+
+    **Wire**: k values and k indices in Elias-Fano code: ``k * itemsize + ceil(k l / 8) + ceil((k + (n-1) / 2^l) / 8)``
+    bytes with ``l = floor(log2(n/k))``; 5.5 bytes a selected element for float32 at 0.1 %. The same at every step: when
+    fewer are selected, the last index is repeated with value 0.
+
+    Example:
+        >>> x = torch.tensor([0.5, -3.0, 1.0, 2.0])
+        >>> ctx = Context(seed=0, step=0, unit="w", rank=0)
+        >>> payload = TopK(density=0.5).compress(x, {}, ctx)
+        >>> TopK(density=0.5).decompress(payload, x, {}, ctx).write_to(out := torch.empty(4)); out
+        tensor([ 0., -3.,  0.,  2.])
+    """
+
+    density: float
+    values: str | None = None
+    selection: Literal["auto", "exact", "sampled"] = "auto"
+    sample_ratio: float = 0.01
+    lower: float = 0.8
+    attempts: int = 10
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.density <= 1.0:
+            raise ThinwireError(f"density is {self.density}; it is kept/total and must be in (0, 1], e.g. 0.001")
+        if self.selection not in ("auto", "exact", "sampled"):
+            raise ThinwireError(f"selection is {self.selection!r}; choose 'auto', 'exact' or 'sampled'")
+        if not 0.0 < self.sample_ratio <= 1.0 or not 0.0 < self.lower < 1.0 or self.attempts < 0:
+            raise ThinwireError(
+                f"sample_ratio {self.sample_ratio} must be in (0, 1], lower {self.lower} in (0, 1), "
+                f"attempts {self.attempts} at least 0"
+            )
+        dtype_named(self.values, torch.float32)
+
+    def with_density(self, density: float) -> "TopK":
+        return replace(self, density=density)
+
+    def k(self, n: int) -> int:
+        """Elements sent of a tensor of n."""
+        return min(n, math.ceil(self.density * n))
+
+    def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
+        n, k = x.numel(), self.k(x.numel())
+        dtype = dtype_named(self.values, x.dtype)
+        if x.is_meta:
+            return x.new_empty(k, dtype=dtype), x.new_empty(sum(elias_fano.sizes(k, n)), dtype=torch.uint8)
+        chosen = self._select(x, k, ctx)
+        if k and not chosen.numel():
+            raise ThinwireError(f"{ctx.unit}: nothing to select at step {ctx.step}; its gradient is not finite")
+        values = flat(x)[chosen]
+        if (
+            dtype.itemsize < values.dtype.itemsize
+        ):  # saturate: the residual keeps the rest, an infinity would stay for ever
+            limit = torch.finfo(dtype).max
+            values = values.clamp(-limit, limit)
+        if missing := k - chosen.numel():
+            chosen = torch.cat([chosen, chosen[-1:].expand(missing)])
+            values = torch.nn.functional.pad(values, (0, missing))
+        return values.to(dtype), elias_fano.encode(chosen, n)
+
+    def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
+        values, indices = payload
+        return Sparse(elias_fano.decode(indices, values.numel(), like.numel()), values, self.density)
+
+    def _select(self, x: Tensor, k: int, ctx: Context) -> Tensor:
+        magnitude, n = flat(x).abs(), x.numel()
+        exact = self.selection == "exact" or (
+            self.selection == "auto" and (n < EXACT_BELOW or sample_size(n, self.density, self.sample_ratio) >= n)
+        )
+        if exact or k in (0, n):
+            return largest(magnitude, k)
+        return by_threshold(
+            magnitude,
+            k,
+            x.shape[-1] if x.ndim else 1,
+            ctx,
+            ratio=self.sample_ratio,
+            lower=self.lower,
+            attempts=self.attempts,
+        )

@@ -1,0 +1,216 @@
+"""The vocabulary: what every other file of thinwire is written in.
+
+A compressed exchange is cut in the middle by the network, so a method is two local halves around one
+collective: ``compensate -> compress`` on the sender, ``decompress -> receive`` on every receiver. A
+``Compressor`` is pure tensor maths, a ``Memory`` is what is remembered between steps, and a ``Decompressed``
+is what a receiver reconstructs from one payload, in a form that can be added without being made dense first.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias, TypeVar, cast
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+Payload: TypeAlias = tuple[Tensor, ...]
+"""What one unit sends: contiguous tensors whose shapes and dtypes follow from (compressor, shape) alone."""
+
+State: TypeAlias = dict[str, Tensor]
+"""What is remembered of one unit; a checkpoint is a copy of it. ``residual`` is always "asked, not yet sent"."""
+
+D = TypeVar("D", bound="Memory")
+
+
+class ThinwireError(Exception):
+    """Something asked of thinwire cannot be done; the message names the value, the limit and the way out."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where and when something is compressed; all randomness is a function of it, so none is checkpointed."""
+
+    seed: int
+    step: int
+    unit: str
+    rank: int
+
+    def draw(self, bound: int) -> int:
+        """An integer in [0, bound), the same on every machine for equal contexts."""
+        return crc32(f"{self.seed}/{self.step}/{self.unit}/{self.rank}".encode()) % bound
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements of ``x`` fill one block of memory, in any order of its dimensions."""
+    expected = 1
+    for stride, size in sorted((st, si) for st, si in zip(x.stride(), x.shape, strict=True) if si != 1):
+        if stride != expected:
+            return x.numel() == 0
+        expected *= size
+    return True
+
+
+def flat(x: Tensor) -> Tensor:
+    """A 1-D view of ``x`` in the order of its memory, so channels_last tensors are not copied.
+
+    Raises:
+        ThinwireError: the elements of ``x`` do not fill one block of memory.
+    """
+    if x.is_contiguous():
+        return x.view(-1)
+    if not is_dense(x):
+        raise ThinwireError(
+            f"a tensor of shape {tuple(x.shape)} has strides {x.stride()}, which leave gaps; use x.contiguous()"
+        )
+    return x.as_strided((x.numel(),), (1,))
+
+
+def norm(tensors: Iterable[Tensor]) -> Tensor:
+    """L2 norm over all elements of all tensors, accumulated in float32 or better, on the first one's device."""
+    each: list[Tensor] = []
+    for x in tensors:
+        own = cast(Tensor, torch.linalg.vector_norm(x, dtype=float_at_least_32(x.dtype)))
+        each.append(own.to(each[0].device) if each else own)
+    return torch.stack(each).square().sum().sqrt()
+
+
+class Decompressed(ABC):
+    """What a receiver reconstructs from one payload; ``density`` is the share of elements it carries."""
+
+    density: float
+
+    @abstractmethod
+    def write_to(self, out: Tensor) -> None:
+        """``out = self``, whatever ``out`` held."""
+
+    @abstractmethod
+    def add_to(self, out: Tensor, alpha: float = 1.0) -> None:
+        """``out += alpha * self``."""
+
+    @abstractmethod
+    def clear(self, out: Tensor) -> None:
+        """``out = 0`` at every element that was sent."""
+
+
+@dataclass(frozen=True)
+class Dense(Decompressed):
+    """Every element is there: ``values`` is 1-D, in the order of memory."""
+
+    values: Tensor
+    density: float = 1.0
+
+    def write_to(self, out: Tensor) -> None:
+        flat(out).copy_(self.values)
+
+    def add_to(self, out: Tensor, alpha: float = 1.0) -> None:
+        flat(out).add_(self.values, alpha=alpha)
+
+    def clear(self, out: Tensor) -> None:
+        out.zero_()
+
+
+@dataclass(frozen=True)
+class Sparse(Decompressed):
+    """``values[j]`` stands at ``indices[j]`` (int64) of the flat tensor; an index that occurs twice adds twice."""
+
+    indices: Tensor  # [k]
+    values: Tensor  # [k]
+    density: float
+
+    def write_to(self, out: Tensor) -> None:
+        out.zero_()
+        self.add_to(out)
+
+    def add_to(self, out: Tensor, alpha: float = 1.0) -> None:
+        values = self.values.to(out.dtype)
+        flat(out).scatter_add_(0, self.indices, values if alpha == 1.0 else values * alpha)
+
+    def clear(self, out: Tensor) -> None:
+        flat(out).index_fill_(0, self.indices, 0.0)
+
+
+class Compressor(ABC):
+    """Pure tensor maths with frozen hyper-parameters; ``compress`` and ``decompress`` only read ``state``."""
+
+    summable: ClassVar[bool] = False
+    """Whether the sum of payloads decompresses to the sum of tensors, so that an all-reduce may carry them."""
+    min_ndim: ClassVar[int] = 0
+    """Tensors of fewer dimensions are passed on to the plan's next rule."""
+
+    def init(self, like: Tensor) -> State:
+        """The state of a fresh unit shaped like ``like`` (which may be a meta tensor)."""
+        return {}
+
+    @abstractmethod
+    def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
+        """Encode ``x``; on a meta tensor, only shapes and dtypes."""
+
+    @abstractmethod
+    def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
+        """What any receiver gets from ``payload``; ``like`` gives shape and dtype, never values."""
+
+    def with_density(self, density: float) -> "Compressor":
+        """The same compressor at another density, for a warm-up; one without a density answers itself."""
+        return self
+
+
+@dataclass(frozen=True)
+class Absorbed:
+    """What an SGD optimizer did for one parameter, and a memory does now."""
+
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+
+class Memory(ABC):
+    """What is remembered of a unit between steps, in two parts that never mix.
+
+    The *local* state differs between ranks and is written on the sending side alone; the *shared* state is the
+    same on every rank and is written on the receiving side alone. Each write reads ``old`` (what the last
+    finished step left) and fills ``new``; both may be the same dict, and then it works in place.
+    """
+
+    absorbs: ClassVar[bool] = False
+    """Whether this memory takes momentum and weight decay over from the optimizer."""
+
+    def dtype(self, grad: torch.dtype) -> torch.dtype:
+        """The dtype this memory works in, and what it hands to the compressor."""
+        return grad
+
+    def init(self, like: Tensor) -> State:
+        """The local state of a fresh unit."""
+        return {}
+
+    def init_shared(self, like: Tensor) -> State:
+        """The shared state of a fresh unit."""
+        return {}
+
+    @abstractmethod
+    def compensate(self, grad: Tensor, param: Tensor, old: State, new: State) -> Tensor:
+        """From the local gradient to what is to be compressed."""
+
+    def sent(self, x: Tensor, own: Decompressed, new: State) -> None:  # noqa: B027
+        """Remember what of ``x`` the receivers did not get; ``own`` is what they got."""
+
+    def receive(self, mean: Tensor, param: Tensor, old: State, new: State) -> Tensor:
+        """From the mean over ranks (may be overwritten) to the gradient for the optimizer."""
+        return mean
+
+    def absorb(self: D, settings: Absorbed) -> D:
+        """The same memory, doing what the optimizer did with these settings."""
+        return self
+
+    def take_buffer(self, buffer: Tensor, local: State, shared: State) -> None:  # noqa: B027
+        """Continue from an SGD momentum buffer."""
+
+    def give_buffer(self, local: State, shared: State) -> tuple[Tensor | None, Tensor | None]:
+        """The SGD momentum buffer to continue from, as (a part to be averaged over ranks, a part equal on all)."""
+        return None, None
+
+
+def float_at_least_32(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays, everything shorter is remembered in float32."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,225 @@
+"""Who performs a collective: a process group, the simulator's workers, or either of them over an emulated link.
+
+A collective only carries bytes. It is started by ``all_reduce`` or ``all_gather`` and answers at once with an
+``InFlight``; nothing is ever started from the callback of another, since gloo runs callbacks in an order that
+differs between ranks.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Protocol, TypeAlias, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from thinwire.core import ThinwireError
+from thinwire.link import Kind, Link, wire_bytes
+
+Future: TypeAlias = torch.futures.Future[Any]
+
+# torch 2.13 renames all_gather_into_tensor to all_gather_single and warns at the old name.
+_name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_all_gather: Callable[..., Any] = getattr(dist, _name)
+
+
+def in_future(tensor: Tensor) -> Future:
+    """A future to be completed by hand, for a value on the device of ``tensor``."""
+    return torch.futures.Future[Any](devices=[tensor.device] if tensor.is_cuda else None)
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A started collective: ``result`` holds the answer once ``future`` has completed."""
+
+    future: Future
+    result: Tensor  # all_reduce: the sum, like the message; all_gather: uint8 [world, nbytes]
+
+
+class Collective(Protocol):
+    """The only thing that talks. ``sent`` counts the bytes that this worker has sent."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+    @property
+    def sent(self) -> float: ...
+
+    def all_reduce(self, message: Tensor) -> InFlight:
+        """Sum ``message`` over the ranks; may happen in place."""
+        ...
+
+    def all_gather(self, message: Tensor) -> InFlight:
+        """Collect the uint8 ``message`` of every rank; all have the same size."""
+        ...
+
+    def exchange_text(self, text: str) -> list[str]:
+        """The text of every rank, for control traffic; it waits, and is not counted."""
+        ...
+
+    def close(self) -> None:
+        """Let go of threads; nothing may be started afterwards."""
+        ...
+
+
+class ProcessGroup:
+    """Collectives of ``torch.distributed``, on any backend."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.label = dist.get_backend(group)
+        self.rank = dist.get_rank(group)
+        self.world = dist.get_world_size(group)
+        self.sent = 0.0
+
+    def all_reduce(self, message: Tensor) -> InFlight:
+        work = cast(Any, dist.all_reduce(message, group=self.group, async_op=True))
+        self.sent += wire_bytes("all_reduce", message.nbytes, self.world)
+        return InFlight(work.get_future(), message)
+
+    def all_gather(self, message: Tensor) -> InFlight:
+        gathered = message.new_empty(self.world * message.numel())
+        work = _all_gather(gathered, message, group=self.group, async_op=True)
+        self.sent += wire_bytes("all_gather", message.nbytes, self.world)
+        return InFlight(work.get_future(), gathered.view(self.world, -1))
+
+    def exchange_text(self, text: str) -> list[str]:
+        texts: list[str] = [""] * self.world
+        dist.all_gather_object(texts, text, group=self.group)
+        return texts
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class _Meeting:
+    """One collective of the simulator, until its last worker has come; all of them share the result."""
+
+    result: Tensor = field(default_factory=lambda: torch.empty(0))
+    messages: list[Tensor] = field(default_factory=list[Tensor])
+    waiting: list[Future] = field(default_factory=list[Future])
+
+
+class Local:
+    """Collectives of N workers in one process: each worker talks through its own ``Local``, in rank order.
+
+    Sums are taken in rank order, so they are bit-equal to any real exchange that gathers, and to a real all-reduce
+    of two. All workers are handed the same result, which they must not write to.
+    """
+
+    def __init__(self, rank: int, world: int, meeting: _Meeting) -> None:
+        self.label = "simulated"
+        self.rank = rank
+        self.world = world
+        self.sent = 0.0
+        self._meeting = meeting
+
+    @staticmethod
+    def of(world: int) -> "list[Local]":
+        """The collectives of a world, one for each rank."""
+        meeting = _Meeting()
+        return [Local(rank, world, meeting) for rank in range(world)]
+
+    def all_reduce(self, message: Tensor) -> InFlight:
+        self.sent += wire_bytes("all_reduce", message.nbytes, self.world)
+        return self._meet(message, message.shape, _sum_in_order)
+
+    def all_gather(self, message: Tensor) -> InFlight:
+        self.sent += wire_bytes("all_gather", message.nbytes, self.world)
+        return self._meet(message, (self.world, message.numel()), _stack)
+
+    def _meet(
+        self, message: Tensor, shape: Sequence[int], combine: Callable[[list[Tensor], Tensor], object]
+    ) -> InFlight:
+        meeting, future = self._meeting, torch.futures.Future[Any]()
+        if len(meeting.messages) != self.rank:
+            raise ThinwireError(f"worker {self.rank} of a simulation speaks out of turn; they go in rank order")
+        if self.rank == 0:
+            meeting.result = message.new_empty(*shape)
+        result = meeting.result
+        meeting.messages.append(message)
+        meeting.waiting.append(future)
+        if len(meeting.messages) == self.world:
+            combine(meeting.messages, result)
+            waiting, meeting.messages, meeting.waiting = meeting.waiting, [], []
+            for done in waiting:
+                done.set_result(None)
+        return InFlight(future, result)
+
+    def exchange_text(self, text: str) -> list[str]:
+        return [text] * self.world
+
+    def close(self) -> None:
+        pass
+
+
+def _sum_in_order(messages: list[Tensor], out: Tensor) -> None:
+    out.copy_(messages[0])
+    for message in messages[1:]:
+        out.add_(message)
+
+
+def _stack(messages: list[Tensor], out: Tensor) -> None:
+    torch.stack(messages, out=out)
+
+
+class Paced:
+    """Makes a real exchange take as long as it would on a thin link: an emulation, and labelled as one.
+
+    The link is busy until one message is through before it takes the next. An exchange ends when the emulated
+    link has carried it, or when the real one has ended, whichever is later.
+    """
+
+    def __init__(self, inner: Collective, link: Link) -> None:
+        self.inner = inner
+        self.link = link
+        self.label = f"{inner.label}, emulated {link}"
+        self.rank = inner.rank
+        self.world = inner.world
+        self._free_at = 0.0
+        self._queue: SimpleQueue[tuple[Future, float, Future] | None] = SimpleQueue()
+        self._thread = Thread(target=self._run, name="thinwire-paced-link", daemon=True)
+        self._thread.start()
+
+    @property
+    def sent(self) -> float:
+        return self.inner.sent
+
+    def all_reduce(self, message: Tensor) -> InFlight:
+        return self._pace("all_reduce", message.nbytes, self.inner.all_reduce(message))
+
+    def all_gather(self, message: Tensor) -> InFlight:
+        return self._pace("all_gather", message.nbytes, self.inner.all_gather(message))
+
+    def exchange_text(self, text: str) -> list[str]:
+        return self.inner.exchange_text(text)
+
+    def _pace(self, kind: Kind, nbytes: int, inner: InFlight) -> InFlight:
+        seconds = self.link.seconds(kind, nbytes, self.world)
+        self._free_at = max(time.monotonic(), self._free_at) + seconds
+        paced = in_future(inner.result)
+        self._queue.put((inner.future, self._free_at, paced))
+        return InFlight(paced, inner.result)
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            real, deadline, paced = item
+            try:
+                real.wait()
+            except Exception as error:
+                paced.set_exception(error)
+                continue
+            time.sleep(max(0.0, deadline - time.monotonic()))
+            paced.set_result(None)
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        self.inner.close()

@@ -1,0 +1,90 @@
+"""Which collective a payload takes.
+
+Payloads that can be summed take one all-reduce, all others one all-gather; so a bucket needs one collective, or
+two where it holds both. Small summable payloads (biases, norms) ride in the all-gather of their bucket while that
+costs little, which saves a round trip.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from thinwire.core import Payload
+from thinwire.exchange.collectives import Collective, InFlight
+from thinwire.link import Kind, wire_bytes
+from thinwire.units import Unit, payload_like
+from thinwire.wire.layout import Layout
+
+RIDE_BYTES = 65_536
+"""More bytes that one worker may send so that a bucket gets by with one collective: 0.5 ms at 1 Gb/s."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The units of a bucket that share one message."""
+
+    kind: Kind
+    units: tuple[int, ...]
+    layout: Layout
+    dtype: torch.dtype
+    """What the message is seen as: all of it must have one dtype where it is summed."""
+
+    def start(self, message: Tensor, collective: Collective) -> InFlight:
+        """Start the exchange. An all-reduce is scaled before, as DDP does, so that the sum can't overflow."""
+        if self.kind == "all_gather":
+            return collective.all_gather(message)
+        return collective.all_reduce(message.view(self.dtype).mul_(1.0 / collective.world))
+
+    def arrived(self, result: Tensor) -> list[list[Payload]]:
+        """The payloads of a finished exchange, for each sender (the sum counts as one) and unit."""
+        rows = result.view(torch.uint8).unsqueeze(0) if self.kind == "all_reduce" else result
+        return [self.layout.unpack(row) for row in rows]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Units whose gradients are ready together, and the messages that carry them."""
+
+    units: tuple[Unit, ...]
+    groups: tuple[Group, ...]
+
+    @cached_property
+    def lossy(self) -> frozenset[int]:
+        """The units that their method compresses."""
+        return frozenset(i for i, unit in enumerate(self.units) if unit.compressed)
+
+    def wire_bytes(self, world: int) -> tuple[float, float]:
+        """Bytes a worker sends for this bucket in a step: of all units, and of the compressed ones."""
+        total = compressed = 0.0
+        for group in self.groups:
+            total += wire_bytes(group.kind, group.layout.nbytes, world)
+            sizes = zip(group.units, group.layout.unit_nbytes, strict=True)
+            compressed += wire_bytes(group.kind, sum(size for i, size in sizes if i in self.lossy), world)
+        return total, compressed
+
+
+def plan_bucket(units: Sequence[Unit], world: int) -> Bucket:
+    """Sort the units of a bucket into messages."""
+    payloads = [payload_like(unit.compressor, unit.like) for unit in units]
+    summed: dict[torch.dtype, list[int]] = {}
+    gathered: list[int] = []
+    for i, unit in enumerate(units):
+        if unit.compressor.summable:
+            summed.setdefault(payloads[i][0].dtype, []).append(i)
+        else:
+            gathered.append(i)
+    if gathered:
+        nbytes = sum(t.nbytes for ride in summed.values() for i in ride for t in payloads[i])
+        extra = wire_bytes("all_gather", nbytes, world) - wire_bytes("all_reduce", nbytes, world)
+        if extra <= RIDE_BYTES:
+            gathered, summed = list(range(len(units))), {}
+
+    def group(kind: Kind, chosen: list[int], dtype: torch.dtype) -> Group:
+        return Group(kind, tuple(chosen), Layout([payloads[i] for i in chosen]), dtype)
+
+    groups = [group("all_gather", gathered, torch.uint8)] if gathered else []
+    groups += [group("all_reduce", chosen, dtype) for dtype, chosen in summed.items()]
+    return Bucket(tuple(units), tuple(groups))

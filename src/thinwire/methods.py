@@ -1,0 +1,123 @@
+"""The recipes: a method is a few lines over the catalogue's parts."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from thinwire.compressors.cast import Cast
+from thinwire.compressors.sparse import TopK
+from thinwire.memory import ErrorFeedback, Momentum, MomentumCorrection, NoMemory, WeightDecay
+from thinwire.policy.plan import Method, Rule
+from thinwire.policy.schedule import Warmup
+
+IDENTITY = Rule(Cast(), NoMemory())
+
+
+def dense() -> Method:
+    """Sends every gradient as it is: plain data parallelism, bit-equal to DDP without a hook.
+
+    **Wire**: ``2 (N-1)/N`` times the gradient, by all-reduce.
+    """
+    return Method("dense", (IDENTITY,))
+
+
+def cast(dtype: str = "float16") -> Method:
+    """Sends every gradient in a shorter dtype and forgets what the cast lost, like PyTorch's fp16 and bf16 hooks.
+
+    **Wire**: half of ``dense()`` for ``"float16"`` and ``"bfloat16"``.
+    """
+    return Method(dtype, (Rule(Cast(dtype), NoMemory()),))
+
+
+def topk(
+    density: float,
+    *,
+    values: str | None = None,
+    selection: Literal["auto", "exact", "sampled"] = "auto",
+    warmup: Warmup | None = None,
+    clip: float | None = None,
+    keep_dense: Sequence[str] = (),
+) -> Method:
+    """Top-k with error feedback, for AdamW and every other optimizer.
+
+    ``x = residual + g``; the largest elements of ``x`` are sent, the rest is the next residual. Parameters of fewer
+    than two dimensions are sent dense.
+
+    Args:
+        density: kept / total of each parameter, in (0, 1]; 0.01 is a safe start.
+        values, selection: see ``thinwire.TopK``.
+        warmup: densities of the first steps.
+        clip: local gradient clipping, see ``thinwire.Method``.
+        keep_dense: globs of parameter names to send dense.
+
+    Raises:
+        ThinwireError: a value outside its range.
+
+    **Wire**: about ``density * n * 5.5`` bytes to each other rank, by all-gather.
+
+    Example:
+        >>> topk(0.01).name
+        'topk'
+
+    Source: S. Stich et al., "Sparsified SGD with Memory", 2018, arXiv:1809.07599.
+    """
+    rules = (
+        *(Rule(Cast(), NoMemory(), match=glob) for glob in keep_dense),
+        Rule(TopK(density, values, selection), ErrorFeedback(), min_ndim=2),
+        IDENTITY,
+    )
+    return Method("topk", rules, clip, warmup)
+
+
+def dgc(
+    density: float = 0.001,
+    *,
+    warmup: Warmup | None = None,
+    clip: float | None = None,
+    masking: bool = True,
+    mask_below_density: float = 0.05,
+    decay: WeightDecay = "separate",
+    values: str | None = None,
+    selection: Literal["auto", "exact", "sampled"] = "auto",
+    keep_dense: Sequence[str] = (),
+) -> Method:
+    """Deep Gradient Compression: sends 0.1 % of the gradient, with momentum SGD.
+
+    ``u = m u + g``, ``v = v + u``; the largest ``|v|`` of each parameter are sent and leave ``v``, and ``u`` there
+    (momentum factor masking). Parameters of fewer than two dimensions are sent dense, with ordinary momentum
+    after averaging. Momentum, Nesterov and weight decay come from the SGD optimizer that is attached.
+
+    Args:
+        density: kept / total of each parameter, in (0, 1].
+        warmup: densities of the first steps; the paper's advice is ``Warmup(steps)`` over 1 to 5 % of the training.
+        clip: local gradient clipping: the threshold that you would use on the mean gradient. It needs the norm of
+            the whole gradient, so the exchange starts only when backward has finished.
+        masking, mask_below_density, decay: see ``thinwire.MomentumCorrection``.
+        values, selection: see ``thinwire.TopK``.
+        keep_dense: globs of parameter names to send dense.
+
+    Raises:
+        ThinwireError: a value outside its range.
+
+    **Wire**: about ``density * n * 5.5`` bytes to each other rank, by all-gather.
+
+    Example:
+        >>> dgc(0.001, warmup=Warmup(steps=400)).absorbs
+        True
+
+    Source: Y. Lin, S. Han, H. Mao, Y. Wang, W. Dally, "Deep Gradient Compression: Reducing the Communication Bandwidth
+    for Distributed Training", 2018, arXiv:1712.01887.
+
+    Departures: Elias-Fano indices instead of 16-bit runs; see also ``thinwire.MomentumCorrection`` and
+    ``thinwire.compressors.select``.
+    """
+    after_averaging = Momentum(decay=decay)
+    rules = (
+        *(Rule(Cast(), after_averaging, match=glob) for glob in keep_dense),
+        Rule(
+            TopK(density, values, selection),
+            MomentumCorrection(decay=decay, masking=masking, mask_below_density=mask_below_density),
+            min_ndim=2,
+        ),
+        Rule(Cast(), after_averaging),
+    )
+    return Method("dgc", rules, clip, warmup)

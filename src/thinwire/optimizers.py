@@ -1,0 +1,99 @@
+"""The hand-over of momentum and weight decay between an SGD optimizer and the memories, and back."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinwire.core import Absorbed, ThinwireError
+from thinwire.exchange.collectives import Collective
+from thinwire.units import Unit, Worker
+
+log = logging.getLogger("thinwire")
+
+MOVED = ("momentum", "nesterov", "weight_decay")
+CLEARED: dict[str, Any] = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+
+
+class Handover:
+    """What was taken out of an optimizer, so that it can be put back."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None, method: str, named: Mapping[str, Tensor]) -> None:
+        self.optimizer = check(optimizer, method)
+        self.names = {id(param): name for name, param in named.items()}
+        self.settings = self._read(method)
+        self.taken = [{key: group[key] for key in MOVED} for group in self.optimizer.param_groups]
+
+    def _read(self, method: str) -> dict[str, Absorbed]:
+        settings: dict[str, Absorbed] = {}
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                if name := self.names.get(id(param)):
+                    settings[name] = Absorbed(group["momentum"], group["nesterov"], group["weight_decay"])
+        if missing := [name for name in self.names.values() if name not in settings]:
+            raise ThinwireError(
+                f"parameter {missing[0]!r} is not in the optimizer ({len(missing)} are missing); {method} moves "
+                "momentum into its memory and needs the optimizer of all parameters that require a gradient"
+            )
+        return settings
+
+    def take(self, units: Sequence[Unit], workers: Sequence[Worker]) -> str:
+        """Move the settings and the momentum buffers into the memories; answers what to tell the user."""
+        for unit in units:
+            buffer = self.optimizer.state.get(unit.param, {}).pop("momentum_buffer", None)
+            if buffer is not None:
+                for worker in workers:
+                    unit.memory.take_buffer(buffer, worker.local[unit.name], unit.shared)
+        for group in self.optimizer.param_groups:
+            group.update(CLEARED)
+        found = "; ".join(sorted({f"{s.momentum:g}, {s.nesterov}, {s.weight_decay:g}" for s in self.settings.values()}))
+        return f"momentum, nesterov, weight_decay ({found}) moved from the optimizer into the memory until detach()"
+
+    def give_back(self, units: Sequence[Unit], workers: Sequence[Worker], collective: Collective) -> None:
+        """Put settings and momentum back, the latter averaged so that replicas stay equal. A collective call."""
+        for group, taken in zip(self.optimizer.param_groups, self.taken, strict=False):
+            group.update(taken)
+        for unit in units:
+            parts = [unit.memory.give_buffer(worker.local[unit.name], unit.shared) for worker in workers]
+            shared = parts[0][1]
+            if local := [part for part, _ in parts if part is not None]:
+                buffer = torch.stack(local).sum(0).mul_(1.0 / collective.world)
+                if len(workers) < collective.world:
+                    arrived = collective.all_reduce(buffer)
+                    arrived.future.wait()
+                    buffer = arrived.result
+                shared = buffer if shared is None else buffer + shared
+            if shared is not None:
+                self.optimizer.state[unit.param]["momentum_buffer"] = shared.to(unit.param.dtype, copy=True)
+
+    def check_untouched(self) -> None:
+        """Momentum that a scheduler writes into the optimizer would be applied twice."""
+        for group in self.optimizer.param_groups:
+            for key, cleared in CLEARED.items():
+                if group[key] != cleared:
+                    raise ThinwireError(
+                        f"the optimizer's {key} is {group[key]} again, but it lives in the memory now and would be "
+                        "applied twice; use a scheduler that leaves it alone (OneCycleLR, CyclicLR: cycle_momentum=False)"
+                    )
+
+
+def check(optimizer: torch.optim.Optimizer | None, method: str) -> torch.optim.SGD:
+    """The optimizer, if it is one whose momentum can be moved."""
+    instead = "thinwire.topk(density) works with every optimizer, and so do thinwire.dense() and thinwire.cast()"
+    if optimizer is None:
+        raise ThinwireError(
+            f"{method} owns the momentum; pass optimizer= the torch.optim.SGD of this model ({instead})"
+        )
+    if not isinstance(optimizer, torch.optim.SGD):
+        raise ThinwireError(
+            f"{method} owns the momentum and needs torch.optim.SGD, not {type(optimizer).__name__}; {instead}"
+        )
+    for group in optimizer.param_groups:
+        if group["dampening"] or group["maximize"]:
+            raise ThinwireError(
+                f"{method} follows SGD with dampening=0 and maximize=False; the optimizer has "
+                f"dampening={group['dampening']}, maximize={group['maximize']} ({instead})"
+            )
+    return optimizer

@@ -1,0 +1,100 @@
+"""What a method is: ordered rules that say, for every parameter, how it is compressed and what is remembered.
+
+A method is a value: it goes to JSON and back, and ranks compare it before they exchange anything.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from thinwire.compressors import catalogue
+from thinwire.core import Compressor, Memory, ThinwireError
+from thinwire.policy.schedule import Warmup
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Parameters whose name fits the glob ``match`` and that are large enough get this compressor and memory."""
+
+    compressor: Compressor
+    memory: Memory
+    match: str = "*"
+    min_ndim: int = 0
+    min_numel: int = 0
+
+    def fits(self, name: str, shape: Sequence[int], numel: int) -> bool:
+        ndim = max(self.min_ndim, self.compressor.min_ndim)
+        return len(shape) >= ndim and numel >= self.min_numel and fnmatchcase(name, self.match)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Rules in order, of which the first that fits counts; and what concerns all parameters together.
+
+    Args:
+        name: how tables call it.
+        rules: the last should fit every parameter.
+        clip: norm of the mean gradient above which each rank clips its own gradient before it is remembered; the
+            local threshold is ``clip * sqrt(N)``. None for no clipping.
+        warmup: the densities of the first steps.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    clip: float | None = None
+    warmup: Warmup | None = None
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and not self.clip > 0.0:
+            raise ThinwireError(f"clip is {self.clip}; it must be above 0, or None for no clipping")
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether the method takes momentum and weight decay over from the optimizer."""
+        return any(rule.memory.absorbs for rule in self.rules)
+
+    def rule(self, name: str, shape: Sequence[int], numel: int) -> Rule:
+        """The first rule that fits."""
+        for rule in self.rules:
+            if rule.fits(name, shape, numel):
+                return rule
+        raise ThinwireError(
+            f"no rule of {self.name} fits parameter {name!r} of shape {tuple(shape)}; "
+            "end the rules with Rule(Cast(), NoMemory())"
+        )
+
+    def to_json(self) -> str:
+        rules = [
+            {
+                "compressor": catalogue.to_json(rule.compressor),
+                "memory": catalogue.to_json(rule.memory),
+                "match": rule.match,
+                "min_ndim": rule.min_ndim,
+                "min_numel": rule.min_numel,
+            }
+            for rule in self.rules
+        ]
+        warmup = asdict(self.warmup) if self.warmup else None
+        return json.dumps({"name": self.name, "rules": rules, "clip": self.clip, "warmup": warmup}, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> "Method":
+        """The method that ``to_json`` wrote."""
+        try:
+            data: dict[str, Any] = json.loads(text)
+            rules = tuple(
+                Rule(
+                    **{
+                        **rule,
+                        "compressor": catalogue.from_json(rule["compressor"], catalogue.COMPRESSORS),
+                        "memory": catalogue.from_json(rule["memory"], catalogue.MEMORIES),
+                    }
+                )
+                for rule in data["rules"]
+            )
+            warmup = Warmup(**data["warmup"]) if data["warmup"] else None
+            return Method(data["name"], rules, data["clip"], warmup)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ThinwireError(f"this is not a method in JSON: {error!r}") from error

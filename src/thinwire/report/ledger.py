@@ -1,0 +1,101 @@
+"""The ledger: what was really sent, at what cost, and everything that was done differently from what was asked."""
+
+import json
+import statistics
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+KEPT_STEPS = 10_000
+
+
+@dataclass
+class StepRow:
+    """One step of one worker; bytes are those that it sent."""
+
+    step: int
+    wire_bytes: float = 0.0
+    dense_bytes: float = 0.0  # what dense fp32 would have sent
+    compressed_wire_bytes: float = 0.0  # of the units that the method compresses
+    compressed_dense_bytes: float = 0.0
+    send_seconds: float = 0.0
+    exchange_seconds: float = 0.0  # from the start of each exchange to its end, summed over buckets
+    receive_seconds: float = 0.0
+    error: float | None = None  # ||x - sent||² / ||x||² over the compressed units, where it was measured
+
+
+class Ledger:
+    """Rows of the last 10,000 steps, totals over all of them, and notes.
+
+    ``ratio`` is dense fp32 wire bytes over wire bytes, for the same number of workers.
+    """
+
+    def __init__(self, method: str, world: int, link: str) -> None:
+        self.method = method
+        self.world = world
+        self.link = link
+        self.rows: deque[StepRow] = deque(maxlen=KEPT_STEPS)
+        self.notes: list[str] = []
+        self.steps = 0
+        self.wire_bytes = 0.0
+        self.dense_bytes = 0.0
+
+    def note(self, text: str) -> None:
+        """Write down, once, something that a user should know."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def add(self, row: StepRow) -> None:
+        self.rows.append(row)
+        self.steps += 1
+        self.wire_bytes += row.wire_bytes
+        self.dense_bytes += row.dense_bytes
+
+    @property
+    def ratio(self) -> float:
+        """Over all steps, warm-up included."""
+        return self.dense_bytes / self.wire_bytes if self.wire_bytes else 1.0
+
+    def write_jsonl(self, path: str | Path) -> None:
+        """The kept rows, one JSON object a line."""
+        Path(path).write_text("".join(json.dumps(asdict(row)) + "\n" for row in self.rows))
+
+    def markdown(self) -> str:
+        """A table of the last 100 steps' medians, and the notes."""
+        last = list(self.rows)[-100:]
+        if not last:
+            return f"{self.method}, {self.world} workers over {self.link}: no step yet\n" + self._notes()
+        lossy = [row for row in last if row.compressed_wire_bytes]
+        lines = [
+            ("workers", f"{self.world}"),
+            ("link", self.link),
+            ("steps", f"{self.steps}"),
+            ("wire bytes per step and worker", f"{statistics.median(row.wire_bytes for row in last):,.0f}"),
+            ("ratio to dense fp32", f"{_median_ratio((r.dense_bytes, r.wire_bytes) for r in last):,.1f}"),
+            (
+                "ratio of the compressed units",
+                f"{_median_ratio((r.compressed_dense_bytes, r.compressed_wire_bytes) for r in lossy):,.1f}"
+                if lossy
+                else "-",
+            ),
+            ("ratio over all steps", f"{self.ratio:,.1f}"),
+            ("compress, ms", f"{statistics.median(row.send_seconds for row in last) * 1e3:.2f}"),
+            (
+                "exchange, ms (overlaps with backward)",
+                f"{statistics.median(row.exchange_seconds for row in last) * 1e3:.2f}",
+            ),
+            ("decompress, ms", f"{statistics.median(row.receive_seconds for row in last) * 1e3:.2f}"),
+        ]
+        if errors := [row.error for row in self.rows if row.error is not None]:
+            lines.append(("relative error of one step (residual energy)", f"{errors[-1]:.4f}"))
+        width = max(len(name) for name, _ in lines)
+        table = "\n".join(f"| {name:<{width}} | {value} |" for name, value in lines)
+        return f"| {'thinwire':<{width}} | {self.method} |\n|{'-' * (width + 2)}|---|\n{table}\n" + self._notes()
+
+    def _notes(self) -> str:
+        return "".join(f"- {note}\n" for note in self.notes)
+
+
+def _median_ratio(pairs: Iterable[tuple[float, float]]) -> float:
+    return statistics.median(dense / sent if sent else 1.0 for dense, sent in pairs)

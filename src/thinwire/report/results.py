@@ -1,0 +1,43 @@
+"""The one JSON shape of everything that measures: what ran, and a row for each figure."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure; ``low`` and ``high`` are its spread where it has one (quartiles, or the range over seeds)."""
+
+    case: str
+    metric: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def meta(version: str, **more: Any) -> dict[str, Any]:
+    """What a reader needs to run it again."""
+    versions = {
+        "thinwire": version,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"command": command, "versions": versions, "cores": os.cpu_count(), "date": date, **more}
+
+
+def write(path: str | Path, meta: dict[str, Any], rows: Iterable[Row]) -> None:
+    """Write ``{"meta": ..., "rows": [...]}``."""
+    Path(path).write_text(json.dumps({"meta": meta, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")

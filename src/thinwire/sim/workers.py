@@ -1,0 +1,138 @@
+"""The simulator: N workers in one process, through the same ``send`` and ``receive`` as the real run.
+
+One model stands for all replicas, since they are bit-equal; what differs between workers is their data and their
+local state. It answers, on one machine, what compression would cost a model with 32 workers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thinwire import pipeline
+from thinwire.core import ThinwireError
+from thinwire.exchange.collectives import InFlight, Local
+from thinwire.policy.plan import Method
+from thinwire.report.ledger import Ledger
+from thinwire.session import Session
+from thinwire.units import Worker
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a simulated training left: the mean loss over workers of each step, and the ledger of one worker."""
+
+    losses: list[float]
+    ledger: Ledger
+
+
+class SimulatedWorkers:
+    """N workers that train one model; ``step`` is one optimizer step of all of them.
+
+    Args:
+        model: stands for every replica; buffers follow the first worker, as in DDP.
+        method, optimizer, seed: as for ``thinwire.attach``.
+        workers: how many.
+    """
+
+    def __init__(
+        self, model: nn.Module, method: Method, optimizer: torch.optim.Optimizer, workers: int, seed: int = 0
+    ) -> None:
+        if workers < 1:
+            raise ThinwireError(f"workers is {workers}; a simulation needs at least 1")
+        self.model = model
+        self.optimizer = optimizer
+        self.peers = Local.of(workers)
+        named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        self.session = Session(
+            named, method, self.peers[0], optimizer, seed, [Worker(rank, seed) for rank in range(workers)]
+        )
+
+    def step(self, loss: Callable[[int], Tensor]) -> float:
+        """One optimizer step; ``loss(worker)`` runs the model on that worker's batch. Answers the mean loss."""
+        session = self.session
+        session.begin_step()
+        total, inboxes = 0.0, list[list[InFlight]]()
+        params = [unit.param for unit in session.units]
+        before = kept = [buffer.clone() for buffer in self.model.buffers()]
+        bucket = session.bucket(params)
+        session.count(bucket)
+        for worker, peer in zip(session.workers, self.peers, strict=True):
+            if worker.rank == 1:  # the first worker's buffers are what all go on with
+                kept = [buffer.clone() for buffer in self.model.buffers()]
+            self._restore(before)
+            self.optimizer.zero_grad()
+            value = loss(worker.rank)
+            value.backward()  # pyright: ignore[reportUnknownMemberType]
+            total += value.item()
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            if session.method.clip is not None:
+                pipeline.clip(grads, session.method.clip, peer.world)
+            with session.clock("send_seconds"):
+                messages = pipeline.send(bucket, grads, worker, session.step)
+            inboxes.append(pipeline.route(bucket, messages, peer))
+        if len(self.peers) > 1:
+            self._restore(kept)
+        outs = [torch.empty_like(p) for p in params]
+        with session.clock("receive_seconds"):
+            pipeline.receive(bucket, inboxes[0], outs, session.seed, session.step)
+        for param, out in zip(params, outs, strict=True):
+            param.grad = out
+        session.end_step()
+        self.optimizer.step()
+        return total / len(self.peers)
+
+    def _restore(self, buffers: Sequence[Tensor]) -> None:
+        for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+
+
+def simulate(
+    model: nn.Module,
+    method: Method,
+    *,
+    optimizer: torch.optim.Optimizer,
+    batches: Callable[[int, int], Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    workers: int,
+    steps: int,
+    seed: int = 0,
+    after_step: Callable[[int, float], object] | None = None,
+) -> Simulation:
+    """Train ``model`` as ``workers`` data-parallel workers would, in one process.
+
+    The parameters at the end are those of the real run with as many processes and threads each: bit-equal where
+    payloads are gathered, and to float tolerance where an all-reduce of more than two picks its own order.
+
+    Args:
+        model: trained in place.
+        method: how gradients are exchanged.
+        optimizer: of the model's parameters; left as ``detach()`` leaves it.
+        batches: ``batches(worker, step)`` is the batch of that worker at that step.
+        loss: ``loss(model, batch)`` is a scalar.
+        workers: how many, from 1.
+        steps: optimizer steps.
+        seed: as for ``attach``.
+        after_step: called with the step and the mean loss.
+
+    Raises:
+        ThinwireError: as ``attach``.
+
+    Example:
+        >>> model = torch.nn.Linear(64, 8)
+        >>> result = simulate(model, dgc(0.05), optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        ...     batches=lambda worker, step: torch.randn(4, 64), loss=lambda model, batch: model(batch).square().mean(),
+        ...     workers=8, steps=3)
+        >>> result.ledger.ratio > 1
+        True
+    """
+    sim = SimulatedWorkers(model, method, optimizer, workers, seed)
+    losses: list[float] = []
+    for step in range(steps):
+        losses.append(sim.step(lambda worker, step=step: loss(model, batches(worker, step))))
+        if after_step is not None:
+            after_step(step, losses[-1])
+    sim.session.detach()
+    return Simulation(losses, sim.session.ledger)

@@ -1,0 +1,137 @@
+"""From parameters to units: each parameter gets its compressor and memory, resolved once and not in the step.
+
+A unit is what is compressed at once; here, one parameter. Everything is keyed by its name, which neither a bucket
+rebuild nor a restart changes.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from thinwire.compressors import catalogue
+from thinwire.compressors.cast import Cast
+from thinwire.core import Absorbed, Compressor, Context, Decompressed, Memory, Payload, State, is_dense
+from thinwire.link import wire_bytes
+from thinwire.policy.plan import Method
+
+DENSE = Cast()
+
+
+@dataclass
+class Unit:
+    """One parameter, how it is compressed, and the state that is equal on all ranks."""
+
+    name: str
+    param: Tensor
+    compressor: Compressor
+    memory: Memory
+    shared: State = field(default_factory=State)
+    method_compressor: Compressor = DENSE
+    """What the method asks for, before a warm-up or the break-even rule changed it."""
+
+    @property
+    def like(self) -> Tensor:
+        """A meta tensor with the shape, strides and dtype of what is compressed."""
+        return torch.empty_like(self.param, device="meta", dtype=self.memory.dtype(self.param.dtype))
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the method compresses this unit, be it sent dense for now or not."""
+        return self.method_compressor != DENSE
+
+    def grad_like(self, grad: Tensor) -> Tensor:
+        """``grad`` with the strides of the parameter, which is how DDP lays it out in its buckets."""
+        if grad.stride() == self.param.stride() or not is_dense(self.param):
+            return grad
+        return grad.as_strided(self.param.shape, self.param.stride(), grad.storage_offset())
+
+    def fresh_state(self) -> State:
+        """The local state before the first step."""
+        return self.memory.init(torch.empty_like(self.param, dtype=self.memory.dtype(self.param.dtype)))
+
+    def describe(self) -> str:
+        """One line that must be the same on all ranks."""
+        shape = f"shape {tuple(self.param.shape)}, strides {self.param.stride()}, {self.param.dtype}"
+        return f"{shape}, {catalogue.to_json(self.method_compressor)}, {catalogue.to_json(self.memory)}"
+
+
+@dataclass
+class Probe:
+    """Measures what compression loses; it costs a pass over what it looks at, so it looks at few steps."""
+
+    lost: list[Tensor] = field(default_factory=list[Tensor])
+    asked: list[Tensor] = field(default_factory=list[Tensor])
+
+    def look(self, x: Tensor, own: Decompressed) -> None:
+        rest = x.clone()
+        own.add_to(rest, alpha=-1.0)
+        self.lost.append(rest.double().square().sum())
+        self.asked.append(x.double().square().sum())
+
+    @property
+    def error(self) -> float | None:
+        """``||x - sent||² / ||x||²`` over all that was looked at."""
+        asked = sum(float(a) for a in self.asked)
+        return sum(float(e) for e in self.lost) / asked if asked else None
+
+
+@dataclass
+class Worker:
+    """One rank, and the state that only it has: ``local[unit name]``."""
+
+    rank: int
+    seed: int = 0
+    local: dict[str, State] = field(default_factory=dict[str, State])
+    probe: Probe | None = None
+
+
+def payload_like(compressor: Compressor, like: Tensor) -> Payload:
+    """The shapes and dtypes of a payload, by running the compressor on a meta tensor."""
+    return compressor.compress(like, {}, Context(0, 0, "", 0))
+
+
+def payload_nbytes(compressor: Compressor, like: Tensor) -> int:
+    return sum(t.nbytes for t in payload_like(compressor, like))
+
+
+def resolve(named: Iterable[tuple[str, Tensor]], method: Method, settings: Mapping[str, Absorbed]) -> list[Unit]:
+    """The units of these parameters under a method, with fresh shared state.
+
+    Args:
+        settings: what the optimizer did for each parameter, for the memories that absorb it.
+    """
+    units: list[Unit] = []
+    for name, param in named:
+        rule = method.rule(name, param.shape, param.numel())
+        memory = rule.memory.absorb(settings[name]) if name in settings else rule.memory
+        unit = Unit(name, param, rule.compressor, memory, method_compressor=rule.compressor)
+        unit.shared = memory.init_shared(torch.empty_like(param, dtype=memory.dtype(param.dtype)))
+        units.append(unit)
+    return units
+
+
+def set_stage(units: Iterable[Unit], density: float | None, world: int) -> list[str]:
+    """Give each unit the compressor of a warm-up stage (None: the final one), or none where dense is cheaper.
+
+    Returns:
+        Notes for the ledger: what is sent dense because compressed it would be more bytes.
+    """
+    notes: list[str] = []
+    for unit in units:
+        asked = unit.method_compressor if density is None else unit.method_compressor.with_density(density)
+        unit.compressor = asked
+        if asked.summable:
+            continue
+        like = unit.like
+        compressed = wire_bytes("all_gather", payload_nbytes(asked, like), world)
+        plain = wire_bytes("all_reduce", payload_nbytes(DENSE, like), world)
+        if compressed >= plain and world > 1:
+            unit.compressor = DENSE
+            at = "" if density is None else f" at warm-up density {density:g}"
+            notes.append(
+                f"{unit.name} is sent dense{at}: compressed it would be {compressed:,.0f} bytes a worker and step, "
+                f"dense {plain:,.0f}, with {world} workers"
+            )
+    return notes

@@ -1,0 +1,50 @@
+"""Elias-Fano: sorted indices in a number of bytes that depends only on how many there are and below what.
+
+``k`` indices below ``n``, ``l = floor(log2(n / k))``: the low ``l`` bits of each stand in a fixed-width array;
+the rest, ``index >> l``, in unary: bit ``(index_j >> l) + j`` of a bitmap is set. Together
+``k l + k + floor((n - 1) / 2^l)`` bits: 11.95 an index at density 0.1 %, where the entropy is 11.41 and int32 has 32.
+
+Format: ``ceil(k l / 8)`` bytes of low bits, then ``ceil((k + floor((n - 1) / 2^l)) / 8)`` bytes of bitmap, both as in
+``bitpack``. No header: every receiver knows ``k`` and ``n``.
+
+Source: P. Elias, "Efficient storage and retrieval by content and address of static files", 1974; R. Fano, 1971.
+"""
+
+import torch
+from torch import Tensor
+
+from thinwire.wire.bitpack import pack_bits, pack_words, unpack_bits, unpack_words
+
+
+def low_width(k: int, n: int) -> int:
+    return max(0, (n // k).bit_length() - 1) if k else 0
+
+
+def sizes(k: int, n: int) -> tuple[int, int]:
+    """Bytes of the low bits, and of the bitmap."""
+    if k == 0:
+        return 0, 0
+    width = low_width(k, n)
+    return -(-k * width // 8), -(-(k + ((n - 1) >> width)) // 8)
+
+
+def encode(indices: Tensor, n: int) -> Tensor:
+    """Encode int64 indices ``[k]`` in [0, n), ascending (equal ones allowed), to uint8 ``[sum(sizes(k, n))]``."""
+    k = indices.numel()
+    if k == 0:
+        return torch.empty(0, dtype=torch.uint8, device=indices.device)
+    width = low_width(k, n)
+    bitmap = torch.zeros(k + ((n - 1) >> width), dtype=torch.uint8, device=indices.device)
+    bitmap[(indices >> width) + torch.arange(k, device=indices.device)] = 1
+    return torch.cat([pack_words(indices, width), pack_bits(bitmap)])
+
+
+def decode(packed: Tensor, k: int, n: int) -> Tensor:
+    """The inverse of ``encode``: int64 ``[k]``."""
+    if k == 0:
+        return torch.empty(0, dtype=torch.int64, device=packed.device)
+    width = low_width(k, n)
+    low_bytes, _ = sizes(k, n)
+    ones = unpack_bits(packed[low_bytes:]).nonzero().view(-1)
+    high = ones - torch.arange(k, device=packed.device)
+    return (high << width) | unpack_words(packed[:low_bytes], k, width)

@@ -1,0 +1,93 @@
+"""Where each payload lies in a message: without a header, since every rank can compute it.
+
+A message is one uint8 buffer. The tensors of all payloads stand in it by falling element size, each size in the
+order of the units, so every tensor is aligned and nothing is padded but the end (to 8 bytes, so that the rows of
+a gathered message are aligned too).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from thinwire.core import Payload, flat
+
+ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of one payload."""
+
+    unit: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Layout:
+    """The layout of the message that carries these payloads; only their shapes and dtypes are read."""
+
+    def __init__(self, payloads: Sequence[Payload]) -> None:
+        tensors = [(u, t) for u, payload in enumerate(payloads) for t in payload]
+        self.order = sorted(range(len(tensors)), key=lambda j: -tensors[j][1].dtype.itemsize)
+        self.parts: list[Part] = []
+        offset = 0
+        for j in self.order:
+            u, t = tensors[j]
+            self.parts.append(Part(u, tuple(t.shape), t.dtype, offset))
+            offset += self.parts[-1].nbytes
+        self.num_units = len(payloads)
+        self.nbytes = -(-offset // ALIGNMENT) * ALIGNMENT
+        self.padding = self.nbytes - offset
+
+    @cached_property
+    def unit_nbytes(self) -> list[int]:
+        """Bytes of each unit's payload, padding left out."""
+        sums = [0] * self.num_units
+        for part in self.parts:
+            sums[part.unit] += part.nbytes
+        return sums
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        return {part.dtype for part in self.parts}
+
+    def pack(self, payloads: Sequence[Payload], *, in_place: bool = False) -> Tensor:
+        """The message, uint8 ``[nbytes]``; ``in_place`` allows a view of payloads that already lie so in memory."""
+        tensors = [t for payload in payloads for t in payload]
+        ordered = [flat(tensors[j]).view(torch.uint8) for j in self.order]
+        if in_place and not self.padding and _adjacent(ordered):
+            return ordered[0].as_strided((self.nbytes,), (1,))
+        if self.padding:
+            ordered.append(ordered[0].new_zeros(self.padding))
+        return torch.cat(ordered)
+
+    def unpack(self, message: Tensor) -> list[Payload]:
+        """The payloads in a message, as views of it."""
+        payloads: list[list[Tensor]] = [[] for _ in range(self.num_units)]
+        tensors = {
+            j: message[part.offset : part.offset + part.nbytes].view(part.dtype).view(part.shape)
+            for j, part in zip(self.order, self.parts, strict=True)
+        }
+        for j, part in sorted(zip(self.order, self.parts, strict=True), key=lambda pair: pair[0]):
+            payloads[part.unit].append(tensors[j])
+        return [tuple(payload) for payload in payloads]
+
+
+def _adjacent(pieces: Sequence[Tensor]) -> bool:
+    """Whether the pieces follow each other in one storage."""
+    storage = pieces[0].untyped_storage().data_ptr()
+    end = pieces[0].data_ptr()
+    for piece in pieces:
+        if piece.untyped_storage().data_ptr() != storage or piece.data_ptr() != end:
+            return False
+        end += piece.numel()
+    return True
