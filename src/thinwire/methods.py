@@ -12,12 +12,15 @@ from thinwire.policy.schedule import Warmup
 IDENTITY = Rule(Cast(), NoMemory())
 
 
-def dense() -> Method:
+def dense(*, clip: float | None = None) -> Method:
     """Sends every gradient as it is: plain data parallelism, bit-equal to DDP without a hook.
+
+    Args:
+        clip: local gradient clipping, see ``thinwire.Method``.
 
     **Wire**: ``2 (N-1)/N`` times the gradient, by all-reduce.
     """
-    return Method("dense", (IDENTITY,))
+    return Method("dense", (IDENTITY,), clip)
 
 
 def cast(dtype: str = "float16") -> Method:

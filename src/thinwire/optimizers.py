@@ -75,7 +75,7 @@ class Handover:
                 if group[key] != cleared:
                     raise ThinwireError(
                         f"the optimizer's {key} is {group[key]} again, but it lives in the memory now and would be "
-                        "applied twice; use a scheduler that leaves it alone (OneCycleLR, CyclicLR: cycle_momentum=False)"
+                        "applied twice; use a scheduler that leaves it alone (in OneCycleLR: cycle_momentum=False)"
                     )
 
 

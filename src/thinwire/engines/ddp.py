@@ -253,7 +253,7 @@ def _check_tracked(ddp: DistributedDataParallel, named: Sequence[tuple[str, Tens
 
 
 def _check_sparse(model: nn.Module, method: Method) -> None:
-    modules: list[tuple[str, nn.Module]] = list(model.named_modules())
+    modules: list[tuple[str, nn.Module]] = list(model.named_modules())  # pyright: ignore[reportUnknownArgumentType]
     for name, module in modules:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
             rule = method.rule(f"{name}.weight", module.weight.shape, module.weight.numel())

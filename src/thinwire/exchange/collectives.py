@@ -102,7 +102,7 @@ class ProcessGroup:
 class _Meeting:
     """One collective of the simulator, until its last worker has come; all of them share the result."""
 
-    result: Tensor = field(default_factory=lambda: torch.empty(0))
+    result: Tensor
     messages: list[Tensor] = field(default_factory=list[Tensor])
     waiting: list[Future] = field(default_factory=list[Future])
 
@@ -114,18 +114,19 @@ class Local:
     of two. All workers are handed the same result, which they must not write to.
     """
 
-    def __init__(self, rank: int, world: int, meeting: _Meeting) -> None:
+    def __init__(self, rank: int, world: int, meetings: dict[int, _Meeting]) -> None:
         self.label = "simulated"
         self.rank = rank
         self.world = world
         self.sent = 0.0
-        self._meeting = meeting
+        self._meetings = meetings  # the n-th collective of each worker belongs to the n-th of all others
+        self._started = 0
 
     @staticmethod
     def of(world: int) -> "list[Local]":
         """The collectives of a world, one for each rank."""
-        meeting = _Meeting()
-        return [Local(rank, world, meeting) for rank in range(world)]
+        meetings: dict[int, _Meeting] = {}
+        return [Local(rank, world, meetings) for rank in range(world)]
 
     def all_reduce(self, message: Tensor) -> InFlight:
         self.sent += wire_bytes("all_reduce", message.nbytes, self.world)
@@ -138,19 +139,20 @@ class Local:
     def _meet(
         self, message: Tensor, shape: Sequence[int], combine: Callable[[list[Tensor], Tensor], object]
     ) -> InFlight:
-        meeting, future = self._meeting, torch.futures.Future[Any]()
-        if len(meeting.messages) != self.rank:
-            raise ThinwireError(f"worker {self.rank} of a simulation speaks out of turn; they go in rank order")
         if self.rank == 0:
-            meeting.result = message.new_empty(*shape)
-        result = meeting.result
+            self._meetings[self._started] = _Meeting(message.new_empty(*shape))
+        meeting = self._meetings.get(self._started)
+        if meeting is None or len(meeting.messages) != self.rank:
+            raise ThinwireError(f"worker {self.rank} of a simulation speaks out of turn; they go in rank order")
+        future, result = torch.futures.Future[Any](), meeting.result
         meeting.messages.append(message)
         meeting.waiting.append(future)
         if len(meeting.messages) == self.world:
             combine(meeting.messages, result)
-            waiting, meeting.messages, meeting.waiting = meeting.waiting, [], []
-            for done in waiting:
+            del self._meetings[self._started]
+            for done in meeting.waiting:
                 done.set_result(None)
+        self._started += 1
         return InFlight(future, result)
 
     def exchange_text(self, text: str) -> list[str]:

@@ -16,7 +16,7 @@ from thinwire.core import Payload
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.link import Kind, wire_bytes
 from thinwire.units import Unit, payload_like
-from thinwire.wire.layout import Layout
+from thinwire.wire.layout import ROW_ALIGNMENT, Layout
 
 RIDE_BYTES = 65_536
 """More bytes that one worker may send so that a bucket gets by with one collective: 0.5 ms at 1 Gb/s."""
@@ -83,7 +83,8 @@ def plan_bucket(units: Sequence[Unit], world: int) -> Bucket:
             gathered, summed = list(range(len(units))), {}
 
     def group(kind: Kind, chosen: list[int], dtype: torch.dtype) -> Group:
-        return Group(kind, tuple(chosen), Layout([payloads[i] for i in chosen]), dtype)
+        alignment = ROW_ALIGNMENT if kind == "all_gather" else 1
+        return Group(kind, tuple(chosen), Layout([payloads[i] for i in chosen], alignment), dtype)
 
     groups = [group("all_gather", gathered, torch.uint8)] if gathered else []
     groups += [group("all_reduce", chosen, dtype) for dtype, chosen in summed.items()]

@@ -18,8 +18,8 @@ class Warmup:
         steps: length of the warm-up in optimizer steps, or in epochs where ``steps_per_epoch`` is given.
         stages: densities in (0, 1], by default the paper's 25 %, 6.25 %, 1.5625 %, 0.4 %. A stage that would
             send more bytes than a dense exchange is sent dense, and the ledger says so.
-        steps_per_epoch: makes ``steps`` count epochs, e.g. ``Warmup(4, steps_per_epoch=len(loader))``. The paper warms up
-            for 4 of 90 or 164 epochs, or 1 of 40; a single epoch is split in equal parts.
+        steps_per_epoch: makes ``steps`` count epochs, e.g. ``Warmup(4, steps_per_epoch=len(loader))``. The paper warms
+            up for 4 of 90 or 164 epochs, or 1 of 40; a single epoch is split in equal parts.
 
     Raises:
         ThinwireError: fewer steps than stages, or a density outside (0, 1].

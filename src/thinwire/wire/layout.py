@@ -1,8 +1,8 @@
 """Where each payload lies in a message: without a header, since every rank can compute it.
 
 A message is one uint8 buffer. The tensors of all payloads stand in it by falling element size, each size in the
-order of the units, so every tensor is aligned and nothing is padded but the end (to 8 bytes, so that the rows of
-a gathered message are aligned too).
+order of the units, so every tensor is aligned and nothing is padded but the end of a message that is gathered (to
+8 bytes, so that the rows of the result are aligned too).
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from thinwire.core import Payload, flat
 
-ALIGNMENT = 8
+ROW_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Part:
 class Layout:
     """The layout of the message that carries these payloads; only their shapes and dtypes are read."""
 
-    def __init__(self, payloads: Sequence[Payload]) -> None:
+    def __init__(self, payloads: Sequence[Payload], alignment: int = ROW_ALIGNMENT) -> None:
         tensors = [(u, t) for u, payload in enumerate(payloads) for t in payload]
         self.order = sorted(range(len(tensors)), key=lambda j: -tensors[j][1].dtype.itemsize)
         self.parts: list[Part] = []
@@ -45,7 +45,7 @@ class Layout:
             self.parts.append(Part(u, tuple(t.shape), t.dtype, offset))
             offset += self.parts[-1].nbytes
         self.num_units = len(payloads)
-        self.nbytes = -(-offset // ALIGNMENT) * ALIGNMENT
+        self.nbytes = -(-offset // alignment) * alignment
         self.padding = self.nbytes - offset
 
     @cached_property

@@ -1,0 +1,153 @@
+"""The command line. Needs the extra ``thinwire[cli]``."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+try:
+    import click
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn
+    from rich.table import Table
+except ModuleNotFoundError as missing:  # pragma: no cover
+    sys.exit(f"the command line needs {missing.name}; install it with: pip install 'thinwire[cli]'")
+
+import thinwire
+from thinwire.core import ThinwireError
+from thinwire.demo import report, run
+from thinwire.demo.simulation import SimulationSettings, simulate_text
+from thinwire.demo.train import Settings
+from thinwire.link import Link
+from thinwire.report import html, results
+
+
+class LinkType(click.ParamType[str]):
+    """A link like 100mbit; kept as text, since that is how it is shown."""
+
+    name = "link"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            Link.parse(value)
+        except ThinwireError as error:
+            self.fail(str(error), param, ctx)
+        return value
+
+
+DENSITY = click.FloatRange(0.0, 1.0, min_open=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(thinwire.__version__, prog_name="thinwire")
+def cli() -> None:
+    """Train PyTorch over thin wires."""
+
+
+@cli.command()
+@click.option("--seconds", type=click.FloatRange(1.0), default=80.0, show_default=True, help="Training time, each.")
+@click.option("--link", type=LinkType(), default="100mbit", show_default=True, help="Emulated, e.g. 1gbit,0.5ms.")
+@click.option("--workers", type=click.IntRange(2), default=2, show_default=True, help="Worker processes.")
+@click.option("--density", type=DENSITY, default=0.001, show_default=True, help="Share of the gradient DGC sends.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo"), show_default=True)
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the results here."
+)
+@click.option("--quick", is_flag=True, help="A small model for a few seconds; the figures mean nothing.")
+def demo(
+    seconds: float, link: str, workers: int, density: float, out: Path, json_file: Path | None, quick: bool
+) -> None:
+    """Train a language model on two workers over a thin link: dense, fp16 and DGC, side by side."""
+    _check_writable(out / "results.json", *([json_file] if json_file else []))
+    settings = Settings(seconds=seconds, link=link, workers=workers, density=density)
+    if quick:
+        settings = dataclasses.replace(settings, seconds=min(seconds, 5.0), hidden=128, evaluations=3)
+    console = Console(stderr=True)
+    console.print(report.setting(settings), highlight=False)
+    with _progress(console) as bars:
+        tasks: dict[str, TaskID] = {
+            case: bars.add_task(case, total=settings.seconds, info="waits") for case in run.CASES
+        }
+
+        def progress(case: str, trained: float, step: int, loss: float) -> None:
+            info = f"{trained:4.0f} s  step {step:>5}  loss {loss:.3f}"
+            bars.update(tasks[case], completed=trained, info=info)
+
+        cases = run.run(settings, progress=progress)
+    rows = run.rows(cases)
+    meta = results.meta(thinwire.__version__, settings=dataclasses.asdict(settings), link=f"emulated {link}")
+    for path in (out / "results.json", *([json_file] if json_file else [])):
+        results.write(path, meta, rows)
+    html.write(out / "report.html", report.html_page(cases, settings, rows))
+    _print_table(f"N = {workers} workers, emulated {link}", report.HEADER, report.table(rows))
+    click.echo(f"{out / 'results.json'}  {out / 'report.html'}")
+
+
+@cli.command()
+@click.option("--workers", type=click.IntRange(1), default=32, show_default=True, help="Virtual workers.")
+@click.option("--density", type=DENSITY, default=0.001, show_default=True, help="Share of the gradient DGC sends.")
+@click.option("--steps", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--hidden", type=click.IntRange(8), default=128, show_default=True, help="Width of the LSTM.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
+def simulate(workers: int, density: float, steps: int, hidden: int, seed: int, json_file: Path | None) -> None:
+    """Train as many workers in this one process, dense and with DGC, and compare the held-out loss."""
+    if json_file:
+        _check_writable(json_file)
+    settings = SimulationSettings(workers, density, steps, hidden, seed)
+    with _progress(Console(stderr=True)) as bars:
+        tasks = {case: bars.add_task(case, total=steps, info="waits") for case in ("dense", "dgc")}
+
+        def progress(case: str, step: int, loss: float) -> None:
+            bars.update(tasks[case], completed=step + 1, info=f"step {step + 1:>5}  loss {loss:.3f}")
+
+        rows = simulate_text(settings, progress)
+    if json_file:
+        results.write(json_file, results.meta(thinwire.__version__, settings=dataclasses.asdict(settings)), rows)
+    figures = {(row.case, row.metric): row.value for row in rows}
+    lines = [
+        [
+            case,
+            f"{figures[case, 'heldout_loss']:.3f}",
+            f"{figures[case, 'train_loss']:.3f}",
+            f"{figures[case, 'ratio']:,.1f}",
+        ]
+        for case in ("dense", "dgc")
+    ]
+    title = f"N = {workers} simulated workers, {steps} steps"
+    _print_table(title, ("method", "held-out loss", "training loss", "ratio over all steps"), lines)
+
+
+def main() -> None:
+    """The entry point: what thinwire itself refuses is one line and exit code 2, like a wrong option."""
+    try:
+        cli(prog_name="thinwire")
+    except ThinwireError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+
+
+def _check_writable(*paths: Path) -> None:
+    """Fail before hours of work, not after."""
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a"):
+                pass
+        except OSError as error:
+            raise click.UsageError(f"can't write {path}: {error.strerror}; choose another place") from error
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<6}"), BarColumn(), TextColumn("{task.fields[info]}"), console=console
+    )
+
+
+def _print_table(title: str, header: Any, lines: list[list[str]]) -> None:
+    table = Table(title=title)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for line in lines:
+        table.add_row(*line)
+    Console().print(table)

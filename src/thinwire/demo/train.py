@@ -1,0 +1,131 @@
+"""What one worker of the demo does: ordinary DDP training, for a number of seconds."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+import thinwire
+from thinwire.demo import text as demo_text
+from thinwire.demo.model import CharLM, loss_of
+
+CLIP = 1.0
+WARMUP_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of the demo; all cases share everything but the method."""
+
+    seconds: float = 80.0
+    link: str = "100mbit"
+    workers: int = 2
+    density: float = 0.001
+    seed: int = 0
+    batch: int = 8
+    length: int = 32
+    hidden: int = 512
+    lr: float = 0.5
+    evaluations: int = 10
+
+    def method(self, case: str) -> thinwire.Method:
+        if case == "dense":
+            return thinwire.dense()
+        if case == "fp16":
+            return thinwire.cast("float16")
+        return thinwire.dgc(self.density, clip=CLIP, warmup=thinwire.Warmup(WARMUP_STEPS))
+
+
+@dataclass
+class Point:
+    """Where a case stands."""
+
+    seconds: float
+    step: int
+    held_out_loss: float
+
+
+@dataclass
+class CaseResult:
+    """What a case did, as its first worker saw it."""
+
+    case: str
+    steps: int = 0
+    points: list[Point] = field(default_factory=list[Point])
+    step_seconds: list[float] = field(default_factory=list[float])
+    wire_bytes: list[float] = field(default_factory=list[float])  # of each step
+    ratio: float = 1.0  # after warm-up, over all parameters
+    ratio_compressed: float = 1.0
+    report: str = ""
+
+
+def train(rank: int, case: str, settings: Settings, rendezvous: str, tell: Callable[[str, Any], None]) -> None:
+    """Train as ``rank``, telling ``("progress", (seconds, step, loss))`` and at the end ``("result", CaseResult)``."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=settings.workers)
+    try:
+        result = _train(rank, case, settings, tell)
+    finally:
+        dist.destroy_process_group()
+    if rank == 0:
+        tell("result", result)
+
+
+def _train(rank: int, case: str, settings: Settings, tell: Callable[[str, Any], None]) -> CaseResult:
+    text = demo_text.load()
+    torch.manual_seed(settings.seed)
+    model = CharLM(len(text.vocabulary), hidden=settings.hidden)
+    optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=0.9)
+    ddp = DistributedDataParallel(model)
+    method = settings.method(case)
+    wire = thinwire.attach(ddp, method, optimizer=optimizer, link=settings.link)
+    result = CaseResult(case)
+    held_out = text.held_out_batch(64, 128)
+
+    def evaluate(seconds: float) -> None:
+        if rank == 0:
+            torch.set_num_threads(os.cpu_count() or 1)
+            with torch.no_grad():
+                result.points.append(Point(seconds, result.steps, loss_of(model, held_out).item()))
+            torch.set_num_threads(1)
+
+    trained = 0.0
+    evaluate(trained)
+    go_on = torch.ones(1)
+    while go_on.item():
+        dist.barrier()  # an evaluation by the first worker is not the others' time
+        started = time.perf_counter()
+        loss = loss_of(ddp, text.batch(result.steps, rank, settings.batch, settings.length, settings.seed))
+        optimizer.zero_grad()
+        loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        if method.clip is None:
+            clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        result.step_seconds.append(time.perf_counter() - started)
+        trained += result.step_seconds[-1]
+        result.steps += 1
+        tell("progress", (min(trained, settings.seconds), result.steps, loss.item()))
+        if trained < settings.seconds and trained >= len(result.points) * settings.seconds / settings.evaluations:
+            evaluate(trained)
+        go_on.fill_(trained < settings.seconds)
+        dist.broadcast(go_on, 0)
+    evaluate(trained)
+    rows = list(wire.ledger.rows)
+    result.wire_bytes = [row.wire_bytes for row in rows]
+    after = rows[WARMUP_STEPS:] or rows[-1:]
+    result.ratio = statistics.median(row.dense_bytes / row.wire_bytes for row in after)
+    if any(row.compressed_wire_bytes for row in after):
+        result.ratio_compressed = statistics.median(
+            row.compressed_dense_bytes / row.compressed_wire_bytes for row in after
+        )
+    result.report = wire.report()
+    wire.detach()
+    return result
