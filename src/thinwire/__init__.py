@@ -5,6 +5,7 @@
 ``thinwire.pipeline`` is the file to read first.
 """
 
+from thinwire._version import __version__
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.sparse import TopK
 from thinwire.core import Compressor, Memory, ThinwireError
@@ -16,8 +17,6 @@ from thinwire.policy.plan import Method, Rule
 from thinwire.policy.schedule import Warmup
 from thinwire.session import Session
 from thinwire.sim.workers import Simulation, simulate
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Cast",
@@ -35,6 +34,7 @@ __all__ = [
     "ThinwireError",
     "TopK",
     "Warmup",
+    "__version__",
     "attach",
     "cast",
     "dense",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from thinwire._version import __version__
 from thinwire.core import State, ThinwireError, norm
 from thinwire.exchange.collectives import Collective
 from thinwire.exchange.routes import Bucket, plan_bucket
@@ -102,15 +103,9 @@ class Session:
                 self.ledger.note(note)
 
     def _describe(self, method: Method, units: Sequence[Unit]) -> list[tuple[str, str]]:
-        from thinwire import __version__
-
-        lines = [
-            ("thinwire", __version__),
-            ("method", method.to_json()),
-            ("seed", str(self.seed)),
-            ("step", str(self.step)),
-        ]
-        return lines + [(f"unit {unit.name!r}", unit.describe()) for unit in units]
+        described = [(f"unit {unit.name!r}", unit.describe()) for unit in units]
+        rest = (("method", method.to_json()), ("seed", str(self.seed)), ("step", str(self.step)))
+        return [("thinwire", __version__), *described, *rest]
 
     def _agree(self, lines: Sequence[tuple[str, str]]) -> None:
         """Compare the plan over the ranks, and name the first difference.

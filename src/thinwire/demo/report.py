@@ -29,8 +29,8 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
 def setting(settings: Settings) -> str:
     """What the figures hold for; every link here is emulated."""
     return (
-        f"The same character model, text, seed and {settings.seconds:g} seconds for each method; N = {settings.workers} "
-        f"workers (real gloo processes) over an emulated {settings.link} link. Bytes and ratio are after the warm-up; "
+        f"The same model, text, seed and {settings.seconds:g} seconds for each method; N = {settings.workers} "
+        f"workers (gloo processes) over an emulated {settings.link} link. Bytes and ratio are after the warm-up; "
         "ratio is dense fp32 bytes over the method's."
     )
 

@@ -97,6 +97,7 @@ class Dispatcher:
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
         self.held: list[tuple[Bucket, list[Tensor], Tensor, Future]] = []
         self.exchanged_since_step = False
+        self.warned = False
 
     def install(
         self, session: Session, ddp: DistributedDataParallel, owners: Sequence[tuple[nn.Module, str, Tensor]]
@@ -109,8 +110,8 @@ class Dispatcher:
                         "assign=True) does it): DDP no longer averages its gradient; wrap the model and attach again"
                     )
             first = session.units[0].param
-            if self.exchanged_since_step and first.grad is not None and torch.is_grad_enabled():
-                self.exchanged_since_step = False  # once
+            if self.exchanged_since_step and first.grad is not None and torch.is_grad_enabled() and not self.warned:
+                self.warned = True
                 warnings.warn(ACCUMULATED, stacklevel=2)
 
         def after_step(*_: object) -> None:
@@ -133,26 +134,34 @@ class Dispatcher:
                 "leave torch._dynamo.config.optimize_ddp at its default, or compile the module inside DDP"
             )
         buffer, session = bucket.buffer(), self.session
-        if session is None or (buffer.is_sparse and not session.bucket(bucket.parameters()).lossy):
+        if session is None:
             return self._plain(buffer)
-        if buffer.is_sparse:
-            raise ThinwireError(
-                "a compressed parameter has a sparse gradient; use sparse=False, or keep_dense= in the method"
-            )
         if bucket.index() == 0:
             self._begin(session)
         planned = session.bucket(bucket.parameters())
-        grads = [unit.grad_like(grad) for unit, grad in zip(planned.units, bucket.gradients(), strict=True)]
-        if session.method.clip is None:
-            done = self._exchange(session, planned, grads, buffer)
-        else:  # the norm of all gradients is known only when the last bucket is there
-            done = in_future(buffer)
-            self.held.append((planned, grads, buffer, done))
-            if bucket.is_last():
-                self._exchange_held(session, session.method.clip)
+        done = self._pass_sparse(planned, buffer) if buffer.is_sparse else self._pass(session, planned, bucket, buffer)
         if bucket.is_last():
+            if session.method.clip is not None:
+                self._exchange_held(session, session.method.clip)
             session.end_step()
         return done
+
+    def _pass(
+        self, session: Session, planned: Bucket, bucket: GradBucket, buffer: Tensor
+    ) -> torch.futures.Future[torch.Tensor]:
+        grads = [unit.grad_like(grad) for unit, grad in zip(planned.units, bucket.gradients(), strict=True)]
+        if session.method.clip is None:
+            return self._exchange(session, planned, grads, buffer)
+        done = in_future(buffer)  # the norm of all gradients is known only when the last bucket is there
+        self.held.append((planned, grads, buffer, done))
+        return done
+
+    def _pass_sparse(self, planned: Bucket, buffer: Tensor) -> torch.futures.Future[torch.Tensor]:
+        if planned.lossy or any(unit.memory.absorbs for unit in planned.units):
+            raise ThinwireError(
+                f"{planned.units[0].name} has a sparse gradient, which its method can't compress; use sparse=False"
+            )
+        return self._plain(buffer)
 
     def _begin(self, session: Session) -> None:
         self.held.clear()
@@ -194,7 +203,8 @@ class Dispatcher:
 
     def _plain(self, buffer: Tensor) -> torch.futures.Future[Tensor]:
         buffer = buffer.mul_(1.0 / dist.get_world_size(self.group))
-        return ProcessGroup(self.group).all_reduce(buffer).future.then(lambda _: buffer)
+        work = cast(Any, dist.all_reduce(buffer, group=self.group, async_op=True))
+        return work.get_future().then(_first)
 
     @contextlib.contextmanager
     def _side_stream(self, tensor: Tensor) -> Generator[None]:
@@ -206,6 +216,10 @@ class Dispatcher:
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(stream):
             yield
+
+
+def _first(future: Future) -> Tensor:
+    return future.value()[0]
 
 
 def _settle(done: Future, exchanged: Future) -> None:

@@ -1,0 +1,132 @@
+"""One battery over the whole catalogue: a new compressor is one row of CASES."""
+
+import pytest
+import torch
+
+from thinwire.compressors import catalogue
+from thinwire.compressors.cast import Cast
+from thinwire.compressors.sparse import TopK
+from thinwire.core import Context, ThinwireError, flat
+from thinwire.memory import ErrorFeedback, Momentum, MomentumCorrection, NoMemory
+from thinwire.units import payload_nbytes
+
+CASES = [
+    Cast(),
+    Cast("float16"),
+    Cast("bfloat16"),
+    TopK(0.01),
+    TopK(0.1, values="float16"),
+    TopK(0.03, selection="sampled"),
+    TopK(1.0),
+]
+LOSSLESS = {Cast(), TopK(1.0)}
+CTX = Context(seed=3, step=5, unit="layer.weight", rank=1)
+
+
+def shapes(compressor):
+    big = 120_000 if "sampled" in str(compressor) else 40_000
+    return [(0,), (1,), (2, 1), (3, 7), (63,), (16, 5, 3, 3), (big // 100, 100)]
+
+
+def restored(compressor, x):
+    payload = compressor.compress(x, {}, CTX)
+    out = torch.full_like(x, torch.nan)
+    compressor.decompress(payload, x, {}, CTX).write_to(out)
+    return payload, out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compressor", CASES, ids=str)
+class TestBattery:
+    def test_static_payload_and_contraction(self, compressor, dtype):
+        for shape in shapes(compressor):
+            x = torch.randn(shape).to(dtype)
+            before = x.clone()
+            payload, out = restored(compressor, x)
+            assert torch.equal(x, before), "compress must only read"
+            like = compressor.compress(x.to("meta"), {}, CTX)
+            assert [(t.shape, t.dtype) for t in payload] == [(t.shape, t.dtype) for t in like]
+            assert sum(t.nbytes for t in payload) == payload_nbytes(compressor, x.to("meta"))
+            assert all(t.is_contiguous() for t in payload)
+            lost = (x.double() - out.double()).square().sum()
+            assert lost <= x.double().square().sum()
+            exact = compressor in LOSSLESS or (compressor.summable and dtype.itemsize == 2)  # bf16 fits in fp16 here
+            if x.numel() > 100 and not exact:
+                assert lost > 0, "a test that never compresses proves nothing"
+                assert sum(t.nbytes for t in payload) < 4 * x.numel()
+
+    def test_zero_and_channels_last(self, compressor, dtype):
+        _, out = restored(compressor, torch.zeros(50, 20, dtype=dtype))
+        assert torch.equal(out, torch.zeros_like(out))
+        x = torch.randn(8, 4, 3, 3).to(dtype).to(memory_format=torch.channels_last)
+        _, out = restored(compressor, x)
+        assert out.stride() == x.stride()
+        contiguous = restored(compressor, flat(x).clone())[1]
+        assert torch.equal(flat(out), contiguous), "in the order of memory, whatever the layout"
+
+    def test_decompressed_adds_and_clears(self, compressor, dtype):
+        x = torch.randn(60, 50).to(dtype)
+        got = compressor.decompress(compressor.compress(x, {}, CTX), x, {}, CTX)
+        _, out = restored(compressor, x)
+        base = torch.randn(60, 50, dtype=torch.float64)
+        total = base.clone()
+        got.add_to(total, alpha=-2.0)
+        torch.testing.assert_close(total, base - 2.0 * out.double())
+        got.clear(total)
+        assert torch.equal(total == 0, (out != 0) | (total == 0))
+
+    def test_deterministic(self, compressor, dtype):
+        x = torch.randn(200, 100).to(dtype)
+        again = [compressor.compress(x.clone(), {}, CTX) for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*again, strict=True))
+
+    def test_summable_is_linear(self, compressor, dtype):
+        if not compressor.summable:
+            return
+        x, y = torch.randn(2, 30, 10).to(dtype)
+        summed = tuple(
+            a + b for a, b in zip(compressor.compress(x, {}, CTX), compressor.compress(y, {}, CTX), strict=True)
+        )
+        out = torch.empty_like(x)
+        compressor.decompress(summed, x, {}, CTX).write_to(out)
+        torch.testing.assert_close(out, restored(compressor, x)[1] + restored(compressor, y)[1], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "part", [*CASES, NoMemory(), ErrorFeedback(), MomentumCorrection(0.9, True, 0.1), Momentum()], ids=str
+)
+def test_json_round_trip(part):
+    rows = catalogue.COMPRESSORS | catalogue.MEMORIES
+    assert catalogue.from_json(catalogue.to_json(part), rows) == part
+
+
+def test_every_row_is_in_the_battery():
+    assert {type(case) for case in CASES} == set(catalogue.COMPRESSORS.values())
+
+
+def test_unknown_rows():
+    with pytest.raises(ThinwireError, match="kind 'nonsense' is not in the catalogue"):
+        catalogue.from_json({"kind": "nonsense"}, catalogue.COMPRESSORS)
+    with pytest.raises(ThinwireError, match="unexpected keyword"):
+        catalogue.from_json({"kind": "topk", "density": 0.1, "colour": 1}, catalogue.COMPRESSORS)
+
+
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.1, float("nan")])
+def test_density_outside_its_range(density):
+    with pytest.raises(ThinwireError, match=r"density is .*\(0, 1\]"):
+        TopK(density)
+
+
+@pytest.mark.parametrize(
+    "options", [{"values": "int3"}, {"selection": "guess"}, {"sample_ratio": 0.0}, {"lower": 1.0}, {"attempts": -1}]
+)
+def test_other_bad_options(options):
+    with pytest.raises(ThinwireError, match=str(next(iter(options.values())))):
+        TopK(0.1, **options)
+
+
+def test_a_cast_saturates_instead_of_sending_infinity():
+    x = torch.tensor([1e6, 1.0, -1e6])
+    _, out = restored(TopK(0.5, values="float16"), x)
+    assert out.isfinite().all()
+    assert out[0] == torch.finfo(torch.float16).max

@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+import torch
+
+from thinwire.compressors.select import by_threshold, largest
+from thinwire.core import Context
+
+CTX = Context(seed=0, step=0, unit="w", rank=0)
+
+
+def oracle(magnitude: torch.Tensor, k: int) -> list[int]:
+    """Stable sort in NumPy: among equal magnitudes the lower index wins."""
+    return sorted(np.argsort(-magnitude.double().numpy(), kind="stable")[:k].tolist())
+
+
+@pytest.mark.parametrize("k", [0, 1, 7, 99, 100, 200])
+@pytest.mark.parametrize("levels", [2, 5, None])
+def test_largest_against_numpy(k, levels):
+    magnitude = torch.rand(100) if levels is None else torch.randint(0, levels, (100,)).float()
+    assert largest(magnitude, k).tolist() == oracle(magnitude, min(k, 100))
+
+
+def test_sampled_sends_at_most_k_and_at_least_four_fifths():
+    magnitude = torch.randn(400_000).abs()
+    for step in range(10):
+        ctx = Context(0, step, "w", 0)
+        chosen = by_threshold(magnitude, 400, 1, ctx, ratio=0.01, lower=0.8, attempts=10)
+        assert 0.8 * 400 <= chosen.numel() <= 400
+        assert torch.equal(chosen, chosen.sort().values)
+
+
+def test_surplus_is_cut_by_magnitude_not_by_position():
+    magnitude = torch.zeros(200_000)
+    magnitude[100_000:] = torch.rand(100_000) + 1.0  # all that matters stands at the end
+    magnitude[-50:] = 10.0
+    chosen = by_threshold(magnitude, 100, 1, CTX, ratio=0.01, lower=0.8, attempts=10)
+    assert set(range(199_950, 200_000)) <= set(chosen.tolist())
+
+
+def test_every_position_is_favoured_alike():
+    counts = torch.zeros(10)
+    for step in range(40):
+        magnitude = torch.randn(100_000, generator=torch.Generator().manual_seed(step)).abs()
+        chosen = by_threshold(magnitude, 1000, 1, Context(0, step, "w", 0), ratio=0.01, lower=0.8, attempts=10)
+        counts += torch.bincount(chosen // 10_000, minlength=10)
+    share = counts / counts.sum()
+    assert (share - 0.1).abs().max() < 0.01  # the reference code gives 10.4 % to the first and 8.0 % to the last
+
+
+def test_sample_is_redrawn_each_step_and_crosses_rows():
+    magnitude = torch.zeros(512, 512)
+    magnitude[:, 3] = 1.0  # one column: a stride that follows the rows would see all of it or nothing
+    for step in range(5):
+        chosen = by_threshold(
+            magnitude.view(-1), 512, 512, Context(0, step, "w", 0), ratio=0.05, lower=0.8, attempts=10
+        )
+        assert set((chosen % 512).tolist()) == {3}

@@ -1,0 +1,39 @@
+import torch
+
+from thinwire import dgc, topk
+from thinwire.exchange.routes import plan_bucket
+from thinwire.units import resolve, set_stage
+
+
+def bucket(shapes, method, world, dtypes=None):
+    named = [(f"p{i}", torch.zeros(s, dtype=(dtypes or {}).get(i, torch.float32))) for i, s in enumerate(shapes)]
+    units = resolve(named, method, {})
+    set_stage(units, None, world)
+    return plan_bucket(units, world)
+
+
+def test_small_dense_payloads_ride_along():
+    planned = bucket([(100, 100), (100,)], dgc(0.01), 4)
+    assert [group.kind for group in planned.groups] == ["all_gather"]
+
+
+def test_large_dense_payloads_take_their_own_all_reduce():
+    planned = bucket([(100, 100), (100_000,)], dgc(0.01), 32)
+    assert [(group.kind, group.units) for group in planned.groups] == [("all_gather", (0,)), ("all_reduce", (1,))]
+
+
+def test_what_can_be_summed_is_summed_in_one_message_for_each_dtype():
+    planned = bucket([(8,), (9,), (7,)], topk(0.1), 2, {1: torch.bfloat16})
+    assert [(group.kind, group.units, group.dtype) for group in planned.groups] == [
+        ("all_reduce", (0, 2), torch.float32),
+        ("all_reduce", (1,), torch.bfloat16),
+    ]
+    assert planned.groups[0].layout.nbytes == 60, "an all-reduce of an odd size is not padded"
+
+
+def test_bytes_of_a_bucket():
+    planned = bucket([(100, 100), (100,)], topk(0.01), 4)
+    total, compressed = planned.wire_bytes(4)
+    assert compressed == 3 * planned.groups[0].layout.unit_nbytes[0]
+    assert total == 3 * planned.groups[0].layout.nbytes
+    assert total < 6 * 10_100

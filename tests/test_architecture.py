@@ -1,0 +1,77 @@
+"""The house: a room stands above everything it imports; what is public is frozen; files stay small."""
+
+import ast
+from pathlib import Path
+
+import thinwire
+
+SOURCE = Path(thinwire.__file__).parent
+FLOORS = [
+    ["core", "_version"],
+    ["link", "memory", "wire", "report"],
+    ["compressors"],
+    ["policy"],
+    ["units", "methods"],
+    ["exchange"],
+    ["optimizers", "pipeline"],
+    ["session"],
+    ["engines", "sim"],
+    ["__init__"],
+    ["demo"],
+    ["cli"],
+    ["__main__"],
+]
+FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def rooms_imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "thinwire":
+                found.add(parts[1] if len(parts) > 1 and parts[1] in FLOOR else "__init__")
+    return found
+
+
+def test_nothing_imports_upward():
+    for path in SOURCE.rglob("*.py"):
+        room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        assert room in FLOOR, f"{path} stands on no floor"
+        for other in rooms_imported(path):
+            assert FLOOR[other] < FLOOR[room] or other == room, (
+                f"{path.relative_to(SOURCE)} imports {other}, which does not stand below it"
+            )
+
+
+def test_files_are_small():
+    for path in SOURCE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_pipeline_reads_as_the_journey():
+    assert len((SOURCE / "pipeline.py").read_text().splitlines()) <= 120
+
+
+def test_core_needs_no_extra():
+    extras = {"click", "rich", "matplotlib"}
+    for path in SOURCE.rglob("*.py"):
+        if path.relative_to(SOURCE).parts[0] in ("cli.py", "__main__.py") or path.name == "html.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            assert not extras & {name.split(".")[0] for name in names}, path
+
+
+def test_public_names():
+    assert sorted(thinwire.__all__) == [
+        "Cast", "Compressor", "ErrorFeedback", "Link", "Memory", "Method", "Momentum", "MomentumCorrection", "NoMemory",
+        "Rule", "Session", "Simulation", "ThinwireError", "TopK", "Warmup", "__version__", "attach", "cast", "dense",
+        "dgc", "simulate", "topk",
+    ]  # fmt: skip

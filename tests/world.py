@@ -1,0 +1,71 @@
+"""Worlds of real gloo processes that stay alive between tests, since each takes seconds to start."""
+
+import contextlib
+import os
+import socket
+import traceback
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+
+import torch
+import torch.distributed as dist
+
+
+class World:
+    """``run(fn, *args)`` calls ``fn(rank, *args)`` on every rank and answers the results in rank order."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.pipes: list[Connection] = []
+        self.processes = []
+
+    def start(self) -> None:
+        context = get_context("spawn")
+        rendezvous = f"tcp://127.0.0.1:{free_port()}"
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.size, rendezvous, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, fn, *args, timeout: float = 120.0) -> list:
+        if not self.processes:
+            self.start()
+        for pipe in self.pipes:
+            pipe.send((fn, args))
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(timeout):
+                self.stop()
+                raise TimeoutError(f"rank {rank} did not answer within {timeout} s: a hang")
+            answers.append(pipe.recv())
+        if failed := [(rank, text) for rank, (ok, text) in enumerate(answers) if not ok]:
+            self.stop()  # the others may be in the middle of a collective
+            raise AssertionError("\n".join(f"rank {rank}:\n{text}" for rank, text in failed))
+        return [value for _, value in answers]
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes, self.pipes = [], []
+
+
+def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)
+    with contextlib.suppress(EOFError):
+        while True:
+            fn, args = pipe.recv()
+            try:
+                pipe.send((True, fn(rank, *args)))
+            except BaseException:
+                pipe.send((False, traceback.format_exc()))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
