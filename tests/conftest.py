@@ -1,4 +1,6 @@
 import logging
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -24,3 +26,24 @@ def world4():
     world = World(4)
     yield world
     world.stop()
+
+
+@pytest.fixture
+def chromium(tmp_path):
+    """``chromium(page)`` opens a file in a headless browser; answers its DOM and what it wrote to the console."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no Chromium here; Debian's package chromium makes this test run")
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+    def opened(page):
+        done = subprocess.run(
+            [program, "--headless", "--no-sandbox", "--disable-gpu", *quiet, "--no-first-run", "--disable-quic",
+             "--enable-logging=stderr",
+             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000", "--dump-dom", page.as_uri()],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+    return opened

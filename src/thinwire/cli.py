@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def demo(
     for path in (out / "results.json", *([json_file] if json_file else [])):
         results.write(path, meta, rows)
     html.write(out / "report.html", report.html_page(cases, settings, rows))
-    _print_table(f"N = {workers} workers, emulated {link}", report.HEADER, report.table(rows))
+    _print_table(settings.wire, report.HEADER, report.table(rows))
     click.echo(f"{out / 'results.json'}  {out / 'report.html'}")
 
 
@@ -118,13 +119,19 @@ def simulate(workers: int, density: float, steps: int, hidden: int, seed: int, j
     _print_table(title, ("method", "held-out loss", "training loss", "ratio over all steps"), lines)
 
 
-def main() -> None:
-    """The entry point: what thinwire itself refuses is one line and exit code 2, like a wrong option."""
+def main(args: Sequence[str] | None = None) -> None:
+    """The entry point: whatever is refused is one line that says what is allowed, and exit code 2."""
     try:
-        cli(prog_name="thinwire")
-    except ThinwireError as error:
-        click.echo(f"Error: {error}", err=True)
+        cli.main(args, prog_name="thinwire", standalone_mode=False)
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "thinwire"
+        click.echo(f"thinwire: {error.format_message()} (see {path} --help)", err=True)
         sys.exit(2)
+    except (click.ClickException, ThinwireError) as error:
+        click.echo(f"thinwire: {error}", err=True)
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(130)
 
 
 def _check_writable(*paths: Path) -> None:
@@ -132,8 +139,11 @@ def _check_writable(*paths: Path) -> None:
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            existed = path.exists()
             with path.open("a"):
                 pass
+            if not existed:
+                path.unlink()
         except OSError as error:
             raise click.UsageError(f"can't write {path}: {error.strerror}; choose another place") from error
 

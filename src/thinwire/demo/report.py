@@ -29,26 +29,33 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
 def setting(settings: Settings) -> str:
     """What the figures hold for; every link here is emulated."""
     return (
-        f"The same model, text, seed and {settings.seconds:g} seconds for each method; N = {settings.workers} "
-        f"workers (gloo processes) over an emulated {settings.link} link. Bytes and ratio are after the warm-up; "
-        "ratio is dense fp32 bytes over the method's."
+        f"The same model, text, seed and {settings.seconds:g} seconds for each method; {settings.wire} link. Bytes and "
+        "ratio are after the warm-up; ratio is dense fp32 bytes over the method's."
     )
 
 
 def html_page(results: Sequence[CaseResult], settings: Settings, rows: Sequence[Row]) -> str:
     """Held-out loss against seconds and against steps, and bytes per step."""
     loss = "held-out loss (nats per character)"
-    link = f"emulated {settings.link}, N = {settings.workers}"
     by_seconds = {r.case: ([p.seconds for p in r.points], [p.held_out_loss for p in r.points]) for r in results}
     by_steps = {r.case: ([float(p.step) for p in r.points], [p.held_out_loss for p in r.points]) for r in results}
     by_bytes = {r.case: ([0.0], [r.wire_bytes[-1]]) for r in results}
     plots = [
         Plot(
-            "Loss against seconds", f"seconds of training ({link})", loss, by_seconds, caption="What a user waits for."
+            "Loss against seconds",
+            f"seconds of training ({settings.wire})",
+            loss,
+            by_seconds,
+            caption="What a user waits for.",
         ),
         Plot("Loss against steps", "steps", loss, by_steps, caption="What compression costs at equal steps."),
         Plot(
-            "Bytes per step", f"after warm-up ({link})", "bytes per worker", by_bytes, log_y=True, caption="Log scale."
+            "Bytes per step",
+            f"after warm-up ({settings.wire})",
+            "bytes per worker",
+            by_bytes,
+            log_y=True,
+            caption="Log scale.",
         ),
     ]
     ledgers = {f"ledger: {r.case}": r.report for r in results}

@@ -35,6 +35,11 @@ class Settings:
     lr: float = 0.5
     evaluations: int = 10
 
+    @property
+    def wire(self) -> str:
+        """What the figures hold for, as tables and plots say it."""
+        return f"N = {self.workers} workers, emulated {thinwire.Link.parse(self.link)}"
+
     def method(self, case: str) -> thinwire.Method:
         if case == "dense":
             return thinwire.dense()
