@@ -5,12 +5,13 @@ A collective only carries bytes. It is started by ``all_reduce`` or ``all_gather
 differs between ranks.
 """
 
+import atexit
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, ClassVar, Protocol, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -68,10 +69,24 @@ class Collective(Protocol):
         ...
 
 
+@atexit.register
+def _let_go() -> None:
+    """Give gloo's threads the time to put down the last tensors they held.
+
+    They need the interpreter for it, without the main thread's waiting for them; once it is shutting down, asking
+    for it ends the process in ``std::terminate``. That is so with any Python hook on gloo, thinwire or not.
+    """
+    if ProcessGroup.used:
+        time.sleep(0.05)
+
+
 class ProcessGroup:
     """Collectives of ``torch.distributed``, on any backend."""
 
+    used: ClassVar[bool] = False
+
     def __init__(self, group: dist.ProcessGroup) -> None:
+        ProcessGroup.used = True
         self.group = group
         self.label = dist.get_backend(group)
         self.rank = dist.get_rank(group)
