@@ -55,7 +55,7 @@ def test_files_are_small():
 
 
 def test_pipeline_reads_as_the_journey():
-    assert len((SOURCE / "pipeline.py").read_text().splitlines()) <= 120
+    assert len((SOURCE / "pipeline.py").read_text().splitlines()) <= 150
 
 
 def test_core_needs_no_extra():

@@ -83,6 +83,8 @@ def test_simulate(tmp_path):
         (["demo", "--link", "5parsecs"], "link '5parsecs' is not understood; write a bandwidth"),
         (["demo", "--density", "0"], "0<x<=1"),
         (["demo", "--density", "1.5"], "0<x<=1"),
+        (["demo", "--density", "nan"], "not a finite number"),
+        (["demo", "--seconds", "inf"], "not a finite number"),
         (["demo", "--workers", "1"], "x>=2"),
         (["demo", "--seconds", "soon"], "not a valid float"),
         (["demo", "--out", "/proc/nowhere"], "can't write /proc/nowhere/results.json"),

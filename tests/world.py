@@ -29,8 +29,9 @@ class World:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, fn, *args, timeout: float = 120.0) -> list:
-        if not self.processes:
+    def run(self, fn, *args, timeout: float = 40.0) -> list:
+        if not self.processes or not all(process.is_alive() for process in self.processes):
+            self.stop()
             self.start()
         for pipe in self.pipes:
             pipe.send((fn, args))
@@ -39,7 +40,12 @@ class World:
             if not pipe.poll(timeout):
                 self.stop()
                 raise TimeoutError(f"rank {rank} did not answer within {timeout} s: a hang")
-            answers.append(pipe.recv())
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                code = self.processes[rank].exitcode
+                self.stop()
+                raise AssertionError(f"rank {rank} died with exit code {code}") from None
         if failed := [(rank, text) for rank, (ok, text) in enumerate(answers) if not ok]:
             self.stop()  # the others may be in the middle of a collective
             raise AssertionError("\n".join(f"rank {rank}:\n{text}" for rank, text in failed))

@@ -1,6 +1,7 @@
 """The command line. Needs the extra ``thinwire[cli]``."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,15 @@ class LinkType(click.ParamType[str]):
         return value
 
 
-DENSITY = click.FloatRange(0.0, 1.0, min_open=True)
+class Finite(click.FloatRange):
+    """A float range without nan and infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        return number if math.isfinite(number) else self.fail(f"{value!r} is not a finite number", param, ctx)
+
+
+DENSITY = Finite(0.0, 1.0, min_open=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -46,7 +55,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--seconds", type=click.FloatRange(1.0), default=80.0, show_default=True, help="Training time, each.")
+@click.option("--seconds", type=Finite(1.0), default=80.0, show_default=True, help="Training time, each.")
 @click.option("--link", type=LinkType(), default="100mbit", show_default=True, help="Emulated, e.g. 1gbit,0.5ms.")
 @click.option("--workers", type=click.IntRange(2), default=2, show_default=True, help="Worker processes.")
 @click.option("--density", type=DENSITY, default=0.001, show_default=True, help="Share of the gradient DGC sends.")

@@ -102,7 +102,8 @@ class Dense(Decompressed):
     density: float = 1.0
 
     def write_to(self, out: Tensor) -> None:
-        flat(out).copy_(self.values)
+        if out.data_ptr() != self.values.data_ptr() or out.dtype != self.values.dtype:  # summed in place
+            flat(out).copy_(self.values)
 
     def add_to(self, out: Tensor, alpha: float = 1.0) -> None:
         flat(out).add_(self.values, alpha=alpha)
@@ -139,10 +140,6 @@ class Compressor(ABC):
     min_ndim: ClassVar[int] = 0
     """Tensors of fewer dimensions are passed on to the plan's next rule."""
 
-    def init(self, like: Tensor) -> State:
-        """The state of a fresh unit shaped like ``like`` (which may be a meta tensor)."""
-        return {}
-
     @abstractmethod
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         """Encode ``x``; on a meta tensor, only shapes and dtypes."""
@@ -152,7 +149,7 @@ class Compressor(ABC):
         """What any receiver gets from ``payload``; ``like`` gives shape and dtype, never values."""
 
     def with_density(self, density: float) -> "Compressor":
-        """The same compressor at another density, for a warm-up; one without a density answers itself."""
+        """The same compressor at a density no lower than this, for a warm-up; one without a density answers itself."""
         return self
 
 
@@ -169,12 +166,23 @@ class Memory(ABC):
     """What is remembered of a unit between steps, in two parts that never mix.
 
     The *local* state differs between ranks and is written on the sending side alone; the *shared* state is the
-    same on every rank and is written on the receiving side alone. Each write reads ``old`` (what the last
-    finished step left) and fills ``new``; both may be the same dict, and then it works in place.
+    same on every rank and is written on the receiving side alone. Each write reads ``old``, what the last finished
+    step left, and fills ``new``, which counts only once the optimizer has stepped.
     """
+
+    stateful: ClassVar[bool] = True
+    """Whether anything is remembered at all, and so must be kept from what is not finite."""
 
     absorbs: ClassVar[bool] = False
     """Whether this memory takes momentum and weight decay over from the optimizer."""
+
+    @property
+    def residual_gain(self) -> float:
+        """How much of a gradient's whole effect one unit of the residual has, momentum included; 1 for gradients.
+
+        A residual that changes hands is scaled by it: a velocity already has the momentum in it.
+        """
+        return 1.0
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         """The dtype this memory works in, and what it hands to the compressor."""
@@ -189,8 +197,8 @@ class Memory(ABC):
         return {}
 
     @abstractmethod
-    def compensate(self, grad: Tensor, param: Tensor, old: State, new: State) -> Tensor:
-        """From the local gradient to what is to be compressed."""
+    def compensate(self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0) -> Tensor:
+        """From the local gradient, times ``scale`` (1 / loss scale), to what is to be compressed."""
 
     def sent(self, x: Tensor, own: Decompressed, new: State) -> None:  # noqa: B027
         """Remember what of ``x`` the receivers did not get; ``own`` is what they got."""

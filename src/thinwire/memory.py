@@ -26,9 +26,11 @@ def zeros(like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NoMemory(Memory):
-    """Sends the gradient as it is and forgets what compression lost."""
+    """Sends the gradient as it is, a loss scale included, and forgets what compression lost."""
 
-    def compensate(self, grad: Tensor, param: Tensor, old: State, new: State) -> Tensor:
+    stateful: ClassVar[bool] = False
+
+    def compensate(self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0) -> Tensor:
         return grad
 
 
@@ -53,8 +55,8 @@ class ErrorFeedback(Memory):
     def init(self, like: Tensor) -> State:
         return {"residual": zeros(like)}
 
-    def compensate(self, grad: Tensor, param: Tensor, old: State, new: State) -> Tensor:
-        return torch.add(old["residual"], grad, out=new["residual"])
+    def compensate(self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0) -> Tensor:
+        return torch.add(old["residual"], grad, alpha=scale, out=new["residual"])
 
     def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
         own.add_to(x, alpha=-1.0)  # x is new["residual"]
@@ -102,6 +104,10 @@ class MomentumCorrection(Memory):
         if not 0.0 <= self.mask_below_density <= 1.0:
             raise ThinwireError(f"mask_below_density is {self.mask_below_density}; it must be in [0, 1]")
 
+    @property
+    def residual_gain(self) -> float:
+        return 1.0 - self.momentum
+
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad)
 
@@ -111,14 +117,14 @@ class MomentumCorrection(Memory):
     def init_shared(self, like: Tensor) -> State:
         return {"decay": zeros(like)} if self.weight_decay and self.decay == "separate" else {}
 
-    def compensate(self, grad: Tensor, param: Tensor, old: State, new: State) -> Tensor:
-        if self.weight_decay and self.decay == "local":
-            grad = grad.to(new["residual"].dtype).add(param, alpha=self.weight_decay)
+    def compensate(self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0) -> Tensor:
         u, v = new["momentum"], new["residual"]
+        if self.weight_decay and self.decay == "local":
+            grad, scale = torch.mul(grad, scale).to(u.dtype).add_(param, alpha=self.weight_decay), 1.0
         if self.nesterov:
-            torch.add(old["momentum"], grad, out=u).mul_(self.momentum)
-            return torch.add(old["residual"], grad, out=v).add_(u)
-        torch.mul(old["momentum"], self.momentum, out=u).add_(grad)
+            torch.add(old["momentum"], grad, alpha=scale, out=u).mul_(self.momentum)
+            return torch.add(old["residual"], grad, alpha=scale, out=v).add_(u)
+        torch.mul(old["momentum"], self.momentum, out=u).add_(grad, alpha=scale)
         return torch.add(old["residual"], u, out=v)
 
     def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
@@ -169,8 +175,8 @@ class Momentum(Memory):
     def init_shared(self, like: Tensor) -> State:
         return {"momentum": zeros(like).to(float_at_least_32(like.dtype))} if self.momentum else {}
 
-    def compensate(self, grad: Tensor, param: Tensor, old: State, new: State) -> Tensor:
-        return grad
+    def compensate(self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0) -> Tensor:
+        return grad if scale == 1.0 else grad.mul_(scale)
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State) -> Tensor:
         decoupled = self.decay == "decoupled"

@@ -24,6 +24,7 @@ class Handover:
         self.optimizer = check(optimizer, method)
         self.names = {id(param): name for name, param in named.items()}
         self.settings = self._read(method)
+        self.handles: list[Any] = []
         self.taken = [{key: group[key] for key in MOVED} for group in self.optimizer.param_groups]
 
     def _read(self, method: str) -> dict[str, Absorbed]:
@@ -32,6 +33,11 @@ class Handover:
             for param in group["params"]:
                 if name := self.names.get(id(param)):
                     settings[name] = Absorbed(group["momentum"], group["nesterov"], group["weight_decay"])
+                elif param.requires_grad:
+                    raise ThinwireError(
+                        f"the optimizer also holds a parameter of shape {tuple(param.shape)} that is not exchanged "
+                        f"here and would lose its momentum to {method}; give it an optimizer of its own"
+                    )
         if missing := [name for name in self.names.values() if name not in settings]:
             raise ThinwireError(
                 f"parameter {missing[0]!r} is not in the optimizer ({len(missing)} are missing); {method} moves "
@@ -45,9 +51,12 @@ class Handover:
             buffer = self.optimizer.state.get(unit.param, {}).pop("momentum_buffer", None)
             if buffer is not None:
                 for worker in workers:
-                    unit.memory.take_buffer(buffer, worker.local[unit.name], unit.shared)
-        for group in self.optimizer.param_groups:
-            group.update(CLEARED)
+                    unit.memory.take_buffer(buffer, worker.local[unit.name].now, unit.shared.now)
+        self.handles = [
+            self.optimizer.register_state_dict_post_hook(self._complete),
+            self.optimizer.register_load_state_dict_post_hook(self._retake),
+        ]
+        self._clear()
         found = "; ".join(sorted({f"{s.momentum:g}, {s.nesterov}, {s.weight_decay:g}" for s in self.settings.values()}))
         return f"momentum, nesterov, weight_decay ({found}) moved from the optimizer into the memory until detach()"
 
@@ -56,17 +65,33 @@ class Handover:
         for group, taken in zip(self.optimizer.param_groups, self.taken, strict=False):
             group.update(taken)
         for unit in units:
-            parts = [unit.memory.give_buffer(worker.local[unit.name], unit.shared) for worker in workers]
-            shared = parts[0][1]
-            if local := [part for part, _ in parts if part is not None]:
-                buffer = torch.stack(local).sum(0).mul_(1.0 / collective.world)
-                if len(workers) < collective.world:
-                    arrived = collective.all_reduce(buffer)
-                    arrived.future.wait()
-                    buffer = arrived.result
-                shared = buffer if shared is None else buffer + shared
-            if shared is not None:
-                self.optimizer.state[unit.param]["momentum_buffer"] = shared.to(unit.param.dtype, copy=True)
+            buffer = averaged_buffer(unit, workers, collective)
+            if buffer is not None:
+                self.optimizer.state[unit.param]["momentum_buffer"] = buffer.to(unit.param.dtype, copy=True)
+        self.release()
+
+    def release(self) -> None:
+        """Follow the optimizer's checkpoints no longer."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _clear(self) -> None:
+        for group in self.optimizer.param_groups:
+            group.update(CLEARED)
+
+    def _complete(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """A checkpoint of the optimizer says what is really done, not that there is no momentum."""
+        for group, taken in zip(state["param_groups"], self.taken, strict=False):
+            group.update(taken)
+
+    def _retake(self, optimizer: torch.optim.Optimizer) -> None:
+        """What a checkpoint put back into the optimizer belongs to the memory."""
+        found = [{key: group[key] for key in MOVED} for group in optimizer.param_groups]
+        self._clear()
+        if found[: len(self.taken)] != self.taken:
+            raise ThinwireError(
+                f"the checkpoint's optimizer has {found}, the one attached had {self.taken}; load it before attach()"
+            )
 
     def check_untouched(self) -> None:
         """Momentum that a scheduler writes into the optimizer would be applied twice."""
@@ -75,8 +100,23 @@ class Handover:
                 if group[key] != cleared:
                     raise ThinwireError(
                         f"the optimizer's {key} is {group[key]} again, but it lives in the memory now and would be "
-                        "applied twice; use a scheduler that leaves it alone (in OneCycleLR: cycle_momentum=False)"
+                        "applied twice; use a scheduler that leaves it alone (in OneCycleLR: cycle_momentum=False), "
+                        "and detach() before you add a parameter group"
                     )
+
+
+def averaged_buffer(unit: Unit, workers: Sequence[Worker], collective: Collective) -> Tensor | None:
+    """The SGD momentum buffer of a unit, equal on all ranks. A collective call."""
+    parts = [unit.memory.give_buffer(worker.local[unit.name].now, unit.shared.now) for worker in workers]
+    shared = parts[0][1]
+    if local := [part for part, _ in parts if part is not None]:
+        buffer = torch.stack(local).sum(0).mul_(1.0 / collective.world)
+        if len(workers) < collective.world:
+            arrived = collective.all_reduce(buffer)
+            arrived.future.wait()
+            buffer = arrived.result
+        shared = buffer if shared is None else buffer + shared
+    return shared
 
 
 def check(optimizer: torch.optim.Optimizer | None, method: str) -> torch.optim.SGD:

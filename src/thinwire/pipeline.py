@@ -10,6 +10,7 @@ to the real run, and bytes are counted in one place.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +18,19 @@ from torch import Tensor
 from thinwire.core import Context, float_at_least_32, norm
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.exchange.routes import Bucket
-from thinwire.units import Worker
+from thinwire.units import Unit, Worker
+from thinwire.wire import head
+
+ALL_RIGHT = torch.zeros((), dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks learned of one bucket, the same on each: bool ``[senders, units]``, a sum being one sender."""
+
+    units: tuple[Unit, ...]
+    used: Tensor
+    bad: Tensor
 
 
 @torch.no_grad()
@@ -33,32 +46,41 @@ def clip(grads: Sequence[Tensor], threshold: float, world: int) -> None:
 
 
 @torch.no_grad()
-def send(bucket: Bucket, grads: Sequence[Tensor], worker: Worker, step: int) -> list[Tensor]:
+def send(
+    bucket: Bucket, grads: Sequence[Tensor], worker: Worker, step: int, used: Sequence[bool], loss_scale: float = 1.0
+) -> list[Tensor]:
     """The sending half: from one rank's gradients to its messages, one for each group of the bucket.
 
-    Everything that only this rank remembers is brought up to date here. The gradients may be overwritten.
+    Everything that only this rank remembers is prepared here, to be final once the optimizer has stepped. The
+    gradients may be overwritten.
     """
     asked: list[Tensor] = []
     payloads: list[tuple[Tensor, ...]] = []
+    bad: list[Tensor] = []
     contexts = [Context(worker.seed, step, unit.name, worker.rank) for unit in bucket.units]
     for unit, grad, ctx in zip(bucket.units, grads, contexts, strict=True):
         local = worker.local[unit.name]
-        x = unit.memory.compensate(grad, unit.param, local, local)
-        if (carried := local.pop("carried", None)) is not None:  # the residual that an earlier method left
+        x = unit.memory.compensate(grad, unit.param, local.now, local.next, 1.0 / loss_scale)
+        if (carried := local.now.get("carried")) is not None:  # the residual that an earlier method left
             x.add_(carried)
+        payload = unit.compressor.compress(x, local.now, ctx)
         asked.append(x)
-        payloads.append(unit.compressor.compress(x, local, ctx))
-    messages = [
+        payloads.append(payload)
+        bad.append(payload[0].isfinite().all().logical_not() if unit.guarded else ALL_RIGHT.to(x.device))
+    messages: list[Tensor] = []
+    for group in bucket.groups:
+        parts = [payloads[i] for i in group.units]
+        if group.has_head:
+            flags = head.encode([used[i] for i in group.units], torch.stack([bad[i] for i in group.units]), group.dtype)
+            parts.append((flags,))
         # what is asked may be the residual itself, which the exchange must not overwrite; a gradient it may
-        group.layout.pack([payloads[i] for i in group.units], in_place=all(asked[i] is grads[i] for i in group.units))
-        for group in bucket.groups
-    ]
+        messages.append(group.layout.pack(parts, in_place=all(asked[i] is grads[i] for i in group.units)))
     for unit, x, payload, ctx in zip(bucket.units, asked, payloads, contexts, strict=True):
         local = worker.local[unit.name]
-        own = unit.compressor.decompress(payload, x, local, ctx)
+        own = unit.compressor.decompress(payload, x, local.now, ctx)
         if worker.probe is not None and unit.compressed:
             worker.probe.look(x, own)
-        unit.memory.sent(x, own, local)
+        unit.memory.sent(x, own, local.next)
     return messages
 
 
@@ -68,22 +90,36 @@ def route(bucket: Bucket, messages: Sequence[Tensor], collective: Collective) ->
 
 
 @torch.no_grad()
-def receive(bucket: Bucket, inbox: Sequence[InFlight], outs: Sequence[Tensor], seed: int, step: int) -> None:
+def receive(
+    bucket: Bucket, inbox: Sequence[InFlight], outs: Sequence[Tensor], seed: int, step: int, loss_scale: float = 1.0
+) -> list[Verdict]:
     """The receiving half: from what arrived to the gradients for the optimizer, written to ``outs``.
 
-    It is the same on every rank, bit for bit: payloads are added in rank order.
+    It is the same on every rank, bit for bit: payloads are added in rank order. Where any rank sent what is not
+    finite, every rank's gradients become NaN, so that a loss scaler skips the step on all of them.
     """
+    verdicts: list[Verdict] = []
     for group, arrived in zip(bucket.groups, inbox, strict=True):
         senders = group.arrived(arrived.result)
+        factor = 1.0 / len(senders)
+        if group.has_head:
+            used, bad = head.decode(torch.stack([payloads[-1][0] for payloads in senders]), len(group.units))
+            verdicts.append(Verdict(tuple(bucket.units[i] for i in group.units), used, bad))
+            factor = torch.full((), factor, dtype=torch.float64, device=bad.device).masked_fill_(bad.any(), torch.nan)
         for j, i in enumerate(group.units):
             unit, out = bucket.units[i], outs[i]
             wide = float_at_least_32(out.dtype)  # short dtypes are summed in float32
             mean = out if out.dtype == wide else torch.empty_like(out, dtype=wide)
             for rank, payloads in enumerate(senders):
-                got = unit.compressor.decompress(payloads[j], mean, unit.shared, Context(seed, step, unit.name, rank))
+                got = unit.compressor.decompress(
+                    payloads[j], mean, unit.shared.now, Context(seed, step, unit.name, rank)
+                )
                 got.write_to(mean) if rank == 0 else got.add_to(mean)
-            if len(senders) > 1:
-                mean.mul_(1.0 / len(senders))
-            grad = unit.memory.receive(mean, unit.param, unit.shared, unit.shared)
+            if group.has_head or len(senders) > 1:
+                mean.mul_(factor)
+            grad = unit.memory.receive(mean, unit.param, unit.shared.now, unit.shared.next)
+            if unit.memory.stateful and loss_scale != 1.0:
+                grad.mul_(loss_scale)
             if grad is not out:
                 out.copy_(grad)
+    return verdicts

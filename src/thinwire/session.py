@@ -8,6 +8,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,12 +18,21 @@ from thinwire.core import State, ThinwireError, norm
 from thinwire.exchange.collectives import Collective
 from thinwire.exchange.routes import Bucket, plan_bucket
 from thinwire.link import wire_bytes
-from thinwire.optimizers import Handover, log
+from thinwire.optimizers import Handover, averaged_buffer, log
+from thinwire.pipeline import Verdict
 from thinwire.policy.plan import Method
 from thinwire.report.ledger import Ledger, StepRow
-from thinwire.units import Probe, Unit, Worker, resolve, set_stage
+from thinwire.units import Probe, TwoCopies, Unit, Worker, resolve, set_stage
 
 PROBE_EVERY = 100
+OnNonfinite: TypeAlias = Literal["skip", "raise"]
+
+
+class Scaler(Protocol):
+    """What a session asks of ``torch.amp.GradScaler``."""
+
+    def get_scale(self) -> float: ...
+    def is_enabled(self) -> bool: ...
 
 
 class Session:
@@ -36,6 +46,7 @@ class Session:
             exchanged twice before a step.
         seed: of all randomness, with the step, the unit and the rank.
         workers: the ranks that live in this process: one, or all of a simulation.
+        scaler, on_nonfinite, timeout: see ``thinwire.attach``.
     """
 
     def __init__(
@@ -46,7 +57,14 @@ class Session:
         optimizer: torch.optim.Optimizer | None,
         seed: int = 0,
         workers: Sequence[Worker] | None = None,
+        scaler: Scaler | None = None,
+        on_nonfinite: OnNonfinite = "skip",
+        timeout: float = 300.0,
     ) -> None:
+        if on_nonfinite not in ("skip", "raise"):
+            raise ThinwireError(f"on_nonfinite is {on_nonfinite!r}; choose 'skip' or 'raise'")
+        if not timeout > 0:
+            raise ThinwireError(f"timeout is {timeout}; it is in seconds and must be above 0")
         self.named = list(named)
         self.collective = collective
         self.optimizer = optimizer
@@ -55,17 +73,33 @@ class Session:
         self.ledger = Ledger(method.name, collective.world, collective.label)
         self.step = 0
         self.units: list[Unit] = []
+        self.scaler = scaler
+        self.on_nonfinite = on_nonfinite
+        self.timeout = timeout
+        self.loss_scale = 1.0
+        self.verdicts: list[Verdict] = []
+        """What all ranks learned in the step under way."""
+        self._pending = False  # an exchange has been made that no optimizer step has made final
+        self._failed = False
         self.cleanup = contextlib.ExitStack()
         """What detach() undoes; engines add to it."""
         self._handover: Handover | None = None
-        self.row = StepRow(0)
+        self.row = StepRow(0, method.name)
         self._install(method)
+        if optimizer is not None:
+            self.cleanup.callback(optimizer.register_step_pre_hook(self._before_optimizer).remove)
+            self.cleanup.callback(optimizer.register_step_post_hook(self._after_optimizer).remove)
 
     # -- the method ------------------------------------------------------------------------------------------------
 
     def _prepare(self, method: Method) -> tuple[list[Unit], Handover | None]:
         """Everything about a method that can fail, before anything is changed."""
         handover = self._handover
+        if self.optimizer is None and any(rule.memory.stateful for rule in method.rules):
+            raise ThinwireError(
+                f"{method.name} remembers what it did not send, and what a step changes in that is final only when the "
+                "optimizer steps; pass optimizer="
+            )
         if not method.absorbs:
             handover = None
         elif handover is None:
@@ -76,26 +110,50 @@ class Session:
         try:
             units, handover = self._prepare(method)
         except ThinwireError as error:  # the other ranks must hear of it, or they would wait for ever
-            self._agree([("error", str(error))])
+            agree(self.collective, [("error", str(error))])
             raise
-        self._agree(self._describe(method, units))
+        agree(self.collective, self._describe(method, units))
         if self._handover is not None and handover is None:
             self._handover.give_back(self.units, self.workers, self.collective)
         before = {unit.name: unit for unit in self.units}
         for unit in units:
-            if unit.name in before:
-                unit.shared.update(_kept(before[unit.name].shared, unit.shared))
-            for worker in self.workers:
-                worker.local[unit.name] = _carry(worker.local.get(unit.name, {}), unit.fresh_state())
+            self._hand_on(before.get(unit.name), unit)
         if handover is not None and self._handover is None:
             self._say(handover.take(units, self.workers))
         self.method, self.units, self._handover = method, units, handover
         self.by_param = {id(unit.param): unit for unit in units}
+        self._installed_at = self.step
         self._density: float | None = -1.0
         self._set_stage()
 
+    def _hand_on(self, old: Unit | None, new: Unit) -> None:
+        """Give a unit the state of its predecessor, as far as it has a place for it."""
+        was = [worker.local.get(new.name, TwoCopies()) for worker in self.workers]
+        for worker in self.workers:
+            worker.local[new.name] = new.fresh(new.memory.init)
+        if old is None:
+            return
+        gain = old.memory.residual_gain / new.memory.residual_gain
+        for worker, state in zip(self.workers, was, strict=True):
+            _keep(state.now, worker.local[new.name].now, gain)
+        _keep(old.shared.now, new.shared.now)
+        if set(old.shared.now) != set(new.shared.now) or set(was[0].now) != set(self.workers[0].local[new.name].now):
+            self._hand_on_momentum(old, was, new)
+
+    def _hand_on_momentum(self, old: Unit, was: Sequence[TwoCopies], new: Unit) -> None:
+        """Momentum that was kept in another form goes over as the buffer of SGD, averaged over ranks."""
+        if not (old.memory.absorbs and new.memory.absorbs):
+            return
+        workers = [
+            Worker(worker.rank, local={old.name: state}) for worker, state in zip(self.workers, was, strict=True)
+        ]
+        buffer = averaged_buffer(old, workers, self.collective)
+        if buffer is not None:
+            for worker in self.workers:
+                new.memory.take_buffer(buffer, worker.local[new.name].now, new.shared.now)
+
     def _set_stage(self) -> None:
-        density = self.method.warmup.density(self.step) if self.method.warmup else None
+        density = self.method.warmup.density(self.step - self._installed_at) if self.method.warmup else None
         if density != self._density:
             self._density = density
             self._buckets: dict[tuple[int, ...], Bucket] = {}
@@ -106,23 +164,6 @@ class Session:
         described = [(f"unit {unit.name!r}", unit.describe()) for unit in units]
         rest = (("method", method.to_json()), ("seed", str(self.seed)), ("step", str(self.step)))
         return [("thinwire", __version__), *described, *rest]
-
-    def _agree(self, lines: Sequence[tuple[str, str]]) -> None:
-        """Compare the plan over the ranks, and name the first difference.
-
-        Raises:
-            ThinwireError: ranks ask for different things.
-        """
-        mine = hashlib.sha256(repr(lines).encode()).hexdigest()
-        if len(set(self.collective.exchange_text(mine))) == 1:
-            return
-        ranks = [text.split("\n") for text in self.collective.exchange_text("\n".join(f"{k}: {v}" for k, v in lines))]
-        for line in range(max(map(len, ranks))):
-            said = [rank[line] if line < len(rank) else "nothing" for rank in ranks]
-            if other := next((r for r in range(len(said)) if said[r] != said[0]), None):
-                raise ThinwireError(
-                    f"ranks differ: rank 0 has {said[0]}; rank {other} has {said[other]}; give all ranks the same"
-                )
 
     def set_method(self, method: Method) -> None:
         """Change the method between two steps, on all ranks at once. A collective call.
@@ -146,9 +187,8 @@ class Session:
         if self._handover is not None:
             self._handover.give_back(self.units, self.workers, self.collective)
             self._handover = None
-        pending = [
-            state["residual"] for worker in self.workers for state in worker.local.values() if "residual" in state
-        ]
+        states = [state.now for worker in self.workers for state in worker.local.values()]
+        pending = [state["residual"] for state in states if "residual" in state]
         if pending:
             self.ledger.note(f"step {self.step}: detached; a residual of norm {float(norm(pending)):.3g} was dropped")
         self.cleanup.close()
@@ -161,6 +201,15 @@ class Session:
 
     # -- the step --------------------------------------------------------------------------------------------------
 
+    def check(self) -> None:
+        """What can be wrong before a step; engines ask before the forward pass, where an error does no harm.
+
+        Raises:
+            ThinwireError: the optimizer does again what the memory has taken over.
+        """
+        if self._handover is not None:
+            self._handover.check_untouched()
+
     def bucket(self, params: Sequence[Tensor]) -> Bucket:
         """The bucket of these parameters, planned once for each composition and warm-up stage."""
         key = tuple(map(id, params))
@@ -168,21 +217,24 @@ class Session:
             if unknown := [p for p in params if id(p) not in self.by_param]:
                 raise ThinwireError(
                     f"a parameter of shape {tuple(unknown[0].shape)} arrived that was not in the model at attach; "
-                    "parameters must not be replaced after wrapping (load_state_dict(assign=True) does it): "
+                    "parameters must not be replaced (load_state_dict(assign=True) does it) or frozen after wrapping: "
                     "wrap and attach again"
                 )
             self._buckets[key] = plan_bucket([self.by_param[i] for i in key], self.collective.world)
         return self._buckets[key]
 
     def begin_step(self) -> None:
-        """Before the first bucket of a step."""
-        self.row = StepRow(self.step)
+        """Before the first bucket of a step. What an earlier one prepared and no optimizer made final is void."""
+        if self._pending:
+            self._pending = False
+            self.ledger.skipped += 1
+        self._failed = False
+        self.verdicts = []
+        self.row = StepRow(self.step, self.method.name)
         self._sent_before = self.collective.sent
-        if self._handover is not None:
-            self._handover.check_untouched()
+        self.loss_scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
         self._set_stage()
-        for worker in self.workers:
-            worker.probe = Probe() if self.step % PROBE_EVERY == 0 else None
+        self.workers[0].probe = Probe() if self.step % PROBE_EVERY == 0 else None
 
     def count(self, bucket: Bucket) -> None:
         """Book one bucket; the total comes from the collective itself."""
@@ -193,22 +245,85 @@ class Session:
             row.dense_bytes += plain
             row.compressed_dense_bytes += plain if i in bucket.lossy else 0.0
 
-    def clock(self, field: str, row: StepRow | None = None) -> "Stopwatch":
-        """Adds the seconds of a ``with`` block to a field of this step's row, or of another's."""
-        return Stopwatch(row or self.row, field)
-
     def end_step(self) -> None:
-        """After the last bucket of a step has been started."""
+        """After the last bucket of a step has arrived."""
         row = self.row
         row.wire_bytes = self.collective.sent - self._sent_before
         if (probe := self.workers[0].probe) is not None:
             row.error = probe.error
         self.ledger.add(row)
+        self._pending = True
+        for verdict in self.verdicts:
+            if bool(verdict.bad.any()):
+                self._fail(verdict)
+        if self.optimizer is None:
+            self._commit()
+
+    def _fail(self, verdict: Verdict) -> None:
+        sender, unit = (int(i) for i in verdict.bad.nonzero()[0])
+        rank = f"rank {sender}" if verdict.bad.shape[0] > 1 else "some rank"
+        self._failed = True
+        self._complaint = f"step {self.step}: the gradient of {verdict.units[unit].name} is not finite on {rank}"
+        self.ledger.note(f"{self._complaint}; skipped on all ranks")
+
+    def exchange_failed(self, bucket: Bucket, error: Exception) -> ThinwireError:
+        """What to raise when the exchange of a bucket has failed; the step under way is void."""
+        lost = self.collective.lost()
+        who = f"; rank {' and '.join(map(str, lost))} seems to be gone" if lost else ""
+        names = bucket.units[0].name + (f" (and {len(bucket.units) - 1} more)" if len(bucket.units) > 1 else "")
+        reason = str(error).splitlines()[0]
+        return ThinwireError(
+            f"step {self.step}: the exchange of {names} failed on rank {self.collective.rank}{who}: {reason}. Restart "
+            "from the last checkpoint."
+        )
+
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """The optimizer is about to step: not where a gradient was not finite. Without gradients it does nothing."""
+        if not (self._pending and self._failed):
+            return
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = None
+        if self.on_nonfinite == "raise":
+            self._pending = False
+            raise ThinwireError(f"{self._complaint}; nothing has been changed by this step")
+
+    def _after_optimizer(self, *_: object) -> None:
+        if self._pending and not self._failed:
+            self._commit()
+
+    def _commit(self) -> None:
+        """The optimizer has stepped: what the step prepared is final. A unit that no rank used has not been touched."""
+        self._pending = False
         self.step += 1
+        unused = {v.units[i].name for v in self.verdicts for i in v.used.any(0).logical_not().nonzero().flatten()}
+        for unit in self.units:
+            if unit.name not in unused:
+                unit.shared.commit()
+                for worker in self.workers:
+                    worker.local[unit.name].commit()
 
     def report(self) -> str:
         """The ledger as a Markdown table."""
         return self.ledger.markdown()
+
+
+def agree(collective: Collective, lines: Sequence[tuple[str, str]]) -> None:
+    """Compare what the ranks ask for, and name the first difference. A collective call.
+
+    Raises:
+        ThinwireError: they ask for different things.
+    """
+    mine = hashlib.sha256(repr(lines).encode()).hexdigest()
+    if len(set(collective.exchange_text(mine))) == 1:
+        return
+    ranks = [text.split("\n") for text in collective.exchange_text("\n".join(f"{k}: {v}" for k, v in lines))]
+    for line in range(max(map(len, ranks))):
+        said = [rank[line] if line < len(rank) else "nothing" for rank in ranks]
+        if other := next((r for r in range(len(said)) if said[r] != said[0]), None):
+            raise ThinwireError(
+                f"ranks differ: rank 0 has {said[0]}; rank {other} has {said[other]}; give all ranks the same"
+            )
 
 
 class Stopwatch:
@@ -226,14 +341,9 @@ class Stopwatch:
         setattr(self.row, self.field, getattr(self.row, self.field) + seconds)
 
 
-def _kept(old: State, new: State) -> State:
-    """The tensors of ``old`` that ``new`` has a place for."""
-    return {key: old[key] for key in new if key in old and old[key].dtype == new[key].dtype}
-
-
-def _carry(old: State, new: State) -> State:
-    """The new local state with what is kept of the old; a homeless residual is carried to the next step."""
-    carried = {"carried": old["residual"]} if "residual" in old and "residual" not in new else {}
-    if "carried" in old:
-        carried["carried"] = old["carried"]
-    return {**new, **_kept(old, new), **carried}
+def _keep(old: State, new: State, residual_gain: float = 1.0) -> None:
+    """Fill ``new`` with what ``old`` has of it; a residual that it has no place for is carried to the next step."""
+    for key, value in old.items():
+        kept = key if key in new else "carried" if key in ("residual", "carried") else None
+        if kept is not None:
+            new[kept] = value * residual_gain if key in ("residual", "carried") and residual_gain != 1.0 else value

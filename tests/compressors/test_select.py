@@ -55,3 +55,13 @@ def test_sample_is_redrawn_each_step_and_crosses_rows():
             magnitude.view(-1), 512, 512, Context(0, step, "w", 0), ratio=0.05, lower=0.8, attempts=10
         )
         assert set((chosen % 512).tolist()) == {3}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("count", [1, 5, 60])
+def test_what_is_not_finite_is_selected_first_and_never_more_than_k(value, count):
+    magnitude = torch.rand(4000)
+    magnitude[torch.randperm(4000)[:count]] = value
+    for chosen in (largest(magnitude, 20), by_threshold(magnitude, 20, 1, CTX, ratio=0.01, lower=0.8, attempts=5)):
+        assert chosen.numel() <= 20
+        assert (~magnitude[chosen].isfinite()).sum() == min(count, chosen.numel())

@@ -1,6 +1,6 @@
 import torch
 
-from thinwire import dgc, topk
+from thinwire import dense, dgc, topk
 from thinwire.exchange.routes import plan_bucket
 from thinwire.units import resolve, set_stage
 
@@ -12,7 +12,7 @@ def bucket(shapes, method, world, dtypes=None):
     return plan_bucket(units, world)
 
 
-def test_small_dense_payloads_ride_along():
+def test_small_dense_payloads_are_gathered_too():
     planned = bucket([(100, 100), (100,)], dgc(0.01), 4)
     assert [group.kind for group in planned.groups] == ["all_gather"]
 
@@ -23,12 +23,12 @@ def test_large_dense_payloads_take_their_own_all_reduce():
 
 
 def test_what_can_be_summed_is_summed_in_one_message_for_each_dtype():
-    planned = bucket([(8,), (9,), (7,)], topk(0.1), 2, {1: torch.bfloat16})
+    planned = bucket([(8,), (9,), (7,)], dense(), 2, {1: torch.bfloat16})
     assert [(group.kind, group.units, group.dtype) for group in planned.groups] == [
         ("all_reduce", (0, 2), torch.float32),
         ("all_reduce", (1,), torch.bfloat16),
     ]
-    assert planned.groups[0].layout.nbytes == 60, "an all-reduce of an odd size is not padded"
+    assert planned.groups[0].layout.nbytes == 60, "an all-reduce of an odd size is not padded, and has no head"
 
 
 def test_bytes_of_a_bucket():

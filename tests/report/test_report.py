@@ -11,7 +11,7 @@ def ledger():
     book.note("a note")
     book.note("a note")
     for step in range(3):
-        book.add(StepRow(step, 10.0, 1000.0, 5.0, 800.0, send_seconds=0.002, error=0.5 if step == 0 else None))
+        book.add(StepRow(step, "topk", 10.0, 1000.0, 5.0, 800.0, send_seconds=0.002, error=0.5 if step == 0 else None))
     return book
 
 

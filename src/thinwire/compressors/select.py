@@ -23,6 +23,16 @@ EXACT_BELOW = 100_000
 """Elements below which an exact selection is as cheap."""
 
 
+def smallest_of(magnitude: Tensor, k: int) -> Tensor:
+    """The k-th largest magnitude, with NaN as large as infinity."""
+    return torch.topk(magnitude, k, sorted=False).values.nan_to_num(math.inf, math.inf).min()
+
+
+def at_least(magnitude: Tensor, threshold: Tensor) -> Tensor:
+    """Ascending indices of what is not below the threshold; NaN is not, so that it is sent and seen."""
+    return magnitude.lt(threshold).logical_not_().nonzero().view(-1)
+
+
 def largest(magnitude: Tensor, k: int) -> Tensor:
     """Ascending indices, int64 ``[min(k, n)]``, of the k largest of ``magnitude`` ``[n]``."""
     n = magnitude.numel()
@@ -30,11 +40,11 @@ def largest(magnitude: Tensor, k: int) -> Tensor:
         return torch.arange(n, device=magnitude.device)
     if k == 0:
         return torch.empty(0, dtype=torch.int64, device=magnitude.device)
-    threshold = torch.topk(magnitude, k, sorted=False).values.min()
-    candidates = (magnitude >= threshold).nonzero().view(-1)
+    threshold = smallest_of(magnitude, k)
+    candidates = at_least(magnitude, threshold)
     if candidates.numel() == k:
         return candidates
-    above = magnitude[candidates] > threshold
+    above = magnitude[candidates].nan_to_num(math.inf, math.inf) > threshold
     ties = candidates[~above][: k - int(above.sum())]
     return torch.cat([candidates[above], ties]).sort().values
 
@@ -65,11 +75,11 @@ def by_threshold(
     """
     density = k / magnitude.numel()
     sampled = sample(magnitude, sample_size(magnitude.numel(), density, ratio), row, ctx)
-    threshold = torch.topk(sampled, max(1, math.ceil(density * sampled.numel())), sorted=False).values.min()
-    chosen = (magnitude >= threshold).nonzero().view(-1)
+    threshold = smallest_of(sampled, max(1, math.ceil(density * sampled.numel())))
+    chosen = at_least(magnitude, threshold)
     for _ in range(attempts):
         if chosen.numel() >= lower * k:
             break
         threshold = threshold * lower
-        chosen = (magnitude >= threshold).nonzero().view(-1)
+        chosen = at_least(magnitude, threshold)
     return chosen if chosen.numel() <= k else chosen[largest(magnitude[chosen], k)]

@@ -24,7 +24,7 @@ class TopK(Compressor):
         density: kept / total, in (0, 1].
         values: dtype of the values on the wire; None for that of ``x``. What a shorter one loses stays in the residual.
         selection: ``"exact"``; ``"sampled"``, a threshold from a sample, which may send fewer than k but never more;
-            or ``"auto"``: sampled from 100,000 elements on, where the sample is smaller than the tensor.
+            or ``"auto"``: sampled from 100,000 elements on, where the sample is at most half the tensor.
         sample_ratio: smallest share of the elements to sample, in (0, 1].
         lower: a sampled threshold that passes fewer than ``lower * k`` elements is lowered, in (0, 1).
         attempts: how often it may be lowered.
@@ -64,7 +64,7 @@ class TopK(Compressor):
         dtype_named(self.values, torch.float32)
 
     def with_density(self, density: float) -> "TopK":
-        return replace(self, density=density)
+        return replace(self, density=max(density, self.density))
 
     def k(self, n: int) -> int:
         """Elements sent of a tensor of n."""
@@ -76,14 +76,10 @@ class TopK(Compressor):
         if x.is_meta:
             return x.new_empty(k, dtype=dtype), x.new_empty(sum(elias_fano.sizes(k, n)), dtype=torch.uint8)
         chosen = self._select(x, k, ctx)
-        if k and not chosen.numel():
-            raise ThinwireError(f"{ctx.unit}: nothing to select at step {ctx.step}; its gradient is not finite")
         values = flat(x)[chosen]
-        if (
-            dtype.itemsize < values.dtype.itemsize
-        ):  # saturate: the residual keeps the rest, an infinity would stay for ever
+        if dtype.itemsize < values.dtype.itemsize:  # saturate: the residual keeps the rest
             limit = torch.finfo(dtype).max
-            values = values.clamp(-limit, limit)
+            values = torch.where(values.isfinite(), values.clamp(-limit, limit), torch.nan)
         if missing := k - chosen.numel():
             chosen = torch.cat([chosen, chosen[-1:].expand(missing)])
             values = torch.nn.functional.pad(values, (0, missing))
@@ -95,9 +91,8 @@ class TopK(Compressor):
 
     def _select(self, x: Tensor, k: int, ctx: Context) -> Tensor:
         magnitude, n = flat(x).abs(), x.numel()
-        exact = self.selection == "exact" or (
-            self.selection == "auto" and (n < EXACT_BELOW or sample_size(n, self.density, self.sample_ratio) >= n)
-        )
+        few = n < EXACT_BELOW or 2 * sample_size(n, self.density, self.sample_ratio) > n
+        exact = self.selection == "exact" or (self.selection == "auto" and few)
         if exact or k in (0, n):
             return largest(magnitude, k)
         return by_threshold(

@@ -39,7 +39,7 @@ def html_page(results: Sequence[CaseResult], settings: Settings, rows: Sequence[
     loss = "held-out loss (nats per character)"
     by_seconds = {r.case: ([p.seconds for p in r.points], [p.held_out_loss for p in r.points]) for r in results}
     by_steps = {r.case: ([float(p.step) for p in r.points], [p.held_out_loss for p in r.points]) for r in results}
-    by_bytes = {r.case: ([0.0], [r.wire_bytes[-1]]) for r in results}
+    by_bytes = {r.case: ([0.0], [r.wire_bytes]) for r in results}
     plots = [
         Plot(
             "Loss against seconds",

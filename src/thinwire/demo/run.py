@@ -35,8 +35,8 @@ def rows(results: Sequence[CaseResult]) -> list[Row]:
         table += [
             Row(result.case, "steps", result.steps),
             Row(result.case, "heldout_loss", result.points[-1].held_out_loss),
-            Row(result.case, "wire_bytes_per_step", result.wire_bytes[-1]),
-            Row(result.case, "wire_bytes_total", sum(result.wire_bytes)),
+            Row(result.case, "wire_bytes_per_step", result.wire_bytes),
+            Row(result.case, "wire_bytes_total", result.wire_bytes_total),
             Row(result.case, "ratio", result.ratio),
             Row(result.case, "ratio_compressed", result.ratio_compressed),
             Row(result.case, "step_ms", middle, low, high),

@@ -65,7 +65,8 @@ class CaseResult:
     steps: int = 0
     points: list[Point] = field(default_factory=list[Point])
     step_seconds: list[float] = field(default_factory=list[float])
-    wire_bytes: list[float] = field(default_factory=list[float])  # of each step
+    wire_bytes: float = 0.0  # of the last step
+    wire_bytes_total: float = 0.0
     ratio: float = 1.0  # after warm-up, over all parameters
     ratio_compressed: float = 1.0
     report: str = ""
@@ -124,7 +125,8 @@ def _train(rank: int, case: str, settings: Settings, tell: Callable[[str, Any], 
         dist.broadcast(go_on, 0)
     evaluate(trained)
     rows = list(wire.ledger.rows)
-    result.wire_bytes = [row.wire_bytes for row in rows]
+    result.wire_bytes = rows[-1].wire_bytes
+    result.wire_bytes_total = wire.ledger.wire_bytes
     after = rows[WARMUP_STEPS:] or rows[-1:]
     result.ratio = statistics.median(row.dense_bytes / row.wire_bytes for row in after)
     if any(row.compressed_wire_bytes for row in after):

@@ -9,6 +9,7 @@ import atexit
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, ClassVar, Protocol, TypeAlias, cast
@@ -32,12 +33,25 @@ def in_future(tensor: Tensor) -> Future:
     return torch.futures.Future[Any](devices=[tensor.device] if tensor.is_cuda else None)
 
 
+PROBE_SECONDS = 0.5
+
+
 @dataclass(frozen=True)
 class InFlight:
     """A started collective: ``result`` holds the answer once ``future`` has completed."""
 
     future: Future
     result: Tensor  # all_reduce: the sum, like the message; all_gather: uint8 [world, nbytes]
+    work: Any = None
+
+    def wait(self, timeout: float) -> None:
+        """Wait for the network, at most ``timeout`` seconds; a CUDA backend has a watchdog of its own for that.
+
+        Raises:
+            RuntimeError: what the backend raises.
+        """
+        if self.work is not None and not self.result.is_cuda:
+            self.work.wait(timedelta(seconds=timeout))
 
 
 class Collective(Protocol):
@@ -62,6 +76,10 @@ class Collective(Protocol):
 
     def exchange_text(self, text: str) -> list[str]:
         """The text of every rank, for control traffic; it waits, and is not counted."""
+        ...
+
+    def lost(self) -> list[int]:
+        """After an exchange has failed: the ranks that seem to be gone."""
         ...
 
     def close(self) -> None:
@@ -96,18 +114,34 @@ class ProcessGroup:
     def all_reduce(self, message: Tensor) -> InFlight:
         work = cast(Any, dist.all_reduce(message, group=self.group, async_op=True))
         self.sent += wire_bytes("all_reduce", message.nbytes, self.world)
-        return InFlight(work.get_future(), message)
+        return InFlight(work.get_future(), message, work)
 
     def all_gather(self, message: Tensor) -> InFlight:
         gathered = message.new_empty(self.world * message.numel())
         work = _all_gather(gathered, message, group=self.group, async_op=True)
         self.sent += wire_bytes("all_gather", message.nbytes, self.world)
-        return InFlight(work.get_future(), gathered.view(self.world, -1))
+        return InFlight(work.get_future(), gathered.view(self.world, -1), work)
 
     def exchange_text(self, text: str) -> list[str]:
         texts: list[str] = [""] * self.world
         dist.all_gather_object(texts, text, group=self.group)
         return texts
+
+    def lost(self) -> list[int]:
+        """The ranks whose connections are gone, as far as this one can tell; only gloo tells."""
+        if dist.get_backend(self.group) != "gloo":
+            return []
+        return [rank for rank in range(self.world) if rank != self.rank and not self._answers(rank)]
+
+    def _answers(self, rank: int) -> bool:
+        """Whether a connection stands: a message nobody awaits times out on one, and fails at once without."""
+        peer = dist.get_global_rank(self.group, rank)
+        try:
+            work = cast(Any, dist.isend(torch.zeros(1), peer, group=self.group))
+            work.wait(timedelta(seconds=PROBE_SECONDS))
+        except RuntimeError as error:
+            return "imed out" in str(error)
+        return True
 
     def close(self) -> None:
         pass
@@ -173,6 +207,9 @@ class Local:
     def exchange_text(self, text: str) -> list[str]:
         return [text] * self.world
 
+    def lost(self) -> list[int]:
+        return []
+
     def close(self) -> None:
         pass
 
@@ -218,12 +255,15 @@ class Paced:
     def exchange_text(self, text: str) -> list[str]:
         return self.inner.exchange_text(text)
 
+    def lost(self) -> list[int]:
+        return self.inner.lost()
+
     def _pace(self, kind: Kind, nbytes: int, inner: InFlight) -> InFlight:
         seconds = self.link.seconds(kind, nbytes, self.world)
         self._free_at = max(time.monotonic(), self._free_at) + seconds
         paced = in_future(inner.result)
         self._queue.put((inner.future, self._free_at, paced))
-        return InFlight(paced, inner.result)
+        return InFlight(paced, inner.result, inner.work)
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -234,7 +274,7 @@ class Paced:
                 paced.set_exception(error)
                 continue
             time.sleep(max(0.0, deadline - time.monotonic()))
-            paced.set_result(None)
+            paced.set_result(real.value())
 
     def close(self) -> None:
         self._queue.put(None)

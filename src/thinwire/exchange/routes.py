@@ -1,8 +1,8 @@
 """Which collective a payload takes.
 
 Payloads that can be summed take one all-reduce, all others one all-gather; so a bucket needs one collective, or
-two where it holds both. Small summable payloads (biases, norms) ride in the all-gather of their bucket while that
-costs little, which saves a round trip.
+two where it holds both. Where a method compresses, and the summable payloads of the whole model (biases, norms) are
+small, they are gathered too: that saves a round trip, and does not depend on how the model is cut into buckets.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,8 @@ from thinwire.core import Payload
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.link import Kind, wire_bytes
 from thinwire.units import Unit, payload_like
+from thinwire.wire import head
 from thinwire.wire.layout import ROW_ALIGNMENT, Layout
-
-RIDE_BYTES = 65_536
-"""More bytes that one worker may send so that a bucket gets by with one collective: 0.5 ms at 1 Gb/s."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,8 @@ class Group:
     layout: Layout
     dtype: torch.dtype
     """What the message is seen as: all of it must have one dtype where it is summed."""
+    has_head: bool
+    """Whether its last payload says what was used and what was bad; nothing is at stake where nothing is remembered."""
 
     def start(self, message: Tensor, collective: Collective) -> InFlight:
         """Start the exchange. An all-reduce is scaled before, as DDP does, so that the sum can't overflow."""
@@ -61,7 +61,7 @@ class Bucket:
         total = compressed = 0.0
         for group in self.groups:
             total += wire_bytes(group.kind, group.layout.nbytes, world)
-            sizes = zip(group.units, group.layout.unit_nbytes, strict=True)
+            sizes = zip(group.units, group.layout.unit_nbytes, strict=False)
             compressed += wire_bytes(group.kind, sum(size for i, size in sizes if i in self.lossy), world)
         return total, compressed
 
@@ -72,19 +72,18 @@ def plan_bucket(units: Sequence[Unit], world: int) -> Bucket:
     summed: dict[torch.dtype, list[int]] = {}
     gathered: list[int] = []
     for i, unit in enumerate(units):
-        if unit.compressor.summable:
+        if unit.compressor.summable and not unit.gathered:
             summed.setdefault(payloads[i][0].dtype, []).append(i)
         else:
             gathered.append(i)
-    if gathered:
-        nbytes = sum(t.nbytes for ride in summed.values() for i in ride for t in payloads[i])
-        extra = wire_bytes("all_gather", nbytes, world) - wire_bytes("all_reduce", nbytes, world)
-        if extra <= RIDE_BYTES:
-            gathered, summed = list(range(len(units))), {}
 
     def group(kind: Kind, chosen: list[int], dtype: torch.dtype) -> Group:
         alignment = ROW_ALIGNMENT if kind == "all_gather" else 1
-        return Group(kind, tuple(chosen), Layout([payloads[i] for i in chosen], alignment), dtype)
+        has_head = any(units[i].guarded for i in chosen)
+        parts = [payloads[i] for i in chosen]
+        if has_head:
+            parts.append((torch.empty(head.size(len(chosen), dtype), dtype=dtype, device="meta"),))
+        return Group(kind, tuple(chosen), Layout(parts, alignment), dtype, has_head)
 
     groups = [group("all_gather", gathered, torch.uint8)] if gathered else []
     groups += [group("all_reduce", chosen, dtype) for dtype, chosen in summed.items()]

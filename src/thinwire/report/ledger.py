@@ -15,6 +15,7 @@ class StepRow:
     """One step of one worker; bytes are those that it sent."""
 
     step: int
+    method: str = ""
     wire_bytes: float = 0.0
     dense_bytes: float = 0.0  # what dense fp32 would have sent
     compressed_wire_bytes: float = 0.0  # of the units that the method compresses
@@ -38,6 +39,8 @@ class Ledger:
         self.rows: deque[StepRow] = deque(maxlen=KEPT_STEPS)
         self.notes: list[str] = []
         self.steps = 0
+        self.skipped = 0
+        """Exchanges that no optimizer step made final: an overflow, or a gradient that was not finite."""
         self.wire_bytes = 0.0
         self.dense_bytes = 0.0
 
@@ -62,15 +65,16 @@ class Ledger:
         Path(path).write_text("".join(json.dumps(asdict(row)) + "\n" for row in self.rows))
 
     def markdown(self) -> str:
-        """A table of the last 100 steps' medians, and the notes."""
-        last = list(self.rows)[-100:]
+        """Medians over the last 100 steps, as far as the method was the same, and the notes."""
+        last = [row for row in list(self.rows)[-100:] if row.method == self.rows[-1].method]
         if not last:
             return f"{self.method}, {self.world} workers over {self.link}: no step yet\n" + self._notes()
         lossy = [row for row in last if row.compressed_wire_bytes]
         lines = [
             ("workers", f"{self.world}"),
             ("link", self.link),
-            ("steps", f"{self.steps}"),
+            ("exchanges", f"{self.steps}"),
+            ("skipped (not finite, or no optimizer step)", f"{self.skipped}"),
             ("wire bytes per step and worker", f"{statistics.median(row.wire_bytes for row in last):,.0f}"),
             ("ratio to dense fp32", f"{_median_ratio((r.dense_bytes, r.wire_bytes) for r in last):,.1f}"),
             (

@@ -16,7 +16,7 @@ from thinwire.core import ThinwireError
 from thinwire.exchange.collectives import InFlight, Local
 from thinwire.policy.plan import Method
 from thinwire.report.ledger import Ledger
-from thinwire.session import Session
+from thinwire.session import Session, Stopwatch
 from thinwire.units import Worker
 
 
@@ -53,33 +53,38 @@ class SimulatedWorkers:
     def step(self, loss: Callable[[int], Tensor]) -> float:
         """One optimizer step; ``loss(worker)`` runs the model on that worker's batch. Answers the mean loss."""
         session = self.session
+        session.check()
         session.begin_step()
         total, inboxes = 0.0, list[list[InFlight]]()
         params = [unit.param for unit in session.units]
         before = kept = [buffer.clone() for buffer in self.model.buffers()]
         bucket = session.bucket(params)
         session.count(bucket)
+        reached = [False] * len(params)
         for worker, peer in zip(session.workers, self.peers, strict=True):
             if worker.rank == 1:  # the first worker's buffers are what all go on with
                 kept = [buffer.clone() for buffer in self.model.buffers()]
             self._restore(before)
-            self.optimizer.zero_grad()
+            for param in params:
+                param.grad = None
             value = loss(worker.rank)
             value.backward()  # pyright: ignore[reportUnknownMemberType]
             total += value.item()
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             if session.method.clip is not None:
                 pipeline.clip(grads, session.method.clip, peer.world)
-            with session.clock("send_seconds"):
-                messages = pipeline.send(bucket, grads, worker, session.step)
+            used = [p.grad is not None for p in params]
+            reached = [before or now for before, now in zip(reached, used, strict=True)]
+            with Stopwatch(session.row, "send_seconds"):
+                messages = pipeline.send(bucket, grads, worker, session.step, used)
             inboxes.append(pipeline.route(bucket, messages, peer))
         if len(self.peers) > 1:
             self._restore(kept)
         outs = [torch.empty_like(p) for p in params]
-        with session.clock("receive_seconds"):
-            pipeline.receive(bucket, inboxes[0], outs, session.seed, session.step)
-        for param, out in zip(params, outs, strict=True):
-            param.grad = out
+        with Stopwatch(session.row, "receive_seconds"):
+            session.verdicts = pipeline.receive(bucket, inboxes[0], outs, session.seed, session.step)
+        for param, out, used in zip(params, outs, reached, strict=True):
+            param.grad = out if used else None  # what no worker used has no gradient, as in DDP
         session.end_step()
         self.optimizer.step()
         return total / len(self.peers)
@@ -130,9 +135,11 @@ def simulate(
     """
     sim = SimulatedWorkers(model, method, optimizer, workers, seed)
     losses: list[float] = []
-    for step in range(steps):
-        losses.append(sim.step(lambda worker, step=step: loss(model, batches(worker, step))))
-        if after_step is not None:
-            after_step(step, losses[-1])
-    sim.session.detach()
+    try:
+        for step in range(steps):
+            losses.append(sim.step(lambda worker, step=step: loss(model, batches(worker, step))))
+            if after_step is not None:
+                after_step(step, losses[-1])
+    finally:
+        sim.session.detach()
     return Simulation(losses, sim.session.ledger)

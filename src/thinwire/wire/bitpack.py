@@ -21,12 +21,16 @@ def unpack_bits(packed: Tensor) -> Tensor:
 
 def pack_words(words: Tensor, width: int) -> Tensor:
     """Pack the low ``width`` bits of each int64 of ``words`` ``[k]``, least significant first, without gaps."""
-    shifts = torch.arange(width, device=words.device)
-    return pack_bits(((words.unsqueeze(1) >> shifts) & 1).to(torch.uint8).view(-1))
+    bits = torch.empty(words.numel(), width, dtype=torch.uint8, device=words.device)
+    for j in range(width):
+        bits[:, j] = (words >> j) & 1
+    return pack_bits(bits.view(-1))
 
 
 def unpack_words(packed: Tensor, count: int, width: int) -> Tensor:
     """The inverse of ``pack_words``: int64 ``[count]``."""
-    shifts = torch.arange(width, device=packed.device)
     bits = unpack_bits(packed)[: count * width].view(count, width)
-    return (bits.to(torch.int64) << shifts).sum(1)
+    words = torch.zeros(count, dtype=torch.int64, device=packed.device)
+    for j in range(width):
+        words |= bits[:, j].to(torch.int64) << j
+    return words

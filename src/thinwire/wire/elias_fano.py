@@ -45,6 +45,6 @@ def decode(packed: Tensor, k: int, n: int) -> Tensor:
         return torch.empty(0, dtype=torch.int64, device=packed.device)
     width = low_width(k, n)
     low_bytes, _ = sizes(k, n)
-    ones = unpack_bits(packed[low_bytes:]).nonzero().view(-1)
+    ones = torch.nonzero_static(unpack_bits(packed[low_bytes:]), size=k).view(-1)  # the count is known: no sync
     high = ones - torch.arange(k, device=packed.device)
     return (high << width) | unpack_words(packed[:low_bytes], k, width)

@@ -44,6 +44,7 @@ class Layout:
             u, t = tensors[j]
             self.parts.append(Part(u, tuple(t.shape), t.dtype, offset))
             offset += self.parts[-1].nbytes
+        self.in_order = [part for _, part in sorted(zip(self.order, self.parts, strict=True), key=lambda pair: pair[0])]
         self.num_units = len(payloads)
         self.nbytes = -(-offset // alignment) * alignment
         self.padding = self.nbytes - offset
@@ -55,10 +56,6 @@ class Layout:
         for part in self.parts:
             sums[part.unit] += part.nbytes
         return sums
-
-    @property
-    def dtypes(self) -> set[torch.dtype]:
-        return {part.dtype for part in self.parts}
 
     def pack(self, payloads: Sequence[Payload], *, in_place: bool = False) -> Tensor:
         """The message, uint8 ``[nbytes]``; ``in_place`` allows a view of payloads that already lie so in memory."""
@@ -73,12 +70,9 @@ class Layout:
     def unpack(self, message: Tensor) -> list[Payload]:
         """The payloads in a message, as views of it."""
         payloads: list[list[Tensor]] = [[] for _ in range(self.num_units)]
-        tensors = {
-            j: message[part.offset : part.offset + part.nbytes].view(part.dtype).view(part.shape)
-            for j, part in zip(self.order, self.parts, strict=True)
-        }
-        for j, part in sorted(zip(self.order, self.parts, strict=True), key=lambda pair: pair[0]):
-            payloads[part.unit].append(tensors[j])
+        for part in self.in_order:
+            tensor = message[part.offset : part.offset + part.nbytes].view(part.dtype).view(part.shape)
+            payloads[part.unit].append(tensor)
         return [tuple(payload) for payload in payloads]
 
 
