@@ -4,25 +4,26 @@ A session knows nothing of where gradients come from; engines and the simulator 
 """
 
 import contextlib
-import hashlib
 import logging
-import time
-from collections.abc import Sequence
-from typing import Literal, Protocol, TypeAlias
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from thinwire import checkpoint
 from thinwire._version import __version__
-from thinwire.core import State, ThinwireError, norm
+from thinwire.core import ThinwireError, norm
 from thinwire.exchange.collectives import Collective
 from thinwire.exchange.routes import Bucket, plan_bucket
 from thinwire.link import wire_bytes
-from thinwire.optimizers import Handover, averaged_buffer, log
+from thinwire.optimizers import Handover, log
 from thinwire.pipeline import Verdict
 from thinwire.policy.plan import Method
 from thinwire.report.ledger import Ledger, StepRow
-from thinwire.units import Probe, TwoCopies, Unit, Worker, resolve, set_stage
+from thinwire.succession import agree, hand_on
+from thinwire.units import Probe, Unit, Worker, resolve, set_stage
 
 PROBE_EVERY = 100
 OnNonfinite: TypeAlias = Literal["skip", "raise"]
@@ -117,7 +118,7 @@ class Session:
             self._handover.give_back(self.units, self.workers, self.collective)
         before = {unit.name: unit for unit in self.units}
         for unit in units:
-            self._hand_on(before.get(unit.name), unit)
+            hand_on(before.get(unit.name), unit, self.workers, self.collective)
         if handover is not None and self._handover is None:
             self._say(handover.take(units, self.workers))
         self.method, self.units, self._handover = method, units, handover
@@ -125,32 +126,6 @@ class Session:
         self._installed_at = self.step
         self._density: float | None = -1.0
         self._set_stage()
-
-    def _hand_on(self, old: Unit | None, new: Unit) -> None:
-        """Give a unit the state of its predecessor, as far as it has a place for it."""
-        was = [worker.local.get(new.name, TwoCopies()) for worker in self.workers]
-        for worker in self.workers:
-            worker.local[new.name] = new.fresh(new.memory.init)
-        if old is None:
-            return
-        gain = old.memory.residual_gain / new.memory.residual_gain
-        for worker, state in zip(self.workers, was, strict=True):
-            _keep(state.now, worker.local[new.name].now, gain)
-        _keep(old.shared.now, new.shared.now)
-        if set(old.shared.now) != set(new.shared.now) or set(was[0].now) != set(self.workers[0].local[new.name].now):
-            self._hand_on_momentum(old, was, new)
-
-    def _hand_on_momentum(self, old: Unit, was: Sequence[TwoCopies], new: Unit) -> None:
-        """Momentum that was kept in another form goes over as the buffer of SGD, averaged over ranks."""
-        if not (old.memory.absorbs and new.memory.absorbs):
-            return
-        workers = [
-            Worker(worker.rank, local={old.name: state}) for worker, state in zip(self.workers, was, strict=True)
-        ]
-        buffer = averaged_buffer(old, workers, self.collective)
-        if buffer is not None:
-            for worker in self.workers:
-                new.memory.take_buffer(buffer, worker.local[new.name].now, new.shared.now)
 
     def _set_stage(self) -> None:
         density = self.method.warmup.density(self.step - self._installed_at) if self.method.warmup else None
@@ -303,47 +278,58 @@ class Session:
                 for worker in self.workers:
                     worker.local[unit.name].commit()
 
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered, as tensors, ints and strings; ``thinwire.checkpoint`` says in which form.
+
+        With ``torch.distributed.checkpoint`` the session goes in beside the model, ``dcp.save({"wire": wire, ...})``;
+        with ``torch.save`` every rank writes a file of its own.
+        """
+        clock = {"world": self.collective.world, "step": self.step, "installed_at": self._installed_at}
+        return checkpoint.save(self.units, self.workers[0], self.collective.rows, clock, self.method.to_json())
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        on_world_change: checkpoint.OnWorldChange = "error",
+    ) -> None:
+        """Continue from a checkpoint; where it is damaged or does not fit, nothing has changed.
+
+        Args:
+            state: what ``state_dict`` gave this rank; or a list of all ranks' states, for another world size.
+            on_world_change: at another world size than the one that saved: ``"error"``; ``"fold"``, every rank gets the
+                mean of what was pending, so that the mean pending update stays the same; or ``"reset"`` drops it.
+
+        Raises:
+            ThinwireError: the checkpoint is damaged, or of another model or world size.
+        """
+        states = [state] if isinstance(state, Mapping) else list(state)
+        rank, world = self.collective.rank, self.collective.world
+        restored = checkpoint.restore(states, self.units, rank, world, on_world_change)
+        self._pending = False
+        self.step, self._installed_at = restored.step, restored.installed_at
+        for unit in self.units:
+            self.workers[0].local[unit.name].now = restored.local[unit.name]
+            unit.shared.now = restored.shared[unit.name]
+        for note in restored.notes:
+            self.ledger.note(note)
+        self._density = -1.0
+        self._set_stage()
+
+    def load(self, folder: str | Path, key: str = "wire", on_world_change: checkpoint.OnWorldChange = "error") -> None:
+        """Continue from a checkpoint of ``torch.distributed.checkpoint``, saved by any number of workers.
+
+        Args:
+            folder: the ``checkpoint_id`` that ``dcp.save`` was given.
+            key: under which name the session was saved.
+            on_world_change: as for ``load_state_dict``.
+
+        Raises:
+            ThinwireError: as ``load_state_dict``, or the folder can't be read.
+        """
+        self.load_state_dict(checkpoint.read_folder(folder, key), on_world_change)
+
     def report(self) -> str:
         """The ledger as a Markdown table."""
         return self.ledger.markdown()
-
-
-def agree(collective: Collective, lines: Sequence[tuple[str, str]]) -> None:
-    """Compare what the ranks ask for, and name the first difference. A collective call.
-
-    Raises:
-        ThinwireError: they ask for different things.
-    """
-    mine = hashlib.sha256(repr(lines).encode()).hexdigest()
-    if len(set(collective.exchange_text(mine))) == 1:
-        return
-    ranks = [text.split("\n") for text in collective.exchange_text("\n".join(f"{k}: {v}" for k, v in lines))]
-    for line in range(max(map(len, ranks))):
-        said = [rank[line] if line < len(rank) else "nothing" for rank in ranks]
-        if other := next((r for r in range(len(said)) if said[r] != said[0]), None):
-            raise ThinwireError(
-                f"ranks differ: rank 0 has {said[0]}; rank {other} has {said[other]}; give all ranks the same"
-            )
-
-
-class Stopwatch:
-    """Wall-clock seconds of a ``with`` block, added to a row; on CUDA they are the seconds of the host."""
-
-    def __init__(self, row: StepRow, field: str) -> None:
-        self.row, self.field = row, field
-
-    def __enter__(self) -> "Stopwatch":
-        self.start = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        seconds = time.perf_counter() - self.start
-        setattr(self.row, self.field, getattr(self.row, self.field) + seconds)
-
-
-def _keep(old: State, new: State, residual_gain: float = 1.0) -> None:
-    """Fill ``new`` with what ``old`` has of it; a residual that it has no place for is carried to the next step."""
-    for key, value in old.items():
-        kept = key if key in new else "carried" if key in ("residual", "carried") else None
-        if kept is not None:
-            new[kept] = value * residual_gain if key in ("residual", "carried") and residual_gain != 1.0 else value

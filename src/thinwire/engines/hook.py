@@ -23,7 +23,8 @@ from thinwire import pipeline
 from thinwire.core import ThinwireError
 from thinwire.exchange.collectives import Future, InFlight, in_future
 from thinwire.exchange.routes import Bucket
-from thinwire.session import Session, Stopwatch
+from thinwire.report.ledger import Stopwatch
+from thinwire.session import Session
 
 ACCUMULATED = (
     "a backward pass is about to add to gradients that were already averaged over the ranks, with no optimizer step "

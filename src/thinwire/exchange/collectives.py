@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Protocol, TypeAlias, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from thinwire.core import ThinwireError
 from thinwire.link import Kind, Link, wire_bytes
@@ -78,6 +80,10 @@ class Collective(Protocol):
         """The text of every rank, for control traffic; it waits, and is not counted."""
         ...
 
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The tensor of shape ``[world, *shape]`` of which this rank's is a row."""
+        ...
+
     def lost(self) -> list[int]:
         """After an exchange has failed: the ranks that seem to be gone."""
         ...
@@ -102,6 +108,7 @@ class ProcessGroup:
     """Collectives of ``torch.distributed``, on any backend."""
 
     used: ClassVar[bool] = False
+    _mesh: DeviceMesh | None = None
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         ProcessGroup.used = True
@@ -126,6 +133,11 @@ class ProcessGroup:
         texts: list[str] = [""] * self.world
         dist.all_gather_object(texts, text, group=self.group)
         return texts
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        if self._mesh is None:
+            self._mesh = DeviceMesh.from_group(self.group, tensor.device.type)
+        return DTensor.from_local(tensor.unsqueeze(0).contiguous(), self._mesh, [Shard(0)], run_check=False)
 
     def lost(self) -> list[int]:
         """The ranks whose connections are gone, as far as this one can tell; only gloo tells."""
@@ -207,6 +219,9 @@ class Local:
     def exchange_text(self, text: str) -> list[str]:
         return [text] * self.world
 
+    def rows(self, tensor: Tensor) -> Tensor:
+        raise ThinwireError("a simulation has no checkpoints; save the model")
+
     def lost(self) -> list[int]:
         return []
 
@@ -254,6 +269,9 @@ class Paced:
 
     def exchange_text(self, text: str) -> list[str]:
         return self.inner.exchange_text(text)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        return self.inner.rows(tensor)
 
     def lost(self) -> list[int]:
         return self.inner.lost()

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -99,6 +100,21 @@ class Ledger:
 
     def _notes(self) -> str:
         return "".join(f"- {note}\n" for note in self.notes)
+
+
+class Stopwatch:
+    """Wall-clock seconds of a ``with`` block, added to a row; on CUDA they are the seconds of the host."""
+
+    def __init__(self, row: StepRow, field: str) -> None:
+        self.row, self.field = row, field
+
+    def __enter__(self) -> "Stopwatch":
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        seconds = time.perf_counter() - self.start
+        setattr(self.row, self.field, getattr(self.row, self.field) + seconds)
 
 
 def _median_ratio(pairs: Iterable[tuple[float, float]]) -> float:

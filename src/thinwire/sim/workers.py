@@ -15,8 +15,8 @@ from thinwire import pipeline
 from thinwire.core import ThinwireError
 from thinwire.exchange.collectives import InFlight, Local
 from thinwire.policy.plan import Method
-from thinwire.report.ledger import Ledger
-from thinwire.session import Session, Stopwatch
+from thinwire.report.ledger import Ledger, Stopwatch
+from thinwire.session import Session
 from thinwire.units import Worker
 
 

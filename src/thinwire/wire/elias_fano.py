@@ -13,6 +13,7 @@ Source: P. Elias, "Efficient storage and retrieval by content and address of sta
 import torch
 from torch import Tensor
 
+from thinwire.core import ThinwireError
 from thinwire.wire.bitpack import pack_bits, pack_words, unpack_bits, unpack_words
 
 
@@ -48,3 +49,21 @@ def decode(packed: Tensor, k: int, n: int) -> Tensor:
     ones = torch.nonzero_static(unpack_bits(packed[low_bytes:]), size=k).view(-1)  # the count is known: no sync
     high = ones - torch.arange(k, device=packed.device)
     return (high << width) | unpack_words(packed[:low_bytes], k, width)
+
+
+def decode_checked(packed: Tensor, k: int, n: int) -> Tensor:
+    """``decode`` for bytes that come from anywhere; they must be what ``encode`` writes, to the bit.
+
+    Raises:
+        ThinwireError: they are not.
+    """
+    low_bytes, _ = sizes(k, n)
+    ones = int(unpack_bits(packed[low_bytes:]).sum())
+    if ones != k:
+        raise ThinwireError(f"{ones} upper parts for {k} indices")
+    indices = decode(packed, k, n)
+    if k and (int(indices[-1]) >= n or bool((indices.diff() < 0).any())):
+        raise ThinwireError(f"indices do not ascend, or reach {int(indices[-1])} of {n} elements")
+    if not torch.equal(encode(indices, n), packed):
+        raise ThinwireError("the bits that fill the last bytes are not zero")
+    return indices

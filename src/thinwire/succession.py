@@ -1,0 +1,57 @@
+"""What passes from one method to the next: agreement between ranks, and the state of every unit."""
+
+import hashlib
+from collections.abc import Sequence
+
+from thinwire.core import State, ThinwireError
+from thinwire.exchange.collectives import Collective
+from thinwire.optimizers import averaged_buffer
+from thinwire.units import TwoCopies, Unit, Worker
+
+
+def agree(collective: Collective, lines: Sequence[tuple[str, str]]) -> None:
+    """Compare what the ranks ask for, and name the first difference. A collective call.
+
+    Raises:
+        ThinwireError: they ask for different things.
+    """
+    mine = hashlib.sha256(repr(lines).encode()).hexdigest()
+    if len(set(collective.exchange_text(mine))) == 1:
+        return
+    ranks = [text.split("\n") for text in collective.exchange_text("\n".join(f"{k}: {v}" for k, v in lines))]
+    for line in range(max(map(len, ranks))):
+        said = [rank[line] if line < len(rank) else "nothing" for rank in ranks]
+        if other := next((r for r in range(len(said)) if said[r] != said[0]), None):
+            raise ThinwireError(
+                f"ranks differ: rank 0 has {said[0]}; rank {other} has {said[other]}; give all ranks the same"
+            )
+
+
+def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: Collective) -> None:
+    """Give a unit the state of its predecessor, as far as it has a place for it. A collective call."""
+    was = [worker.local.get(new.name, TwoCopies()) for worker in workers]
+    for worker in workers:
+        worker.local[new.name] = new.fresh(new.memory.init)
+    if old is None:
+        return
+    gain = old.memory.residual_gain / new.memory.residual_gain
+    for worker, state in zip(workers, was, strict=True):
+        _keep(state.now, worker.local[new.name].now, gain)
+    _keep(old.shared.now, new.shared.now)
+    same = set(old.shared.now) == set(new.shared.now) and set(was[0].now) == set(workers[0].local[new.name].now)
+    if same or not (old.memory.absorbs and new.memory.absorbs):
+        return
+    # momentum that was kept in another form goes over as the buffer of SGD, averaged over ranks
+    before = [Worker(worker.rank, local={old.name: state}) for worker, state in zip(workers, was, strict=True)]
+    buffer = averaged_buffer(old, before, collective)
+    if buffer is not None:
+        for worker in workers:
+            new.memory.take_buffer(buffer, worker.local[new.name].now, new.shared.now)
+
+
+def _keep(old: State, new: State, residual_gain: float = 1.0) -> None:
+    """Fill ``new`` with what ``old`` has of it; a residual that it has no place for is carried to the next step."""
+    for key, value in old.items():
+        kept = key if key in new else "carried" if key in ("residual", "carried") else None
+        if kept is not None:
+            new[kept] = value * residual_gain if key in ("residual", "carried") and residual_gain != 1.0 else value

@@ -1,0 +1,170 @@
+"""A rank that dies, a rank that is late, and what a session leaves behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import thinwire
+from tests.engines.models import batch, build, loss_of, train_ddp
+from tests.world import free_port
+from thinwire import ThinwireError, dgc, topk
+
+ROOT = Path(__file__).parents[2]
+
+CHILD = """
+import os, sys
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import thinwire
+from tests.engines.models import batch, build, loss_of
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model, optimizer = build()
+ddp = DistributedDataParallel(model, bucket_cap_mb=0.008)
+wire = thinwire.attach(ddp, thinwire.dgc(0.02), optimizer=optimizer, timeout=20.0)
+die_at = int(sys.argv[1])
+for step in range(200):
+    optimizer.zero_grad()
+    loss = loss_of(ddp, batch(rank, step))
+    if step == die_at and rank == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+    loss.backward()
+    optimizer.step()
+"""
+
+
+def start_ranks(world, *args):
+    environment = {
+        **os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, *map(str, args)], env={**environment, "RANK": str(rank)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("repeat", range(int(os.environ.get("THINWIRE_KILLS", "3"))))
+def test_a_killed_rank_is_named_and_nobody_hangs(repeat):
+    victim, step = repeat % 4, 3 + 7 * repeat % 11
+    ranks = start_ranks(4, step, victim)
+    try:
+        for rank, process in enumerate(ranks):
+            _, error = process.communicate(timeout=40)
+            if rank == victim:
+                assert process.returncode == -signal.SIGKILL
+            else:
+                assert process.returncode not in (0, None)
+                assert "ThinwireError: step" in error or victim == 0, error[-2000:]  # rank 0 holds torch's store
+                if "ThinwireError: step" in error:
+                    assert "the exchange of " in error
+                    assert "Restart from the last checkpoint" in error
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+def _straggler(rank):
+    model, optimizer = build()
+    from torch.nn.parallel import DistributedDataParallel
+
+    ddp = DistributedDataParallel(model)
+    wire = thinwire.attach(ddp, topk(0.05), optimizer=optimizer, timeout=20.0)
+    for step in range(3):
+        if rank == 1 and step == 1:
+            time.sleep(1.0)
+        optimizer.zero_grad()
+        loss_of(ddp, batch(rank, step)).backward()
+        optimizer.step()
+    steps, saved = wire.step, wire.ledger.ratio
+    wire.detach()
+    return steps, saved
+
+
+def test_a_straggler_only_slows(world2):
+    for steps, ratio in world2.run(_straggler):
+        assert steps == 3
+        assert ratio > 1
+
+
+LATE = """
+import sys, time
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import thinwire
+from tests.engines.models import batch, build, loss_of
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model, optimizer = build()
+ddp = DistributedDataParallel(model)
+wire = thinwire.attach(ddp, thinwire.dgc(0.02), optimizer=optimizer, timeout=2.0)
+for step in range(2):  # DDP's own collective, the bucket rebuild, is in the second forward
+    optimizer.zero_grad()
+    loss_of(ddp, batch(rank, step)).backward()
+    optimizer.step()
+if rank == 1:
+    time.sleep(8)
+    sys.exit(0)
+optimizer.zero_grad()
+loss_of(ddp, batch(rank, 1)).backward()
+"""
+
+
+def test_a_rank_that_does_not_come_is_an_error_after_the_timeout(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "CHILD", LATE)
+    start = time.monotonic()
+    first, second = start_ranks(2)
+    try:
+        _, error = first.communicate(timeout=30)
+        assert first.returncode == 1
+        assert "ThinwireError: step 2: the exchange of" in error
+        assert time.monotonic() - start < 25
+        second.communicate(timeout=30)
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.wait()
+
+
+def _threads(rank):
+    def count():
+        return threading.active_count(), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    train_ddp(rank, dgc(0.05), 2, link="1gbit")[1].detach()
+    dist.barrier()
+    before = count()
+    for _ in range(5):
+        train_ddp(rank, dgc(0.05), 3, link="1gbit")[1].detach()
+    dist.barrier()
+    return before, count()
+
+
+def test_detach_leaves_no_thread_and_no_file(world2):
+    for before, after in world2.run(_threads):
+        assert after[0] == before[0]
+        assert after[1] <= before[1] + 1
+        assert after[2] <= before[2] + 1
+
+
+def test_a_failed_exchange_names_what_it_knows():
+    from thinwire.exchange.collectives import Local
+    from thinwire.session import Session
+
+    weight = torch.nn.Parameter(torch.zeros(8, 8))
+    session = Session([("w", weight)], topk(0.1), Local.of(1)[0], torch.optim.SGD([weight], lr=0.1))
+    error = session.exchange_failed(session.bucket([weight]), RuntimeError("connection closed\nmore"))
+    assert isinstance(error, ThinwireError)
+    assert str(error).startswith("step 0: the exchange of w failed on rank 0: connection closed.")
