@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.distributed import checkpoint as dcp
 from torch.nn.parallel import DistributedDataParallel
 
@@ -264,3 +266,54 @@ def _truncated(rank, folder):
 
 def test_a_truncated_folder(world2, tmp_path):
     world2.run(_truncated, tmp_path)
+
+
+def _one_rank():
+    from thinwire.checkpoint import save
+    from thinwire.exchange.collectives import Local
+    from thinwire.session import Session
+
+    weight = torch.nn.Parameter(torch.randn(6, 5))
+    session = Session([("w", weight)], dgc(0.1), Local.of(1)[0], torch.optim.SGD([weight], lr=0.1, momentum=0.9))
+    state = save(
+        session.units, session.workers[0], lambda t: t.unsqueeze(0), {"world": 1, "step": 3, "installed_at": 0}, "m"
+    )
+    return session, state
+
+
+LEAVES = st.one_of(
+    st.none(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.just(torch.full((1, 6, 5), torch.nan)),
+    st.just(torch.empty(0)),
+    st.just(torch.tensor(1.0)),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_whatever_stands_in_a_checkpoint_is_read_or_refused(data):
+    from thinwire.checkpoint import restore
+
+    session, state = _one_rank()
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = state
+        while True:
+            key = data.draw(st.sampled_from(sorted(map(str, place)) or ["x"]))
+            deeper = isinstance(place.get(key), dict) and data.draw(st.booleans())
+            if not deeper:
+                break
+            place = place[key]
+        if data.draw(st.booleans()):
+            place[key] = data.draw(LEAVES)
+        else:
+            place.pop(key, None)
+    try:
+        restored = restore([state], session.units, 0, 1, data.draw(st.sampled_from(["error", "fold", "reset"])))
+    except ThinwireError:
+        return
+    assert all(t.isfinite().all() and t.shape == (6, 5) for t in restored.local["w"].values())

@@ -168,3 +168,25 @@ def test_a_failed_exchange_names_what_it_knows():
     error = session.exchange_failed(session.bucket([weight]), RuntimeError("connection closed\nmore"))
     assert isinstance(error, ThinwireError)
     assert str(error).startswith("step 0: the exchange of w failed on rank 0: connection closed.")
+
+
+def _torchrun(*args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
+    environment = {
+        **os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    done = subprocess.run(
+        [*command, "--master-port", environment["MASTER_PORT"], str(ROOT / "examples" / "elastic.py"), *map(str, args)],
+        capture_output=True, text=True, timeout=150, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [line.split(" loss ") for line in done.stdout.splitlines() if " loss " in line]
+
+
+def test_a_restarted_job_ends_like_an_unbroken_one(tmp_path):
+    unbroken = _torchrun("--folder", tmp_path / "a", "--steps", 16)
+    broken = _torchrun("--folder", tmp_path / "b", "--steps", 16, "--die-at", 13)
+    assert len(broken) > 16, "nothing was restarted"
+    assert dict(broken) == dict(unbroken)
+    assert broken[-1] == unbroken[-1]
