@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-KEPT_STEPS = 10_000
+KEPT_STEPS = 1_000
 
 
-@dataclass
+@dataclass(slots=True)
 class StepRow:
     """One step of one worker; bytes are those that it sent."""
 
@@ -28,7 +28,7 @@ class StepRow:
 
 
 class Ledger:
-    """Rows of the last 10,000 steps, totals over all of them, and notes.
+    """Rows of the last 1,000 steps, totals over all of them, and notes.
 
     ``ratio`` is dense fp32 wire bytes over wire bytes, for the same number of workers.
     """
