@@ -14,8 +14,6 @@ from pathlib import Path
 import atheris
 import torch
 
-from thinwire.core import Dense, Sparse
-
 with atheris.instrument_imports(include=["thinwire.wire"]):
     from thinwire.wire import frame
 
@@ -34,11 +32,10 @@ def seeds(folder: Path) -> None:
     """Frames of every kind, whole and without their heads."""
     for i, dtype in enumerate(frame.DTYPES):
         values = torch.ones(3).to(dtype)
-        sparse = Sparse(torch.tensor([1, 7, 18]), values, 0.15)
         entries = {
-            "w": frame.Entry((4, 5), sparse),
-            "b": frame.Entry((3,), Dense(values)),
-            "e": frame.Entry((0,), Dense(values[:0])),
+            "w": frame.Entry((4, 5), values, torch.tensor([1, 7, 18])),
+            "b": frame.Entry((3,), values),
+            "e": frame.Entry((0,), values[:0]),
         }
         data = frame.encode(frame.Frame(entries, {"step": 7, "client": "one"}))
         (folder / f"{i}.frame").write_bytes(data)

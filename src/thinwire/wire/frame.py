@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinwire.core import Dense, Sparse, ThinwireError, flat
+from thinwire.core import ThinwireError, flat
 from thinwire.wire import elias_fano
 
 MAGIC = b"THWR"
@@ -46,10 +46,11 @@ class FrameError(ThinwireError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its shape, and what of it was sent."""
+    """One tensor: its shape, and what of it was sent: all values, or those at ``indices``, which ascend."""
 
     shape: tuple[int, ...]
-    content: Dense | Sparse
+    values: Tensor  # [numel], or [k]
+    indices: Tensor | None = None  # int64 [k]
 
     @property
     def numel(self) -> int:
@@ -57,9 +58,10 @@ class Entry:
 
     def to_dense(self) -> Tensor:
         """The tensor, with zeros where nothing was sent; this is what allocates ``numel`` elements."""
-        out = torch.zeros(self.shape, dtype=self.content.values.dtype)
-        self.content.write_to(out)
-        return out
+        if self.indices is None:
+            return self.values.view(self.shape)
+        out = torch.zeros(self.numel, dtype=self.values.dtype)
+        return out.index_add_(0, self.indices, self.values).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,15 @@ def encode(frame: Frame) -> bytes:
             body += b"\x01" + _text(value, "I")
     body += struct.pack("<I", len(frame.entries))
     for name, entry in frame.entries.items():
-        values = entry.content.values.detach().cpu()
+        values = entry.values.detach().cpu()
         if values.dtype not in DTYPES or (values.is_floating_point() and not values.isfinite().all()):
             raise ThinwireError(f"{name}: a frame holds finite values of {', '.join(map(str, DTYPES))} only")
-        kind = int(isinstance(entry.content, Sparse))
         body += _text(name, "H")
-        body += struct.pack("<BBB", kind, DTYPES.index(values.dtype), len(entry.shape))
+        body += struct.pack("<BBB", entry.indices is not None, DTYPES.index(values.dtype), len(entry.shape))
         body += struct.pack(f"<{len(entry.shape)}Q", *entry.shape)
-        if isinstance(entry.content, Sparse):
+        if entry.indices is not None:
             body += struct.pack("<Q", values.numel())
-            body += _bytes(values) + _bytes(elias_fano.encode(entry.content.indices.cpu(), entry.numel))
+            body += _bytes(values) + _bytes(elias_fano.encode(entry.indices.cpu(), entry.numel))
         else:
             body += _bytes(values)
     return HEAD.pack(MAGIC, VERSION, 0, HEAD.size + len(body), zlib.crc32(body)) + bytes(body)
@@ -147,7 +148,7 @@ def _entry(reader: "_Reader", name: str) -> Entry:
         raise FrameError(start + 3, f"{name!r} has {numel} elements; at most {MAX_NUMEL} are read")
     dtype: torch.dtype = DTYPES[code]
     if kind == 0:
-        return Entry(shape, Dense(reader.values(numel, dtype, name)))
+        return Entry(shape, reader.values(numel, dtype, name))
     at = reader.at
     k = reader.number("Q", f"k of {name!r}")
     if k > numel:
@@ -159,7 +160,7 @@ def _entry(reader: "_Reader", name: str) -> Entry:
         indices = elias_fano.decode_checked(packed, k, numel)
     except ThinwireError as error:
         raise FrameError(at, f"indices of {name!r}: {error}") from error
-    return Entry(shape, Sparse(indices, values, k / max(1, numel)))
+    return Entry(shape, values, indices)
 
 
 class _Reader:
