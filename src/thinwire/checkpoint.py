@@ -4,7 +4,8 @@ The state is a dict of tensors, ints and strings, so ``torch.load(weights_only=T
 
     version, world, step, installed_at    ints
     method                                the method in JSON
-    plan      {unit: JSON of its shape, compressor and memory}
+    rank                                  tensor [world], a DTensor of which each rank holds its own number
+    plan      {unit: JSON of its shape, compressor, memory and keys in local}
     local     {unit: {key: tensor [world, *shape]}}    a DTensor of which each rank holds its row
     shared    {unit: {key: tensor [*shape]}}           equal on all ranks
 
@@ -12,6 +13,7 @@ Rows are DTensors since ``torch.distributed.checkpoint`` takes plain tensors of 
 would save one rank's residual and give it to all.
 """
 
+import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +29,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.tensor import DTensor
 
 from thinwire.compressors import catalogue
-from thinwire.core import State, ThinwireError, norm
+from thinwire.compressors.cast import DTYPES
+from thinwire.core import State, ThinwireError, flat, norm
 from thinwire.units import Unit, Worker
 
 VERSION = 1
@@ -47,6 +50,14 @@ class Restored:
     shared: dict[str, State]
     notes: list[str]
 
+    def fingerprint(self) -> str:
+        """What must be the same on all ranks."""
+        digest = hashlib.sha256()
+        for state in self.shared.values():
+            for key in sorted(state):
+                digest.update(flat(state[key].cpu()).contiguous().view(torch.uint8).numpy().tobytes())
+        return f"step {self.step}, method since {self.installed_at}, shared state {digest.hexdigest()[:16]}"
+
 
 def save(units: Sequence[Unit], worker: Worker, rows: Rows, clock: Mapping[str, int], method: str) -> dict[str, Any]:
     """The state of one rank. Everything is copied: what loads in place writes into these tensors."""
@@ -54,32 +65,40 @@ def save(units: Sequence[Unit], worker: Worker, rows: Rows, clock: Mapping[str, 
         "version": VERSION,
         **clock,
         "method": method,
-        "plan": {unit.name: plan_of(unit) for unit in units},
+        "plan": {unit.name: plan_of(unit, worker.local[unit.name].now) for unit in units},
+        "rank": rows(torch.tensor(float(worker.rank))),
         "local": {u.name: {key: rows(t.clone()) for key, t in worker.local[u.name].now.items()} for u in units},
         "shared": {unit.name: {key: t.clone() for key, t in unit.shared.now.items()} for unit in units},
     }
 
 
-def plan_of(unit: Unit) -> str:
+def plan_of(unit: Unit, local: State) -> str:
     parts = (catalogue.to_json(unit.method_compressor), catalogue.to_json(unit.memory))
-    return json.dumps({"shape": list(unit.param.shape), "compressor": parts[0], "memory": parts[1]}, sort_keys=True)
+    shape, keys = list(unit.param.shape), sorted(local)
+    return json.dumps({"shape": shape, "compressor": parts[0], "memory": parts[1], "local": keys}, sort_keys=True)
 
 
+@torch.no_grad()
 def restore(
-    states: Sequence[Mapping[str, Any]], units: Sequence[Unit], rank: int, world: int, on_world_change: OnWorldChange
+    given: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    units: Sequence[Unit],
+    rank: int,
+    world: int,
+    on_world_change: OnWorldChange,
 ) -> Restored:
     """Check a checkpoint against the running session, and make its states.
 
     Args:
-        states: that of this rank; or those of all ranks of the saved world, in their order, to fold them.
+        given: the state of this rank; or those of all ranks of the saved world, in their order.
 
     Raises:
         ThinwireError: it is damaged, or of another plan or world size.
     """
     if on_world_change not in ("error", "fold", "reset"):
         raise ThinwireError(f"on_world_change is {on_world_change!r}; choose 'error', 'fold' or 'reset'")
-    if not states:
-        raise ThinwireError("there is no state to load")
+    states = [given] if isinstance(given, Mapping) else given
+    if not isinstance(states, Sequence) or not states or not all(isinstance(s, Mapping) for s in states):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ThinwireError(f"a checkpoint is a dict, or a list of those of all ranks, not {given!s:.40}")
     state = states[rank] if len(states) == world and len(states) > 1 else states[0]
     saved_world = _integer(state, "world", 1)
     if (version := _integer(state, "version", 1)) != VERSION:
@@ -90,13 +109,30 @@ def restore(
             f"the checkpoint was saved by {saved_world} workers, and {world} load it; choose on_world_change='fold' to "
             "give each of them the mean of what was pending, or 'reset' to drop it"
         )
+    if clock[1] > clock[0]:
+        raise ThinwireError(
+            f"the checkpoint's method is from step {clock[1]}, after its step {clock[0]}; it is damaged"
+        )
+    if saved_world == world:
+        whose = _rows(state.get("rank"), "rank", (), rank, world)
+        if int(whose) != rank:
+            raise ThinwireError(
+                f"this is the state of rank {int(whose)}, and rank {rank} loads it; every rank has its own"
+            )
     plan, local, shared = (_mapping(state, key) for key in ("plan", "local", "shared"))
-    _check_plan(plan, units)
+    for other in states:
+        _check_plan(_mapping(other, "plan"), units)
+        theirs = [_integer(other, key, 0) for key in ("version", "world", "step", "installed_at")]
+        if theirs != [version, saved_world, *clock] or _mapping(other, "plan") != plan:
+            raise ThinwireError(
+                f"the states are not of one checkpoint: one is of step {clock[0]}, another of {theirs[2]}"
+            )
     notes: list[str] = []
     new_local: dict[str, State] = {}
     new_shared: dict[str, State] = {}
     for unit in units:
         saved = _mapping(local, unit.name)
+        _check_keys(plan[unit.name], saved, unit)
         if saved_world == world:
             mine = {key: _row(value, unit, key, rank, saved_world) for key, value in saved.items()}
         else:
@@ -117,15 +153,21 @@ def restore(
 def read_folder(folder: str | Path, key: str) -> dict[str, Any]:
     """The state that ``torch.distributed.checkpoint`` saved there under ``key``, with all rows of all ranks.
 
+    The folder's own metadata is a pickle of torch's, which can run code: load only what you trust. (What
+    ``torch.load(weights_only=True)`` and frames read needs no trust.)
+
     Raises:
         ThinwireError: it can't be read.
     """
     try:
         metadata = cast(Any, FileSystemReader(folder).read_metadata())
+        there = sum(file.stat().st_size for file in Path(folder).iterdir())
         wanted: dict[str, Any] = {}
         for name, entry in metadata.state_dict_metadata.items():
             if name.startswith(f"{key}."):
                 tensor = hasattr(entry, "size")
+                if tensor and entry.size.numel() * entry.properties.dtype.itemsize > there:
+                    raise ValueError(f"{name} is said to have {entry.size.numel()} elements in {there} bytes of files")
                 wanted[name] = torch.empty(entry.size, dtype=entry.properties.dtype) if tensor else 0
         with warnings.catch_warnings():  # it says that it reads alone, which is what we ask for
             warnings.simplefilter("ignore")
@@ -182,45 +224,66 @@ def _check_plan(plan: Mapping[str, Any], units: Sequence[Unit]) -> None:
         raise ThinwireError(f"the checkpoint has a unit {extra[0]!r} that the model has not")
 
 
+def _check_keys(plan: str, saved: Mapping[str, Any], unit: Unit) -> None:
+    try:
+        promised = json.loads(plan)["local"]
+        missing = [key for key in promised if key not in saved]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ThinwireError(f"{unit.name}: the checkpoint's plan can't be read: {error!r:.100}") from error
+    if missing:
+        raise ThinwireError(
+            f"{unit.name}: the checkpoint has {missing[0]!r}, which did not come along; this method has no place "
+            "for it, so dcp.load left it out: use wire.load(folder)"
+        )
+
+
 def _row(value: Any, unit: Unit, key: str, rank: int, world: int) -> Tensor:
-    """This rank's row, from a DTensor or from all rows."""
-    tensor = _tensor(value, unit, key)
-    if isinstance(tensor, DTensor):
-        tensor = tensor.to_local()
-    if tensor.shape[:1] == (world,) and world > 1:
-        tensor = tensor[rank : rank + 1]
-    return _plain(tensor[0] if tensor.ndim else tensor, unit, key)
+    return _plain(_rows(value, f"{unit.name}: {key}", tuple(unit.param.shape), rank, world), unit, key)
+
+
+def _rows(value: Any, what: str, shape: tuple[int, ...], rank: int, world: int) -> Tensor:
+    """This rank's row, from a DTensor, from that row alone or from all rows."""
+    tensor = _tensor(value, what)
+    if tensor.ndim == 0 or tensor.shape[0] not in (1, world) or tuple(tensor.shape[1:]) != shape:
+        raise ThinwireError(f"{what} in the checkpoint is of shape {tuple(tensor.shape)}, not of {(world, *shape)}")
+    return tensor[rank if tensor.shape[0] == world else 0]
 
 
 def _mean_row(states: Sequence[Mapping[str, Any]], unit: Unit, key: str, world: int) -> Tensor:
     """The mean over all rows, which keeps the mean pending update whoever holds it."""
     values = [_mapping(_mapping(state, "local"), unit.name).get(key) for state in states]
-    parts = [_tensor(value, unit, key) for value in values]
-    stacked = torch.cat([p.to_local() if isinstance(p, DTensor) else p for p in parts])
-    if stacked.shape[0] != world:
+    parts = [_tensor(value, f"{unit.name}: {key}") for value in values]
+    shape = tuple(unit.param.shape)
+    if sum(part.shape[0] if part.ndim else 0 for part in parts) != world or any(p.shape[1:] != shape for p in parts):
         raise ThinwireError(
-            f"{unit.name}: {stacked.shape[0]} of {world} rows are here; to change the world size, load all of them, "
-            "with wire.load(checkpoint folder), or give load_state_dict a list of all ranks' states"
+            f"{unit.name}: {len(parts)} of {world} rows of shape {shape} are here; to change the world size, load all "
+            "of them, with wire.load(checkpoint folder), or give load_state_dict a list of all ranks' states"
         )
+    stacked = torch.cat(parts)
     return _plain(stacked.double().mean(0).to(stacked.dtype), unit, key)
 
 
 def _plain(value: Any, unit: Unit, key: str) -> Tensor:
-    tensor = _tensor(value, unit, key)
-    if tensor.shape != unit.param.shape or not tensor.is_floating_point():
+    tensor = _tensor(value, f"{unit.name}: {key}")
+    if tensor.shape != unit.param.shape:
         raise ThinwireError(
-            f"{unit.name}: the checkpoint's {key} is {tensor.dtype} of shape {tuple(tensor.shape)}, "
-            f"not of {tuple(unit.param.shape)}"
+            f"{unit.name}: the checkpoint's {key} is of shape {tuple(tensor.shape)}, not of {tuple(unit.param.shape)}"
         )
     if not bool(tensor.isfinite().all()):
         raise ThinwireError(f"{unit.name}: the checkpoint's {key} is not finite")
     return torch.empty_like(unit.param, dtype=tensor.dtype).copy_(tensor)
 
 
-def _tensor(value: Any, unit: Unit, key: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise ThinwireError(f"{unit.name}: the checkpoint's {key} is {type(value).__name__}, not a tensor")
-    return value
+def _tensor(value: Any, what: str) -> Tensor:
+    """An ordinary tensor of a floating dtype; a DTensor's own part."""
+    tensor: Any = value.to_local() if isinstance(value, DTensor) else value
+    ordinary = (
+        isinstance(tensor, Tensor) and tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested)
+    )
+    if not ordinary or type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.dtype not in DTYPES.values():
+        kind = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ThinwireError(f"{what} in the checkpoint is {kind}, not a tensor of {', '.join(DTYPES)}")
+    return tensor.detach()
 
 
 def _mapping(state: Any, key: str) -> Mapping[str, Any]:

@@ -1,8 +1,10 @@
 """The hand-over of momentum and weight decay between an SGD optimizer and the memories, and back."""
 
 import logging
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from thinwire.exchange.collectives import Collective
 from thinwire.units import Unit, Worker
 
 log = logging.getLogger("thinwire")
+
+TIMEOUT = 300.0
+"""Seconds to wait for the others where momentum is averaged."""
 
 MOVED = ("momentum", "nesterov", "weight_decay")
 CLEARED: dict[str, Any] = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
@@ -105,6 +110,36 @@ class Handover:
                     )
 
 
+_owners: WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[Any]] = WeakKeyDictionary()
+
+
+def check_optimizer(
+    optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, Tensor]], owner: object, method: str
+) -> None:
+    """One optimizer steps all exchanged parameters, and those of one session only.
+
+    Raises:
+        ThinwireError: another session is attached to it, or it lacks a parameter.
+    """
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    if missing := [name for name, param in named if id(param) not in held]:
+        raise ThinwireError(
+            f"parameter {missing[0]!r} is not in the optimizer ({len(missing)} are missing); what {method} remembers "
+            "of a parameter is final when its optimizer steps, so one optimizer must hold all of them"
+        )
+    known = _owners.get(optimizer)
+    other = known() if known is not None else None
+    if other is not None and other is not owner:
+        raise ThinwireError("this optimizer is attached to another model; give each model an optimizer of its own")
+    _owners[optimizer] = weakref.ref(owner)
+
+
+def release_optimizer(optimizer: torch.optim.Optimizer | None) -> None:
+    """Another session may have it."""
+    if optimizer is not None:
+        _owners.pop(optimizer, None)
+
+
 def averaged_buffer(unit: Unit, workers: Sequence[Worker], collective: Collective) -> Tensor | None:
     """The SGD momentum buffer of a unit, equal on all ranks. A collective call."""
     parts = [unit.memory.give_buffer(worker.local[unit.name].now, unit.shared.now) for worker in workers]
@@ -113,6 +148,7 @@ def averaged_buffer(unit: Unit, workers: Sequence[Worker], collective: Collectiv
         buffer = torch.stack(local).sum(0).mul_(1.0 / collective.world)
         if len(workers) < collective.world:
             arrived = collective.all_reduce(buffer)
+            arrived.wait(TIMEOUT)
             arrived.future.wait()
             buffer = arrived.result
         shared = buffer if shared is None else buffer + shared

@@ -18,7 +18,7 @@ from thinwire.core import ThinwireError, norm
 from thinwire.exchange.collectives import Collective
 from thinwire.exchange.routes import Bucket, plan_bucket
 from thinwire.link import wire_bytes
-from thinwire.optimizers import Handover, log
+from thinwire.optimizers import Handover, check_optimizer, log, release_optimizer
 from thinwire.pipeline import Verdict
 from thinwire.policy.plan import Method
 from thinwire.report.ledger import Ledger, StepRow
@@ -80,8 +80,9 @@ class Session:
         self.loss_scale = 1.0
         self.verdicts: list[Verdict] = []
         """What all ranks learned in the step under way."""
+        self._idle = 0  # exchanges in a row that no step followed
         self._pending = False  # an exchange has been made that no optimizer step has made final
-        self._failed = False
+        self.failed = False
         self.cleanup = contextlib.ExitStack()
         """What detach() undoes; engines add to it."""
         self._handover: Handover | None = None
@@ -96,7 +97,14 @@ class Session:
     def _prepare(self, method: Method) -> tuple[list[Unit], Handover | None]:
         """Everything about a method that can fail, before anything is changed."""
         handover = self._handover
-        if self.optimizer is None and any(rule.memory.stateful for rule in method.rules):
+        if self._pending and not self.failed:
+            raise ThinwireError(
+                "the gradients of the last backward are waiting for optimizer.step(); call it, then change"
+            )
+        stateful = any(rule.memory.stateful for rule in method.rules)
+        if stateful and self.optimizer is not None:
+            check_optimizer(self.optimizer, self.named, self, method.name)
+        if self.optimizer is None and stateful:
             raise ThinwireError(
                 f"{method.name} remembers what it did not send, and what a step changes in that is final only when the "
                 "optimizer steps; pass optimizer="
@@ -114,6 +122,7 @@ class Session:
             agree(self.collective, [("error", str(error))])
             raise
         agree(self.collective, self._describe(method, units))
+        self._void()
         if self._handover is not None and handover is None:
             self._handover.give_back(self.units, self.workers, self.collective)
         before = {unit.name: unit for unit in self.units}
@@ -123,6 +132,7 @@ class Session:
             self._say(handover.take(units, self.workers))
         self.method, self.units, self._handover = method, units, handover
         self.by_param = {id(unit.param): unit for unit in units}
+        self._guard_carried()
         self._installed_at = self.step
         self._density: float | None = -1.0
         self._set_stage()
@@ -159,13 +169,22 @@ class Session:
 
         What was not yet sent is dropped, and the ledger says how much. No thread stays behind.
         """
-        if self._handover is not None:
-            self._handover.give_back(self.units, self.workers, self.collective)
-            self._handover = None
+        self._void()
+        try:
+            if self._handover is not None:
+                handover, self._handover = self._handover, None
+                handover.give_back(self.units, self.workers, self.collective)
+        except RuntimeError as error:
+            raise ThinwireError(f"detach: momentum could not be averaged over the ranks: {error!s:.200}") from error
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
         states = [state.now for worker in self.workers for state in worker.local.values()]
         pending = [state["residual"] for state in states if "residual" in state]
         if pending:
             self.ledger.note(f"step {self.step}: detached; a residual of norm {float(norm(pending)):.3g} was dropped")
+        release_optimizer(self.optimizer)
         self.cleanup.close()
         self.collective.close()
 
@@ -201,9 +220,13 @@ class Session:
     def begin_step(self) -> None:
         """Before the first bucket of a step. What an earlier one prepared and no optimizer made final is void."""
         if self._pending:
-            self._pending = False
-            self.ledger.skipped += 1
-        self._failed = False
+            self._void()
+            if not self.failed:
+                self.ledger.skipped += 1
+                self._idle += 1
+                if self._idle == 3:
+                    self._say("3 exchanges without a step of the attached optimizer: is it the one that steps?")
+        self.failed = False
         self.verdicts = []
         self.row = StepRow(self.step, self.method.name)
         self._sent_before = self.collective.sent
@@ -235,9 +258,11 @@ class Session:
             self._commit()
 
     def _fail(self, verdict: Verdict) -> None:
+        if not self.failed:
+            self.ledger.skipped += 1
         sender, unit = (int(i) for i in verdict.bad.nonzero()[0])
         rank = f"rank {sender}" if verdict.bad.shape[0] > 1 else "some rank"
-        self._failed = True
+        self.failed = True
         self._complaint = f"step {self.step}: the gradient of {verdict.units[unit].name} is not finite on {rank}"
         self.ledger.note(f"{self._complaint}; skipped on all ranks")
 
@@ -252,24 +277,40 @@ class Session:
             "from the last checkpoint."
         )
 
-    def _before_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _before_optimizer(self, _: torch.optim.Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """The optimizer is about to step: not where a gradient was not finite. Without gradients it does nothing."""
-        if not (self._pending and self._failed):
-            return
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                param.grad = None
-        if self.on_nonfinite == "raise":
-            self._pending = False
-            raise ThinwireError(f"{self._complaint}; nothing has been changed by this step")
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is not None and any(unit.guarded for unit in self.units):
+            raise ThinwireError(
+                f"optimizer.step(closure) runs backward inside the step, where {self.method.name} could not take a "
+                "step back; call backward first and step() without a closure"
+            )
+        if self._pending and self.failed:
+            self._drop_gradients()
+            if self.on_nonfinite == "raise":
+                self._void()
+                raise ThinwireError(f"{self._complaint}; nothing has been changed by this step")
+
+    def _drop_gradients(self) -> None:
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = None
+
+    def _void(self) -> None:
+        """What the last exchange prepared will never be final."""
+        if self._pending and self.failed:
+            self._drop_gradients()
+        self._pending = False
 
     def _after_optimizer(self, *_: object) -> None:
-        if self._pending and not self._failed:
+        if self._pending and not self.failed:
             self._commit()
 
     def _commit(self) -> None:
         """The optimizer has stepped: what the step prepared is final. A unit that no rank used has not been touched."""
         self._pending = False
+        self._idle = 0
         self.step += 1
         unused = {v.units[i].name for v in self.verdicts for i in v.used.any(0).logical_not().nonzero().flatten()}
         for unit in self.units:
@@ -277,6 +318,20 @@ class Session:
                 unit.shared.commit()
                 for worker in self.workers:
                     worker.local[unit.name].commit()
+        if self._carrying and not self._carries():
+            self._carrying = False
+            for unit in self.units:
+                unit.guarded = any(rule.memory.stateful for rule in self.method.rules)
+            self._buckets.clear()
+
+    def _carries(self) -> bool:
+        return any("carried" in state.now for worker in self.workers for state in worker.local.values())
+
+    def _guard_carried(self) -> None:
+        """While a residual without a home is carried, a method that remembers nothing needs the heads too."""
+        self._carrying = self._carries()
+        for unit in self.units:
+            unit.guarded = unit.guarded or self._carrying
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -302,18 +357,23 @@ class Session:
                 mean of what was pending, so that the mean pending update stays the same; or ``"reset"`` drops it.
 
         Raises:
-            ThinwireError: the checkpoint is damaged, or of another model or world size.
+            ThinwireError: the checkpoint is damaged, of another model, rank or world size, or not one on all ranks.
         """
-        states = [state] if isinstance(state, Mapping) else list(state)
         rank, world = self.collective.rank, self.collective.world
-        restored = checkpoint.restore(states, self.units, rank, world, on_world_change)
-        self._pending = False
+        try:
+            restored = checkpoint.restore(state, self.units, rank, world, on_world_change)
+        except ThinwireError as error:  # all ranks load, or none
+            agree(self.collective, [("checkpoint", str(error))])
+            raise
+        agree(self.collective, [("checkpoint", restored.fingerprint())])
+        self._void()
         self.step, self._installed_at = restored.step, restored.installed_at
         for unit in self.units:
             self.workers[0].local[unit.name].now = restored.local[unit.name]
             unit.shared.now = restored.shared[unit.name]
         for note in restored.notes:
             self.ledger.note(note)
+        self._guard_carried()
         self._density = -1.0
         self._set_stage()
 

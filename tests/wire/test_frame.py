@@ -163,3 +163,30 @@ def test_what_can_not_be_written():
         encode(nan)
     with pytest.raises(ThinwireError, match="too many for a frame"):
         encode(Frame({}, {"k" * 256: 1}))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        Entry((3,), torch.ones(2)),
+        Entry((4,), torch.ones(2), torch.tensor([3, 1])),
+        Entry((4,), torch.ones(2), torch.tensor([1, 4])),
+        Entry((4,), torch.ones(2), torch.tensor([1])),
+    ],
+)
+def test_entries_that_do_not_fit(entry):
+    with pytest.raises(ThinwireError, match=r"do not fit|do not ascend"):
+        encode(Frame({"w": entry}))
+
+
+def test_other_things_that_can_not_be_written_or_read():
+    for frame in (Frame({}, {"n": 2**63}), Frame({}, {"\ud800": 1})):
+        with pytest.raises(ThinwireError):
+            encode(frame)
+    with pytest.raises(FrameError, match="a frame is bytes, not NoneType"):
+        decode(None)
+    huge = decode(sealed(entry(shape=(2**47,), rest=struct.pack("<Q", 0))))
+    with pytest.raises(ThinwireError, match="at most 2147483648 are made dense"):
+        huge.entries["w"].to_dense()
+    transposed = torch.arange(6.0).view(3, 2).t()
+    assert torch.equal(decode(encode(Frame({"w": Entry((2, 3), transposed)}))).entries["w"].to_dense(), transposed)

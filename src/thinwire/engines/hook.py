@@ -60,7 +60,7 @@ class Dispatcher:
         session.cleanup.callback(ddp.register_forward_pre_hook(self.before_forward).remove)
         if session.optimizer is not None:
             session.cleanup.callback(session.optimizer.register_step_post_hook(self.after_optimizer).remove)
-        if ddp.find_unused_parameters:
+        if ddp.find_unused_parameters or ddp.static_graph:
             self.used = set()
             for _, _, param in self.owners:
                 handle = cast(Any, param).register_post_accumulate_grad_hook(self.reached)
@@ -84,7 +84,7 @@ class Dispatcher:
                 )
         self.session.check()
         accumulates = self.exchanged_since_step and self.owners[0][2].grad is not None and torch.is_grad_enabled()
-        if accumulates and not self.warned:
+        if accumulates and not self.warned and not self.session.failed:
             self.warned = True
             warnings.warn(ACCUMULATED, stacklevel=2)
 
@@ -178,7 +178,13 @@ class Dispatcher:
                 if arrived.result.is_cuda:
                     arrived.result.record_stream(torch.cuda.current_stream(arrived.result.device))
             with Stopwatch(row, "receive_seconds"):
-                verdicts.extend(pipeline.receive(bucket, inbox, grads, seed, step, loss_scale))
+                found = pipeline.receive(bucket, inbox, grads, seed, step, loss_scale)
+            verdicts.extend(found)
+            if not all(used):  # what no rank used has no gradient; DDP leaves a view of the bucket as it is
+                idle = {v.units[i].name for v in found for i in v.used.any(0).logical_not().nonzero().flatten()}
+                for unit, grad in zip(bucket.units, grads, strict=True):
+                    if unit.name in idle:
+                        grad.zero_()
             return buffer
 
         # A future made by collect_all knows no device; on CUDA the first one's callback waits for the others' streams.

@@ -143,17 +143,17 @@ class ProcessGroup:
         """The ranks whose connections are gone, as far as this one can tell; only gloo tells."""
         if dist.get_backend(self.group) != "gloo":
             return []
-        return [rank for rank in range(self.world) if rank != self.rank and not self._answers(rank)]
+        deadline = time.monotonic() + PROBE_SECONDS
+        asked = {rank: self._ask(rank) for rank in range(self.world) if rank != self.rank}
+        lost = [rank for rank, work in asked.items() if not _answers(work, deadline)]
+        time.sleep(PROBE_SECONDS)  # the other survivors ask this rank at about the same time
+        return lost
 
-    def _answers(self, rank: int) -> bool:
-        """Whether a connection stands: a message nobody awaits times out on one, and fails at once without."""
-        peer = dist.get_global_rank(self.group, rank)
+    def _ask(self, rank: int) -> Any:
         try:
-            work = cast(Any, dist.isend(torch.zeros(1), peer, group=self.group))
-            work.wait(timedelta(seconds=PROBE_SECONDS))
-        except RuntimeError as error:
-            return "imed out" in str(error)
-        return True
+            return dist.isend(torch.zeros(1), dist.get_global_rank(self.group, rank), group=self.group)
+        except RuntimeError:
+            return None
 
     def close(self) -> None:
         pass
@@ -227,6 +227,17 @@ class Local:
 
     def close(self) -> None:
         pass
+
+
+def _answers(work: Any, deadline: float) -> bool:
+    """Whether a connection stands: a message nobody awaits times out on one, and fails at once without."""
+    if work is None:
+        return False
+    try:
+        work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
+    except RuntimeError as error:
+        return "imed out" in str(error)
+    return True
 
 
 def _sum_in_order(messages: list[Tensor], out: Tensor) -> None:

@@ -57,12 +57,15 @@ class Bucket:
         return frozenset(i for i, unit in enumerate(self.units) if unit.compressed)
 
     def wire_bytes(self, world: int) -> tuple[float, float]:
-        """Bytes a worker sends for this bucket in a step: of all units, and of the compressed ones."""
+        """Bytes a worker sends for this bucket in a step: in all, and for the compressed units with the head."""
         total = compressed = 0.0
         for group in self.groups:
             total += wire_bytes(group.kind, group.layout.nbytes, world)
-            sizes = zip(group.units, group.layout.unit_nbytes, strict=False)
-            compressed += wire_bytes(group.kind, sum(size for i, size in sizes if i in self.lossy), world)
+            if self.lossy.isdisjoint(group.units):
+                continue
+            sizes = zip(group.units, group.layout.unit_nbytes, strict=False)  # the head and the padding come after
+            plain = sum(size for i, size in sizes if i not in self.lossy)
+            compressed += wire_bytes(group.kind, group.layout.nbytes - plain, world)
         return total, compressed
 
 

@@ -56,8 +56,14 @@ class Entry:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def to_dense(self) -> Tensor:
-        """The tensor, with zeros where nothing was sent; this is what allocates ``numel`` elements."""
+    def to_dense(self, max_numel: int = 2**31) -> Tensor:
+        """The tensor, with zeros where nothing was sent; this is what allocates ``numel`` elements.
+
+        Raises:
+            ThinwireError: more than ``max_numel`` elements were declared.
+        """
+        if self.numel > max_numel:
+            raise ThinwireError(f"an entry of {self.numel} elements was declared; at most {max_numel} are made dense")
         if self.indices is None:
             return self.values.view(self.shape)
         out = torch.zeros(self.numel, dtype=self.values.dtype)
@@ -82,12 +88,15 @@ def encode(frame: Frame) -> bytes:
     for key, value in frame.notes.items():
         body += _text(key, "B")
         if isinstance(value, int):
+            if not -(2**63) <= value < 2**63:
+                raise ThinwireError(f"note {key!r} is {value}; a frame holds 64-bit integers")
             body += struct.pack("<Bq", 0, value)
         else:
             body += b"\x01" + _text(value, "I")
     body += struct.pack("<I", len(frame.entries))
     for name, entry in frame.entries.items():
-        values = entry.values.detach().cpu()
+        values = entry.values.detach().cpu().contiguous().view(-1)
+        _check_entry(name, entry, values.numel())
         if values.dtype not in DTYPES or (values.is_floating_point() and not values.isfinite().all()):
             raise ThinwireError(f"{name}: a frame holds finite values of {', '.join(map(str, DTYPES))} only")
         body += _text(name, "H")
@@ -107,6 +116,8 @@ def decode(data: bytes) -> Frame:
     Raises:
         FrameError: whatever is wrong with them.
     """
+    if not isinstance(data, bytes):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise FrameError(0, f"a frame is bytes, not {type(data).__name__}")
     reader = _Reader(data)
     magic, version, reserved, length, checksum = reader.unpack(HEAD.format, "head")
     if magic != MAGIC:
@@ -135,6 +146,20 @@ def decode(data: bytes) -> Frame:
     if reader.at != len(data):
         raise FrameError(reader.at, f"{len(data) - reader.at} bytes after the last entry")
     return Frame(entries, notes)
+
+
+def _check_entry(name: str, entry: Entry, count: int) -> None:
+    where = entry.indices
+    if where is None:
+        good = count == entry.numel
+    else:
+        good = where.numel() == count <= entry.numel and where.dtype == torch.int64 and where.ndim == 1
+        good = good and (not count or (int(where[0]) >= 0 and int(where[-1]) < entry.numel))
+        good = good and not bool((where.diff() < 0).any())
+    if not good or len(entry.shape) > MAX_NDIM or entry.numel > MAX_NUMEL:
+        raise ThinwireError(
+            f"{name}: {count} values do not fit shape {entry.shape}, or their indices do not ascend in it"
+        )
 
 
 def _entry(reader: "_Reader", name: str) -> Entry:
@@ -201,7 +226,10 @@ class _Reader:
 
 
 def _text(text: str, length: str) -> bytes:
-    data = text.encode()
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise ThinwireError(f"{text!r:.60} can't be written as UTF-8") from error
     if len(data) >= 256 ** struct.calcsize(length):
         raise ThinwireError(f"{text[:40]!r}... has {len(data)} bytes, too many for a frame")
     return struct.pack("<" + length, len(data)) + data
