@@ -269,7 +269,8 @@ class Session:
     def exchange_failed(self, bucket: Bucket, error: Exception) -> ThinwireError:
         """What to raise when the exchange of a bucket has failed; the step under way is void."""
         lost = self.collective.lost()
-        who = f"; rank {' and '.join(map(str, lost))} seems to be gone" if lost else ""
+        many = "ranks {} seem" if len(lost) > 1 else "rank {} seems"
+        who = f"; {many.format(' and '.join(map(str, lost)))} to be gone" if lost else ""
         names = bucket.units[0].name + (f" (and {len(bucket.units) - 1} more)" if len(bucket.units) > 1 else "")
         reason = str(error).splitlines()[0]
         return ThinwireError(

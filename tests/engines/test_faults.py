@@ -1,6 +1,7 @@
 """A rank that dies, a rank that is late, and what a session leaves behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,10 +68,12 @@ def test_a_killed_rank_is_named_and_nobody_hangs(repeat):
                 assert process.returncode == -signal.SIGKILL
             else:
                 assert process.returncode not in (0, None)
-                assert "ThinwireError: step" in error or victim == 0, error[-2000:]  # rank 0 holds torch's store
-                if "ThinwireError: step" in error:
-                    assert "the exchange of " in error
-                    assert "Restart from the last checkpoint" in error
+                assert f"ThinwireError: step {step}: the exchange of" in error, error[-2000:]
+                assert "Restart from the last checkpoint" in error
+                if victim:  # rank 0 holds the store in which survivors say that they live
+                    assert f"failed on rank {rank}; rank {victim} seems to be gone" in error
+                else:
+                    assert re.search(rf"failed on rank {rank}; ranks? 0\b", error)
     finally:
         for process in ranks:
             process.kill()

@@ -145,9 +145,18 @@ class ProcessGroup:
             return []
         deadline = time.monotonic() + PROBE_SECONDS
         asked = {rank: self._ask(rank) for rank in range(self.world) if rank != self.rank}
-        lost = [rank for rank, work in asked.items() if not _answers(work, deadline)]
-        time.sleep(PROBE_SECONDS)  # the other survivors ask this rank at about the same time
-        return lost
+        closed = [rank for rank, work in asked.items() if not _answers(work, deadline)]
+        return self._without_survivors(closed)
+
+    def _without_survivors(self, closed: list[int]) -> list[int]:
+        """A failure closes connections between survivors too; those who live say so in the group's store."""
+        try:
+            store = cast(Any, self.group).get_group_store()
+            store.set(f"thinwire/alive/{self.rank}", "yes")
+            time.sleep(2 * PROBE_SECONDS)
+            return [rank for rank in closed if not store.check([f"thinwire/alive/{rank}"])] or closed
+        except (AttributeError, RuntimeError):  # no store, or its host is the one that is gone
+            return closed
 
     def _ask(self, rank: int) -> Any:
         try:
