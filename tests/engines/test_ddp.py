@@ -526,6 +526,6 @@ def test_an_emulated_link_takes_its_time_and_is_labelled(world2):
     for link in ("50mbit", "200mbit"):
         seconds, exchange, label = world2.run(_overlap, link)[0]
         due = size * 8 / (50e6 if link == "50mbit" else 200e6)
-        assert due <= seconds < due + 0.2
+        assert due <= seconds < due + 0.5
         assert exchange > seconds, "buckets wait side by side"
         assert "emulated" in label
