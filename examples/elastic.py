@@ -1,9 +1,9 @@
 """Survive a lost worker: torchrun restarts the job, which goes on from the last checkpoint, residuals included.
 
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_GLOO_LAZY_INIT=1
     torchrun --nproc-per-node 2 --max-restarts 3 examples/elastic.py --folder run
 
-The variable is for gloo: torchrun's agent otherwise keeps a store with the addresses of the workers that are gone.
+The variables are for gloo, which otherwise finds the addresses of the workers that are gone in the store of torchrun.
 ``--die-at 13`` kills the last rank at that step, once, to see it happen. The losses are those of an unbroken run.
 """
 

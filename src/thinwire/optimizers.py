@@ -134,10 +134,11 @@ def check_optimizer(
     _owners[optimizer] = weakref.ref(owner)
 
 
-def release_optimizer(optimizer: torch.optim.Optimizer | None) -> None:
-    """Another session may have it."""
-    if optimizer is not None:
-        _owners.pop(optimizer, None)
+def release_optimizer(optimizer: torch.optim.Optimizer | None, owner: object) -> None:
+    """Another session may have it, if this one had."""
+    known = _owners.get(optimizer) if optimizer is not None else None
+    if optimizer is not None and known is not None and known() is owner:
+        del _owners[optimizer]
 
 
 def averaged_buffer(unit: Unit, workers: Sequence[Worker], collective: Collective) -> Tensor | None:

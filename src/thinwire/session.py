@@ -87,7 +87,11 @@ class Session:
         """What detach() undoes; engines add to it."""
         self._handover: Handover | None = None
         self.row = StepRow(0, method.name)
-        self._install(method)
+        try:
+            self._install(method)
+        except ThinwireError:
+            release_optimizer(optimizer, self)
+            raise
         if optimizer is not None:
             self.cleanup.callback(optimizer.register_step_pre_hook(self._before_optimizer).remove)
             self.cleanup.callback(optimizer.register_step_post_hook(self._after_optimizer).remove)
@@ -184,7 +188,7 @@ class Session:
         pending = [state["residual"] for state in states if "residual" in state]
         if pending:
             self.ledger.note(f"step {self.step}: detached; a residual of norm {float(norm(pending)):.3g} was dropped")
-        release_optimizer(self.optimizer)
+        release_optimizer(self.optimizer, self)
         self.cleanup.close()
         self.collective.close()
 

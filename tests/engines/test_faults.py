@@ -174,9 +174,10 @@ def test_a_failed_exchange_names_what_it_knows():
 
 
 def _torchrun(*args):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "5"]
     environment = {
         **os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "TORCH_GLOO_LAZY_INIT": "1",
         "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     done = subprocess.run(
