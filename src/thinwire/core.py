@@ -7,9 +7,9 @@ is what a receiver reconstructs from one payload, in a form that can be added wi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import ClassVar, TypeAlias, TypeVar, cast
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, TypeAlias, TypeVar, cast
 from zlib import crc32
 
 import torch
@@ -29,6 +29,84 @@ class ThinwireError(Exception):
 
 
 @dataclass(frozen=True)
+class Accumulation:
+    """How a memory adds a gradient to what it holds, as far as a kernel needs to know.
+
+    ``u' = m u + s g``, ``v' = v + u'``; with Nesterov ``u' = m (u + s g)``, ``v' = v + u' + s g``; without a momentum
+    ``v' = v + s g``. ``s`` is 1 / loss scale, and each operation is rounded to float32.
+    """
+
+    momentum: float | None
+    nesterov: bool = False
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One contiguous range of one unit, to be accumulated and looked through: 1-D tensors ``[n]``.
+
+    ``grad`` has any floating dtype and is set to zero; the states are float32 or bfloat16, all alike.
+    """
+
+    rule: Accumulation
+    grad: Tensor
+    old_residual: Tensor
+    new_residual: Tensor
+    old_momentum: Tensor | None
+    new_momentum: Tensor | None
+    scale: float = 1.0
+
+
+class Selection(Protocol):
+    """Which elements are sent, where a threshold that is known beforehand decides it."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def stride(self) -> int: ...
+
+    def threshold(self, sampled: Tensor) -> Tensor:
+        """The threshold, a scalar, from the magnitudes of every ``stride``-th element from ``start`` on."""
+        ...
+
+    def settle(self, x: Tensor, chosen: Tensor, threshold: Tensor) -> Tensor:
+        """What is sent of ``x`` ``[n]``, from the ascending indices of what is not below the threshold."""
+        ...
+
+
+class Kernels(Protocol):
+    """The loops in which the time goes. All implementations give the same bits as plain PyTorch."""
+
+    name: str
+
+    def runs(self, work: Pass) -> bool:
+        """Whether this dtype and device can be taken."""
+        ...
+
+    def sample(self, work: Pass, start: int, stride: int) -> Tensor:
+        """``|v'|`` at every ``stride``-th element from ``start`` on, before the pass itself; writes nothing."""
+        ...
+
+    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[float]) -> list[Tensor]:
+        """Write the new states, clear the gradients; answers the ascending int64 indices of ``|v'| >= threshold``.
+
+        NaN is not below any threshold.
+        """
+        ...
+
+    def encode_indices(self, indices: Tensor, n: int) -> Tensor:
+        """``wire.elias_fano.encode``."""
+        ...
+
+    def decode_indices(self, packed: Tensor, k: int, n: int) -> Tensor:
+        """``wire.elias_fano.decode``."""
+        ...
+
+    def close(self) -> None:
+        """Let go of threads."""
+        ...
+
+
+@dataclass(frozen=True)
 class Context:
     """Where and when something is compressed; all randomness is a function of it, so none is checkpointed."""
 
@@ -36,6 +114,8 @@ class Context:
     step: int
     unit: str
     rank: int
+    kernels: Kernels | None = field(default=None, compare=False, repr=False)
+    """Which loops to use; None for plain PyTorch. The result is the same."""
 
     def draw(self, bound: int) -> int:
         """An integer in [0, bound), the same on every machine for equal contexts."""
@@ -82,8 +162,8 @@ class Decompressed(ABC):
     density: float
 
     @abstractmethod
-    def write_to(self, out: Tensor) -> None:
-        """``out = self``, whatever ``out`` held."""
+    def write_to(self, out: Tensor, alpha: float = 1.0) -> None:
+        """``out = alpha * self``, whatever ``out`` held."""
 
     @abstractmethod
     def add_to(self, out: Tensor, alpha: float = 1.0) -> None:
@@ -101,9 +181,11 @@ class Dense(Decompressed):
     values: Tensor
     density: float = 1.0
 
-    def write_to(self, out: Tensor) -> None:
+    def write_to(self, out: Tensor, alpha: float = 1.0) -> None:
         if out.data_ptr() != self.values.data_ptr() or out.dtype != self.values.dtype:  # summed in place
             flat(out).copy_(self.values)
+        if alpha != 1.0:
+            out.mul_(alpha)
 
     def add_to(self, out: Tensor, alpha: float = 1.0) -> None:
         flat(out).add_(self.values, alpha=alpha)
@@ -120,9 +202,9 @@ class Sparse(Decompressed):
     values: Tensor  # [k]
     density: float
 
-    def write_to(self, out: Tensor) -> None:
+    def write_to(self, out: Tensor, alpha: float = 1.0) -> None:
         out.zero_()
-        self.add_to(out)
+        self.add_to(out, alpha)
 
     def add_to(self, out: Tensor, alpha: float = 1.0) -> None:
         values = self.values.to(out.dtype)
@@ -147,6 +229,14 @@ class Compressor(ABC):
     @abstractmethod
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         """What any receiver gets from ``payload``; ``like`` gives shape and dtype, never values."""
+
+    def sampling(self, shape: Sequence[int], ctx: Context) -> Selection | None:
+        """How this step's elements are chosen by a threshold, so that a kernel may do it; None where they are not."""
+        return None
+
+    def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
+        """The payload of a selection: ascending int64 indices into ``n`` elements, and the values there."""
+        raise NotImplementedError
 
     def with_density(self, density: float) -> "Compressor":
         """The same compressor at a density no lower than this, for a warm-up; one without a density answers itself."""
@@ -175,6 +265,11 @@ class Memory(ABC):
 
     absorbs: ClassVar[bool] = False
     """Whether this memory takes momentum and weight decay over from the optimizer."""
+
+    @property
+    def accumulation(self) -> Accumulation | None:
+        """What ``compensate`` does, where it is no more than an accumulation that a kernel can do in its place."""
+        return None
 
     @property
     def residual_gain(self) -> float:

@@ -15,13 +15,39 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from thinwire.core import Absorbed, Decompressed, Memory, State, ThinwireError, float_at_least_32
+from thinwire.core import Absorbed, Accumulation, Decompressed, Memory, State, ThinwireError, float_at_least_32
 
 WeightDecay: TypeAlias = Literal["separate", "local", "decoupled"]
 
 
 def zeros(like: Tensor) -> Tensor:
     return torch.zeros_like(like, memory_format=torch.preserve_format)
+
+
+def accumulate(
+    rule: Accumulation,
+    scale: float,
+    grad: Tensor,
+    v: Tensor,
+    new_v: Tensor,
+    u: Tensor | None = None,
+    new_u: Tensor | None = None,
+) -> None:
+    """``Accumulation``, in plain PyTorch: fills ``new_v`` and ``new_u``."""
+    if new_v.dtype.itemsize < 4:  # short states are rounded once, when they are written
+        wide_v, wide_u = new_v.float(), None if new_u is None else new_u.float()
+        accumulate(rule, scale, grad, v.float(), wide_v, None if u is None else u.float(), wide_u)
+        new_v.copy_(wide_v)
+        if new_u is not None and wide_u is not None:
+            new_u.copy_(wide_u)
+    elif u is None or new_u is None or rule.momentum is None:
+        torch.add(v, grad, alpha=scale, out=new_v)
+    elif rule.nesterov:
+        torch.add(u, grad, alpha=scale, out=new_u).mul_(rule.momentum)
+        torch.add(v, grad, alpha=scale, out=new_v).add_(new_u)
+    else:
+        torch.mul(u, rule.momentum, out=new_u).add_(grad, alpha=scale)
+        torch.add(v, new_u, out=new_v)
 
 
 @dataclass(frozen=True)
@@ -49,6 +75,10 @@ class ErrorFeedback(Memory):
     can follow; after a cut of the learning rate, old residuals count at the new rate.
     """
 
+    @property
+    def accumulation(self) -> Accumulation:
+        return Accumulation(None)
+
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad)
 
@@ -56,7 +86,8 @@ class ErrorFeedback(Memory):
         return {"residual": zeros(like)}
 
     def compensate(self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0) -> Tensor:
-        return torch.add(old["residual"], grad, alpha=scale, out=new["residual"])
+        accumulate(self.accumulation, scale, grad, old["residual"], new["residual"])
+        return new["residual"]
 
     def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
         own.add_to(x, alpha=-1.0)  # x is new["residual"]
@@ -108,6 +139,11 @@ class MomentumCorrection(Memory):
     def residual_gain(self) -> float:
         return 1.0 - self.momentum
 
+    @property
+    def accumulation(self) -> Accumulation | None:
+        decays_first = self.weight_decay and self.decay == "local"
+        return None if decays_first else Accumulation(self.momentum, self.nesterov)
+
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad)
 
@@ -121,11 +157,8 @@ class MomentumCorrection(Memory):
         u, v = new["momentum"], new["residual"]
         if self.weight_decay and self.decay == "local":
             grad, scale = torch.mul(grad, scale).to(u.dtype).add_(param, alpha=self.weight_decay), 1.0
-        if self.nesterov:
-            torch.add(old["momentum"], grad, alpha=scale, out=u).mul_(self.momentum)
-            return torch.add(old["residual"], grad, alpha=scale, out=v).add_(u)
-        torch.mul(old["momentum"], self.momentum, out=u).add_(grad, alpha=scale)
-        return torch.add(old["residual"], u, out=v)
+        accumulate(Accumulation(self.momentum, self.nesterov), scale, grad, old["residual"], v, old["momentum"], u)
+        return v
 
     def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
         own.add_to(x, alpha=-1.0)  # x is new["residual"]

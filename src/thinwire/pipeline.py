@@ -8,16 +8,17 @@ comes later call the same three functions, and only the collective between them 
 to the real run, and bytes are counted in one place.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from thinwire.core import Context, float_at_least_32, norm
+from thinwire.core import Context, Kernels, flat, float_at_least_32
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.exchange.routes import Bucket
+from thinwire.kernels.reference import REFERENCE
+from thinwire.selecting import select
 from thinwire.units import Unit, Worker
 from thinwire.wire import head
 
@@ -38,22 +39,19 @@ class Verdict:
     bad: Tensor
 
 
-@torch.no_grad()
-def clip(grads: Sequence[Tensor], threshold: float, world: int) -> None:
-    """Scale one rank's gradients, in place, to a norm of at most ``threshold * sqrt(world)``.
+@dataclass(frozen=True)
+class Outbox:
+    """What one rank sends of one bucket: a message for each group."""
 
-    With independent noise, the mean of N gradients has 1 / sqrt(N) of their norm, so this is as strong as clipping
-    the mean at ``threshold``. (DGC's paper has ``threshold / sqrt(N)``, for gradients that are divided by N before.)
-    """
-    scale = (threshold * math.sqrt(world) / (norm(grads) + 1e-6)).clamp(max=1.0)
-    for grad in grads:
-        grad.mul_(scale.to(grad.device))
+    messages: list[Tensor]
+    cleared: frozenset[int]
+    """The units whose gradients are zero now, so that what arrives can be added to them."""
 
 
 @torch.no_grad()
 def send(
     bucket: Bucket, grads: Sequence[Tensor], worker: Worker, step: int, used: Sequence[bool], loss_scale: float = 1.0
-) -> list[Tensor]:
+) -> Outbox:
     """The sending half: from one rank's gradients to its messages, one for each group of the bucket.
 
     Everything that only this rank remembers is prepared here, to be final once the optimizer has stepped. The
@@ -62,13 +60,18 @@ def send(
     asked: list[Tensor] = []
     payloads: list[tuple[Tensor, ...]] = []
     bad: list[Tensor] = []
-    contexts = [Context(worker.seed, step, unit.name, worker.rank) for unit in bucket.units]
-    for unit, grad, ctx in zip(bucket.units, grads, contexts, strict=True):
+    contexts = [Context(worker.seed, step, unit.name, worker.rank, worker.kernels) for unit in bucket.units]
+    selected = select(bucket.units, grads, worker, contexts, 1.0 / loss_scale)
+    for i, (unit, grad, ctx) in enumerate(zip(bucket.units, grads, contexts, strict=True)):
         local = worker.local[unit.name]
-        x = unit.memory.compensate(grad, unit.param, local.now, local.next, 1.0 / loss_scale)
-        if (carried := local.now.get("carried")) is not None:  # the residual that an earlier method left
-            x.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
-        payload = unit.compressor.compress(x, local.now, ctx)
+        if i in selected:
+            x, chosen = local.next["residual"], selected[i]
+            payload = unit.compressor.encode(chosen, flat(x)[chosen], x.numel(), ctx)
+        else:
+            x = unit.memory.compensate(grad, unit.param, local.now, local.next, 1.0 / loss_scale)
+            if (carried := local.now.get("carried")) is not None:  # the residual that an earlier method left
+                x.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
+            payload = unit.compressor.compress(x, local.now, ctx)
         asked.append(x)
         payloads.append(payload)
         bad.append(is_bad(payload[0]) if unit.guarded else ALL_RIGHT.to(x.device))
@@ -86,7 +89,7 @@ def send(
         if worker.probe is not None and unit.compressed:
             worker.probe.look(x, own)
         unit.memory.sent(x, own, local.next)
-    return messages
+    return Outbox(messages, frozenset(selected))
 
 
 def route(bucket: Bucket, messages: Sequence[Tensor], collective: Collective) -> list[InFlight]:
@@ -96,32 +99,45 @@ def route(bucket: Bucket, messages: Sequence[Tensor], collective: Collective) ->
 
 @torch.no_grad()
 def receive(
-    bucket: Bucket, inbox: Sequence[InFlight], outs: Sequence[Tensor], seed: int, step: int, loss_scale: float = 1.0
+    bucket: Bucket,
+    inbox: Sequence[InFlight],
+    outs: Sequence[Tensor],
+    seed: int,
+    step: int,
+    loss_scale: float = 1.0,
+    kernels: Kernels = REFERENCE,
+    cleared: Set[int] = frozenset(),
 ) -> list[Verdict]:
     """The receiving half: from what arrived to the gradients for the optimizer, written to ``outs``.
 
     It is the same on every rank, bit for bit: payloads are added in rank order. Where any rank sent what is not
-    finite, every rank's gradients become NaN, so that a loss scaler skips the step on all of them.
+    finite, an element of every gradient becomes NaN on every rank, so that a loss scaler skips the step on all of them.
+
+    Args:
+        cleared: the units of which ``outs`` are zero, where nothing needs to be overwritten.
     """
     verdicts: list[Verdict] = []
     for group, arrived in zip(bucket.groups, inbox, strict=True):
         senders = group.arrived(arrived.result)
-        factor = 1.0 / len(senders)
+        share = 1.0 / len(senders)
+        poison: Tensor | None = None
         if group.has_head:
             used, bad = head.decode(torch.stack([payloads[-1][0] for payloads in senders]), len(group.units))
             verdicts.append(Verdict(tuple(bucket.units[i] for i in group.units), used, bad))
-            factor = torch.full((), factor, dtype=torch.float64, device=bad.device).masked_fill_(bad.any(), torch.nan)
+            poison = torch.zeros((), device=bad.device).masked_fill_(bad.any(), torch.nan)
         for j, i in enumerate(group.units):
             unit, out = bucket.units[i], outs[i]
             wide = float_at_least_32(out.dtype)  # short dtypes are summed in float32
             mean = out if out.dtype == wide else torch.empty_like(out, dtype=wide)
             for rank, payloads in enumerate(senders):
-                got = unit.compressor.decompress(
-                    payloads[j], mean, unit.shared.now, Context(seed, step, unit.name, rank)
-                )
-                got.write_to(mean) if rank == 0 else got.add_to(mean)
-            if group.has_head or len(senders) > 1:
-                mean.mul_(factor)
+                ctx = Context(seed, step, unit.name, rank, kernels)
+                got = unit.compressor.decompress(payloads[j], mean, unit.shared.now, ctx)
+                if rank == 0 and (i not in cleared or mean is not out):
+                    got.write_to(mean, share)
+                else:
+                    got.add_to(mean, share)
+            if poison is not None and mean.numel():
+                flat(mean)[:1].add_(poison)
             grad = unit.memory.receive(mean, unit.param, unit.shared.now, unit.shared.next)
             if unit.memory.stateful and loss_scale != 1.0:
                 grad.mul_(loss_scale)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from thinwire import checkpoint
 from thinwire._version import __version__
-from thinwire.core import ThinwireError, norm
+from thinwire.core import Kernels, ThinwireError, norm
 from thinwire.exchange.collectives import Collective
 from thinwire.exchange.routes import Bucket, plan_bucket
 from thinwire.link import wire_bytes
@@ -182,6 +182,13 @@ class Session:
             raise ThinwireError(f"detach: momentum could not be averaged over the ranks: {error!s:.200}") from error
         finally:
             self._leave()
+
+    def use_kernels(self, kernels: Kernels, note: str | None) -> None:
+        """Name the kernels in the ledger, and let go of them at detach."""
+        self.ledger.kernels = kernels.name
+        self.cleanup.callback(kernels.close)
+        if note is not None:
+            self.ledger.note(note)
 
     def _leave(self) -> None:
         states = [state.now for worker in self.workers for state in worker.local.values()]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from thinwire.compressors import catalogue
 from thinwire.compressors.cast import Cast
-from thinwire.core import Absorbed, Compressor, Context, Decompressed, Memory, Payload, State, is_dense
+from thinwire.core import Absorbed, Compressor, Context, Decompressed, Kernels, Memory, Payload, State, is_dense
+from thinwire.kernels.reference import REFERENCE
 from thinwire.link import wire_bytes
 from thinwire.policy.plan import Method
 
@@ -109,6 +110,7 @@ class Worker:
     seed: int = 0
     local: dict[str, TwoCopies] = field(default_factory=dict[str, TwoCopies])
     probe: Probe | None = None
+    kernels: Kernels = REFERENCE
 
 
 def payload_like(compressor: Compressor, like: Tensor) -> Payload:

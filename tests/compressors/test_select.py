@@ -2,10 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from thinwire.compressors.select import by_threshold, largest
+from thinwire.compressors.select import Sampling, largest
 from thinwire.core import Context
 
 CTX = Context(seed=0, step=0, unit="w", rank=0)
+
+
+def by_threshold(magnitude, k, row, ctx, **options):
+    return Sampling.plan(magnitude.numel(), k, row, ctx, **options).select(magnitude)
 
 
 def oracle(magnitude: torch.Tensor, k: int) -> list[int]:

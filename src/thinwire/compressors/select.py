@@ -11,6 +11,7 @@ are kept, where the reference code keeps the first.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,33 +54,52 @@ def sample_size(n: int, density: float, ratio: float) -> int:
     return max(math.ceil(ratio * n), math.ceil(SAMPLED_ABOVE / density))
 
 
-def sample(magnitude: Tensor, size: int, row: int, ctx: Context) -> Tensor:
-    """Every s-th element, from a phase that changes with each step; ``s`` shares no factor with the row length."""
-    stride = max(1, magnitude.numel() // size)
-    while math.gcd(stride, row) > 1:
-        stride -= 1
-    return magnitude[ctx.draw(stride) :: stride]
+@dataclass(frozen=True)
+class Sampling:
+    """About the ``k`` largest magnitudes, by a threshold that is read off every ``stride``-th element.
 
-
-def by_threshold(
-    magnitude: Tensor, k: int, row: int, ctx: Context, *, ratio: float, lower: float, attempts: int
-) -> Tensor:
-    """Ascending indices, int64 ``[at most k]``, of about the k largest of ``magnitude`` ``[n]``.
-
-    The threshold comes from a sample. Where more than k pass, the k largest of them stay; where fewer than
-    ``lower * k`` do, the threshold is multiplied by ``lower`` and tried again, at most ``attempts`` times.
-
-    Args:
-        row: elements in the tensor's last dimension, which the sample's stride must not follow.
-        ratio: smallest share of the elements to sample.
+    The threshold is the ``rank``-th largest of the sample. Where more than k pass it, the k largest of them stay;
+    where fewer than ``lower * k`` do, it is multiplied by ``lower`` and tried again, at most ``attempts`` times.
     """
-    density = k / magnitude.numel()
-    sampled = sample(magnitude, sample_size(magnitude.numel(), density, ratio), row, ctx)
-    threshold = smallest_of(sampled, max(1, math.ceil(density * sampled.numel())))
-    chosen = at_least(magnitude, threshold)
-    for _ in range(attempts):
-        if chosen.numel() >= lower * k:
-            break
-        threshold = threshold * lower
-        chosen = at_least(magnitude, threshold)
-    return chosen if chosen.numel() <= k else chosen[largest(magnitude[chosen], k)]
+
+    k: int
+    start: int
+    stride: int
+    rank: int
+    lower: float
+    attempts: int
+
+    @staticmethod
+    def plan(n: int, k: int, row: int, ctx: Context, *, ratio: float, lower: float, attempts: int) -> "Sampling":
+        """The sample of one tensor of ``n`` elements at one step.
+
+        Args:
+            row: elements in the tensor's last dimension; the stride shares no factor with it.
+            ratio: smallest share of the elements to sample.
+        """
+        density = k / n
+        stride = max(1, n // sample_size(n, density, ratio))
+        while math.gcd(stride, row) > 1:
+            stride -= 1
+        start = ctx.draw(stride)
+        sampled = len(range(start, n, stride))
+        return Sampling(k, start, stride, max(1, math.ceil(density * sampled)), lower, attempts)
+
+    def threshold(self, sampled: Tensor) -> Tensor:
+        """The threshold, a scalar, from the magnitudes that were sampled."""
+        return smallest_of(sampled, self.rank)
+
+    def settle(self, x: Tensor, chosen: Tensor, threshold: Tensor) -> Tensor:
+        """Ascending indices, int64 ``[at most k]``, where ``chosen`` are those of ``x`` not below ``threshold``."""
+        for _ in range(self.attempts):
+            if chosen.numel() >= self.lower * self.k:
+                break
+            threshold = threshold * self.lower
+            chosen = at_least(x.abs(), threshold)
+        return chosen if chosen.numel() <= self.k else chosen[largest(x[chosen].abs(), self.k)]
+
+    def select(self, x: Tensor) -> Tensor:
+        """Ascending indices, int64 ``[at most k]``, of about the k largest of ``x`` ``[n]``."""
+        magnitude = x.abs()
+        threshold = self.threshold(magnitude[self.start :: self.stride])
+        return self.settle(x, at_least(magnitude, threshold), threshold)

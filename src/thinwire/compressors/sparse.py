@@ -1,6 +1,7 @@
 """Top-k: send the elements of largest magnitude, and where they stand."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from thinwire.compressors.cast import dtype_named
-from thinwire.compressors.select import EXACT_BELOW, by_threshold, largest, sample_size
+from thinwire.compressors.select import EXACT_BELOW, Sampling, largest, sample_size
 from thinwire.core import Compressor, Context, Decompressed, Payload, Sparse, State, ThinwireError, flat
+from thinwire.kernels.reference import REFERENCE
 from thinwire.wire import elias_fano
 
 
@@ -72,35 +74,38 @@ class TopK(Compressor):
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         n, k = x.numel(), self.k(x.numel())
-        dtype = dtype_named(self.values, x.dtype)
         if x.is_meta:
+            dtype = dtype_named(self.values, x.dtype)
             return x.new_empty(k, dtype=dtype), x.new_empty(sum(elias_fano.sizes(k, n)), dtype=torch.uint8)
         chosen = self._select(x, k, ctx)
-        values = flat(x)[chosen]
+        return self.encode(chosen, flat(x)[chosen], n, ctx)
+
+    def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
+        k = self.k(n)
+        dtype = dtype_named(self.values, values.dtype)
         if dtype.itemsize < values.dtype.itemsize:  # saturate: the residual keeps the rest
             limit = torch.finfo(dtype).max
             values = torch.where(values.isfinite(), values.clamp(-limit, limit), torch.nan)
         if missing := k - chosen.numel():
             chosen = torch.cat([chosen, chosen[-1:].expand(missing)])
             values = torch.nn.functional.pad(values, (0, missing))
-        return values.to(dtype), elias_fano.encode(chosen, n)
+        return values.to(dtype), (ctx.kernels or REFERENCE).encode_indices(chosen, n)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         values, indices = payload
-        return Sparse(elias_fano.decode(indices, values.numel(), like.numel()), values, self.density)
+        return Sparse(
+            (ctx.kernels or REFERENCE).decode_indices(indices, values.numel(), like.numel()), values, self.density
+        )
+
+    def sampling(self, shape: Sequence[int], ctx: Context) -> Sampling | None:
+        n = math.prod(shape)
+        k = self.k(n)
+        few = n < EXACT_BELOW or 2 * sample_size(n, self.density, self.sample_ratio) > n
+        if self.selection == "exact" or (self.selection == "auto" and few) or k in (0, n):
+            return None
+        row = shape[-1] if shape else 1
+        return Sampling.plan(n, k, row, ctx, ratio=self.sample_ratio, lower=self.lower, attempts=self.attempts)
 
     def _select(self, x: Tensor, k: int, ctx: Context) -> Tensor:
-        magnitude, n = flat(x).abs(), x.numel()
-        few = n < EXACT_BELOW or 2 * sample_size(n, self.density, self.sample_ratio) > n
-        exact = self.selection == "exact" or (self.selection == "auto" and few)
-        if exact or k in (0, n):
-            return largest(magnitude, k)
-        return by_threshold(
-            magnitude,
-            k,
-            x.shape[-1] if x.ndim else 1,
-            ctx,
-            ratio=self.sample_ratio,
-            lower=self.lower,
-            attempts=self.attempts,
-        )
+        sampling = self.sampling(x.shape, ctx)
+        return largest(flat(x).abs(), k) if sampling is None else sampling.select(flat(x))

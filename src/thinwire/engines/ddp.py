@@ -19,10 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from thinwire.core import ThinwireError
 from thinwire.engines.hook import Dispatcher
 from thinwire.exchange.collectives import Collective, Paced, ProcessGroup
+from thinwire.kernels.choose import Choice, choose
 from thinwire.link import Link
 from thinwire.policy.plan import Method
 from thinwire.session import OnNonfinite, Scaler, Session
 from thinwire.succession import agree
+from thinwire.units import Worker
 
 TIMEOUT = 300.0
 """Seconds: longer than an evaluation on one rank usually takes, and far below gloo's 30 minutes."""
@@ -38,6 +40,7 @@ def attach(
     scaler: Scaler | None = None,
     on_nonfinite: OnNonfinite = "skip",
     timeout: float = TIMEOUT,
+    kernels: Choice = "auto",
 ) -> Session:
     """Exchange the gradients of a DDP model by ``method``. A collective call: all ranks make it alike.
 
@@ -55,6 +58,8 @@ def attach(
             something; ``dense()`` and ``cast()`` pass on what they get, as DDP does.
         timeout: seconds after which an exchange that a rank does not join is an error. A rank that only evaluates or
             saves for longer than this needs more. On NCCL it is the process group's own timeout that counts.
+        kernels: the loops that compress: "reference" is plain PyTorch, "cpu" needs ``thinwire[cpu]``, "auto" takes the
+            fastest there is; the ledger names it. All give the same bits.
 
     Returns:
         The session: ``report()``, ``set_method()``, ``detach()``, and ``ledger``.
@@ -74,16 +79,19 @@ def attach(
     try:
         named = _exchanged(ddp, method)
         wire = Link.parse(link) if isinstance(link, str) else link
+        chosen, note = choose(kernels, named[0][1].device)
     except ThinwireError as error:  # the other ranks must hear of it, or they would wait for ever
         agree(group, [("error", str(error))])
         raise
     agree(group, [("error", "none")])
     collective: Collective = Paced(group, wire) if wire else group
     try:
-        session = Session(named, method, collective, optimizer, seed, None, scaler, on_nonfinite, timeout)
+        worker = Worker(group.rank, seed, kernels=chosen)
+        session = Session(named, method, collective, optimizer, seed, [worker], scaler, on_nonfinite, timeout)
     except ThinwireError:
         collective.close()
         raise
+    session.use_kernels(chosen, note)
     dispatcher = _dispatchers.get(ddp)
     if dispatcher is None:
         dispatcher = _dispatchers[ddp] = Dispatcher(group.group)

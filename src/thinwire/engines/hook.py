@@ -20,6 +20,7 @@ from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportU
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire import pipeline
+from thinwire.clipping import clip
 from thinwire.core import ThinwireError
 from thinwire.exchange.collectives import Future, InFlight, in_future
 from thinwire.exchange.routes import Bucket
@@ -158,14 +159,14 @@ class Dispatcher:
     ) -> torch.futures.Future[Tensor]:
         """The journey of one bucket; what comes after the network runs in the future's callback."""
         step, seed, loss_scale = session.step, session.seed, session.loss_scale
-        row, verdicts = session.row, session.verdicts
+        row, verdicts, kernels = session.row, session.verdicts, session.workers[0].kernels
         session.count(bucket)
         used = [self.used is None or id(unit.param) in self.used for unit in bucket.units]
         with self._side_stream(buffer):
             with Stopwatch(row, "send_seconds"):
-                messages = pipeline.send(bucket, grads, session.workers[0], step, used, loss_scale)
+                outbox = pipeline.send(bucket, grads, session.workers[0], step, used, loss_scale)
             started = time.perf_counter()
-            inbox = pipeline.route(bucket, messages, session.collective)
+            inbox = pipeline.route(bucket, outbox.messages, session.collective)
         futures = [arrived.future for arrived in inbox]
 
         def finish(
@@ -178,7 +179,7 @@ class Dispatcher:
                 if arrived.result.is_cuda:
                     arrived.result.record_stream(torch.cuda.current_stream(arrived.result.device))
             with Stopwatch(row, "receive_seconds"):
-                found = pipeline.receive(bucket, inbox, grads, seed, step, loss_scale)
+                found = pipeline.receive(bucket, inbox, grads, seed, step, loss_scale, kernels, outbox.cleared)
             verdicts.extend(found)
             if not all(used):  # what no rank used has no gradient; DDP leaves a view of the bucket as it is
                 idle = {v.units[i].name for v in found for i in v.used.any(0).logical_not().nonzero().flatten()}
@@ -197,7 +198,7 @@ class Dispatcher:
         by_name = {u.name: g for bucket, grads, _, _ in self.held for u, g in zip(bucket.units, grads, strict=True)}
         ordered = [by_name[unit.name] for unit in session.units if unit.name in by_name]
         with self._side_stream(self.held[0][2]):
-            pipeline.clip(ordered, threshold * session.loss_scale, session.collective.world)
+            clip(ordered, threshold * session.loss_scale, session.collective.world)
         for bucket, grads, buffer, done in self.held:
             self._exchange(session, bucket, grads, buffer).then(lambda exchanged, done=done: _settle(done, exchanged))
         self.held.clear()

@@ -37,6 +37,7 @@ class Ledger:
         self.method = method
         self.world = world
         self.link = link
+        self.kernels = ""
         self.rows: deque[StepRow] = deque(maxlen=KEPT_STEPS)
         self.notes: list[str] = []
         self.steps = 0
@@ -74,6 +75,7 @@ class Ledger:
         lines = [
             ("workers", f"{self.world}"),
             ("link", self.link),
+            ("kernels", self.kernels or "-"),
             ("exchanges", f"{self.steps}"),
             ("skipped (not finite, or no optimizer step)", f"{self.skipped}"),
             ("wire bytes per step and worker", f"{statistics.median(row.wire_bytes for row in last):,.0f}"),

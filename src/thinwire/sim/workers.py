@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from thinwire import pipeline
+from thinwire.clipping import clip
 from thinwire.core import ThinwireError
 from thinwire.exchange.collectives import InFlight, Local
+from thinwire.kernels.choose import Choice, choose
 from thinwire.policy.plan import Method
 from thinwire.report.ledger import Ledger, Stopwatch
 from thinwire.session import Session
@@ -33,12 +35,18 @@ class SimulatedWorkers:
 
     Args:
         model: stands for every replica; buffers follow the first worker, as in DDP.
-        method, optimizer, seed: as for ``thinwire.attach``.
+        method, optimizer, seed, kernels: as for ``thinwire.attach``.
         workers: how many.
     """
 
     def __init__(
-        self, model: nn.Module, method: Method, optimizer: torch.optim.Optimizer, workers: int, seed: int = 0
+        self,
+        model: nn.Module,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        workers: int,
+        seed: int = 0,
+        kernels: Choice = "auto",
     ) -> None:
         if workers < 1:
             raise ThinwireError(f"workers is {workers}; a simulation needs at least 1")
@@ -46,9 +54,10 @@ class SimulatedWorkers:
         self.optimizer = optimizer
         self.peers = Local.of(workers)
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        self.session = Session(
-            named, method, self.peers[0], optimizer, seed, [Worker(rank, seed) for rank in range(workers)]
-        )
+        chosen, note = choose(kernels, named[0][1].device if named else torch.device("cpu"))
+        ranks = [Worker(rank, seed, kernels=chosen) for rank in range(workers)]
+        self.session = Session(named, method, self.peers[0], optimizer, seed, ranks)
+        self.session.use_kernels(chosen, note)
 
     def step(self, loss: Callable[[int], Tensor]) -> float:
         """One optimizer step; ``loss(worker)`` runs the model on that worker's batch. Answers the mean loss."""
@@ -72,17 +81,19 @@ class SimulatedWorkers:
             total += value.item()
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             if session.method.clip is not None:
-                pipeline.clip(grads, session.method.clip, peer.world)
+                clip(grads, session.method.clip, peer.world)
             used = [p.grad is not None for p in params]
             reached = [before or now for before, now in zip(reached, used, strict=True)]
             with Stopwatch(session.row, "send_seconds"):
-                messages = pipeline.send(bucket, grads, worker, session.step, used)
-            inboxes.append(pipeline.route(bucket, messages, peer))
+                outbox = pipeline.send(bucket, grads, worker, session.step, used)
+            inboxes.append(pipeline.route(bucket, outbox.messages, peer))
         if len(self.peers) > 1:
             self._restore(kept)
         outs = [torch.empty_like(p) for p in params]
         with Stopwatch(session.row, "receive_seconds"):
-            session.verdicts = pipeline.receive(bucket, inboxes[0], outs, session.seed, session.step)
+            session.verdicts = pipeline.receive(
+                bucket, inboxes[0], outs, session.seed, session.step, kernels=session.workers[0].kernels
+            )
         for param, out, used in zip(params, outs, reached, strict=True):
             param.grad = out if used else None  # what no worker used has no gradient, as in DDP
         session.end_step()
@@ -104,6 +115,7 @@ def simulate(
     workers: int,
     steps: int,
     seed: int = 0,
+    kernels: Choice = "auto",
     after_step: Callable[[int, float], object] | None = None,
 ) -> Simulation:
     """Train ``model`` as ``workers`` data-parallel workers would, in one process.
@@ -119,7 +131,7 @@ def simulate(
         loss: ``loss(model, batch)`` is a scalar.
         workers: how many, from 1.
         steps: optimizer steps.
-        seed: as for ``attach``.
+        seed, kernels: as for ``attach``.
         after_step: called with the step and the mean loss.
 
     Raises:
@@ -133,7 +145,7 @@ def simulate(
         >>> result.ledger.ratio > 1
         True
     """
-    sim = SimulatedWorkers(model, method, optimizer, workers, seed)
+    sim = SimulatedWorkers(model, method, optimizer, workers, seed, kernels)
     losses: list[float] = []
     try:
         for step in range(steps):

@@ -1,0 +1,21 @@
+"""Local gradient clipping."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from thinwire.core import norm
+
+
+@torch.no_grad()
+def clip(grads: Sequence[Tensor], threshold: float, world: int) -> None:
+    """Scale one rank's gradients, in place, to a norm of at most ``threshold * sqrt(world)``.
+
+    With independent noise, the mean of N gradients has 1 / sqrt(N) of their norm, so this is as strong as clipping
+    the mean at ``threshold``. (DGC's paper has ``threshold / sqrt(N)``, for gradients that are divided by N before.)
+    """
+    scale = (threshold * math.sqrt(world) / (norm(grads) + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(scale.to(grad.device))

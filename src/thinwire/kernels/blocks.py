@@ -1,0 +1,163 @@
+"""One block of 64 elements in LLVM: load, accumulate, compare, store past the cache.
+
+numba alone can't write past the cache, and that is what makes two copies of the state cost no more than updating in
+place: an ordinary store first reads the line that it is going to overwrite. The vectors are of 16 floats; LLVM cuts
+them to what the machine has.
+"""
+
+from functools import cache
+from typing import Any, cast
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+_intrinsic: Any = intrinsic
+_types: Any = types
+UNDEFINED: Any = cast(Any, ir).Undefined
+BLOCK = 64
+LANES = 16
+F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+VF, VI, VH = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def splat(b: Any, scalar: Any, vector: Any) -> Any:
+    one = b.insert_element(ir.Constant(vector, UNDEFINED), scalar, ir.Constant(I32, 0))
+    return b.shuffle_vector(one, ir.Constant(vector, UNDEFINED), ir.Constant(VI, [0] * LANES))
+
+
+def _all(value: int, vector: Any = VI) -> Any:
+    return ir.Constant(vector, [value] * LANES)
+
+
+def _load(b: Any, address: Any, j: int, dtype: str) -> Any:
+    """16 elements from ``address``, as float32."""
+    size = ITEMSIZE[dtype]
+    kind = {"float32": VF, "bfloat16": VH, "float16": ir.VectorType(ir.HalfType(), LANES)}[dtype]
+    at = b.inttoptr(b.add(address, ir.Constant(I64, j * LANES * size)), kind.as_pointer())
+    x = b.load(at, align=size)
+    if dtype == "float16":
+        return b.fpext(x, VF)
+    return b.bitcast(b.shl(b.zext(x, VI), _all(16)), VF) if dtype == "bfloat16" else x
+
+
+def _rounded(b: Any, x: Any) -> Any:
+    """float32 to the nearest bfloat16, ties to even, as 16 bits; NaN stays NaN."""
+    bits = b.bitcast(x, VI)
+    even = b.and_(b.lshr(bits, _all(16)), _all(1))
+    near = b.lshr(b.add(b.add(bits, _all(0x7FFF)), even), _all(16))
+    return b.trunc(b.select(b.fcmp_unordered("uno", x, x), _all(0x7FC0), near), VH)
+
+
+@_intrinsic
+def as_bfloat16(_: Any, x: Any) -> Any:
+    """float32 rounded to bfloat16, as float32."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        wide = b.bitcast(b.shl(b.zext(_rounded(b, splat(b, args[0], VF)), VI), _all(16)), VF)
+        return b.extract_element(wide, ir.Constant(I32, 0))
+
+    return _types.float32(_types.float32), generate
+
+
+def _store(b: Any, x: Any, address: Any, j: int, past_cache: bool) -> None:
+    size = 2 if x.type == VH else 4
+    at = b.inttoptr(b.add(address, ir.Constant(I64, j * LANES * size)), x.type.as_pointer())
+    store = b.store(x, at, align=LANES * size if past_cache else size)
+    if past_cache:
+        store.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
+
+
+@cache
+def accumulate(kind: str, grad: str, state: str, past_cache: bool) -> Any:
+    """``f(g, u, v, new_u, new_v, momentum, scale, threshold) -> mask`` for one block at these addresses.
+
+    Args:
+        kind: ``"plain"`` (no momentum), ``"momentum"`` or ``"nesterov"``.
+        grad, state: dtypes; each operation is rounded to float32, and bfloat16 states once more when stored.
+        past_cache: states are aligned to a vector, and are not kept in the cache.
+
+    Bit ``i`` of the mask is set where ``|v'_i|`` is not below the threshold. The gradient is cleared.
+    """
+
+    @_intrinsic
+    def block(_: Any, g: Any, u: Any, v: Any, new_u: Any, new_v: Any, momentum: Any, scale: Any, threshold: Any) -> Any:
+        address = (_types.int64,) * 5
+
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            g, u, v, new_u, new_v, momentum, scale, threshold = args
+            m, s = splat(b, momentum, VF), splat(b, scale, VF)
+            least = b.bitcast(splat(b, threshold, VF), VI)
+            mask = ir.Constant(I64, 0)
+            for j in range(BLOCK // LANES):
+                gl, vl = b.fmul(_load(b, g, j, grad), s), _load(b, v, j, state)
+                if kind == "plain":
+                    vn = b.fadd(vl, gl)
+                else:
+                    ul = _load(b, u, j, state)
+                    if kind == "nesterov":
+                        un = b.fmul(b.fadd(ul, gl), m)
+                        vn = b.fadd(b.fadd(vl, gl), un)
+                    else:
+                        un = b.fadd(b.fmul(ul, m), gl)
+                        vn = b.fadd(vl, un)
+                    _store(b, _rounded(b, un) if state == "bfloat16" else un, new_u, j, past_cache)
+                if state == "bfloat16":
+                    short = _rounded(b, vn)
+                    _store(b, short, new_v, j, past_cache)
+                    bits = b.shl(b.zext(short, VI), _all(16))
+                else:
+                    _store(b, vn, new_v, j, past_cache)
+                    bits = b.bitcast(vn, VI)
+                # magnitudes compare like their bits, with NaN above infinity
+                high = b.icmp_unsigned(">=", b.and_(bits, _all(0x7FFFFFFF)), least)
+                found = b.zext(b.bitcast(high, I16), I64)
+                mask = b.or_(mask, b.shl(found, ir.Constant(I64, j * LANES)))
+                zero = _all(0) if grad == "float32" else _all(0, VH)
+                _store(b, zero, g, j, False)
+            return mask
+
+        return _types.uint64(*address, _types.float32, _types.float32, _types.float32), generate
+
+    return block
+
+
+@cache
+def load(dtype: str) -> Any:
+    """``f(address) -> float32`` of one element."""
+
+    @_intrinsic
+    def one(_: Any, address: Any) -> Any:
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            kind = {"float32": F32, "bfloat16": I16, "float16": ir.HalfType()}[dtype]
+            x = b.load(b.inttoptr(args[0], kind.as_pointer()), align=ITEMSIZE[dtype])
+            if dtype == "float16":
+                return b.fpext(x, F32)
+            return b.bitcast(b.shl(b.zext(x, I32), ir.Constant(I32, 16)), F32) if dtype == "bfloat16" else x
+
+        return _types.float32(_types.int64), generate
+
+    return one
+
+
+@_intrinsic
+def copy(_: Any, to: Any, source: Any, nbytes: Any) -> Any:
+    """``memcpy(to, source, nbytes)``."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        cgutils.raw_memcpy(b, b.inttoptr(args[0], byte), b.inttoptr(args[1], byte), args[2], 1)  # pyright: ignore[reportUnknownMemberType]
+        return context.get_dummy_value()
+
+    return _types.void(_types.int64, _types.int64, _types.int64), generate
+
+
+@_intrinsic
+def lowest_bit(_: Any, word: Any) -> Any:
+    """The position of the lowest set bit of a word that is not 0."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return _types.int64(_types.uint64), generate

@@ -1,0 +1,42 @@
+"""Which kernels run: chosen once, at attach, and named in the ledger."""
+
+import importlib.util
+from typing import Literal, TypeAlias
+
+import torch
+
+from thinwire.core import Kernels, ThinwireError
+from thinwire.kernels.reference import REFERENCE
+
+Choice: TypeAlias = Literal["auto", "reference", "cpu", "cuda"]
+
+
+def choose(asked: Choice, device: torch.device) -> tuple[Kernels, str | None]:
+    """The kernels for parameters on ``device``, and what a user should know about it.
+
+    Raises:
+        ThinwireError: kernels that are asked for by name are not there.
+    """
+    if asked not in ("auto", "reference", "cpu", "cuda"):
+        raise ThinwireError(f"kernels is {asked!r}; choose 'auto', 'reference', 'cpu' or 'cuda'")
+    kind = device.type if asked == "auto" else asked
+    missing = None
+    if kind == "reference":
+        return REFERENCE, None
+    if kind not in ("cpu", "cuda"):
+        missing = f"there are none for {device.type} tensors"
+    elif kind != device.type:
+        missing = f"the parameters are on {device}"
+    elif kind == "cpu" and importlib.util.find_spec("numba") is None:
+        missing = "they need numba: pip install 'thinwire[cpu]'"
+    elif kind == "cuda" and importlib.util.find_spec("triton") is None:
+        missing = "they need triton, which comes with PyTorch for CUDA"
+    if missing is None and kind == "cpu":
+        from thinwire.kernels.cpu import Cpu
+
+        return Cpu(), None
+    if missing is None:
+        missing = "not yet"
+    if asked != "auto":
+        raise ThinwireError(f"kernels={asked!r} can't run: {missing}; kernels='auto' takes what there is")
+    return REFERENCE, f"plain PyTorch compresses, since of compiled kernels {missing}"
