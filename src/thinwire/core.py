@@ -208,7 +208,7 @@ class Sparse(Decompressed):
 
     def add_to(self, out: Tensor, alpha: float = 1.0) -> None:
         values = self.values.to(out.dtype)
-        flat(out).scatter_add_(0, self.indices, values if alpha == 1.0 else values * alpha)
+        flat(out).index_add_(0, self.indices, values, alpha=alpha)
 
     def clear(self, out: Tensor) -> None:
         flat(out).index_fill_(0, self.indices, 0.0)

@@ -18,6 +18,8 @@ from torch import Tensor
 from thinwire.core import Absorbed, Accumulation, Decompressed, Memory, State, ThinwireError, float_at_least_32
 
 WeightDecay: TypeAlias = Literal["separate", "local", "decoupled"]
+StateDtype: TypeAlias = Literal["float32", "bfloat16"]
+"""What local states are kept in; float64 gradients keep float64 where float32 is asked for."""
 
 
 def zeros(like: Tensor) -> Tensor:
@@ -71,16 +73,24 @@ class ErrorFeedback(Memory):
     Training of Speech DNNs", 2014; S. Stich, J.-B. Cordonnier, M. Jaggi, "Sparsified SGD with Memory", 2018,
     arXiv:1809.07599, algorithm 1.
 
+    Args:
+        state: ``"bfloat16"`` halves the state; what is smaller than 1/256 of the residual is then rounded away.
+
     Departures: the learning rate multiplies what is received, not what is remembered, so that any optimizer
     can follow; after a cut of the learning rate, old residuals count at the new rate.
     """
+
+    state: StateDtype = "float32"
+
+    def __post_init__(self) -> None:
+        check_state(self.state)
 
     @property
     def accumulation(self) -> Accumulation:
         return Accumulation(None)
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
-        return float_at_least_32(grad)
+        return torch.bfloat16 if self.state == "bfloat16" else float_at_least_32(grad)
 
     def init(self, like: Tensor) -> State:
         return {"residual": zeros(like)}
@@ -110,6 +120,7 @@ class MomentumCorrection(Memory):
         masking: momentum factor masking, the paper's guard against stale momentum.
         mask_below_density: no masking where more than this share of the elements is sent: there it would only
             remove momentum (at density 1 it turns momentum SGD into plain SGD).
+        state: see ``ErrorFeedback``.
 
     State: two words an element (``momentum`` = u, ``residual`` = v), where momentum SGD has one; and a third,
     equal on all ranks, for a separate decay.
@@ -129,8 +140,10 @@ class MomentumCorrection(Memory):
     decay: WeightDecay = "separate"
     masking: bool = True
     mask_below_density: float = 0.05
+    state: StateDtype = "float32"
 
     def __post_init__(self) -> None:
+        check_state(self.state)
         check_momentum(self.momentum, self.weight_decay, self.decay)
         if not 0.0 <= self.mask_below_density <= 1.0:
             raise ThinwireError(f"mask_below_density is {self.mask_below_density}; it must be in [0, 1]")
@@ -145,7 +158,7 @@ class MomentumCorrection(Memory):
         return None if decays_first else Accumulation(self.momentum, self.nesterov)
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
-        return float_at_least_32(grad)
+        return torch.bfloat16 if self.state == "bfloat16" else float_at_least_32(grad)
 
     def init(self, like: Tensor) -> State:
         return {"momentum": zeros(like), "residual": zeros(like)}
@@ -229,6 +242,11 @@ class Momentum(Memory):
 
     def give_buffer(self, local: State, shared: State) -> tuple[Tensor | None, Tensor | None]:
         return None, shared.get("momentum")
+
+
+def check_state(state: str) -> None:
+    if state not in ("float32", "bfloat16"):
+        raise ThinwireError(f"state is {state!r}; choose 'float32' or 'bfloat16'")
 
 
 def check_momentum(momentum: float, weight_decay: float, decay: str) -> None:

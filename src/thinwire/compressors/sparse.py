@@ -49,7 +49,7 @@ class TopK(Compressor):
     density: float
     values: str | None = None
     selection: Literal["auto", "exact", "sampled"] = "auto"
-    sample_ratio: float = 0.01
+    sample_ratio: float = 0.0025
     lower: float = 0.8
     attempts: int = 10
 

@@ -91,7 +91,8 @@ class Cpu:
         run = _pass(_kind(work), GRADS[work.grad.dtype], STATES[new_v.dtype], aligned)
         count = min(n, high * BLOCK) - low * BLOCK
         masks = self._masks[first + low : first + high]
-        return lambda: run(*addresses, count, work.rule.momentum or 0.0, work.scale, threshold, masks)
+        least = float(torch.tensor(threshold, dtype=new_v.dtype))  # as torch compares
+        return lambda: run(*addresses, count, work.rule.momentum or 0.0, work.scale, least, masks)
 
     def encode_indices(self, indices: Tensor, n: int) -> Tensor:
         k = indices.numel()

@@ -1,0 +1,185 @@
+"""Every kernel leaves the same bits as plain PyTorch, which does the same as the memory and the compressor alone."""
+
+import pytest
+import torch
+
+from thinwire import ErrorFeedback, MomentumCorrection, ThinwireError, TopK
+from thinwire.core import Accumulation, Context, Pass, flat
+from thinwire.kernels.choose import choose
+from thinwire.kernels.reference import BLOCK, CHUNK, REFERENCE
+from thinwire.selecting import select
+from thinwire.units import Unit, Worker
+from thinwire.wire import elias_fano
+
+RULES = [Accumulation(None), Accumulation(0.9), Accumulation(0.9, nesterov=True)]
+SIZES = [0, 1, 2, 63, 64, 65, BLOCK, 1000, CHUNK + 77]
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def kernels(request):
+    if request.param == "cpu":
+        pytest.importorskip("numba", reason="the CPU kernels are in thinwire[cpu]")
+    chosen, note = choose(request.param, torch.device("cpu"))
+    assert note is None
+    yield chosen
+    chosen.close()
+
+
+def hostile(n, kind):
+    x = torch.randn(n)
+    if kind == "equal":
+        x = torch.sign(x)
+    elif kind == "zero":
+        x = torch.zeros(n)
+    elif kind == "denormal":
+        x = x * 1e-41
+    elif kind == "not finite":
+        x[::17], x[3::29] = NAN, -INF
+    return x
+
+
+def a_pass(rule, n, grad=torch.float32, state=torch.float32, scale=1.0, kind="normal"):
+    """A pass whose outputs are poisoned."""
+    g, v, u = hostile(n, kind).to(grad), hostile(n, "normal").to(state), hostile(n, "normal").to(state)
+    poison = torch.full((n,), NAN, dtype=state)
+    keeps = rule.momentum is not None
+    return Pass(rule, g, v, poison.clone(), u if keeps else None, poison.clone() if keeps else None, scale)
+
+
+def again(work):
+    fresh = [None if t is None else t.clone() for t in (work.grad, work.new_residual, work.new_momentum)]
+    return Pass(work.rule, fresh[0], work.old_residual, fresh[1], work.old_momentum, fresh[2], work.scale)
+
+
+def same(a, b):
+    return torch.equal(a.nan_to_num(NAN, 1e9, -1e9).isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_pass_leaves_what_float64_says_and_the_same_bits(kernels, rule, state, grad):
+    for n in SIZES:
+        work = a_pass(rule, n, grad, state, scale=2.0**-3)
+        other = again(work)
+        assert kernels.runs(work)
+        g, v = work.grad.double() * 2.0**-3, work.old_residual.double()
+        u = 0.0 if work.old_momentum is None else work.old_momentum.double()
+        m = rule.momentum or 0.0
+        expected = v + (g + m * (u + g) if rule.nesterov else m * u + g)
+        picked = kernels.sample(work, 1, 3)
+        found = kernels.accumulate([work], [0.7])[0]
+        assert not work.grad.any(), "the gradient is not cleared"
+        torch.testing.assert_close(
+            work.new_residual.double(), expected, rtol=1e-2 if state == torch.bfloat16 else 1e-6, atol=1e-6
+        )
+        assert torch.equal(picked.float(), work.new_residual[1::3].abs().float())
+        assert found.tolist() == (~(work.new_residual.abs() < 0.7)).nonzero().flatten().tolist()
+        assert torch.equal(found, REFERENCE.accumulate([other], [0.7])[0])
+        assert torch.equal(work.new_residual, other.new_residual)
+        if work.new_momentum is not None:
+            assert torch.equal(work.new_momentum, other.new_momentum)
+
+
+@pytest.mark.parametrize("kind", ["equal", "zero", "denormal", "not finite"])
+@pytest.mark.parametrize("threshold", [0.0, 1e-41, 1.0, INF])
+def test_hostile_values_and_thresholds(kernels, kind, threshold):
+    works = [a_pass(rule, n, kind=kind) for rule in RULES for n in SIZES]
+    others = [again(work) for work in works]
+    found = kernels.accumulate(works, [threshold] * len(works))
+    for work, other, mine, theirs in zip(
+        works, others, found, REFERENCE.accumulate(others, [threshold] * len(works)), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+        assert same(work.new_residual, other.new_residual)
+        assert mine.numel() >= int(work.new_residual.isnan().sum()), "NaN must be seen"
+
+
+def test_many_threads_and_unaligned_parts(kernels):
+    n = 2**20 + 33
+    whole = a_pass(RULES[1], n + 3)
+    parts = [whole.grad[3:], whole.old_residual[1:-2], whole.new_residual[1:-2], whole.old_momentum[2:-1]]
+    work = Pass(RULES[1], *parts, whole.new_momentum[2:-1])
+    other = again(work)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        found = kernels.accumulate([work], [2.0])[0]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, REFERENCE.accumulate([other], [2.0])[0])
+    assert torch.equal(work.new_residual, other.new_residual)
+    assert torch.equal(work.new_momentum, other.new_momentum)
+    assert whole.grad[:3].abs().min() > 0, "wrote outside its range"
+    assert whole.new_residual[0].isnan()
+    assert whole.new_residual[-2:].isnan().all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 10_000, 2**40])
+def test_indices_are_the_same_bytes(kernels, n):
+    for k in {0, 1, min(n, 7), min(n, 5000)}:
+        indices = torch.randint(0, n, (k,)).sort().values
+        packed = kernels.encode_indices(indices, n)
+        assert torch.equal(packed, elias_fano.encode(indices, n))
+        assert torch.equal(kernels.decode_indices(packed, k, n), indices)
+
+
+@pytest.mark.parametrize("memory", [ErrorFeedback(), MomentumCorrection(0.9), MomentumCorrection(0.9, nesterov=True)])
+@pytest.mark.parametrize("shape", [(500, 800), (300, 40, 3, 3)])
+def test_select_is_compensate_and_compress(kernels, memory, shape):
+    """Over several steps: one pass does what the memory, the sample and the selection do one after the other."""
+    param = torch.empty(shape)
+    if len(shape) == 4:
+        param = param.to(memory_format=torch.channels_last)
+    compressor = TopK(0.01, selection="sampled")
+    unit = Unit("w", param, compressor, memory, method_compressor=compressor)
+    worker = Worker(0, kernels=kernels)
+    worker.local["w"] = unit.fresh(memory.init)
+    plain = unit.fresh(memory.init)
+    for step in range(4):
+        grad = torch.empty_like(param).normal_()
+        ctx = Context(0, step, "w", 0, kernels)
+        x = memory.compensate(grad.clone(), param, plain.now, plain.next)
+        expected = compressor.compress(x, {}, ctx)
+        assert 0 < sum(t.nbytes for t in expected) < 0.1 * grad.nbytes
+        chosen = select([unit], [grad], worker, [ctx], 1.0)[0]
+        new = worker.local["w"].next
+        payload = compressor.encode(chosen, flat(new["residual"])[chosen], grad.numel(), ctx)
+        assert all(torch.equal(a, b) for a, b in zip(payload, expected, strict=True))
+        for local in (plain, worker.local["w"]):
+            memory.sent(local.next["residual"], compressor.decompress(payload, x, {}, ctx), local.next)
+            local.commit()
+        for key, value in plain.now.items():
+            assert torch.equal(value, worker.local["w"].now[key]), key
+        assert plain.now["residual"].any()
+
+
+def test_what_a_kernel_cannot_do_is_left_to_the_memory(kernels):
+    param = torch.empty(400, 500)
+    for memory in (MomentumCorrection(0.9, weight_decay=0.1, decay="local"), ErrorFeedback()):
+        unit = Unit("w", param, TopK(0.01), memory, method_compressor=TopK(0.01))
+        worker = Worker(0, kernels=kernels)
+        worker.local["w"] = unit.fresh(memory.init)
+        if memory.accumulation is not None:
+            worker.local["w"].now["carried"] = torch.ones(400, 500)
+        assert not select([unit], [torch.randn(400, 500)], worker, [Context(0, 0, "w", 0)], 1.0)
+
+
+def test_kernels_that_are_not_there():
+    with pytest.raises(ThinwireError, match=r"kernels='cuda' can't run: the parameters are on cpu"):
+        choose("cuda", torch.device("cpu"))
+    with pytest.raises(ThinwireError, match="kernels is 'fast'"):
+        choose("fast", torch.device("cpu"))
+    kernels, note = choose("auto", torch.device("meta"))
+    assert kernels is REFERENCE
+    assert "none for meta tensors" in note
+
+
+def test_without_numba_the_ledger_says_so(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    kernels, note = choose("auto", torch.device("cpu"))
+    assert kernels is REFERENCE
+    assert "pip install 'thinwire[cpu]'" in note
+    with pytest.raises(ThinwireError, match="need numba"):
+        choose("cpu", torch.device("cpu"))
