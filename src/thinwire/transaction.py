@@ -12,6 +12,7 @@ from thinwire.core import ThinwireError
 from thinwire.pipeline import Verdict
 from thinwire.report.ledger import Ledger
 from thinwire.units import Unit, Worker
+from thinwire.wire.head import CLOCK
 
 OnNonfinite: TypeAlias = Literal["skip", "raise"]
 
@@ -53,9 +54,17 @@ class Transaction:
         return self._idle
 
     def end(self, step: int) -> None:
-        """All of it has arrived."""
+        """All of it has arrived.
+
+        Raises:
+            ThinwireError: the ranks are not at the same step.
+        """
         self.pending = True
         for verdict in self.verdicts:
+            if bool((verdict.clocks != verdict.clocks[0]).any()):
+                self.failed = True
+                self._complaint = _parted(verdict, step)
+                raise ThinwireError(self._complaint)
             if bool(verdict.bad.any()):
                 self._fail(verdict, step)
 
@@ -104,3 +113,14 @@ class Transaction:
                 unit.shared.commit()
                 for worker in workers:
                     worker.local[unit.name].commit()
+
+
+def _parted(verdict: Verdict, step: int) -> str:
+    clocks = [int(clock) for clock in verdict.clocks]
+    other = next(rank for rank, clock in enumerate(clocks) if clock != clocks[0])
+    first, second = (step + (clock - step + CLOCK // 2) % CLOCK - CLOCK // 2 for clock in (clocks[0], clocks[other]))
+    return (
+        f"step {step}: the step clocks of the ranks have parted: rank 0 is at step {first}, rank {other} at {second}. "
+        "Some ranks called optimizer.step() where others did not, so their weights differ too. Restart from the last "
+        "checkpoint, and call optimizer.step() on all ranks or on none"
+    )
