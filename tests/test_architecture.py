@@ -15,7 +15,7 @@ FLOORS = [
     ["units", "methods"],
     ["exchange", "selecting", "clipping"],
     ["optimizers", "pipeline", "checkpoint"],
-    ["succession"],
+    ["succession", "transaction"],
     ["session"],
     ["engines", "sim"],
     ["__init__"],

@@ -32,11 +32,12 @@ def is_bad(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks learned of one bucket, the same on each: bool ``[senders, units]``, a sum being one sender."""
+    """What all ranks learned of one message, the same on each; a sum is one sender."""
 
     units: tuple[Unit, ...]
-    used: Tensor
-    bad: Tensor
+    used: Tensor  # bool [senders, units]
+    bad: Tensor  # the same
+    clocks: Tensor  # uint8 [senders]: the step each of them is at, modulo head.CLOCK
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def send(
     for group in bucket.groups:
         parts = [payloads[i] for i in group.units]
         if group.has_head:
-            flags = head.encode([used[i] for i in group.units], torch.stack([bad[i] for i in group.units]), group.dtype)
-            parts.append((flags,))
+            found = torch.stack([bad[i] for i in group.units])
+            parts.append((head.encode([used[i] for i in group.units], found, group.dtype, step),))
         # what is asked may be the residual itself, which the exchange must not overwrite; a gradient it may
         messages.append(group.layout.pack(parts, in_place=all(asked[i] is grads[i] for i in group.units)))
     for unit, x, payload, ctx in zip(bucket.units, asked, payloads, contexts, strict=True):
@@ -122,8 +123,9 @@ def receive(
         share = 1.0 / len(senders)
         poison: Tensor | None = None
         if group.has_head:
-            used, bad = head.decode(torch.stack([payloads[-1][0] for payloads in senders]), len(group.units))
-            verdicts.append(Verdict(tuple(bucket.units[i] for i in group.units), used, bad))
+            heads = torch.stack([payloads[-1][0] for payloads in senders])
+            used, bad, clocks = head.decode(heads, len(group.units))
+            verdicts.append(Verdict(tuple(bucket.units[i] for i in group.units), used, bad, clocks))
             poison = torch.zeros((), device=bad.device).masked_fill_(bad.any(), torch.nan)
         for j, i in enumerate(group.units):
             unit, out = bucket.units[i], outs[i]

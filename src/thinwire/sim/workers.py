@@ -91,7 +91,7 @@ class SimulatedWorkers:
             self._restore(kept)
         outs = [torch.empty_like(p) for p in params]
         with Stopwatch(session.row, "receive_seconds"):
-            session.verdicts = pipeline.receive(
+            session.transaction.verdicts = pipeline.receive(
                 bucket, inboxes[0], outs, session.seed, session.step, kernels=session.workers[0].kernels
             )
         for param, out, used in zip(params, outs, reached, strict=True):
