@@ -7,10 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from thinwire.compressors.cast import dtype_named
+from thinwire.compressors.cast import DTYPES, dtype_named
 from thinwire.compressors.select import EXACT_BELOW, by_threshold, largest, sample_size
 from thinwire.core import Compressor, Context, Decompressed, Payload, Sparse, State, ThinwireError, flat
 from thinwire.wire import elias_fano
+from thinwire.wire import values as codes
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,13 @@ class TopK(Compressor):
     """Sends the ``k = ceil(density * n)`` elements of largest magnitude of each tensor.
 
     ``decompress(compress(x))_j = x_j`` for the k largest ``|x_j|``, 0 elsewhere; so
-    ``||x - decompress(compress(x))||^2 <= (1 - k/n) ||x||^2``.
+    ``||x - decompress(compress(x))||^2 <= (1 - k/n) ||x||^2``; with a code for ``values``, ``(1 - 1/n) ||x||^2``.
 
     Args:
         density: kept / total, in (0, 1].
-        values: dtype of the values on the wire; None for that of ``x``. What a shorter one loses stays in the residual.
+        values: dtype of the values on the wire, None for that of ``x``; or a code, see ``thinwire.wire.values``:
+            ``"int8"``, ``"int4"``, ``"int2"`` (a sign, and a level between the smallest and the largest magnitude sent),
+            or ``"sign"`` (1 bit, and the mean magnitude). What a shorter one loses stays in the residual.
         selection: ``"exact"``; ``"sampled"``, a threshold from a sample, which may send fewer than k but never more;
             or ``"auto"``: sampled from 100,000 elements on, where the sample is at most half the tensor.
         sample_ratio: smallest share of the elements to sample, in (0, 1].
@@ -33,8 +36,10 @@ class TopK(Compressor):
         ThinwireError: a value outside its range.
 
     **Wire**: k values and k indices in Elias-Fano code: ``k * itemsize + ceil(k l / 8) + ceil((k + (n-1) / 2^l) / 8)``
-    bytes with ``l = floor(log2(n/k))``; 5.5 bytes a selected element for float32 at 0.1 %. The same at every step: when
-    fewer are selected, the last index is repeated with value 0.
+    bytes with ``l = floor(log2(n/k))``; 5.5 bytes a selected element for float32 at 0.1 %. A code's values take
+    ``ceil(k bits / 8)`` bytes, and 8 of scales (sign: 4): 2.0 bytes an element for int4, 1.6 for sign. The same at every
+    step: when fewer are selected, the last index is repeated with value 0; in a code, an index equal to the one before
+    means 0.
 
     Example:
         >>> x = torch.tensor([0.5, -3.0, 1.0, 2.0])
@@ -61,7 +66,10 @@ class TopK(Compressor):
                 f"sample_ratio {self.sample_ratio} must be in (0, 1], lower {self.lower} in (0, 1), "
                 f"attempts {self.attempts} at least 0"
             )
-        dtype_named(self.values, torch.float32)
+        if self.values is not None and self.values not in (*codes.CODES, *DTYPES):
+            raise ThinwireError(
+                f"values is {self.values!r}; choose {', '.join((*codes.CODES, *DTYPES))}, or None for the tensor's own"
+            )
 
     def with_density(self, density: float) -> "TopK":
         return replace(self, density=max(density, self.density))
@@ -72,22 +80,41 @@ class TopK(Compressor):
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         n, k = x.numel(), self.k(x.numel())
-        dtype = dtype_named(self.values, x.dtype)
         if x.is_meta:
-            return x.new_empty(k, dtype=dtype), x.new_empty(sum(elias_fano.sizes(k, n)), dtype=torch.uint8)
+            indices = x.new_empty(sum(elias_fano.sizes(k, n)), dtype=torch.uint8)
+            if self.values in codes.CODES:
+                scales, packed = codes.sizes(self.values, k)
+                return x.new_empty(scales, dtype=torch.float32), x.new_empty(packed, dtype=torch.uint8), indices
+            return x.new_empty(k, dtype=dtype_named(self.values, x.dtype)), indices
         chosen = self._select(x, k, ctx)
-        values = flat(x)[chosen]
-        if dtype.itemsize < values.dtype.itemsize:  # saturate: the residual keeps the rest
-            limit = torch.finfo(dtype).max
-            values = torch.where(values.isfinite(), values.clamp(-limit, limit), torch.nan)
+        return self.encode(chosen, flat(x)[chosen], n)
+
+    def encode(self, chosen: Tensor, values: Tensor, n: int) -> Payload:
+        """The payload that says ``values`` ``[m]`` stand at ``chosen``, int64 ``[m]`` ascending, ``m <= k``, of n."""
+        k = self.k(n)
+        if self.values in codes.CODES:
+            there = values != 0  # a code has no 0; NaN is there
+            chosen = chosen[there]
+            parts = codes.encode(values[there], self.values, k)
+        else:
+            dtype = dtype_named(self.values, values.dtype)
+            if dtype.itemsize < values.dtype.itemsize:  # saturate: the residual keeps the rest
+                limit = torch.finfo(dtype).max
+                values = torch.where(values.isfinite(), values.clamp(-limit, limit), torch.nan)
+            parts = (torch.nn.functional.pad(values, (0, k - values.numel())).to(dtype),)
         if missing := k - chosen.numel():
-            chosen = torch.cat([chosen, chosen[-1:].expand(missing)])
-            values = torch.nn.functional.pad(values, (0, missing))
-        return values.to(dtype), elias_fano.encode(chosen, n)
+            last = chosen[-1:] if chosen.numel() else chosen.new_zeros(1)
+            chosen = torch.cat([chosen, last.expand(missing)])
+        return *parts, elias_fano.encode(chosen, n)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        values, indices = payload
-        return Sparse(elias_fano.decode(indices, values.numel(), like.numel()), values, self.density)
+        n, k = like.numel(), self.k(like.numel())
+        indices = elias_fano.decode(payload[-1], k, n)
+        if self.values not in codes.CODES:
+            return Sparse(indices, payload[0], self.density)
+        restored = codes.decode(payload[0], payload[1], self.values, k)
+        restored[1:].masked_fill_(indices[1:] == indices[:-1], 0.0)
+        return Sparse(indices, restored, self.density)
 
     def _select(self, x: Tensor, k: int, ctx: Context) -> Tensor:
         magnitude, n = flat(x).abs(), x.numel()
