@@ -35,7 +35,7 @@ def test_worked_example():
     assert [s[s != 0].tolist() for s in sent] == [[6.0], [-9.75]]
 
 
-@pytest.mark.parametrize("values", [None, "float16", "bfloat16"])
+@pytest.mark.parametrize("values", [None, "float16", "bfloat16", "sign", "int2", "int4", "int8"])
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("masking", [False, True])
 def test_conservation_per_coordinate(nesterov, masking, values):

@@ -17,6 +17,11 @@ CASES = [
     TopK(0.01),
     TopK(0.1, values="float16"),
     TopK(0.03, selection="sampled"),
+    TopK(0.03, values="int4", selection="sampled"),
+    TopK(0.1, values="sign"),
+    TopK(0.1, values="int2"),
+    TopK(0.1, values="int4"),
+    TopK(1.0, values="int8"),
     TopK(1.0),
 ]
 LOSSLESS = {Cast(), TopK(1.0)}
@@ -67,11 +72,12 @@ class TestBattery:
     def test_decompressed_adds_and_clears(self, compressor, dtype):
         x = torch.randn(60, 50).to(dtype)
         got = compressor.decompress(compressor.compress(x, {}, CTX), x, {}, CTX)
-        _, out = restored(compressor, x)
+        out = torch.empty(60, 50, dtype=torch.float64)
+        got.write_to(out)
         base = torch.randn(60, 50, dtype=torch.float64)
         total = base.clone()
         got.add_to(total, alpha=-2.0)
-        torch.testing.assert_close(total, base - 2.0 * out.double())
+        torch.testing.assert_close(total, base - 2.0 * out)
         got.clear(total)
         assert torch.equal(total == 0, (out != 0) | (total == 0))
 
@@ -130,3 +136,52 @@ def test_a_cast_saturates_instead_of_sending_infinity():
     _, out = restored(TopK(0.5, values="float16"), x)
     assert out.isfinite().all()
     assert out[0] == torch.finfo(torch.float16).max
+
+
+def nasty(k: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    tiny, huge = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, torch.finfo(dtype).max
+    return [
+        torch.full((k,), -3.0, dtype=dtype),
+        torch.randint(-3, 4, (k,)).to(dtype) * tiny,  # denormal
+        torch.randn(k).sign().to(dtype) * huge,
+        torch.rand(k).to(dtype) * huge,
+        torch.nn.functional.one_hot(torch.tensor(k - 1), k).to(dtype),
+        torch.randn(k).pow(9).to(dtype),
+    ]
+
+
+@pytest.mark.parametrize("values", ["sign", "int2", "int4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_codes_contract_what_is_nasty(values, dtype):
+    """Never further than nothing at all, at each element for the levels; and an element that is 0 stays 0."""
+    for n in (1, 2, 7, 64, 1000):
+        for x in nasty(n, dtype):
+            for density in (0.1, 1.0):
+                payload, out = restored(TopK(density, values=values), x)
+                assert payload[0].isfinite().all()
+                assert out[x == 0].count_nonzero() == 0
+                lost, asked = (x.double() - out.double()).abs(), x.double().abs()
+                if values == "sign":
+                    lost, asked = (t.div(asked.max().clamp(min=1e-320)).square().sum() for t in (lost, asked))
+                assert (lost <= asked * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("values", [None, "float16", "sign", "int2", "int4", "int8"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_seen_in_the_first_tensor(values, bad):
+    x = torch.randn(500, dtype=torch.float64)
+    x[torch.randint(500, ())] = bad
+    payload, _ = restored(TopK(0.02, values=values), x)
+    assert not payload[0].sum().isfinite()
+
+
+@pytest.mark.parametrize("values", ["sign", "int4"])
+def test_fewer_than_k_are_filled_up_with_nothing(values):
+    compressor = TopK(0.5, values=values)
+    for chosen in ([], [0], [3, 9], [19]):
+        at = torch.tensor(chosen, dtype=torch.int64)
+        payload = compressor.encode(at, 1.0 + torch.rand(len(chosen)), 20, CTX)
+        like = compressor.compress(torch.empty(20, device="meta"), {}, CTX)
+        assert [(t.shape, t.dtype) for t in payload] == [(t.shape, t.dtype) for t in like]
+        compressor.decompress(payload, torch.empty(20), {}, CTX).write_to(out := torch.empty(20))
+        assert out.nonzero().view(-1).tolist() == chosen

@@ -64,7 +64,9 @@ METHODS = {
     "dgc-sampled-nesterov": dgc(0.05, selection="sampled", values="float16"),
     "dgc-warmup-clip": dgc(0.01, warmup=Warmup(8), clip=0.5),
     "dgc-local-decay": dgc(0.02, decay="local", masking=False),
+    "dgc-int4": dgc(0.02, values="int4"),
     "topk": topk(0.02),
+    "topk-sign": topk(0.02, values="sign"),
     "fp16": cast("float16"),
 }
 SGD = {
@@ -82,13 +84,44 @@ def test_simulator_equals_the_real_run(world2, world4, workers, name):
     method, sgd = METHODS[name], SGD.get(name)
     real, facts = trained(world2 if workers == 2 else world4, method, 20, {}, sgd)
     expected, result = simulated(method, workers, 20, sgd)
-    if workers == 2 or name.startswith(("topk", "dgc-s", "dgc-l")) or name == "dgc":
+    if workers == 2 or name.startswith(("topk", "dgc-s", "dgc-l", "dgc-i")) or name == "dgc":
         assert torch.equal(real, expected)
     else:  # gloo's all-reduce of more than two picks its own order
         tolerance = 1e-3 if name == "fp16" else 1e-5
         torch.testing.assert_close(real, expected, rtol=tolerance, atol=tolerance)
     assert facts["wire_bytes"] == result.ledger.wire_bytes
     assert (real - simulated(dense(), workers, 20, sgd)[0]).abs().max() > 0
+
+
+def _conserves(rank, method):
+    """What was asked of one weight whose gradients are known, what all received of it, and what is left."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 50, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9 if method.absorbs else 0.0)
+    wire = thinwire.attach(ddp := DistributedDataParallel(model), method, optimizer=optimizer)
+    asked, velocity, received = torch.zeros(3, 50, 64)
+    for step in range(15):
+        x, y = torch.randn(6, 114, generator=torch.Generator().manual_seed(100 * step + rank)).split([64, 50], 1)
+        optimizer.zero_grad()
+        (ddp(x) * y).sum().backward()
+        received += model.weight.grad
+        optimizer.step()
+        velocity = (0.9 if method.absorbs else 0.0) * velocity + y.t() @ x
+        asked += velocity
+    residual = wire.workers[0].local["weight"].now["residual"]
+    return asked, received, residual, model.weight.detach(), close(wire)
+
+
+@pytest.mark.parametrize("values", [None, "float16", "int8", "int4", "int2", "sign"])
+@pytest.mark.parametrize("recipe", [topk, dgc])
+def test_sent_and_left_is_what_was_asked(world2, recipe, values):
+    method = recipe(0.02, values=values, **({"masking": False} if recipe is dgc else {}))
+    (asked, received, left, weight, facts), other = world2.run(_conserves, method)
+    assert torch.equal(weight, other[3])
+    assert torch.equal(received, other[1])
+    assert facts["wire_bytes"] < facts["dense_bytes"]
+    assert facts["error"] > 0
+    torch.testing.assert_close(2 * received + left + other[2], asked + other[0], rtol=1e-5, atol=1e-4)
 
 
 def test_fifty_steps_keep_replicas_equal(world2, world4):

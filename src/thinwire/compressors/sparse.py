@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from thinwire.compressors.cast import dtype_named
+from thinwire.compressors.cast import DTYPES, dtype_named
 from thinwire.compressors.select import EXACT_BELOW, Sampling, largest, sample_size
 from thinwire.core import Compressor, Context, Decompressed, Payload, Sparse, State, ThinwireError, flat
 from thinwire.kernels.reference import REFERENCE
 from thinwire.wire import elias_fano
+from thinwire.wire import values as codes
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class TopK(Compressor):
     """Sends the ``k = ceil(density * n)`` elements of largest magnitude of each tensor.
 
     ``decompress(compress(x))_j = x_j`` for the k largest ``|x_j|``, 0 elsewhere; so
-    ``||x - decompress(compress(x))||^2 <= (1 - k/n) ||x||^2``.
+    ``||x - decompress(compress(x))||^2 <= (1 - k/n) ||x||^2``; with a code for ``values``, ``(1 - 1/n) ||x||^2``.
 
     Args:
         density: kept / total, in (0, 1].
-        values: dtype of the values on the wire; None for that of ``x``. What a shorter one loses stays in the residual.
+        values: dtype of the values on the wire, None for that of ``x``; or a code, see ``thinwire.wire.values``:
+            ``"int8"``, ``"int4"``, ``"int2"`` (a sign, and a level between the smallest and largest magnitude sent),
+            or ``"sign"`` (1 bit, and the mean magnitude). What a shorter one loses stays in the residual.
         selection: ``"exact"``; ``"sampled"``, a threshold from a sample, which may send fewer than k but never more;
             or ``"auto"``: sampled from 100,000 elements on, where the sample is at most half the tensor.
         sample_ratio: smallest share of the elements to sample, in (0, 1].
@@ -35,8 +38,10 @@ class TopK(Compressor):
         ThinwireError: a value outside its range.
 
     **Wire**: k values and k indices in Elias-Fano code: ``k * itemsize + ceil(k l / 8) + ceil((k + (n-1) / 2^l) / 8)``
-    bytes with ``l = floor(log2(n/k))``; 5.5 bytes a selected element for float32 at 0.1 %. The same at every step: when
-    fewer are selected, the last index is repeated with value 0.
+    bytes with ``l = floor(log2(n/k))``; 5.5 bytes a selected element for float32 at 0.1 %. A code's values take
+    ``ceil(k bits / 8)`` bytes, and 8 of scales (sign: 4): 2.0 bytes an element for int4, 1.6 for sign. The same at
+    every step: when fewer are selected, the last index is repeated with value 0; in a code, which has no 0, an index
+    equal to the one before says it.
 
     Example:
         >>> x = torch.tensor([0.5, -3.0, 1.0, 2.0])
@@ -63,7 +68,10 @@ class TopK(Compressor):
                 f"sample_ratio {self.sample_ratio} must be in (0, 1], lower {self.lower} in (0, 1), "
                 f"attempts {self.attempts} at least 0"
             )
-        dtype_named(self.values, torch.float32)
+        if self.values is not None and self.values not in (*codes.CODES, *DTYPES):
+            raise ThinwireError(
+                f"values is {self.values!r}; choose {', '.join((*codes.CODES, *DTYPES))}, or None for the tensor's own"
+            )
 
     def with_density(self, density: float) -> "TopK":
         return replace(self, density=max(density, self.density))
@@ -75,27 +83,40 @@ class TopK(Compressor):
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         n, k = x.numel(), self.k(x.numel())
         if x.is_meta:
-            dtype = dtype_named(self.values, x.dtype)
-            return x.new_empty(k, dtype=dtype), x.new_empty(sum(elias_fano.sizes(k, n)), dtype=torch.uint8)
+            indices = x.new_empty(sum(elias_fano.sizes(k, n)), dtype=torch.uint8)
+            if self.values in codes.CODES:
+                scales, packed = codes.sizes(self.values, k)
+                return x.new_empty(scales, dtype=torch.float32), x.new_empty(packed, dtype=torch.uint8), indices
+            return x.new_empty(k, dtype=dtype_named(self.values, x.dtype)), indices
         chosen = self._select(x, k, ctx)
         return self.encode(chosen, flat(x)[chosen], n, ctx)
 
     def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
+        """The payload that says ``values`` ``[m]`` stand at ``chosen``, int64 ``[m]`` ascending, ``m <= k``, of n."""
         k = self.k(n)
-        dtype = dtype_named(self.values, values.dtype)
-        if dtype.itemsize < values.dtype.itemsize:  # saturate: the residual keeps the rest
-            limit = torch.finfo(dtype).max
-            values = torch.where(values.isfinite(), values.clamp(-limit, limit), torch.nan)
+        if self.values in codes.CODES:
+            there = values != 0  # a code has no 0; NaN is there
+            chosen = chosen[there]
+            parts = codes.encode(values[there], self.values, k)
+        else:
+            dtype = dtype_named(self.values, values.dtype)
+            if dtype.itemsize < values.dtype.itemsize:  # saturate: the residual keeps the rest
+                limit = torch.finfo(dtype).max
+                values = torch.where(values.isfinite(), values.clamp(-limit, limit), torch.nan)
+            parts = (torch.nn.functional.pad(values, (0, k - values.numel())).to(dtype),)
         if missing := k - chosen.numel():
-            chosen = torch.cat([chosen, chosen[-1:].expand(missing)])
-            values = torch.nn.functional.pad(values, (0, missing))
-        return values.to(dtype), (ctx.kernels or REFERENCE).encode_indices(chosen, n)
+            last = chosen[-1:] if chosen.numel() else chosen.new_zeros(1)
+            chosen = torch.cat([chosen, last.expand(missing)])
+        return *parts, (ctx.kernels or REFERENCE).encode_indices(chosen, n)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        values, indices = payload
-        return Sparse(
-            (ctx.kernels or REFERENCE).decode_indices(indices, values.numel(), like.numel()), values, self.density
-        )
+        n, k = like.numel(), self.k(like.numel())
+        indices = (ctx.kernels or REFERENCE).decode_indices(payload[-1], k, n)
+        if self.values not in codes.CODES:
+            return Sparse(indices, payload[0], self.density)
+        restored = codes.decode(payload[0], payload[1], self.values, k)
+        restored[1:].masked_fill_(indices[1:] == indices[:-1], 0.0)
+        return Sparse(indices, restored, self.density)
 
     def sampling(self, shape: Sequence[int], ctx: Context) -> Sampling | None:
         n = math.prod(shape)

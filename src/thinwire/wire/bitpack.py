@@ -4,23 +4,41 @@ import torch
 from torch import Tensor
 
 
+def pack_fields(fields: Tensor, width: int) -> Tensor:
+    """Pack uint8 ``[m]`` below ``2**width``, ``width`` in 1, 2, 4, 8, into uint8 ``[ceil(m * width / 8)]``.
+
+    The first field stands in the lowest bits; the last byte is filled with zeros.
+    """
+    each = 8 // width
+    padded = torch.nn.functional.pad(fields, (0, -fields.numel() % each)).view(-1, each)
+    packed = padded[:, 0].clone()
+    for j in range(1, each):
+        packed |= padded[:, j] << (j * width)
+    return packed
+
+
+def unpack_fields(packed: Tensor, width: int) -> Tensor:
+    """The inverse of ``pack_fields``: uint8 ``[b]`` to uint8 ``[b * 8 / width]``."""
+    if width == 8:
+        return packed
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(1) >> shifts) & (2**width - 1)).view(-1)
+
+
 def pack_bits(bits: Tensor) -> Tensor:
     """Pack 0/1 bytes, uint8 ``[m]``, into uint8 ``[ceil(m / 8)]``; the last byte is filled with zeros."""
-    padded = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).view(-1, 8)
-    packed = padded[:, 0].clone()
-    for j in range(1, 8):
-        packed |= padded[:, j] << j
-    return packed
+    return pack_fields(bits, 1)
 
 
 def unpack_bits(packed: Tensor) -> Tensor:
     """The inverse of ``pack_bits``: uint8 ``[b]`` to 0/1 bytes ``[8 b]``."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(1) >> shifts) & 1).view(-1)
+    return unpack_fields(packed, 1)
 
 
 def pack_words(words: Tensor, width: int) -> Tensor:
     """Pack the low ``width`` bits of each int64 of ``words`` ``[k]``, least significant first, without gaps."""
+    if width in (1, 2, 4, 8):
+        return pack_fields((words & (2**width - 1)).to(torch.uint8), width)
     bits = torch.empty(words.numel(), width, dtype=torch.uint8, device=words.device)
     for j in range(width):
         bits[:, j] = (words >> j) & 1
@@ -29,6 +47,8 @@ def pack_words(words: Tensor, width: int) -> Tensor:
 
 def unpack_words(packed: Tensor, count: int, width: int) -> Tensor:
     """The inverse of ``pack_words``: int64 ``[count]``."""
+    if width in (1, 2, 4, 8):
+        return unpack_fields(packed, width)[:count].to(torch.int64)
     bits = unpack_bits(packed)[: count * width].view(count, width)
     words = torch.zeros(count, dtype=torch.int64, device=packed.device)
     for j in range(width):
