@@ -4,8 +4,8 @@
 
 One process a host, one thread a process, gloo, DDP with its default buckets. All methods take turns in the same
 processes: in each round, each trains for ``--settle`` steps that are not counted and ``--steps`` that are (one where a
-step takes above 2 seconds). A step is that of the slowest rank; ratios are taken within a round. ``local`` does not
-exchange gradients, ``dense`` is plain DDP; ``local_sgd`` and ``dense_sgd`` are the same without momentum.
+step takes above 2 seconds). A step is that of the slowest rank; ``ratio_to_dense`` is dense / this and ``ratio_to_local``
+this / local, within a round. ``local`` does not exchange gradients, ``dense`` is plain DDP; ``local_sgd`` and ``dense_sgd`` are the same without momentum.
 ``--links none`` needs no lab: processes on the loopback.
 """
 
@@ -59,15 +59,13 @@ def table(rows: Sequence[results.Row]) -> str:
     for case in dict.fromkeys(row.case for row in rows):
         own = {row.metric: row for row in rows if row.case == case}
 
-        def cell(metric: str, form: str, scale: float = 1.0, own: dict[str, results.Row] = own) -> str:
+        def cell(metric: str, form: str, own: dict[str, results.Row] = own) -> str:
             row = own.get(metric)
-            if row is None or row.low is None or row.high is None:
-                return "-"
-            return f"{row.value * scale:{form}} [{row.low * scale:{form}}..{row.high * scale:{form}}]"
+            return f"{row.value:{form}} [{row.low:{form}}..{row.high:{form}}]" if row else "-"
 
         sent, ledger = (f"{own[m].value / 1e3:,.1f}" if m in own else "-" for m in ("nic_bytes", "wire_bytes"))
-        ratios = f"{cell('ratio_to_dense', '.2f')} | {cell('ratio_to_local', '.2f')}"
-        lines.append(f"| {case} | {cell('step_ms', '.1f')} | {ratios} | {sent} | {ledger} |")
+        times = [cell("step_ms", ".1f"), cell("ratio_to_dense", ".2f"), cell("ratio_to_local", ".2f")]
+        lines.append(f"| {' | '.join([case, *times, sent, ledger])} |")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@
 """
 
 from benchmarks.lab.features import LabError
-from benchmarks.lab.network import Lab
+from benchmarks.lab.network import HEADERS, Lab
 from benchmarks.lab.ranks import nic_counters, report, run_ranks
 
-__all__ = ["Lab", "LabError", "nic_counters", "report", "run_ranks"]
+__all__ = ["HEADERS", "Lab", "LabError", "nic_counters", "report", "run_ranks"]

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from benchmarks import truth
 from benchmarks.lab import Lab, LabError
 
 from tests.engines.test_faults import ROOT
@@ -78,3 +79,13 @@ def test_a_link_cut_beyond_the_timeout_is_an_error(lab):
         _, error = rank.communicate(timeout=40)
         assert rank.returncode != 0
         assert "ThinwireError: step" in error, error[-1500:]
+
+
+@pytest.mark.usefixtures("lab")
+@pytest.mark.parametrize(("workers", "steps"), [(2, 100), (4, 25)])
+def test_the_ledger_books_what_the_interfaces_count(workers, steps):
+    rows = truth.measure(workers, "10gbit", steps)  # bytes, not time
+    assert all(map(truth.true, rows)), rows
+    figures = {(row.case.rpartition("/")[2], row.metric): row.value for row in rows}
+    for name in ("cast", "topk", "dgc"):
+        assert figures[name, "tcp_bytes"] < 0.55 * figures["dense", "tcp_bytes"]
