@@ -1,4 +1,5 @@
 import logging
+import os
 import shutil
 import subprocess
 
@@ -6,6 +7,9 @@ import pytest
 import torch
 
 from tests.world import World
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, by the tests of its kernels
 
 
 @pytest.fixture(autouse=True)

@@ -86,8 +86,10 @@ class Kernels(Protocol):
         """``|v'|`` at every ``stride``-th element from ``start`` on, before the pass itself; writes nothing."""
         ...
 
-    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[float]) -> list[Tensor]:
+    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Tensor]:
         """Write the new states, clear the gradients; answers the ascending int64 indices of ``|v'| >= threshold``.
+
+        Thresholds are scalars of the state's dtype and device.
 
         NaN is not below any threshold.
         """

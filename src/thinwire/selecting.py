@@ -30,7 +30,7 @@ def select(
         if work is not None and worker.kernels.runs(work):
             works[i] = work
             thresholds[i] = selection.threshold(worker.kernels.sample(work, selection.start, selection.stride))
-    found = worker.kernels.accumulate(list(works.values()), [float(threshold) for threshold in thresholds.values()])
+    found = worker.kernels.accumulate(list(works.values()), list(thresholds.values()))
     return {
         i: selections[i].settle(works[i].new_residual, chosen, thresholds[i])
         for i, chosen in zip(works, found, strict=True)

@@ -1,6 +1,7 @@
 """Which kernels run: chosen once, at attach, and named in the ledger."""
 
 import importlib.util
+import os
 from typing import Literal, TypeAlias
 
 import torch
@@ -25,7 +26,7 @@ def choose(asked: Choice, device: torch.device) -> tuple[Kernels, str | None]:
         return REFERENCE, None
     if kind not in ("cpu", "cuda"):
         missing = f"there are none for {device.type} tensors"
-    elif kind != device.type:
+    elif kind != device.type and not (kind == "cuda" and os.environ.get("TRITON_INTERPRET") == "1"):
         missing = f"the parameters are on {device}"
     elif kind == "cpu" and importlib.util.find_spec("numba") is None:
         missing = "they need numba: pip install 'thinwire[cpu]'"
@@ -36,7 +37,9 @@ def choose(asked: Choice, device: torch.device) -> tuple[Kernels, str | None]:
 
         return Cpu(), None
     if missing is None:
-        missing = "not yet"
+        from thinwire.kernels.cuda import Cuda
+
+        return Cuda(), None
     if asked != "auto":
         raise ThinwireError(f"kernels={asked!r} can't run: {missing}; kernels='auto' takes what there is")
     return REFERENCE, f"plain PyTorch compresses, since of compiled kernels {missing}"

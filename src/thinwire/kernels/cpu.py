@@ -52,7 +52,7 @@ class Cpu:
         pick(*addresses, start, stride, work.rule.momentum or 0.0, work.scale, out)
         return torch.from_numpy(out)
 
-    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[float]) -> list[Tensor]:
+    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Tensor]:
         counts = [-(-work.grad.numel() // BLOCK) for work in works]
         firsts = [sum(counts[:i]) for i in range(len(works))]
         if self._masks.size < sum(counts):
@@ -79,7 +79,7 @@ class Cpu:
             for first, count in zip(firsts, counts, strict=True)
         ]
 
-    def _part(self, work: Pass, threshold: float, first: int, low: int, high: int) -> Callable[[], None]:
+    def _part(self, work: Pass, threshold: Tensor, first: int, low: int, high: int) -> Callable[[], None]:
         """Blocks ``low`` to ``high`` of a pass, whose first block has word ``first``."""
         n = work.grad.numel()
         v, new_v = work.old_residual, work.new_residual
@@ -91,7 +91,7 @@ class Cpu:
         run = _pass(_kind(work), GRADS[work.grad.dtype], STATES[new_v.dtype], aligned)
         count = min(n, high * BLOCK) - low * BLOCK
         masks = self._masks[first + low : first + high]
-        least = float(torch.tensor(threshold, dtype=new_v.dtype))  # as torch compares
+        least = float(threshold)
         return lambda: run(*addresses, count, work.rule.momentum or 0.0, work.scale, least, masks)
 
     def encode_indices(self, indices: Tensor, n: int) -> Tensor:

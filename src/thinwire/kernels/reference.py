@@ -34,16 +34,14 @@ class Reference:
         accumulate(work.rule, work.scale, grad, old, new, u, None if u is None else torch.empty_like(u))
         return new.abs_()
 
-    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[float]) -> list[Tensor]:
+    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Tensor]:
         return [self._one(work, threshold) for work, threshold in zip(works, thresholds, strict=True)]
 
-    def _one(self, work: Pass, threshold: float) -> Tensor:
+    def _one(self, work: Pass, threshold: Tensor) -> Tensor:
         n = work.grad.numel()
-        chunk = (
-            CHUNK if work.grad.device.type == "cpu" else max(1, n)
-        )  # elsewhere a launch costs more than the cache gives
-        whole = n // BLOCK
-        maxima = work.grad.new_empty(whole, dtype=work.new_residual.dtype)
+        # elsewhere a launch costs more than the cache gives
+        chunk = CHUNK if work.grad.device.type == "cpu" else max(BLOCK, n)
+        maxima = work.grad.new_empty(-(-n // BLOCK), dtype=work.new_residual.dtype)
         magnitude = torch.empty(min(n, chunk), dtype=work.new_residual.dtype, device=work.grad.device)
         for a in range(0, n, chunk):
             b = min(n, a + chunk)
@@ -51,14 +49,13 @@ class Reference:
             new_u = None if work.new_momentum is None else work.new_momentum[a:b]
             accumulate(work.rule, work.scale, work.grad[a:b], work.old_residual[a:b], work.new_residual[a:b], u, new_u)
             work.grad[a:b] = 0.0
-            blocks = (b - a) // BLOCK
-            seen = torch.abs(work.new_residual[a : a + blocks * BLOCK], out=magnitude[: blocks * BLOCK])
-            torch.amax(seen.view(blocks, BLOCK), dim=1, out=maxima[a // BLOCK : a // BLOCK + blocks])
-        hot = maxima.lt(threshold).logical_not_().nonzero()  # amax passes NaN on, and NaN is not below
-        where = (hot * BLOCK + torch.arange(BLOCK, device=hot.device)).view(-1)
-        if n % BLOCK:
-            where = torch.cat([where, torch.arange(whole * BLOCK, n, device=where.device)])
-        return where[work.new_residual[where].abs().lt(threshold).logical_not_()]
+            seen = torch.abs(work.new_residual[a:b], out=magnitude[: b - a])
+            whole = (b - a) // BLOCK
+            first = a // BLOCK
+            torch.amax(seen[: whole * BLOCK].view(whole, BLOCK), dim=1, out=maxima[first : first + whole])
+            if (b - a) % BLOCK:
+                maxima[first + whole] = seen[whole * BLOCK :].amax()
+        return within(work.new_residual, maxima, threshold)
 
     def encode_indices(self, indices: Tensor, n: int) -> Tensor:
         return elias_fano.encode(indices, n)
@@ -68,6 +65,14 @@ class Reference:
 
     def close(self) -> None:
         pass
+
+
+def within(x: Tensor, maxima: Tensor, threshold: Tensor) -> Tensor:
+    """Ascending indices of ``|x|`` not below the threshold, given the maximum of each block; NaN is not below."""
+    hot = maxima.lt(threshold).logical_not_().nonzero()
+    where = (hot * BLOCK + torch.arange(BLOCK, device=hot.device)).view(-1)
+    where = where[where < x.numel()]
+    return where[x[where].abs().lt(threshold).logical_not_()]
 
 
 REFERENCE = Reference()

@@ -1,0 +1,102 @@
+"""The kernels for CUDA, in Triton: one pass that reads g, u, v and writes u, v: 20 bytes an element.
+
+``TRITON_INTERPRET=1`` runs them on CPU tensors, slowly, which is how they are tested where there is no GPU.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from thinwire.core import Pass
+from thinwire.kernels.reference import BLOCK, Reference, within
+
+_tl: Any = tl
+_jit: Any = cast(Any, triton).jit
+_cdiv: Any = cast(Any, triton).cdiv
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ROWS = 256 if INTERPRETED else 16
+"""Blocks that one program takes; the interpreter is slow by the program, not by the element."""
+STATES = (torch.float32, torch.bfloat16)
+GRADS = (*STATES, torch.float16)
+
+
+@_jit
+def _short(x: Any) -> Any:
+    """float32 rounded to bfloat16, ties to even, by hand: the interpreter would cut it off."""
+    bits = x.to(_tl.int32, bitcast=True)
+    near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return _tl.where(x != x, x, near.to(_tl.float32, bitcast=True))
+
+
+@_jit
+def _accumulate(
+    g: Any,
+    u: Any,
+    v: Any,
+    new_u: Any,
+    new_v: Any,
+    maxima: Any,
+    n: Any,
+    momentum: Any,
+    scale: Any,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Kind 0: no momentum; 1: momentum; 2: Nesterov. ``maxima``: bits of the largest magnitude of each block, int32."""
+    row = _tl.program_id(0) * ROWS + _tl.arange(0, ROWS)
+    at = row.to(_tl.int64)[:, None] * BLOCK + _tl.arange(0, BLOCK)[None, :]
+    there = at < n
+    x = _tl.load(g + at, mask=there, other=0.0).to(_tl.float32) * scale
+    y = _tl.load(v + at, mask=there, other=0.0).to(_tl.float32)
+    if KIND == 0:
+        y = y + x
+    else:
+        w = _tl.load(u + at, mask=there, other=0.0).to(_tl.float32)
+        if KIND == 2:
+            w = (w + x) * momentum
+            y = (y + x) + w
+        else:
+            w = w * momentum + x
+            y = y + w
+        if new_u.dtype.element_ty == _tl.bfloat16:
+            w = _short(w)
+        _tl.store(new_u + at, w.to(new_u.dtype.element_ty), mask=there)
+    if new_v.dtype.element_ty == _tl.bfloat16:
+        y = _short(y)
+    _tl.store(new_v + at, y.to(new_v.dtype.element_ty), mask=there)
+    _tl.store(g + at, _tl.zeros([ROWS, BLOCK], g.dtype.element_ty), mask=there)
+    # magnitudes compare like their bits, with NaN above infinity
+    bits = y.to(_tl.int32, bitcast=True) & 0x7FFFFFFF
+    _tl.store(maxima + row, _tl.max(_tl.where(there, bits, 0), axis=1), mask=row * BLOCK < n)
+
+
+class Cuda(Reference):
+    """Kernels by Triton; what is small (the sample, what is found) is plain PyTorch on the device."""
+
+    name = f"cuda (triton {cast(Any, triton).__version__}{', interpreted' if INTERPRETED else ''})"
+
+    def runs(self, work: Pass) -> bool:
+        there = work.grad.is_cuda or INTERPRETED
+        return there and work.grad.dtype in GRADS and work.new_residual.dtype in STATES
+
+    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Tensor]:
+        return [self._pass(work, threshold) for work, threshold in zip(works, thresholds, strict=True)]
+
+    def _pass(self, work: Pass, threshold: Tensor) -> Tensor:
+        n, new_v = work.grad.numel(), work.new_residual
+        blocks = -(-n // BLOCK)
+        maxima = torch.empty(blocks, dtype=torch.int32, device=work.grad.device)
+        if n:
+            u = new_v if work.old_momentum is None else work.old_momentum
+            new_u = new_v if work.new_momentum is None else work.new_momentum
+            kind = 0 if work.rule.momentum is None else 2 if work.rule.nesterov else 1
+            settings = (n, work.rule.momentum or 0.0, work.scale, kind, ROWS, BLOCK)
+            grid = (_cdiv(blocks, ROWS),)
+            _accumulate[grid](work.grad, u, work.old_residual, new_u, new_v, maxima, *settings)
+        return within(new_v, maxima.view(torch.float32), threshold)
