@@ -6,7 +6,7 @@ one for thinwire, each with a copy of the same model.
 
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -89,7 +89,6 @@ class Contender:
     exchanges: bool = True
     enter: Callable[[], object] = lambda: None
     wire: thinwire.Session | None = None
-    seconds: list[float] = field(default_factory=list)
 
     def step(self, x: Tensor) -> None:
         self.optimizer.zero_grad()

@@ -4,7 +4,7 @@
 
 One process a host, one thread a process, gloo, DDP with its default buckets. All methods take turns in the same
 processes: in each round, each trains for ``--settle`` steps that are not counted and ``--steps`` that are (one where a
-step takes above 2 seconds). A step is that of the slowest rank; ``ratio_to_dense`` is dense / this and
+step takes above 4 seconds). A step is that of the slowest rank; ``ratio_to_dense`` is dense / this and
 ``ratio_to_local`` this / local, within a round. ``local`` does not exchange gradients, ``dense`` is plain DDP;
 ``local_sgd`` and ``dense_sgd`` are the same without momentum.
 ``--links none`` needs no lab: processes on the loopback.

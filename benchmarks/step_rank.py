@@ -15,7 +15,7 @@ from benchmarks.lab import nic_counters, report
 
 WARM_UP = 4
 """Steps of each method before the first round: DDP rebuilds its buckets, PowerSGD begins, kernels are compiled."""
-SLOW = 2.0
+SLOW = 4.0
 """Seconds for a step, above which one step a round is enough."""
 
 

@@ -117,7 +117,8 @@ class Lab(Hosts):
         super().close()
         while self.spaces:
             space = self.spaces.pop()
-            space.communicate()  # closes its standard input, which ends it
+            space.kill()
+            space.communicate()
 
     # -- in mid-run ------------------------------------------------------------------------------------------------
 
@@ -153,6 +154,7 @@ class Lab(Hosts):
         return self._dying_with_us(self.spaces[host])
 
     def _dying_with_us(self, space: subprocess.Popen) -> list[str]:
+        """To the kernel, "us" is the thread that starts the process: let it be one that stays."""
         return [*self._enter(space), program("setpriv"), "--pdeathsig", "KILL", "--"]
 
     def _enter(self, space: subprocess.Popen) -> list[str]:

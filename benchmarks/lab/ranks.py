@@ -59,7 +59,7 @@ def run_ranks(module: str, task: Any, world: int, link: str, timeout: float) -> 
             code = ranks[first].returncode
             state = "is not through in time" if code is None else f"ended with {code}"
             raise RuntimeError(f"rank {first} of {module} {state}:\n{texts[first][-3000:]}")
-        return [json.loads(text.rpartition(MARK)[2]) for text in texts]
+        return [json.loads(text.rpartition(MARK)[2].splitlines()[0]) for text in texts]
 
 
 def _written(out: TextIO) -> str:
