@@ -103,6 +103,16 @@ class Transaction:
             self._drop_gradients()
         self.pending = False
 
+    @property
+    def final(self) -> bool:
+        """Whether the optimizer step that has just ended makes it so.
+
+        A fused optimizer steps under a ``GradScaler`` even where it finds an overflow; the scaler then hands it
+        ``found_inf``, and its kernel changes nothing.
+        """
+        found_inf: Any = getattr(self.optimizer, "found_inf", None)
+        return self.pending and not self.failed and not (found_inf is not None and bool(found_inf))
+
     def commit(self, units: Sequence[Unit], workers: Sequence[Worker]) -> None:
         """What was prepared is final. A unit that no rank used has not been touched."""
         self.pending = False
