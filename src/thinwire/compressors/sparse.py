@@ -19,12 +19,12 @@ class TopK(Compressor):
     """Sends the ``k = ceil(density * n)`` elements of largest magnitude of each tensor.
 
     ``decompress(compress(x))_j = x_j`` for the k largest ``|x_j|``, 0 elsewhere; so
-    ``||x - decompress(compress(x))||^2 <= (1 - k/n) ||x||^2``; with a code for ``values``, ``(1 - 1/n) ||x||^2``.
+    ``||x - decompress(compress(x))||^2 <= (1 - k/n) ||x||^2``; with a code for ``values``, ``1 - 1/(2n)``.
 
     Args:
         density: kept / total, in (0, 1].
         values: dtype of the values on the wire, None for that of ``x``; or a code, see ``thinwire.wire.values``:
-            ``"int8"``, ``"int4"``, ``"int2"`` (a sign, and a level between the smallest and largest magnitude sent),
+            ``"int8"``, ``"int4"``, ``"int2"`` (a sign, and one of 128, 8 or 2 magnitudes),
             or ``"sign"`` (1 bit, and the mean magnitude). What a shorter one loses stays in the residual.
         selection: ``"exact"``; ``"sampled"``, a threshold from a sample, which may send fewer than k but never more;
             or ``"auto"``: sampled from 100,000 elements on, where the sample is at most half the tensor.
