@@ -94,8 +94,9 @@ class TopK(Compressor):
         k = self.k(n)
         if self.values in codes.CODES:
             there = values != 0  # a code has no 0; NaN is there
-            chosen = chosen[there]
-            parts = codes.encode(values[there], self.values, k)
+            if not there.all():
+                chosen, values = chosen[there], values[there]
+            parts = codes.encode(values, self.values, k)
         else:
             dtype = dtype_named(self.values, values.dtype)
             if dtype.itemsize < values.dtype.itemsize:  # saturate: the residual keeps the rest
