@@ -75,7 +75,8 @@ def _scales(magnitude: Tensor, code: str) -> Tensor:
     else:
         lo, hi = magnitude.aminmax()
     lo = torch.maximum(lo, mean / 2**bits)
-    return torch.stack([lo, (hi / lo).clamp(min=1.0) ** (1 / (2 ** (bits - 1) - 1))])
+    span = (hi / lo).nan_to_num(1.0).clamp(min=1.0)  # 0 / 0 where all are 0
+    return torch.stack([lo, span ** (1 / (2 ** (bits - 1) - 1))])
 
 
 def _levels(scales: Tensor, bits: int) -> Tensor:
