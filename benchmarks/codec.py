@@ -28,6 +28,7 @@ from thinwire.report import results
 from thinwire.report.results import Row
 from thinwire.units import resolve, set_stage
 from thinwire.wire import bitpack, elias_fano, frame, head, rice
+from thinwire.wire import values as wire_values
 from thinwire.wire.values import CODES
 
 DENSITIES = (0.25, 0.125, 0.1, 0.0625, 0.05, 0.03125, 0.015625, 0.01, 0.0078125, 0.004, 0.001, 0.0005, 0.0001)
@@ -204,6 +205,23 @@ def of_frames(chosen: Tensor, selected: Tensor, n: int, p: float) -> list[Row]:
     return rows
 
 
+def of_tails(n: int) -> list[Row]:
+    """What the codes lose of the 1 % of largest magnitude, and what evenly spaced levels would; by the tail."""
+    rows: list[Row] = []
+    for name, x in (("normal", torch.randn(n)), ("student3", torch.distributions.StudentT(3.0).sample((n,)))):
+        sent = x[largest(x.abs(), n // 100)]
+        lo, hi = sent.abs().aminmax()
+        for code, bits in CODES.items():
+            step = (hi - lo) / max(1, 2 ** (bits - 1) - 1)
+            even = sent.sign() * (lo + step * ((sent.abs() - lo) / step).round())
+            for case, got in ((code, wire_values.decode(*wire_values.encode(sent, code, len(sent)), code, len(sent))),
+                              (f"even_{code}", even)):  # fmt: skip
+                if case != "even_sign":
+                    lost = (got.double() - sent).square().sum() / sent.double().square().sum()
+                    rows.append(Row(f"tail/{case}/{name}", "error", float(lost)))
+    return rows
+
+
 def of_model(shapes: list[tuple[int, ...]]) -> list[Row]:
     """All tensors of a model in one message, the uncompressed ones among them."""
     rows: list[Row] = []
@@ -274,6 +292,8 @@ def main() -> None:
     small = args.numel <= 1_000_000
     model = resnet50()[:30] if small else resnet50()
     rows = of_indices(args.numel, args.rounds) + of_messages(args.numel, args.rounds) + of_model(model)
+    torch.manual_seed(args.seed)
+    tails = of_tails(min(args.numel, 4_000_000))
     for group in ("indices", "message", "frame", "frame_zstd", "model"):
         print(table(rows, group, "bits_per_element"), "\n")
     for group, metric, digits in (
@@ -282,10 +302,12 @@ def main() -> None:
         ("message", "encode_seconds", 4), ("message", "decode_seconds", 4),
     ):  # fmt: skip
         print(table(rows, group, metric, digits), "\n")
+    for row in tails:
+        print(f"{row.case:>24}: {row.value:.6f} of the energy sent is lost")
     if args.json:
         meta = results.meta(thinwire.__version__, numel=args.numel, rounds=args.rounds, seed=args.seed, threads=1)
         meta["versions"]["zstandard"] = zstandard.__version__
-        results.write(args.json, meta, rows)
+        results.write(args.json, meta, rows + tails)
     if args.plot:
         plot(rows, args.plot)
 

@@ -8,8 +8,8 @@ ratio, from the smallest magnitude that is there to the largest, and none is spe
             least ``mean(m) / 2^b``; the last level is ``max m``. ``int2``: the means of those below and above the mean
 
 Each contracts: ``||v - v^||^2 <= (1 - 1/(2k)) ||v||^2`` for k values, without the 2 for a sign. Measured on the 1 % of
-largest magnitude, normal and Student-3: 0.010 and 0.257 for sign, 0.004 and 0.164 for int2, 0.001 and 0.024 for int4.
-Evenly spaced levels lose up to ten times as much, and with 2 bits more than a sign does.
+largest magnitude, normal and Student-3: 0.010 and 0.23 for sign, 0.004 and 0.14 for int2, 0.0008 and 0.02 for int4
+(``benchmarks.codec``). Evenly spaced levels lose up to 20 times as much, and with 2 bits more than a sign does.
 
 Format: float32 scales, ``mean`` or ``lo, ratio``, then ``ceil(k b / 8)`` bytes of b-bit fields as in ``bitpack``, each
 ``sign << (b - 1) | level``. The scales are NaN when a value is not finite, so whoever sums them sees it; what lies
