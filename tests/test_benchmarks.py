@@ -30,3 +30,24 @@ def test_step(tmp_path):
     assert figures["tiny/2/none/dense", "ratio_to_dense"] == 1.0
     assert 0 < figures["tiny/2/none/dgc", "wire_bytes"] < 0.1 * 4 * 3 * 96 * 97
     assert (tmp_path / "out.png").stat().st_size > 0
+
+
+def test_codec(tmp_path):
+    """Whatever depends on k alone is held to its bounds here as well: on a message of 1,000 elements, not 25,600."""
+    plot = str(tmp_path / "out.png")
+    figures = run(tmp_path, "benchmarks.codec", "--numel", "1000000", "--rounds", "1", "--plot", plot)
+    bits = {case: value for (case, metric), value in figures.items() if metric == "bits_per_element"}
+    lost = {case: value for (case, metric), value in figures.items() if metric == "error"}
+    assert bits["indices/entropy/0.001"] < bits["indices/rice/0.001"] <= 11.6
+    assert bits["indices/elias_fano/0.001"] <= 12.0
+    assert bits["message/int4/0.001"] <= 17.0
+    assert bits["message/sign/0.001"] <= 13.5
+    assert lost["message/sign/0.001"] > lost["message/int2/0.001"] > lost["message/int4/0.001"] > 0
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_kernels(tmp_path):
+    options = ["--elements", "300000", "--threads", "1", "--rounds", "1", "--plot", str(tmp_path / "out.png")]
+    figures = run(tmp_path, "benchmarks.kernels", *options)
+    for case in ["copy", "dgc/cpu", "dgc/reference", "dgc/abs_topk", "dgc/cpu_bf16_grad", "dgc/cpu_bf16_state"]:
+        assert figures[f"{case}/1", "ratio_to_ref"] > 0

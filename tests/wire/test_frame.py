@@ -50,18 +50,18 @@ def test_golden_bytes():
 
 
 def test_golden_bytes_of_rice_indices_and_four_bits():
-    values, indices = torch.tensor([1.0, -2.0, 8.0]), torch.tensor([1, 7, 18])
+    values, indices = torch.tensor([1.0, -2.0, 1.5**7]), torch.tensor([1, 7, 18])
     frame = Frame({"w": Entry.quantised((4, 5), values, indices, "int4")})
     data = encode(frame, indices="rice")
     assert data.hex() == (
-        "54485752010000004d00000000000000246ac2a6"  # head: 77 bytes
+        "54485752010000004d0000000000000026be8595"  # head: 77 bytes
         "000001000000"  # no notes, one entry
         "01007702090204000000000000000500000000000000"  # w: Rice, int4, [4, 5]
-        "03000000000000000000803f0000e0409007"  # 3 values, above 1.0 by up to 7.0: levels 0, -1, 7
+        "03000000000000000000803f0000c03fa007"  # 3 values, from 1 on by a ratio of 1.5: levels 0, -2, 7
         "02020000000000000033a0"  # b = 2, and 2 bytes of indices
     )
     again = decode(data)
-    assert again.entries["w"].values.tolist() == [1.0, -2.0, 8.0]
+    assert again.entries["w"].values.tolist() == [1.0, -2.25, 1.5**7]
     assert same(again, frame)
     assert encode(again, indices="rice") == data
 
@@ -158,7 +158,7 @@ def coded(dtype, scales, packed):
         (rice(b"\xff\xff"), "end after 0 of 3"),
         (coded(9, [1.0, float("inf")], b"\x90\x02"), "not finite"),
         (coded(9, [1.0, -1.0], b"\x90\x02"), "scales"),
-        (coded(9, [3e38, 3e38], b"\x97\x02"), "scales"),
+        (coded(10, [0.0, 3e38], b"\x97\x02\x7f"), "scales"),
         (coded(9, [1.0, 7.0], b"\x90\x12"), "bits after the last value"),
         (coded(7, [1.0], b"\x0a"), "bits after the last value"),
         (entry(dtype=99), "dtype 99"),

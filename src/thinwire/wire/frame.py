@@ -106,8 +106,8 @@ def encode(
 
     Args:
         indices: the code of sparse indices: Golomb-Rice is 4 % shorter, and slower to read.
-        compress: ``"zstd"`` as a last stage, which needs ``thinwire[zstd]``. It gains on text and on dense integers,
-            little on what is sparse.
+        compress: ``"zstd"`` as a last stage, which needs ``thinwire[zstd]``: a tenth of sparse float32 values, a few
+            percent of 4-bit ones, nothing of 1 or 2 bits.
 
     Raises:
         ThinwireError: a name too long, a dtype or a value that a frame can't hold, an option that is not there.
