@@ -3,8 +3,9 @@
     gradient -> [compensate -> compress] -> wire -> collective -> wire -> [decompress -> update] -> optimizer
                  -------- send --------      ------- route -------         ------- receive ------
 
-``send`` and ``receive`` never communicate and ``route`` never computes. The DDP hook, the simulator and whatever
-comes later call the same three functions, and only the collective between them differs. So the simulator is equal
+``send`` and ``receive`` never communicate and ``route`` never computes. On a route of two stages ``relay`` stands
+between them: what has arrived is combined, and routed once more. The DDP hook, the simulator and whatever comes later
+call the same functions, and only the collective between them differs. So the simulator is equal
 to the real run, and bytes are counted in one place.
 """
 
@@ -15,19 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinwire.core import Context, float_at_least_32, norm
+from thinwire.core import Context, Decompressed, Payload, float_at_least_32, norm
 from thinwire.exchange.collectives import Collective, InFlight
+from thinwire.exchange.groups import Piece
 from thinwire.exchange.routes import Bucket
 from thinwire.units import Unit, Worker
 from thinwire.wire import head
-
-ALL_RIGHT = torch.zeros((), dtype=torch.bool)
-
-
-def is_bad(values: Tensor) -> Tensor:
-    """Whether anything is not finite; a sum finds it in one read, without a temporary."""
-    return values.sum(dtype=float_at_least_32(values.dtype)).isfinite().logical_not()
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -59,39 +53,49 @@ def send(
     Everything that only this rank remembers is prepared here, to be final once the optimizer has stepped. The
     gradients may be overwritten.
     """
-    asked: list[Tensor] = []
-    payloads: list[tuple[Tensor, ...]] = []
-    bad: list[Tensor] = []
-    contexts = [Context(worker.seed, step, unit.name, worker.rank) for unit in bucket.units]
-    for unit, grad, ctx in zip(bucket.units, grads, contexts, strict=True):
-        local = worker.local[unit.name]
-        x = unit.memory.compensate(grad, unit.param, local.now, local.next, 1.0 / loss_scale)
-        if (carried := local.now.get("carried")) is not None:  # the residual that an earlier method left
-            x.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
-        payload = unit.compressor.compress(x, local.now, ctx)
-        asked.append(x)
-        payloads.append(payload)
-        bad.append(is_bad(payload[0]) if unit.guarded else ALL_RIGHT.to(x.device))
     messages: list[Tensor] = []
     for group in bucket.groups:
-        parts = [payloads[i] for i in group.units]
-        if group.has_head:
-            flags = head.encode([used[i] for i in group.units], torch.stack([bad[i] for i in group.units]), group.dtype)
-            parts.append((flags,))
+        asked = [ask(bucket.units[p.unit], p, grads[p.unit], worker, step, loss_scale) for p in group.pieces]
         # what is asked may be the residual itself, which the exchange must not overwrite; a gradient it may
-        messages.append(group.layout.pack(parts, in_place=all(asked[i] is grads[i] for i in group.units)))
-    for unit, x, payload, ctx in zip(bucket.units, asked, payloads, contexts, strict=True):
-        local = worker.local[unit.name]
-        own = unit.compressor.decompress(payload, x, local.now, ctx)
-        if worker.probe is not None and unit.compressed:
-            worker.probe.look(x, own)
-        unit.memory.sent(x, own, local.next)
+        in_place = all(x is grads[piece.unit] for piece, (x, _, _) in zip(group.pieces, asked, strict=True))
+        payloads = [payload for _, payload, _ in asked]
+        messages.append(group.pack(payloads, group.head(bucket.units, payloads, used), in_place=in_place))
+        for piece, (x, _, own) in zip(group.pieces, asked, strict=True):
+            unit = bucket.units[piece.unit]
+            if worker.probe is not None and unit.compressed:
+                worker.probe.look(x, own)
+            unit.memory.sent(x, own, piece.of_state(worker.local[unit.name].next))
     return messages
+
+
+def ask(
+    unit: Unit, piece: Piece, grad: Tensor, worker: Worker, step: int, loss_scale: float
+) -> tuple[Tensor, Payload, Decompressed]:
+    """Of one piece: what is to be sent, what is sent, and what the receivers will make of it."""
+    local = worker.local[unit.name]
+    now, new = piece.of_state(local.now), piece.of_state(local.next)
+    x = unit.memory.compensate(piece.of(grad), piece.of(unit.param), now, new, 1.0 / loss_scale)
+    if (carried := now.get("carried")) is not None:  # the residual that an earlier method left
+        x.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
+    ctx = Context(worker.seed, step, piece.key(unit.name), worker.rank)
+    payload = unit.compressor.compress(x, now, ctx)
+    return x, payload, unit.compressor.decompress(payload, x, now, ctx)
 
 
 def route(bucket: Bucket, messages: Sequence[Tensor], collective: Collective) -> list[InFlight]:
     """Start the exchange of every message, and return before it has ended."""
     return [group.start(message, collective) for group, message in zip(bucket.groups, messages, strict=True)]
+
+
+@torch.no_grad()
+def relay(
+    bucket: Bucket, inbox: Sequence[InFlight], worker: Worker, step: int, collective: Collective
+) -> list[InFlight]:
+    """Between the halves, once all of the inbox has ended: owners combine what they were sent, and route the mean."""
+    return [
+        group.relay(bucket.units, arrived, worker, step, collective)
+        for group, arrived in zip(bucket.groups, inbox, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -105,22 +109,23 @@ def receive(
     """
     verdicts: list[Verdict] = []
     for group, arrived in zip(bucket.groups, inbox, strict=True):
-        senders = group.arrived(arrived.result)
+        senders, flags = group.opened(arrived)
         factor = 1.0 / len(senders)
-        if group.has_head:
-            used, bad = head.decode(torch.stack([payloads[-1][0] for payloads in senders]), len(group.units))
+        if flags is not None:
+            used, bad = head.decode(flags, len(group.units))
             verdicts.append(Verdict(tuple(bucket.units[i] for i in group.units), used, bad))
             factor = torch.full((), factor, dtype=torch.float64, device=bad.device).masked_fill_(bad.any(), torch.nan)
-        for j, i in enumerate(group.units):
+        for i, pieces in group.by_unit.items():
             unit, out = bucket.units[i], outs[i]
             wide = float_at_least_32(out.dtype)  # short dtypes are summed in float32
             mean = out if out.dtype == wide else torch.empty_like(out, dtype=wide)
-            for rank, payloads in enumerate(senders):
-                got = unit.compressor.decompress(
-                    payloads[j], mean, unit.shared.now, Context(seed, step, unit.name, rank)
-                )
-                got.write_to(mean) if rank == 0 else got.add_to(mean)
-            if group.has_head or len(senders) > 1:
+            for j, piece in pieces:
+                part, known = piece.of(mean), piece.of_state(unit.shared.now)
+                for later, (rank, payloads) in enumerate(senders):
+                    ctx = Context(seed, step, piece.key(unit.name), rank)
+                    got = unit.compressor.decompress(payloads[j], part, known, ctx)
+                    got.add_to(part) if later else got.write_to(part)
+            if flags is not None or len(senders) > 1:
                 mean.mul_(factor)
             grad = unit.memory.receive(mean, unit.param, unit.shared.now, unit.shared.next)
             if unit.memory.stateful and loss_scale != 1.0:

@@ -16,7 +16,7 @@ from thinwire import checkpoint
 from thinwire._version import __version__
 from thinwire.core import ThinwireError, norm
 from thinwire.exchange.collectives import Collective
-from thinwire.exchange.routes import Bucket, plan_bucket
+from thinwire.exchange.routes import Bucket, Routing, plan_bucket
 from thinwire.link import wire_bytes
 from thinwire.optimizers import Handover, check_optimizer, log, release_optimizer
 from thinwire.pipeline import Verdict
@@ -135,6 +135,7 @@ class Session:
         if handover is not None and self._handover is None:
             self._say(handover.take(units, self.workers))
         self.method, self.units, self._handover = method, units, handover
+        self._link = None
         self.by_param = {id(unit.param): unit for unit in units}
         self._guard_carried()
         self._installed_at = self.step
@@ -146,7 +147,8 @@ class Session:
         if density != self._density:
             self._density = density
             self._buckets: dict[tuple[int, ...], Bucket] = {}
-            for note in set_stage(self.units, density, self.collective.world):
+            self.routing = Routing(self.method.route, self.method.second, self._link)
+            for note in set_stage(self.units, density, self.collective.world, self.method.route, self.method.second):
                 self.ledger.note(note)
 
     def _describe(self, method: Method, units: Sequence[Unit]) -> list[tuple[str, str]]:
@@ -218,7 +220,7 @@ class Session:
                     "parameters must not be replaced (load_state_dict(assign=True) does it) or frozen after wrapping: "
                     "wrap and attach again"
                 )
-            self._buckets[key] = plan_bucket([self.by_param[i] for i in key], self.collective.world)
+            self._buckets[key] = plan_bucket([self.by_param[i] for i in key], self.collective.world, self.routing)
         return self._buckets[key]
 
     def begin_step(self) -> None:

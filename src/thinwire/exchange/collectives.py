@@ -1,14 +1,14 @@
 """Who performs a collective: a process group, the simulator's workers, or either of them over an emulated link.
 
-A collective only carries bytes. It is started by ``all_reduce`` or ``all_gather`` and answers at once with an
-``InFlight``; nothing is ever started from the callback of another, since gloo runs callbacks in an order that
+A collective only carries bytes. It is started by ``all_reduce``, ``all_gather`` or ``all_to_all`` and answers at once
+with an ``InFlight``; nothing is ever started from the callback of another, since gloo runs callbacks in an order that
 differs between ranks.
 """
 
 import atexit
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from queue import SimpleQueue
 from threading import Thread
@@ -40,11 +40,17 @@ PROBE_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class InFlight:
-    """A started collective: ``result`` holds the answer once ``future`` has completed."""
+    """A started collective: ``result`` holds the answer once ``future`` has completed.
+
+    An all-reduce answers the sum, like the message; an all-gather uint8 ``[world, nbytes]``, an all-to-all the same
+    with a row for this rank from each.
+    """
 
     future: Future
-    result: Tensor  # all_reduce: the sum, like the message; all_gather: uint8 [world, nbytes]
+    result: Tensor
     work: Any = None
+    heads: Tensor | None = None
+    """Of all senders, where an earlier stage has brought them."""
 
     def wait(self, timeout: float) -> None:
         """Wait for the network, at most ``timeout`` seconds; a CUDA backend has a watchdog of its own for that.
@@ -74,6 +80,10 @@ class Collective(Protocol):
 
     def all_gather(self, message: Tensor) -> InFlight:
         """Collect the uint8 ``message`` of every rank; all have the same size."""
+        ...
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        """Row r of the uint8 ``message`` ``[world, nbytes]`` goes to rank r; all have the same size."""
         ...
 
     def exchange_text(self, text: str) -> list[str]:
@@ -128,6 +138,12 @@ class ProcessGroup:
         work = _all_gather(gathered, message, group=self.group, async_op=True)
         self.sent += wire_bytes("all_gather", message.nbytes, self.world)
         return InFlight(work.get_future(), gathered.view(self.world, -1), work)
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        received = torch.empty_like(message)
+        work = cast(Any, dist.all_to_all_single(received.view(-1), message.view(-1), group=self.group, async_op=True))
+        self.sent += wire_bytes("all_to_all", message.nbytes, self.world)
+        return InFlight(work.get_future(), received, work)
 
     def exchange_text(self, text: str) -> list[str]:
         texts: list[str] = [""] * self.world
@@ -205,6 +221,11 @@ class Local:
     def all_gather(self, message: Tensor) -> InFlight:
         self.sent += wire_bytes("all_gather", message.nbytes, self.world)
         return self._meet(message, (self.world, message.numel()), _stack)
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        self.sent += wire_bytes("all_to_all", message.nbytes, self.world)
+        met = self._meet(message, (self.world, *message.shape), _stack)
+        return replace(met, result=met.result[:, self.rank])
 
     def _meet(
         self, message: Tensor, shape: Sequence[int], combine: Callable[[list[Tensor], Tensor], object]
@@ -286,6 +307,9 @@ class Paced:
 
     def all_gather(self, message: Tensor) -> InFlight:
         return self._pace("all_gather", message.nbytes, self.inner.all_gather(message))
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        return self._pace("all_to_all", message.nbytes, self.inner.all_to_all(message))
 
     def exchange_text(self, text: str) -> list[str]:
         return self.inner.exchange_text(text)
