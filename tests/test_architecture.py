@@ -14,7 +14,7 @@ FLOORS = [
     ["units", "methods"],
     ["exchange"],
     ["optimizers", "pipeline", "checkpoint"],
-    ["succession"],
+    ["succession", "transaction"],
     ["session"],
     ["engines", "sim"],
     ["__init__"],

@@ -15,9 +15,6 @@ from thinwire.units import Unit, Worker
 
 log = logging.getLogger("thinwire")
 
-TIMEOUT = 300.0
-"""Seconds to wait for the others where momentum is averaged."""
-
 MOVED = ("momentum", "nesterov", "weight_decay")
 CLEARED: dict[str, Any] = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
 
@@ -65,12 +62,14 @@ class Handover:
         found = "; ".join(sorted({f"{s.momentum:g}, {s.nesterov}, {s.weight_decay:g}" for s in self.settings.values()}))
         return f"momentum, nesterov, weight_decay ({found}) moved from the optimizer into the memory until detach()"
 
-    def give_back(self, units: Sequence[Unit], workers: Sequence[Worker], collective: Collective) -> None:
+    def give_back(
+        self, units: Sequence[Unit], workers: Sequence[Worker], collective: Collective, timeout: float
+    ) -> None:
         """Put settings and momentum back, the latter averaged so that replicas stay equal. A collective call."""
         for group, taken in zip(self.optimizer.param_groups, self.taken, strict=False):
             group.update(taken)
         for unit in units:
-            buffer = averaged_buffer(unit, workers, collective)
+            buffer = averaged_buffer(unit, workers, collective, timeout)
             if buffer is not None:
                 self.optimizer.state[unit.param]["momentum_buffer"] = buffer.to(unit.param.dtype, copy=True)
         self.release()
@@ -141,15 +140,15 @@ def release_optimizer(optimizer: torch.optim.Optimizer | None, owner: object) ->
         del _owners[optimizer]
 
 
-def averaged_buffer(unit: Unit, workers: Sequence[Worker], collective: Collective) -> Tensor | None:
-    """The SGD momentum buffer of a unit, equal on all ranks. A collective call."""
+def averaged_buffer(unit: Unit, workers: Sequence[Worker], collective: Collective, timeout: float) -> Tensor | None:
+    """The SGD momentum buffer of a unit, equal on all ranks; waits ``timeout`` seconds. A collective call."""
     parts = [unit.memory.give_buffer(worker.local[unit.name].now, unit.shared.now) for worker in workers]
     shared = parts[0][1]
     if local := [part for part, _ in parts if part is not None]:
         buffer = torch.stack(local).sum(0).mul_(1.0 / collective.world)
         if len(workers) < collective.world:
             arrived = collective.all_reduce(buffer)
-            arrived.wait(TIMEOUT)
+            arrived.wait(timeout)
             arrived.future.wait()
             buffer = arrived.result
         shared = buffer if shared is None else buffer + shared

@@ -25,11 +25,12 @@ from thinwire.wire import head
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks learned of one bucket, the same on each: bool ``[senders, units]``, a sum being one sender."""
+    """What all ranks learned of one message, the same on each; a sum is one sender."""
 
     units: tuple[Unit, ...]
-    used: Tensor
-    bad: Tensor
+    used: Tensor  # bool [senders, units]
+    bad: Tensor  # the same
+    clocks: Tensor  # uint8 [senders]: the step each of them is at, modulo head.CLOCK
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def send(
         # what is asked may be the residual itself, which the exchange must not overwrite; a gradient it may
         in_place = all(x is grads[piece.unit] for piece, (x, _, _) in zip(group.pieces, asked, strict=True))
         payloads = [payload for _, payload, _ in asked]
-        messages.append(group.pack(payloads, group.head(bucket.units, payloads, used), in_place=in_place))
+        messages.append(group.pack(payloads, group.head(bucket.units, payloads, used, step), in_place=in_place))
         for piece, (x, _, own) in zip(group.pieces, asked, strict=True):
             unit = bucket.units[piece.unit]
             if worker.probe is not None and unit.compressed:
@@ -112,8 +113,8 @@ def receive(
         senders, flags = group.opened(arrived)
         factor = 1.0 / len(senders)
         if flags is not None:
-            used, bad = head.decode(flags, len(group.units))
-            verdicts.append(Verdict(tuple(bucket.units[i] for i in group.units), used, bad))
+            used, bad, clocks = head.decode(flags, len(group.units))
+            verdicts.append(Verdict(tuple(bucket.units[i] for i in group.units), used, bad, clocks))
             factor = torch.full((), factor, dtype=torch.float64, device=bad.device).masked_fill_(bad.any(), torch.nan)
         for i, pieces in group.by_unit.items():
             unit, out = bucket.units[i], outs[i]

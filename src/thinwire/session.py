@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,18 +15,17 @@ from torch import Tensor
 from thinwire import checkpoint
 from thinwire._version import __version__
 from thinwire.core import ThinwireError, norm
-from thinwire.exchange.collectives import Collective
+from thinwire.exchange.collectives import TIMEOUT, Collective
 from thinwire.exchange.routes import Bucket, Routing, plan_bucket
 from thinwire.link import wire_bytes
 from thinwire.optimizers import Handover, check_optimizer, log, release_optimizer
-from thinwire.pipeline import Verdict
 from thinwire.policy.plan import Method
 from thinwire.report.ledger import Ledger, StepRow
 from thinwire.succession import agree, hand_on
+from thinwire.transaction import OnNonfinite, Transaction
 from thinwire.units import Probe, Unit, Worker, resolve, set_stage
 
 PROBE_EVERY = 100
-OnNonfinite: TypeAlias = Literal["skip", "raise"]
 
 
 class Scaler(Protocol):
@@ -60,10 +59,8 @@ class Session:
         workers: Sequence[Worker] | None = None,
         scaler: Scaler | None = None,
         on_nonfinite: OnNonfinite = "skip",
-        timeout: float = 300.0,
+        timeout: float = TIMEOUT,
     ) -> None:
-        if on_nonfinite not in ("skip", "raise"):
-            raise ThinwireError(f"on_nonfinite is {on_nonfinite!r}; choose 'skip' or 'raise'")
         if not timeout > 0:
             raise ThinwireError(f"timeout is {timeout}; it is in seconds and must be above 0")
         self.named = list(named)
@@ -72,17 +69,12 @@ class Session:
         self.seed = seed
         self.workers = list(workers or [Worker(collective.rank, seed)])
         self.ledger = Ledger(method.name, collective.world, collective.label)
+        self.transaction = Transaction(optimizer, self.ledger, on_nonfinite)
         self.step = 0
         self.units: list[Unit] = []
         self.scaler = scaler
-        self.on_nonfinite = on_nonfinite
         self.timeout = timeout
         self.loss_scale = 1.0
-        self.verdicts: list[Verdict] = []
-        """What all ranks learned in the step under way."""
-        self._idle = 0  # exchanges in a row that no step followed
-        self._pending = False  # an exchange has been made that no optimizer step has made final
-        self.failed = False
         self.cleanup = contextlib.ExitStack()
         """What detach() undoes; engines add to it."""
         self._handover: Handover | None = None
@@ -101,7 +93,7 @@ class Session:
     def _prepare(self, method: Method) -> tuple[list[Unit], Handover | None]:
         """Everything about a method that can fail, before anything is changed."""
         handover = self._handover
-        if self._pending and not self.failed:
+        if self.transaction.pending and not self.transaction.failed:
             raise ThinwireError(
                 "the gradients of the last backward are waiting for optimizer.step(); call it, then change"
             )
@@ -126,12 +118,12 @@ class Session:
             agree(self.collective, [("error", str(error))])
             raise
         agree(self.collective, self._describe(method, units))
-        self._void()
+        self.transaction.void()
         if self._handover is not None and handover is None:
-            self._handover.give_back(self.units, self.workers, self.collective)
+            self._handover.give_back(self.units, self.workers, self.collective, self.timeout)
         before = {unit.name: unit for unit in self.units}
         for unit in units:
-            hand_on(before.get(unit.name), unit, self.workers, self.collective)
+            hand_on(before.get(unit.name), unit, self.workers, self.collective, self.timeout)
         if handover is not None and self._handover is None:
             self._say(handover.take(units, self.workers))
         self.method, self.units, self._handover = method, units, handover
@@ -175,11 +167,11 @@ class Session:
 
         What was not yet sent is dropped, and the ledger says how much. No thread stays behind.
         """
-        self._void()
+        self.transaction.void()
         try:
             if self._handover is not None:
                 handover, self._handover = self._handover, None
-                handover.give_back(self.units, self.workers, self.collective)
+                handover.give_back(self.units, self.workers, self.collective, self.timeout)
         except RuntimeError as error:
             raise ThinwireError(f"detach: momentum could not be averaged over the ranks: {error!s:.200}") from error
         finally:
@@ -225,15 +217,8 @@ class Session:
 
     def begin_step(self) -> None:
         """Before the first bucket of a step. What an earlier one prepared and no optimizer made final is void."""
-        if self._pending:
-            self._void()
-            if not self.failed:
-                self.ledger.skipped += 1
-                self._idle += 1
-                if self._idle == 3:
-                    self._say("3 exchanges without a step of the attached optimizer: is it the one that steps?")
-        self.failed = False
-        self.verdicts = []
+        if self.transaction.begin() == 3:
+            self._say("3 exchanges without a step of the attached optimizer: is it the one that steps?")
         self.row = StepRow(self.step, self.method.name)
         self._sent_before = self.collective.sent
         self.loss_scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
@@ -256,75 +241,21 @@ class Session:
         if (probe := self.workers[0].probe) is not None:
             row.error = probe.error
         self.ledger.add(row)
-        self._pending = True
-        for verdict in self.verdicts:
-            if bool(verdict.bad.any()):
-                self._fail(verdict)
+        self.transaction.end(self.step)
         if self.optimizer is None:
             self._commit()
 
-    def _fail(self, verdict: Verdict) -> None:
-        if not self.failed:
-            self.ledger.skipped += 1
-        sender, unit = (int(i) for i in verdict.bad.nonzero()[0])
-        rank = f"rank {sender}" if verdict.bad.shape[0] > 1 else "some rank"
-        self.failed = True
-        self._complaint = f"step {self.step}: the gradient of {verdict.units[unit].name} is not finite on {rank}"
-        self.ledger.note(f"{self._complaint}; skipped on all ranks")
-
-    def exchange_failed(self, bucket: Bucket, error: Exception) -> ThinwireError:
-        """What to raise when the exchange of a bucket has failed; the step under way is void."""
-        lost = self.collective.lost()
-        many = "ranks {} seem" if len(lost) > 1 else "rank {} seems"
-        who = f"; {many.format(' and '.join(map(str, lost)))} to be gone" if lost else ""
-        names = bucket.units[0].name + (f" (and {len(bucket.units) - 1} more)" if len(bucket.units) > 1 else "")
-        reason = str(error).splitlines()[0]
-        return ThinwireError(
-            f"step {self.step}: the exchange of {names} failed on rank {self.collective.rank}{who}: {reason}. Restart "
-            "from the last checkpoint."
-        )
-
     def _before_optimizer(self, _: torch.optim.Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """The optimizer is about to step: not where a gradient was not finite. Without gradients it does nothing."""
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is not None and any(unit.guarded for unit in self.units):
-            raise ThinwireError(
-                f"optimizer.step(closure) runs backward inside the step, where {self.method.name} could not take a "
-                "step back; call backward first and step() without a closure"
-            )
-        if self._pending and self.failed:
-            self._drop_gradients()
-            if self.on_nonfinite == "raise":
-                self._void()
-                raise ThinwireError(f"{self._complaint}; nothing has been changed by this step")
-
-    def _drop_gradients(self) -> None:
-        if self.optimizer is not None:
-            for group in self.optimizer.param_groups:
-                for param in group["params"]:
-                    param.grad = None
-
-    def _void(self) -> None:
-        """What the last exchange prepared will never be final."""
-        if self._pending and self.failed:
-            self._drop_gradients()
-        self._pending = False
+        self.transaction.before_optimizer(self.units, args, kwargs)
 
     def _after_optimizer(self, *_: object) -> None:
-        if self._pending and not self.failed:
+        if self.transaction.pending and not self.transaction.failed:
             self._commit()
 
     def _commit(self) -> None:
-        """The optimizer has stepped: what the step prepared is final. A unit that no rank used has not been touched."""
-        self._pending = False
-        self._idle = 0
+        """The optimizer has stepped."""
+        self.transaction.commit(self.units, self.workers)
         self.step += 1
-        unused = {v.units[i].name for v in self.verdicts for i in v.used.any(0).logical_not().nonzero().flatten()}
-        for unit in self.units:
-            if unit.name not in unused:
-                unit.shared.commit()
-                for worker in self.workers:
-                    worker.local[unit.name].commit()
         if self._carrying and not self._carries():
             self._carrying = False
             for unit in self.units:
@@ -373,7 +304,7 @@ class Session:
             agree(self.collective, [("checkpoint", str(error))])
             raise
         agree(self.collective, [("checkpoint", restored.fingerprint())])
-        self._void()
+        self.transaction.void()
         self.step, self._installed_at = restored.step, restored.installed_at
         for unit in self.units:
             self.workers[0].local[unit.name].now = restored.local[unit.name]

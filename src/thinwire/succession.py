@@ -27,7 +27,7 @@ def agree(collective: Collective, lines: Sequence[tuple[str, str]]) -> None:
             )
 
 
-def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: Collective) -> None:
+def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: Collective, timeout: float) -> None:
     """Give a unit the state of its predecessor, as far as it has a place for it. A collective call."""
     was = [worker.local.get(new.name, TwoCopies()) for worker in workers]
     for worker in workers:
@@ -43,7 +43,7 @@ def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: 
         return
     # momentum that was kept in another form goes over as the buffer of SGD, averaged over ranks
     before = [Worker(worker.rank, local={old.name: state}) for worker, state in zip(workers, was, strict=True)]
-    buffer = averaged_buffer(old, before, collective)
+    buffer = averaged_buffer(old, before, collective, timeout)
     if buffer is not None:
         for worker in workers:
             new.memory.take_buffer(buffer, worker.local[new.name].now, new.shared.now)

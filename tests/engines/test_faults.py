@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
 import thinwire
 from tests.engines.models import batch, build, loss_of, train_ddp
 from tests.world import free_port
 from thinwire import ThinwireError, dgc, topk
+from thinwire.exchange.collectives import Local, exchange_failed
 
 ROOT = Path(__file__).parents[2]
 
@@ -163,12 +163,7 @@ def test_detach_leaves_no_thread_and_no_file(world2):
 
 
 def test_a_failed_exchange_names_what_it_knows():
-    from thinwire.exchange.collectives import Local
-    from thinwire.session import Session
-
-    weight = torch.nn.Parameter(torch.zeros(8, 8))
-    session = Session([("w", weight)], topk(0.1), Local.of(1)[0], torch.optim.SGD([weight], lr=0.1))
-    error = session.exchange_failed(session.bucket([weight]), RuntimeError("connection closed\nmore"))
+    error = exchange_failed(Local.of(1)[0], 0, ["w"], RuntimeError("connection closed\nmore"))
     assert isinstance(error, ThinwireError)
     assert str(error).startswith("step 0: the exchange of w failed on rank 0: connection closed.")
 

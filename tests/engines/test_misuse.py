@@ -6,8 +6,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
 from tests.engines.models import batch, build, flat_parameters, loss_of
+from tests.engines.test_ddp import SMALL_BUCKETS
 from tests.engines.test_safety import Experts, states
 from thinwire import ThinwireError, dense, dgc, topk
+from thinwire.pipeline import Verdict
+from thinwire.report.ledger import Ledger
+from thinwire.transaction import Transaction
 
 
 def start(method, **options):
@@ -153,3 +157,43 @@ def test_files_of_other_ranks_or_steps(world2, tmp_path):
         assert f"this is the state of rank {1 - rank}, and rank {rank} loads it" in messages[0]
         assert "ranks differ: rank 0 has checkpoint: step 1" in messages[1]
         assert kept
+
+
+def _one_rank_skips(rank, method, skipped):
+    """What ends a run in which rank 1 alone leaves out one optimizer step, and the weights before and after it."""
+    model, optimizer = build()
+    ddp = DistributedDataParallel(model, **SMALL_BUCKETS)
+    wire = thinwire.attach(ddp, method, optimizer=optimizer)
+    for step in range(skipped + 3):
+        optimizer.zero_grad()
+        loss = loss_of(ddp, batch(rank, step))
+        before = flat_parameters(model)
+        try:
+            loss.backward()
+        except ThinwireError as error:
+            optimizer.step()
+            assert torch.equal(before, flat_parameters(model)), "stepped on gradients of two different steps"
+            assert wire.ledger.rows[0].error > 0
+            assert wire.ledger.ratio > 1
+            return step, str(error)
+        if rank == 0 or step != skipped:
+            optimizer.step()
+    return None
+
+
+@pytest.mark.parametrize(("method", "skipped"), [(dgc(0.02), 2), (topk(0.05), 0)])
+def test_step_clocks_that_part_are_an_error_on_all_ranks(world2, method, skipped):
+    for rank, (step, error) in enumerate(world2.run(_one_rank_skips, method, skipped)):
+        assert step == skipped + 1
+        assert error.startswith(f"step {skipped + 1 - rank}: the step clocks of the ranks have parted")
+        assert f"rank 0 is at step {skipped + 1}, rank 1 at {skipped}." in error
+        assert "Restart from the last checkpoint, and call optimizer.step() on all ranks or on none" in error
+
+
+def test_clocks_are_compared_around_the_end_of_a_byte():
+    verdict = Verdict((), torch.ones(3, 0) > 0, torch.zeros(3, 0) > 0, torch.tensor([0, 0, 255], dtype=torch.uint8))
+    for step in (511, 512):
+        transaction = Transaction(None, Ledger("topk", 3, "simulated"), "skip")
+        transaction.verdicts.append(verdict)
+        with pytest.raises(ThinwireError, match=r"rank 0 is at step 512, rank 2 at 511\."):
+            transaction.end(step)

@@ -18,14 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.core import ThinwireError
 from thinwire.engines.hook import Dispatcher
-from thinwire.exchange.collectives import Collective, Paced, ProcessGroup
+from thinwire.exchange.collectives import TIMEOUT, Collective, Paced, ProcessGroup
 from thinwire.link import Link
 from thinwire.policy.plan import Method
-from thinwire.session import OnNonfinite, Scaler, Session
+from thinwire.session import Scaler, Session
 from thinwire.succession import agree
-
-TIMEOUT = 300.0
-"""Seconds: longer than an evaluation on one rank usually takes, and far below gloo's 30 minutes."""
+from thinwire.transaction import OnNonfinite
 
 
 def attach(

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire import pipeline
 from thinwire.core import ThinwireError
-from thinwire.exchange.collectives import Future, InFlight, in_future
+from thinwire.exchange.collectives import Future, InFlight, exchange_failed, in_future
 from thinwire.exchange.routes import Bucket
 from thinwire.report.ledger import Stopwatch
 from thinwire.session import Session
@@ -84,7 +84,7 @@ class Dispatcher:
                 )
         self.session.check()
         accumulates = self.exchanged_since_step and self.owners[0][2].grad is not None and torch.is_grad_enabled()
-        if accumulates and not self.warned and not self.session.failed:
+        if accumulates and not self.warned and not self.session.transaction.failed:
             self.warned = True
             warnings.warn(ACCUMULATED, stacklevel=2)
 
@@ -128,7 +128,8 @@ class Dispatcher:
                     arrived.wait(session.timeout)
                 done.wait()
             except Exception as error:
-                raise session.exchange_failed(bucket, error) from error
+                names = [unit.name for unit in bucket.units]
+                raise exchange_failed(session.collective, session.step, names, error) from error
         self.flights.clear()
         if self.used is not None:
             self.used.clear()
@@ -158,7 +159,7 @@ class Dispatcher:
     ) -> torch.futures.Future[Tensor]:
         """The journey of one bucket; what comes after the network runs in the future's callback."""
         step, seed, loss_scale = session.step, session.seed, session.loss_scale
-        row, verdicts = session.row, session.verdicts
+        row, verdicts = session.row, session.transaction.verdicts
         session.count(bucket)
         used = [self.used is None or id(unit.param) in self.used for unit in bucket.units]
         with self._side_stream(buffer):

@@ -35,6 +35,8 @@ def in_future(tensor: Tensor) -> Future:
     return torch.futures.Future[Any](devices=[tensor.device] if tensor.is_cuda else None)
 
 
+TIMEOUT = 300.0
+"""Seconds to wait for the others: longer than one rank usually evaluates, and far below gloo's 30 minutes."""
 PROBE_SECONDS = 0.5
 
 
@@ -182,6 +184,19 @@ class ProcessGroup:
 
     def close(self) -> None:
         pass
+
+
+def exchange_failed(collective: Collective, step: int, names: Sequence[str], error: Exception) -> ThinwireError:
+    """What to raise when the exchange of these units has failed: who did not answer, and the way out."""
+    lost = collective.lost()
+    many = "ranks {} seem" if len(lost) > 1 else "rank {} seems"
+    who = f"; {many.format(' and '.join(map(str, lost)))} to be gone" if lost else ""
+    what = names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+    reason = (str(error) or repr(error)).splitlines()[0]
+    return ThinwireError(
+        f"step {step}: the exchange of {what} failed on rank {collective.rank}{who}: {reason}. Restart from the last "
+        "checkpoint."
+    )
 
 
 @dataclass

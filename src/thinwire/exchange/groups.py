@@ -60,7 +60,9 @@ class Group(ABC):
             found.setdefault(piece.unit, []).append((j, piece))
         return found
 
-    def head(self, units: Sequence[Unit], payloads: Sequence[Payload], used: Sequence[bool]) -> list[Payload]:
+    def head(
+        self, units: Sequence[Unit], payloads: Sequence[Payload], used: Sequence[bool], step: int
+    ) -> list[Payload]:
         """The head of a message of these payloads, where it has one."""
         if not self.has_head:
             return []
@@ -69,7 +71,7 @@ class Group(ABC):
         for i in self.units:
             found = [head.is_bad(payloads[j][0]) for j, _ in self.by_unit.get(i, []) if units[i].guarded]
             bad.append(torch.stack(found).any() if len(found) > 1 else [*found, right][0])
-        return [(head.encode([used[i] for i in self.units], torch.stack(bad), self.dtype),)]
+        return [(head.encode([used[i] for i in self.units], torch.stack(bad), self.dtype, step),)]
 
     @abstractmethod
     def pack(self, payloads: Sequence[Payload], head: Sequence[Payload], *, in_place: bool) -> Tensor:

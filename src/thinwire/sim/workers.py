@@ -85,7 +85,7 @@ class SimulatedWorkers:
             inboxes = [pipeline.relay(bucket, inbox, worker, session.step, peer) for worker, peer, inbox in journeys]
         outs = [torch.empty_like(p) for p in params]
         with Stopwatch(session.row, "receive_seconds"):
-            session.verdicts = pipeline.receive(bucket, inboxes[0], outs, session.seed, session.step)
+            session.transaction.verdicts = pipeline.receive(bucket, inboxes[0], outs, session.seed, session.step)
         for param, out, used in zip(params, outs, reached, strict=True):
             param.grad = out if used else None  # what no worker used has no gradient, as in DDP
         session.end_step()

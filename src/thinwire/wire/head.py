@@ -1,7 +1,8 @@
-"""The head of a message: which units a rank used, and which it found not to be finite.
+"""The head of a message: which units a rank used, which it found not to be finite, and at which step it is.
 
 Every rank learns the same of all ranks, so all of them keep or drop a step, and a unit, alike. In a gathered message
-it is a bitmap, first all of *used*, then all of *bad*; in a summed one, an element of the message's dtype for each.
+it is a byte of the step clock and a bitmap, first all of *used*, then all of *bad*; in a summed one, an element of the
+message's dtype for each flag, and no clock: a sum could not tell whose it is.
 """
 
 from collections.abc import Sequence
@@ -12,24 +13,31 @@ from torch import Tensor
 from thinwire.core import float_at_least_32
 from thinwire.wire.bitpack import pack_bits, unpack_bits
 
+CLOCK = 256
+"""Steps until the clock of a head begins again."""
+
 
 def is_bad(values: Tensor) -> Tensor:
     """Whether anything is not finite; a sum finds it in one read, without a temporary."""
     return values.sum(dtype=float_at_least_32(values.dtype)).isfinite().logical_not()
 
 
-def encode(used: Sequence[bool], bad: Tensor, dtype: torch.dtype) -> Tensor:
+def encode(used: Sequence[bool], bad: Tensor, dtype: torch.dtype, step: int) -> Tensor:
     """The head as bytes (uint8), or as elements of ``dtype`` to be summed, beside ``bad``, bool ``[units]``."""
     flags = torch.cat([torch.tensor(used, device=bad.device), bad]).to(torch.uint8)
-    return pack_bits(flags) if dtype == torch.uint8 else flags.to(dtype)
+    if dtype != torch.uint8:
+        return flags.to(dtype)
+    return torch.cat([flags.new_full((1,), step % CLOCK), pack_bits(flags)])
 
 
-def decode(heads: Tensor, num_units: int) -> tuple[Tensor, Tensor]:
-    """From the heads of all senders, ``[senders, n]``: (used, bad), each bool ``[senders, num_units]``."""
-    flags = torch.stack([unpack_bits(head) for head in heads]) if heads.dtype == torch.uint8 else heads
-    return flags[:, :num_units] > 0, flags[:, num_units : 2 * num_units] > 0
+def decode(heads: Tensor, num_units: int) -> tuple[Tensor, Tensor, Tensor]:
+    """From the heads of all senders, ``[senders, n]``: (used, bad), each bool ``[senders, num_units]``, and clocks."""
+    flags, clocks = heads, torch.zeros_like(heads[:, 0], dtype=torch.uint8)
+    if heads.dtype == torch.uint8:
+        flags, clocks = torch.stack([unpack_bits(head[1:]) for head in heads]), heads[:, 0]
+    return flags[:, :num_units] > 0, flags[:, num_units : 2 * num_units] > 0, clocks
 
 
 def size(num_units: int, dtype: torch.dtype) -> int:
     """Elements of a head."""
-    return -(-2 * num_units // 8) if dtype == torch.uint8 else 2 * num_units
+    return 1 + -(-2 * num_units // 8) if dtype == torch.uint8 else 2 * num_units

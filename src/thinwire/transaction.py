@@ -1,0 +1,126 @@
+"""A step is all or nothing: an exchange is prepared, and final only when the optimizer has stepped.
+
+Where any rank's gradient was not finite, or the optimizer skips the step, what was prepared is void on all ranks.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from thinwire.core import ThinwireError
+from thinwire.pipeline import Verdict
+from thinwire.report.ledger import Ledger
+from thinwire.units import Unit, Worker
+from thinwire.wire.head import CLOCK
+
+OnNonfinite: TypeAlias = Literal["skip", "raise"]
+
+
+class Transaction:
+    """What has been exchanged and is not yet final.
+
+    Args:
+        optimizer: whose step makes it final.
+        ledger: where skipped steps are written down.
+        on_nonfinite: see ``thinwire.attach``.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None, ledger: Ledger, on_nonfinite: OnNonfinite) -> None:
+        if on_nonfinite not in ("skip", "raise"):
+            raise ThinwireError(f"on_nonfinite is {on_nonfinite!r}; choose 'skip' or 'raise'")
+        self.optimizer = optimizer
+        self.ledger = ledger
+        self.on_nonfinite = on_nonfinite
+        self.pending = False
+        """An exchange has been made that no optimizer step has made final."""
+        self.failed = False
+        """A gradient of it was not finite, on any rank."""
+        self.verdicts: list[Verdict] = []
+        """What all ranks learned in the step under way."""
+        self._idle = 0
+        self._complaint = ""
+
+    def begin(self) -> int:
+        """A new exchange; answers how many before it, in a row, are void because no optimizer step followed."""
+        idle = self.pending and not self.failed
+        self.void()
+        self.failed = False
+        self.verdicts = []
+        if not idle:
+            return 0
+        self.ledger.skipped += 1
+        self._idle += 1
+        return self._idle
+
+    def end(self, step: int) -> None:
+        """All of it has arrived.
+
+        Raises:
+            ThinwireError: the ranks are not at the same step.
+        """
+        self.pending = True
+        for verdict in self.verdicts:
+            if bool((verdict.clocks != verdict.clocks[0]).any()):
+                self.failed = True
+                self._complaint = _parted(verdict, step)
+                raise ThinwireError(self._complaint)
+            if bool(verdict.bad.any()):
+                self._fail(verdict, step)
+
+    def _fail(self, verdict: Verdict, step: int) -> None:
+        if not self.failed:
+            self.ledger.skipped += 1
+        sender, unit = (int(i) for i in verdict.bad.nonzero()[0])
+        rank = f"rank {sender}" if verdict.bad.shape[0] > 1 else "some rank"
+        self.failed = True
+        self._complaint = f"step {step}: the gradient of {verdict.units[unit].name} is not finite on {rank}"
+        self.ledger.note(f"{self._complaint}; skipped on all ranks")
+
+    def before_optimizer(self, units: Sequence[Unit], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """The optimizer is about to step: not where a gradient was not finite. Without gradients it does nothing."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is not None and any(unit.guarded for unit in units):
+            raise ThinwireError(
+                f"optimizer.step(closure) runs backward inside the step, where {self.ledger.method} could not take a "
+                "step back; call backward first and step() without a closure"
+            )
+        if self.pending and self.failed:
+            self._drop_gradients()
+            if self.on_nonfinite == "raise":
+                self.void()
+                raise ThinwireError(f"{self._complaint}; nothing has been changed by this step")
+
+    def _drop_gradients(self) -> None:
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = None
+
+    def void(self) -> None:
+        """What was prepared will never be final."""
+        if self.pending and self.failed:
+            self._drop_gradients()
+        self.pending = False
+
+    def commit(self, units: Sequence[Unit], workers: Sequence[Worker]) -> None:
+        """What was prepared is final. A unit that no rank used has not been touched."""
+        self.pending = False
+        self._idle = 0
+        unused = {v.units[i].name for v in self.verdicts for i in v.used.any(0).logical_not().nonzero().flatten()}
+        for unit in units:
+            if unit.name not in unused:
+                unit.shared.commit()
+                for worker in workers:
+                    worker.local[unit.name].commit()
+
+
+def _parted(verdict: Verdict, step: int) -> str:
+    clocks = [int(clock) for clock in verdict.clocks]
+    other = next(rank for rank, clock in enumerate(clocks) if clock != clocks[0])
+    first, second = (step + (clock - step + CLOCK // 2) % CLOCK - CLOCK // 2 for clock in (clocks[0], clocks[other]))
+    return (
+        f"step {step}: the step clocks of the ranks have parted: rank 0 is at step {first}, rank {other} at {second}. "
+        "Some ranks called optimizer.step() where others did not, so their weights differ too. Restart from the last "
+        "checkpoint, and call optimizer.step() on all ranks or on none"
+    )
