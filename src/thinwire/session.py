@@ -26,6 +26,8 @@ from thinwire.transaction import OnNonfinite, Transaction
 from thinwire.units import Probe, Unit, Worker, resolve, set_stage
 
 PROBE_EVERY = 100
+JOIN_BYTES = 2**16
+"""Gathered messages of fewer bytes wait for the next bucket's."""
 
 
 class Scaler(Protocol):
@@ -128,6 +130,7 @@ class Session:
             self._say(handover.take(units, self.workers))
         self.method, self.units, self._handover = method, units, handover
         self._link = None
+        self.join_bytes = JOIN_BYTES if self._link is None else self._link.latency * self._link.bandwidth / 8
         self.by_param = {id(unit.param): unit for unit in units}
         self._guard_carried()
         self._installed_at = self.step

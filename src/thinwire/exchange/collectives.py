@@ -53,6 +53,25 @@ class InFlight:
     work: Any = None
     heads: Tensor | None = None
     """Of all senders, where an earlier stage has brought them."""
+    columns: tuple[int, int] | None = None
+    """Which part of the rows, where several messages travelled together."""
+    then: "Callable[[], InFlight] | None" = None
+    """Starts the next stage once this has ended; never from a callback, and again it answers the same."""
+    arrange: Callable[[Tensor], Tensor] | None = None
+    """From the buffer that the last stage filled to the answer."""
+
+    def answer(self) -> Tensor:
+        """The result, once the last stage has ended."""
+        result = self.result if self.arrange is None else self.arrange(self.result)
+        return result if self.columns is None else result[:, slice(*self.columns)]
+
+    def last(self, timeout: float) -> "InFlight":
+        """Wait for every stage but the last, and start what follows each."""
+        if self.then is None:
+            return self
+        self.wait(timeout)
+        self.future.wait()
+        return replace(self.then(), heads=self.heads, columns=self.columns).last(timeout)
 
     def wait(self, timeout: float) -> None:
         """Wait for the network, at most ``timeout`` seconds; a CUDA backend has a watchdog of its own for that.

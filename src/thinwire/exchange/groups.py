@@ -122,7 +122,8 @@ class Whole(Group):
         return collective.all_reduce(message.view(self.dtype).mul_(1.0 / collective.world))
 
     def opened(self, arrived: InFlight) -> tuple[list[tuple[int, list[Payload]]], Tensor | None]:
-        rows = arrived.result.view(torch.uint8).unsqueeze(0) if self.kind == "all_reduce" else arrived.result
+        result = arrived.answer()
+        rows = result.view(torch.uint8).unsqueeze(0) if self.kind == "all_reduce" else result
         senders = [self.layout.unpack(row) for row in rows]
         heads = torch.stack([payloads[-1][0] for payloads in senders]) if self.has_head else None
         return list(enumerate(senders)), heads

@@ -1,8 +1,9 @@
 """Which collective a payload takes.
 
-Payloads that can be summed take one all-reduce, all others one all-gather or two phases; so a bucket needs one collective, or
-two where it holds both. Where a method compresses, and the summable payloads of the whole model (biases, norms) are
-small, they are gathered too: that saves a round trip, and does not depend on how the model is cut into buckets.
+Payloads that can be summed take one all-reduce, all others one all-gather, or two phases; so a bucket needs one
+message, or two where it holds both. Where a method compresses, and the summable payloads of the whole model (biases,
+norms) are small, they take the way of the compressed ones: that saves a round trip, and does not depend on how the
+model is cut into buckets.
 """
 
 from collections.abc import Sequence
@@ -52,12 +53,17 @@ class Bucket:
         return total, compressed
 
     @property
+    def joins(self) -> bool:
+        """Whether its message can travel in one all-gather with those of other buckets."""
+        return len(self.groups) == 1 and self.groups[0].kind == "all_gather"
+
+    @property
     def relays(self) -> bool:
         """Whether any group has a second stage."""
         return any(group.relays for group in self.groups)
 
 
-def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing()) -> Bucket:  # noqa: B008
+def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing()) -> Bucket:
     """Sort the units of a bucket into messages."""
     payloads = [payload_like(unit.compressor, unit.like) for unit in units]
     summed: dict[torch.dtype, list[int]] = {}

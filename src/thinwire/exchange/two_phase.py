@@ -1,8 +1,8 @@
 """Two phases: what a worker sends does not grow with the number of workers.
 
-The elements of a bucket are cut, in order, into N equal runs, and rank r owns the r-th. Every rank compresses each piece (a run of
-one unit) on its own and sends it to its owner alone; the owner adds the N payloads, compresses their mean
-once more, and sends that to all. A worker sends ``(N-1)/N (C1 + C2)`` bytes, where C1 and C2 are what one rank's
+The elements of a bucket are cut, in order, into N equal runs, and rank r owns the r-th. Every rank compresses each
+piece (a run of one unit) on its own and sends it to its owner alone; the owner adds the N payloads, compresses their
+mean once more, and sends that to all. A worker sends ``(N-1)/N (C1 + C2)`` bytes, where C1 and C2 are what one rank's
 whole bucket takes in either phase; an all-gather sends ``(N-1) C1``.
 
 What the second compression leaves over is not lost: the owner takes it, times N, into its own residual
@@ -100,12 +100,13 @@ class TwoPhase(Group):
     def relay(
         self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: Collective
     ) -> InFlight:
-        rows = [self.first.layouts[worker.rank].unpack(row) for row in arrived.result]
+        received = arrived.answer()
+        rows = [self.first.layouts[worker.rank].unpack(row) for row in received]
         means = [
             self._pass_on(units[piece.unit], piece, [payloads[j] for payloads in rows], worker, step)
             for j, piece in enumerate(self.owned[worker.rank])
         ]
-        message = arrived.result.new_zeros(self.second.nbytes)
+        message = received.new_zeros(self.second.nbytes)
         self.second.fill(message, worker.rank, means)
         heads = torch.stack([payloads[-1][0] for payloads in rows]) if self.has_head else None
         return replace(collective.all_gather(message), heads=heads)
@@ -130,7 +131,7 @@ class TwoPhase(Group):
         return payload
 
     def opened(self, arrived: InFlight) -> tuple[list[tuple[int, list[Payload]]], Tensor | None]:
-        rows = zip(self.second.layouts, arrived.result, strict=True)
+        rows = zip(self.second.layouts, arrived.answer(), strict=True)
         return [(len(self.owned), [payload for layout, row in rows for payload in layout.unpack(row)])], arrived.heads
 
     @property

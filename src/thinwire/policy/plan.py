@@ -13,7 +13,6 @@ from thinwire.compressors import catalogue
 from thinwire.core import Compressor, Memory, ThinwireError
 from thinwire.policy.schedule import Warmup
 
-
 Route: TypeAlias = Literal["all_gather", "two_phase", "auto"]
 
 
@@ -42,9 +41,9 @@ class Method:
         clip: norm of the mean gradient above which each rank clips its own gradient before it is remembered; the
             local threshold is ``clip * sqrt(N)``. None for no clipping.
         warmup: the densities of the first steps.
-        route: how compressed units travel. ``"all_gather"`` sends each payload to every other rank; ``"two_phase"`` sends
-            pieces to their owners and their mean to all, which takes the same bytes for any number of workers, and
-            compresses twice; ``"auto"`` takes the faster of the two for each bucket.
+        route: how compressed units travel. ``"all_gather"``: each payload to every other rank; ``"two_phase"``: pieces
+            to their owners and the mean to all, which takes the same bytes for any number of workers, and compresses
+            twice; ``"auto"``: the faster of the two for each bucket.
         second: density of the second phase over that of the first, above 0.
     """
 
