@@ -153,7 +153,7 @@ def nasty(k: int, dtype: torch.dtype) -> list[torch.Tensor]:
 @pytest.mark.parametrize("values", ["sign", "int2", "int4", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_codes_contract_what_is_nasty(values, dtype):
-    """Never further than nothing at all, at each element for the levels; and an element that is 0 stays 0."""
+    """Nearer than nothing at all; and an element that is 0 stays 0."""
     for n in (1, 2, 7, 64, 1000):
         for x in nasty(n, dtype):
             for density in (0.1, 1.0):
@@ -161,9 +161,8 @@ def test_codes_contract_what_is_nasty(values, dtype):
                 assert payload[0].isfinite().all()
                 assert out[x == 0].count_nonzero() == 0
                 lost, asked = (x.double() - out.double()).abs(), x.double().abs()
-                if values == "sign":
-                    lost, asked = (t.div(asked.max().clamp(min=1e-320)).square().sum() for t in (lost, asked))
-                assert (lost <= asked * (1 + 1e-12)).all()
+                lost, asked = (t.div(asked.max().clamp(min=1e-300)).square().sum() for t in (lost, asked))
+                assert lost <= asked * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("values", [None, "float16", "sign", "int2", "int4", "int8"])

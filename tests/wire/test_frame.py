@@ -3,6 +3,7 @@
 import contextlib
 import random
 import struct
+import sys
 import zlib
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinwire.core import ThinwireError
+from thinwire.wire import zstd
 from thinwire.wire.frame import HEAD, Entry, Frame, FrameError, decode, encode
 
 
@@ -24,9 +26,9 @@ def example() -> Frame:
     )
 
 
-def sealed(body: bytes) -> bytes:
+def sealed(body: bytes, stage: int = 0) -> bytes:
     """A head that fits: what a hostile sender would do."""
-    return HEAD.pack(b"THWR", 1, 0, HEAD.size + len(body), zlib.crc32(body)) + body
+    return HEAD.pack(b"THWR", 1, stage, HEAD.size + len(body), zlib.crc32(body)) + body
 
 
 def same(a: Frame, b: Frame) -> bool:
@@ -47,6 +49,31 @@ def test_golden_bytes():
     )  # fmt: skip
 
 
+def test_golden_bytes_of_rice_indices_and_four_bits():
+    values, indices = torch.tensor([1.0, -2.0, 1.5**7]), torch.tensor([1, 7, 18])
+    frame = Frame({"w": Entry.quantised((4, 5), values, indices, "int4")})
+    data = encode(frame, indices="rice")
+    assert data.hex() == (
+        "54485752010000004d0000000000000026be8595"  # head: 77 bytes
+        "000001000000"  # no notes, one entry
+        "01007702090204000000000000000500000000000000"  # w: Rice, int4, [4, 5]
+        "03000000000000000000803f0000c03fa007"  # 3 values, from 1 on by a ratio of 1.5: levels 0, -2, 7
+        "02020000000000000033a0"  # b = 2, and 2 bytes of indices
+    )
+    again = decode(data)
+    assert again.entries["w"].values.tolist() == [1.0, -2.25, 1.5**7]
+    assert same(again, frame)
+    assert encode(again, indices="rice") == data
+
+
+def test_golden_content_of_a_compressed_frame():
+    data = encode(example(), compress="zstd")
+    assert data[:8].hex() == "5448575201000100"
+    assert zstd.decompress(data[HEAD.size + 8 :], 96) == encode(example())[HEAD.size :]
+    assert same(decode(data), example())
+    assert len(encode(Frame({}, {"log": "again and " * 999}), compress="zstd")) < 100
+
+
 def test_round_trip():
     assert same(decode(encode(example())), example())
     assert decode(encode(example())).entries["w"].to_dense()[0, 1] == 1.0
@@ -63,15 +90,25 @@ def test_round_trip_of_anything(data):
     )
     dense = torch.randn(numel).to(dtype), None
     values, where = data.draw(st.sampled_from([dense, (torch.randn(indices.numel()).to(dtype), indices)]))
+    entry = Entry(shape, values, where)
+    if where is not None and data.draw(st.booleans()):
+        entry = Entry.quantised(shape, values, where, data.draw(st.sampled_from(["sign", "int2", "int4", "int8"])))
     frame = Frame(
-        {data.draw(st.text(max_size=20)): Entry(shape, values, where)},
+        {data.draw(st.text(max_size=20)): entry},
         {data.draw(st.text(max_size=9)): data.draw(st.integers(-(2**63), 2**63 - 1))},
     )
-    assert same(decode(encode(frame)), frame)
+    options = {
+        "indices": data.draw(st.sampled_from(["elias_fano", "rice"])),
+        "compress": data.draw(st.sampled_from([None, "zstd"])),
+    }
+    again = decode(encode(frame, **options))
+    assert same(again, frame)
+    assert encode(again, **options) == encode(frame, **options)
 
 
-def test_every_truncation_and_every_flipped_bit_is_noticed():
-    good = encode(example())
+@pytest.mark.parametrize(("indices", "compress"), [("elias_fano", None), ("rice", None), ("rice", "zstd")])
+def test_every_truncation_and_every_flipped_bit_is_noticed(indices, compress):
+    good = encode(example(), indices=indices, compress=compress)
     for length in range(len(good)):
         with pytest.raises(FrameError):
             decode(good[:length])
@@ -81,7 +118,7 @@ def test_every_truncation_and_every_flipped_bit_is_noticed():
             bad[at] ^= 1 << bit
             with pytest.raises(FrameError):
                 decode(bytes(bad))
-    with pytest.raises(FrameError, match="117 bytes where 116 were declared"):
+    with pytest.raises(FrameError, match=f"{len(good) + 1} bytes where {len(good)} were declared"):
         decode(good + b"\0")
 
 
@@ -94,6 +131,14 @@ def entry(kind=1, dtype=0, shape=(20,), rest=b"", name=b"w"):
     )  # fmt: skip
 
 
+def rice(packed, b=2, nbytes=2):
+    return entry(kind=2, rest=struct.pack("<Q3f", 3, 1, 2, 3) + struct.pack("<BQ", b, nbytes) + packed)
+
+
+def coded(dtype, scales, packed):
+    return entry(dtype=dtype, rest=struct.pack(f"<Q{len(scales)}f", 3, *scales) + packed + b"\x2d\x45")
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -102,7 +147,20 @@ def entry(kind=1, dtype=0, shape=(20,), rest=b"", name=b"w"):
         (entry(kind=0, shape=(2**40,)), "takes 4398046511104 bytes, 0 are left"),
         (entry(rest=struct.pack("<Q", 21)), "has 21 values for 20 elements"),
         (entry(rest=struct.pack("<Q", 2**63)), "values for 20 elements"),
-        (entry(kind=2), "has kind 2"),
+        (entry(kind=3), "has kind 3"),
+        (entry(kind=0, dtype=7), "has kind 0, dtype 7"),
+        (entry(dtype=11), "dtype 11"),
+        (rice(b"\x33\xa0", b=63), "can't hold 3 indices"),
+        (rice(b"\x33\xa0", nbytes=3), "takes 3 bytes, 2 are left"),
+        (rice(b"\x33\xa0", nbytes=2**63), "takes 9223372036854775808 bytes"),
+        (rice(b"\x33\xa1"), "fills the last byte is not zero"),
+        (rice(b"\x33\xe0"), "reach beyond 20 elements"),
+        (rice(b"\xff\xff"), "end after 0 of 3"),
+        (coded(9, [1.0, float("inf")], b"\x90\x02"), "not finite"),
+        (coded(9, [1.0, -1.0], b"\x90\x02"), "scales"),
+        (coded(10, [0.0, 3e38], b"\x97\x02\x7f"), "scales"),
+        (coded(9, [1.0, 7.0], b"\x90\x12"), "bits after the last value"),
+        (coded(7, [1.0], b"\x0a"), "bits after the last value"),
         (entry(dtype=99), "dtype 99"),
         (entry(shape=(1,) * 17), "17 dimensions"),
         (entry(rest=struct.pack("<Q3f", 3, 1, float("nan"), 2) + b"\x2d\x45"), "values that are not finite"),
@@ -124,7 +182,7 @@ def test_hostile_content_with_a_right_checksum(body, message):
 
 @pytest.mark.parametrize(
     ("at", "value", "message"),
-    [(0, b"JUNK", "magic is b'JUNK'"), (4, b"\x02\x00", "version 2"), (6, b"\x01\x00", "reserved field is 1")],
+    [(0, b"JUNK", "magic is b'JUNK'"), (4, b"\x02\x00", "version 2"), (6, b"\x02\x00", "stage is 2")],
 )
 def test_hostile_heads(at, value, message):
     bad = bytearray(encode(example()))
@@ -146,15 +204,58 @@ def test_nothing_but_a_frame_error_escapes(data):
         assert 0 <= at <= len(candidate)
 
 
-def test_mutations_with_a_right_checksum():
-    rng, good = random.Random(0), encode(example())[HEAD.size :]
-    for _ in range(3000):
+@pytest.mark.parametrize(("indices", "compress"), [("elias_fano", None), ("rice", None), ("rice", "zstd")])
+def test_mutations_with_a_right_checksum(indices, compress):
+    frame = Frame({**example().entries, "q": Entry.quantised((9,), torch.randn(3), torch.tensor([1, 2, 8]), "int4")})
+    rng, good = random.Random(0), encode(frame, indices=indices, compress=compress)
+    stage, good = good[6], good[HEAD.size :]
+    for _ in range(2000):
         bad = bytearray(good)
         for _ in range(rng.randint(1, 4)):
             at = rng.randrange(len(bad))
             bad[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
         with contextlib.suppress(FrameError):
-            decode(sealed(bytes(bad[: rng.randint(0, len(bad))] if rng.random() < 0.2 else bad)))
+            decode(sealed(bytes(bad[: rng.randint(0, len(bad))] if rng.random() < 0.2 else bad), stage))
+
+
+def test_hostile_compression():
+    content = encode(example())[HEAD.size :]
+
+    def refused(size, packed, message, **options):
+        with pytest.raises(FrameError, match=message):
+            decode(sealed(struct.pack("<Q", size) + packed, 1), **options)
+
+    good = zstd.compress(content)
+    refused(len(content), good, "at most 95 are read, see max_content=", max_content=95)
+    refused(2**63, good, "at most 268435456 are read")
+    refused(len(content) + 1, good, "97 bytes of content were declared, and 96 in the zstd frame")
+    refused(len(content), good + b"\0", "bad frame at byte 28")
+    refused(len(content), good[:-1], "bad frame at byte 28")
+    refused(len(content), b"", "bad frame at byte 28")
+    refused(len(content), content, "bad frame at byte 28")
+    refused(2**27, zstd.compress(bytes(2**27))[:40], "bad frame at byte 28")  # declares 128 MiB, and has not
+    bomb = zstd.compress(bytes(2**20))
+    assert len(bomb) < 100
+    refused(2**20, bomb, "bytes after the last entry")
+
+
+def test_without_the_package(monkeypatch):
+    data = encode(example(), compress="zstd")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    for call in (lambda: decode(data), lambda: encode(example(), compress="zstd")):
+        with pytest.raises(ThinwireError, match=r"pip install 'thinwire\[zstd\]'"):
+            call()
+    assert same(decode(encode(example())), example())
+
+
+def test_options_and_codes_that_are_not_there():
+    for options in ({"indices": "huffman"}, {"compress": "gzip"}):
+        with pytest.raises(ThinwireError, match=r"huffman|gzip"):
+            encode(example(), **options)
+    with pytest.raises(ThinwireError, match="'int3'"):
+        Entry.quantised((4,), torch.ones(1), torch.tensor([1]), "int3")
+    with pytest.raises(ThinwireError, match="strictly ascend"):
+        encode(Frame({"w": Entry((4,), torch.ones(2), torch.tensor([1, 1]))}), indices="rice")
 
 
 def test_what_can_not_be_written():
@@ -172,6 +273,8 @@ def test_what_can_not_be_written():
         Entry((4,), torch.ones(2), torch.tensor([3, 1])),
         Entry((4,), torch.ones(2), torch.tensor([1, 4])),
         Entry((4,), torch.ones(2), torch.tensor([1])),
+        Entry((2,), torch.ones(2), None, ("sign", torch.ones(1), torch.zeros(1, dtype=torch.uint8))),
+        Entry((4,), torch.ones(2), torch.tensor([1, 2]), ("sign", torch.ones(1), torch.zeros(2, dtype=torch.uint8))),
     ],
 )
 def test_entries_that_do_not_fit(entry):

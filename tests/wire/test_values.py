@@ -14,27 +14,38 @@ def restored(x, code, k=None):
 
 
 def test_golden_bytes():
-    x = torch.tensor([1.0, -2.0, 3.0, -8.0, 4.5])
-    # sign: 0 1 0 1 0, the mean is 3.7; int4: levels of 1 above 1: 0, 8|1, 2, 8|7, and 3.5 to even
-    assert [t.tolist() for t in values.encode(x, "sign", 5)] == [[pytest.approx(3.7)], [0b01010]]
-    assert [t.tolist() for t in values.encode(x, "int4", 5)] == [[1.0, 7.0], [0x90, 0xF2, 0x04]]
-    assert restored(x, "int4").tolist() == [1.0, -2.0, 3.0, -8.0, 5.0]
-    assert restored(x, "int2").tolist() == [1.0, -1.0, 1.0, -8.0, 1.0]
+    # levels of ratio 1.5: 1, 1.5, 2.25, ...; 1 is the 0th, 2 the 2nd, 1.5^7 the 7th, and 8 is nearest to the 5th
+    x = torch.tensor([1.0, -2.0, 1.5**7, -8.0])
+    assert [t.tolist() for t in values.encode(x, "sign", 4)] == [[7.021484375], [0b1010]]
+    assert [t.tolist() for t in values.encode(x, "int4", 4)] == [[1.0, 1.5], [0xA0, 0xD7]]
+    assert restored(x, "int4").tolist() == [1.0, -2.25, 1.5**7, -(1.5**5)]
+    # 2 bits: the means of 1, 2 and of 5, 9
+    x = torch.tensor([1.0, -2.0, 5.0, -10.0])
+    assert [t.tolist() for t in values.encode(x, "int2", 5)] == [[1.5, 5.0], [0b11_01_10_00, 0]]
+    assert restored(x, "int2").tolist() == [1.5, -1.5, 7.5, -7.5]
 
 
 @pytest.mark.parametrize("code", values.CODES)
 def test_what_is_kept(code):
-    """The l1 norm by a sign, the smallest and the largest by levels; and half a level is the most that is lost."""
-    x = torch.randn(1001) ** 3
+    """The l1 norm by a sign, both ends by levels; and the nearest level is within half a step of the ratio."""
+    x = 1.0 + torch.randn(1001).abs() ** 3
+    x[::3] *= -1
     back = restored(x, code)
     assert torch.equal(back.sign(), x.sign())
     if code == "sign":
         torch.testing.assert_close(back.abs().sum(), x.abs().sum())
-        return
-    assert back.abs().min() == x.abs().min()
-    torch.testing.assert_close(back.abs().max(), x.abs().max())
-    half = (x.abs().max() - x.abs().min()) / (2 ** (values.CODES[code] - 1) - 1) / 2
-    assert 0 < (back - x).abs().max() <= half * 1.001
+    elif code != "int2":
+        assert back.abs().min() == x.abs().min()
+        torch.testing.assert_close(back.abs().max(), x.abs().max(), rtol=2e-5, atol=0)
+        ratio = values.encode(x, code, 1001)[0][1]
+        assert ((back - x) / x).abs().max() <= 1.0001 * (ratio - 1) / (ratio + 1)
+
+
+def test_each_bit_loses_less():
+    for x in (torch.randn(10_000), torch.randn(10_000) ** 3, torch.rand(10_000)):
+        x = x[x.abs() > x.abs().median()]
+        lost = [float((restored(x, code) - x).square().sum() / x.square().sum()) for code in values.CODES]
+        assert lost[0] > lost[1] > lost[2] > lost[3] > 0
 
 
 @pytest.mark.parametrize("code", values.CODES)

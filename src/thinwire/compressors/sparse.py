@@ -19,12 +19,12 @@ class TopK(Compressor):
     """Sends the ``k = ceil(density * n)`` elements of largest magnitude of each tensor.
 
     ``decompress(compress(x))_j = x_j`` for the k largest ``|x_j|``, 0 elsewhere; so
-    ``||x - decompress(compress(x))||^2 <= (1 - k/n) ||x||^2``; with a code for ``values``, ``(1 - 1/n) ||x||^2``.
+    ``||x - decompress(compress(x))||^2 <= (1 - k/n) ||x||^2``; with a code for ``values``, ``1 - 1/(2n)``.
 
     Args:
         density: kept / total, in (0, 1].
         values: dtype of the values on the wire, None for that of ``x``; or a code, see ``thinwire.wire.values``:
-            ``"int8"``, ``"int4"``, ``"int2"`` (a sign, and a level between the smallest and the largest magnitude sent),
+            ``"int8"``, ``"int4"``, ``"int2"`` (a sign, and one of 128, 8 or 2 magnitudes),
             or ``"sign"`` (1 bit, and the mean magnitude). What a shorter one loses stays in the residual.
         selection: ``"exact"``; ``"sampled"``, a threshold from a sample, which may send fewer than k but never more;
             or ``"auto"``: sampled from 100,000 elements on, where the sample is at most half the tensor.
@@ -37,9 +37,9 @@ class TopK(Compressor):
 
     **Wire**: k values and k indices in Elias-Fano code: ``k * itemsize + ceil(k l / 8) + ceil((k + (n-1) / 2^l) / 8)``
     bytes with ``l = floor(log2(n/k))``; 5.5 bytes a selected element for float32 at 0.1 %. A code's values take
-    ``ceil(k bits / 8)`` bytes, and 8 of scales (sign: 4): 2.0 bytes an element for int4, 1.6 for sign. The same at every
-    step: when fewer are selected, the last index is repeated with value 0; in a code, an index equal to the one before
-    means 0.
+    ``ceil(k bits / 8)`` bytes, and 8 of scales (sign: 4): 2.0 bytes an element for int4, 1.6 for sign. The same at
+    every step: when fewer are selected, the last index is repeated with value 0; in a code, which has no 0, an index
+    equal to the one before says it.
 
     Example:
         >>> x = torch.tensor([0.5, -3.0, 1.0, 2.0])
@@ -99,8 +99,9 @@ class TopK(Compressor):
         k = self.k(n)
         if self.values in codes.CODES:
             there = values != 0  # a code has no 0; NaN is there
-            chosen = chosen[there]
-            parts = codes.encode(values[there], self.values, k)
+            if not there.all():
+                chosen, values = chosen[there], values[there]
+            parts = codes.encode(values, self.values, k)
         else:
             dtype = dtype_named(self.values, values.dtype)
             if dtype.itemsize < values.dtype.itemsize:  # saturate: the residual keeps the rest

