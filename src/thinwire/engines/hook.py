@@ -43,6 +43,7 @@ class Dispatcher:
         self.held: list[tuple[Bucket, list[Tensor], Tensor, Future]] = []
         self.flights: list[Flight] = []
         self.waiting: list[Flight] = []  # those that have not departed
+        self.joined = 0  # exchanges that this saved in the step under way
         self.used: set[int] | None = None  # parameters that this backward reached, where DDP looks for unused ones
         self.exchanged_since_step = False
         self.warned = False
@@ -118,6 +119,7 @@ class Dispatcher:
         self.held.clear()
         self.flights.clear()
         self.waiting.clear()
+        self.joined = 0
         self.exchanged_since_step = session.optimizer is not None
         session.begin_step()
 
@@ -132,6 +134,12 @@ class Dispatcher:
                 except Exception as error:
                     names = [unit.name for unit in flight.bucket.units]
                     raise exchange_failed(session.collective, session.step, names, error) from error
+        if self.joined:
+            stages = sum(len(group.stages) for flight in self.flights for group in flight.bucket.groups)
+            session.ledger.note(
+                f"{stages - self.joined} exchanges a step for {len(self.flights)} buckets: gathered messages of less "
+                f"than {session.join_bytes:,.0f} bytes travel together"
+            )
         self.flights.clear()
         if self.used is not None:
             self.used.clear()
@@ -177,7 +185,7 @@ class Dispatcher:
             session.transaction.verdicts,
         )  # fmt: skip
         self.flights.append(flight)
-        if not bucket.joins:
+        if not bucket.joins or (self.waiting and self.waiting[0].buffer.device != buffer.device):
             self._depart(session)
         self.waiting.append(flight)
         if not bucket.joins or sum(one.messages[0].nbytes for one in self.waiting) >= session.join_bytes:
@@ -193,6 +201,7 @@ class Dispatcher:
             inboxes = pipeline.route_together(
                 [flight.bucket for flight in waiting], [flight.messages for flight in waiting], session.collective
             )
+        self.joined += len(waiting) - 1
         for flight, inbox in zip(waiting, inboxes, strict=True):
             flight.departed(inbox)
 

@@ -38,6 +38,8 @@ def in_future(tensor: Tensor) -> Future:
 TIMEOUT = 300.0
 """Seconds to wait for the others: longer than one rank usually evaluates, and far below gloo's 30 minutes."""
 PROBE_SECONDS = 0.5
+ASSUMED = Link(1e9, 1e-4)
+"""What a simulation takes for its link, where a route is chosen by it."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,10 @@ class Collective(Protocol):
     def world(self) -> int: ...
     @property
     def sent(self) -> float: ...
+    @property
+    def link(self) -> Link | None:
+        """The speed of the link, where it is emulated or assumed."""
+        ...
 
     def all_reduce(self, message: Tensor) -> InFlight:
         """Sum ``message`` over the ranks; may happen in place."""
@@ -139,6 +145,7 @@ class ProcessGroup:
     """Collectives of ``torch.distributed``, on any backend."""
 
     used: ClassVar[bool] = False
+    link: Link | None = None
     _mesh: DeviceMesh | None = None
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -236,6 +243,7 @@ class Local:
 
     def __init__(self, rank: int, world: int, meetings: dict[int, _Meeting]) -> None:
         self.label = "simulated"
+        self.link: Link | None = ASSUMED
         self.rank = rank
         self.world = world
         self.sent = 0.0
@@ -323,7 +331,8 @@ class Paced:
 
     def __init__(self, inner: Collective, link: Link) -> None:
         self.inner = inner
-        self.link = link
+        self.link: Link | None = link
+        self._pacing = link
         self.label = f"{inner.label}, emulated {link}"
         self.rank = inner.rank
         self.world = inner.world
@@ -355,7 +364,7 @@ class Paced:
         return self.inner.lost()
 
     def _pace(self, kind: Kind, nbytes: int, inner: InFlight) -> InFlight:
-        seconds = self.link.seconds(kind, nbytes, self.world)
+        seconds = self._pacing.seconds(kind, nbytes, self.world)
         self._free_at = max(time.monotonic(), self._free_at) + seconds
         paced = in_future(inner.result)
         self._queue.put((inner.future, self._free_at, paced))

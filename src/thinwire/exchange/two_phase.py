@@ -19,7 +19,7 @@ a rule for another world size; here it stands with the owner's first one.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -185,7 +185,8 @@ def added(parts: Sequence[Decompressed], like: Tensor) -> Sparse:
             part.add_to(total)
         return Sparse(torch.arange(like.numel(), device=total.device), total, 1.0)
     indices, values = zip(*(part.entries() for part in parts), strict=True)
-    there, place = torch.unique(torch.cat(indices), return_inverse=True)  # ascending
+    unique = cast("tuple[Tensor, Tensor]", torch.unique(torch.cat(indices), return_inverse=True))  # ascending
+    there, place = unique
     total = torch.zeros(there.numel(), dtype=dtype, device=there.device)
     total.index_add_(0, place, torch.cat(values).to(dtype))  # on CPU in this order; elsewhere only the owner adds
     return Sparse(there, total, there.numel() / like.numel())
