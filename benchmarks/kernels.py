@@ -16,6 +16,7 @@ import torch
 from thinwire import MomentumCorrection, TopK
 from thinwire._version import __version__
 from thinwire.core import Context, Kernels, State
+from thinwire.exchange.groups import Piece
 from thinwire.kernels.cpu import Cpu
 from thinwire.kernels.reference import REFERENCE
 from thinwire.report.results import Row, meta, write
@@ -44,7 +45,7 @@ class Case:
 
     def run(self) -> None:
         ctx = Context(0, self.step, "w", 0, self.worker.kernels)
-        chosen = select([self.unit], [self.grad], self.worker, [ctx], 1.0)[0]
+        chosen = select([self.unit], [Piece(0)], [self.grad], self.worker, [ctx], 1.0)[0]
         local: TwoCopies = self.worker.local["w"]
         x = local.next["residual"]
         payload = self.unit.compressor.encode(chosen, x[chosen], x.numel(), ctx)

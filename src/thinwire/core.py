@@ -175,6 +175,10 @@ class Decompressed(ABC):
     def clear(self, out: Tensor) -> None:
         """``out = 0`` at every element that was sent."""
 
+    @abstractmethod
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Flat indices (int64) and values of the elements that were sent."""
+
 
 @dataclass(frozen=True)
 class Dense(Decompressed):
@@ -194,6 +198,9 @@ class Dense(Decompressed):
 
     def clear(self, out: Tensor) -> None:
         out.zero_()
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        return torch.arange(self.values.numel(), device=self.values.device), self.values
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,9 @@ class Sparse(Decompressed):
     def clear(self, out: Tensor) -> None:
         flat(out).index_fill_(0, self.indices, 0.0)
 
+    def entries(self) -> tuple[Tensor, Tensor]:
+        return self.indices, self.values
+
 
 class Compressor(ABC):
     """Pure tensor maths with frozen hyper-parameters; ``compress`` and ``decompress`` only read ``state``."""
@@ -223,6 +233,8 @@ class Compressor(ABC):
     """Whether the sum of payloads decompresses to the sum of tensors, so that an all-reduce may carry them."""
     min_ndim: ClassVar[int] = 0
     """Tensors of fewer dimensions are passed on to the plan's next rule."""
+    cuttable: ClassVar[bool] = False
+    """Whether any run of a tensor's elements can be compressed on its own, and a sum of such runs once more."""
 
     @abstractmethod
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
@@ -243,6 +255,17 @@ class Compressor(ABC):
     def with_density(self, density: float) -> "Compressor":
         """The same compressor at a density no lower than this, for a warm-up; one without a density answers itself."""
         return self
+
+    def denser(self, factor: float) -> "Compressor":
+        """The same compressor at ``factor`` times its density, at most 1; one without a density answers itself."""
+        return self
+
+    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
+        """Encode the flat tensor that is 0 but where ``x`` (ascending, no index twice) says; asked of a cuttable one.
+
+        ``like`` gives shape and dtype, never values. The payload is of the shapes of ``compress(like)``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not cuttable")
 
 
 @dataclass(frozen=True)
@@ -299,6 +322,9 @@ class Memory(ABC):
 
     def sent(self, x: Tensor, own: Decompressed, new: State) -> None:  # noqa: B027
         """Remember what of ``x`` the receivers did not get; ``own`` is what they got."""
+
+    def returned(self, rest: Decompressed, new: State) -> None:  # noqa: B027
+        """Take in, with the residual, what came back unsent: ``rest`` of all that ranks sent to this one to pass on."""
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State) -> Tensor:
         """From the mean over ranks (may be overwritten) to the gradient for the optimizer."""

@@ -1,8 +1,8 @@
 """What an exchange costs: bytes that one worker sends, and seconds on a link of given bandwidth and latency.
 
 All-reduce is a ring: ``2 (N-1)`` messages of ``size / N``. All-gather passes every payload to each other worker:
-``N-1`` messages of ``size``. The alpha-beta model charges ``latency`` for every message and ``1 / bandwidth`` for
-every byte.
+``N-1`` messages of ``size``. All-to-all sends each other worker its own part: ``N-1`` messages of ``size / N``. The
+alpha-beta model charges ``latency`` for every message and ``1 / bandwidth`` for every byte.
 """
 
 import re
@@ -11,13 +11,14 @@ from typing import Literal, TypeAlias
 
 from thinwire.core import ThinwireError
 
-Kind: TypeAlias = Literal["all_reduce", "all_gather"]
+Kind: TypeAlias = Literal["all_reduce", "all_gather", "all_to_all"]
 UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
 def wire_bytes(kind: Kind, nbytes: float, world: int) -> float:
     """Bytes that one of ``world`` workers sends to exchange a message of ``nbytes``."""
-    return 2 * (world - 1) / world * nbytes if kind == "all_reduce" else (world - 1) * nbytes
+    times = {"all_reduce": 2 * (world - 1) / world, "all_gather": world - 1, "all_to_all": (world - 1) / world}
+    return times[kind] * nbytes
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,9 @@ class ErrorFeedback(Memory):
     def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
         own.add_to(x, alpha=-1.0)  # x is new["residual"]
 
+    def returned(self, rest: Decompressed, new: State) -> None:
+        rest.add_to(new["residual"])
+
 
 @dataclass(frozen=True)
 class MomentumCorrection(Memory):
@@ -177,6 +180,9 @@ class MomentumCorrection(Memory):
         own.add_to(x, alpha=-1.0)  # x is new["residual"]
         if self.masking and own.density <= self.mask_below_density:
             own.clear(new["momentum"])
+
+    def returned(self, rest: Decompressed, new: State) -> None:
+        rest.add_to(new["residual"])
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State) -> Tensor:
         if not self.weight_decay or self.decay == "local":

@@ -6,7 +6,7 @@ from typing import Literal
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.sparse import TopK
 from thinwire.memory import ErrorFeedback, Momentum, MomentumCorrection, NoMemory, WeightDecay
-from thinwire.policy.plan import Method, Rule
+from thinwire.policy.plan import Method, Route, Rule
 from thinwire.policy.schedule import Warmup
 
 IDENTITY = Rule(Cast(), NoMemory())
@@ -39,6 +39,8 @@ def topk(
     warmup: Warmup | None = None,
     clip: float | None = None,
     keep_dense: Sequence[str] = (),
+    route: Route = "all_gather",
+    second: float = 1.0,
 ) -> Method:
     """Top-k with error feedback, for AdamW and every other optimizer.
 
@@ -52,6 +54,7 @@ def topk(
         warmup: densities of the first steps.
         clip: local gradient clipping, see ``thinwire.Method``.
         keep_dense: globs of parameter names to send dense.
+        route, second: how it travels, see ``thinwire.Method``.
 
     Raises:
         ThinwireError: a value outside its range.
@@ -70,7 +73,7 @@ def topk(
         Rule(TopK(density, values, selection), ErrorFeedback(), min_ndim=2),
         IDENTITY,
     )
-    return Method("topk", rules, clip, warmup)
+    return Method("topk", rules, clip, warmup, route, second)
 
 
 def dgc(
@@ -84,6 +87,8 @@ def dgc(
     values: str | None = None,
     selection: Literal["auto", "exact", "sampled"] = "auto",
     keep_dense: Sequence[str] = (),
+    route: Route = "all_gather",
+    second: float = 1.0,
 ) -> Method:
     """Deep Gradient Compression: sends 0.1 % of the gradient, with momentum SGD.
 
@@ -100,6 +105,7 @@ def dgc(
         values: precision of what is sent, e.g. ``"float16"``, ``"int4"`` or ``"sign"``; what it loses stays in the
             residual. See ``thinwire.TopK``, as for ``selection``.
         keep_dense: globs of parameter names to send dense.
+        route, second: how it travels, see ``thinwire.Method``.
 
     Raises:
         ThinwireError: a value outside its range.
@@ -127,4 +133,4 @@ def dgc(
         ),
         Rule(Cast(), after_averaging),
     )
-    return Method("dgc", rules, clip, warmup)
+    return Method("dgc", rules, clip, warmup, route, second)

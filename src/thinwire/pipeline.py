@@ -3,13 +3,15 @@
     gradient -> [compensate -> compress] -> wire -> collective -> wire -> [decompress -> update] -> optimizer
                  -------- send --------      ------- route -------         ------- receive ------
 
-``send`` and ``receive`` never communicate and ``route`` never computes. The DDP hook, the simulator and whatever
-comes later call the same three functions, and only the collective between them differs. So the simulator is equal
+``send`` and ``receive`` never communicate and ``route`` never computes. On a route of two stages ``relay`` stands
+between them: what has arrived is combined, and routed once more. The DDP hook, the simulator and whatever comes later
+call the same functions, and only the collective between them differs. So the simulator is equal
 to the real run, and bytes are counted in one place.
 """
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -18,16 +20,9 @@ from thinwire.core import Context, Kernels, flat, float_at_least_32
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.exchange.routes import Bucket
 from thinwire.kernels.reference import REFERENCE
-from thinwire.selecting import select
+from thinwire.selecting import ask, select
 from thinwire.units import Unit, Worker
 from thinwire.wire import head
-
-ALL_RIGHT = torch.zeros((), dtype=torch.bool)
-
-
-def is_bad(values: Tensor) -> Tensor:
-    """Whether anything is not finite; a sum finds it in one read, without a temporary."""
-    return values.sum(dtype=float_at_least_32(values.dtype)).isfinite().logical_not()
 
 
 @dataclass(frozen=True)
@@ -58,44 +53,56 @@ def send(
     Everything that only this rank remembers is prepared here, to be final once the optimizer has stepped. The
     gradients may be overwritten.
     """
-    asked: list[Tensor] = []
-    payloads: list[tuple[Tensor, ...]] = []
-    bad: list[Tensor] = []
-    contexts = [Context(worker.seed, step, unit.name, worker.rank, worker.kernels) for unit in bucket.units]
-    selected = select(bucket.units, grads, worker, contexts, 1.0 / loss_scale)
-    for i, (unit, grad, ctx) in enumerate(zip(bucket.units, grads, contexts, strict=True)):
-        local = worker.local[unit.name]
-        if i in selected:
-            x, chosen = local.next["residual"], selected[i]
-            payload = unit.compressor.encode(chosen, flat(x)[chosen], x.numel(), ctx)
-        else:
-            x = unit.memory.compensate(grad, unit.param, local.now, local.next, 1.0 / loss_scale)
-            if (carried := local.now.get("carried")) is not None:  # the residual that an earlier method left
-                x.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
-            payload = unit.compressor.compress(x, local.now, ctx)
-        asked.append(x)
-        payloads.append(payload)
-        bad.append(is_bad(payload[0]) if unit.guarded else ALL_RIGHT.to(x.device))
     messages: list[Tensor] = []
+    cleared: set[int] = set()
     for group in bucket.groups:
-        parts = [payloads[i] for i in group.units]
-        if group.has_head:
-            found = torch.stack([bad[i] for i in group.units])
-            parts.append((head.encode([used[i] for i in group.units], found, group.dtype, step),))
+        named = [(piece, bucket.units[piece.unit], grads[piece.unit]) for piece in group.pieces]
+        contexts = [
+            Context(worker.seed, step, piece.key(unit.name), worker.rank, worker.kernels) for piece, unit, _ in named
+        ]
+        selected = select(bucket.units, group.pieces, grads, worker, contexts, 1.0 / loss_scale)
+        cleared |= {i for i, pieces in group.by_unit.items() if selected.keys() >= {j for j, _ in pieces}}
+        asked = [
+            ask(unit, piece, grad, worker, contexts[j], selected.get(j), loss_scale)
+            for j, (piece, unit, grad) in enumerate(named)
+        ]
         # what is asked may be the residual itself, which the exchange must not overwrite; a gradient it may
-        messages.append(group.layout.pack(parts, in_place=all(asked[i] is grads[i] for i in group.units)))
-    for unit, x, payload, ctx in zip(bucket.units, asked, payloads, contexts, strict=True):
-        local = worker.local[unit.name]
-        own = unit.compressor.decompress(payload, x, local.now, ctx)
-        if worker.probe is not None and unit.compressed:
-            worker.probe.look(x, own)
-        unit.memory.sent(x, own, local.next)
-    return Outbox(messages, frozenset(selected))
+        in_place = all(x is grads[piece.unit] for piece, (x, _, _) in zip(group.pieces, asked, strict=True))
+        payloads = [payload for _, payload, _ in asked]
+        messages.append(group.pack(payloads, group.head(bucket.units, payloads, used, step), in_place=in_place))
+        for piece, (x, _, own) in zip(group.pieces, asked, strict=True):
+            unit = bucket.units[piece.unit]
+            if worker.probe is not None and unit.compressed:
+                worker.probe.look(x, own)
+            unit.memory.sent(x, own, piece.of_state(worker.local[unit.name].next))
+    return Outbox(messages, frozenset(cleared))
 
 
 def route(bucket: Bucket, messages: Sequence[Tensor], collective: Collective) -> list[InFlight]:
     """Start the exchange of every message, and return before it has ended."""
     return [group.start(message, collective) for group, message in zip(bucket.groups, messages, strict=True)]
+
+
+def route_together(
+    buckets: Sequence[Bucket], messages: Sequence[Sequence[Tensor]], collective: Collective
+) -> list[list[InFlight]]:
+    """``route`` for several buckets, whose gathered messages travel in one: that saves the latency of the others."""
+    if len(buckets) == 1:
+        return [route(buckets[0], messages[0], collective)]
+    ends = accumulate(message.numel() for [message] in messages)
+    joint = collective.all_gather(torch.cat([message for [message] in messages]))
+    return [[replace(joint, columns=columns)] for columns in pairwise((0, *ends))]
+
+
+@torch.no_grad()
+def relay(
+    bucket: Bucket, inbox: Sequence[InFlight], worker: Worker, step: int, collective: Collective
+) -> list[InFlight]:
+    """Between the halves, once all of the inbox has ended: owners combine what they were sent, and route the mean."""
+    return [
+        group.relay(bucket.units, arrived, worker, step, collective)
+        for group, arrived in zip(bucket.groups, inbox, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -119,26 +126,25 @@ def receive(
     """
     verdicts: list[Verdict] = []
     for group, arrived in zip(bucket.groups, inbox, strict=True):
-        senders = group.arrived(arrived.result)
+        senders, flags = group.opened(arrived)
         share = 1.0 / len(senders)
         poison: Tensor | None = None
-        if group.has_head:
-            heads = torch.stack([payloads[-1][0] for payloads in senders])
-            used, bad, clocks = head.decode(heads, len(group.units))
+        if flags is not None:
+            used, bad, clocks = head.decode(flags, len(group.units))
             verdicts.append(Verdict(tuple(bucket.units[i] for i in group.units), used, bad, clocks))
             poison = torch.zeros((), device=bad.device).masked_fill_(bad.any(), torch.nan)
-        for j, i in enumerate(group.units):
+        for i, pieces in group.by_unit.items():
             unit, out = bucket.units[i], outs[i]
             wide = float_at_least_32(out.dtype)  # short dtypes are summed in float32
             mean = out if out.dtype == wide else torch.empty_like(out, dtype=wide)
-            for rank, payloads in enumerate(senders):
-                ctx = Context(seed, step, unit.name, rank, kernels)
-                got = unit.compressor.decompress(payloads[j], mean, unit.shared.now, ctx)
-                if rank == 0 and (i not in cleared or mean is not out):
-                    got.write_to(mean, share)
-                else:
-                    got.add_to(mean, share)
-            if poison is not None and mean.numel():
+            clear = i in cleared and mean is out
+            for j, piece in pieces:
+                part, known = piece.of(mean), piece.of_state(unit.shared.now)
+                for later, (rank, payloads) in enumerate(senders):
+                    ctx = Context(seed, step, piece.key(unit.name), rank, kernels)
+                    got = unit.compressor.decompress(payloads[j], part, known, ctx)
+                    got.add_to(part, share) if later or clear else got.write_to(part, share)
+            if poison is not None:
                 flat(mean)[:1].add_(poison)
             grad = unit.memory.receive(mean, unit.param, unit.shared.now, unit.shared.next)
             if unit.memory.stateful and loss_scale != 1.0:

@@ -1,47 +1,74 @@
-"""Compensate and select in one pass over memory, for the units whose elements a threshold chooses."""
+"""What is asked and what is sent of each piece; in one pass over memory where a threshold chooses the elements."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from thinwire.core import Context, Pass, flat
+from thinwire.core import Context, Decompressed, Pass, Payload, Selection, flat
+from thinwire.exchange.groups import Piece
 from thinwire.units import Unit, Worker
 
 
 def select(
-    units: Sequence[Unit], grads: Sequence[Tensor], worker: Worker, contexts: Sequence[Context], scale: float
+    units: Sequence[Unit],
+    pieces: Sequence[Piece],
+    grads: Sequence[Tensor],
+    worker: Worker,
+    contexts: Sequence[Context],
+    scale: float,
 ) -> dict[int, Tensor]:
-    """Do what the memories and the selection of these units do, as far as a kernel can, for all of them together.
+    """Do what the memories and the selections of these pieces do, as far as a kernel can, for all of them together.
+
+    Args:
+        grads: of the units.
+        contexts: of the pieces.
 
     Returns:
-        For each unit that was done: the ascending indices that are sent. Its next state is written, what is asked
+        For each piece that was done: the ascending indices that are sent. Its next state is written, what is asked
         is the new residual, and its gradient has been cleared.
     """
     works: dict[int, Pass] = {}
-    thresholds: dict[int, Tensor] = {}
-    selections = {
-        i: selection
-        for i, (unit, ctx) in enumerate(zip(units, contexts, strict=True))
-        if unit.memory.accumulation is not None
-        and (selection := unit.compressor.sampling(unit.param.shape, ctx)) is not None
-    }
-    for i, selection in selections.items():
-        work = _pass(units[i], grads[i], worker, scale)
-        if work is not None and worker.kernels.runs(work):
-            works[i] = work
-            thresholds[i] = selection.threshold(worker.kernels.sample(work, selection.start, selection.stride))
-    found = worker.kernels.accumulate(list(works.values()), list(thresholds.values()))
+    selections: dict[int, Selection] = {}
+    for j, (piece, ctx) in enumerate(zip(pieces, contexts, strict=True)):
+        unit = units[piece.unit]
+        selection = unit.compressor.sampling(piece.of(unit.param).shape, ctx)
+        work = None if selection is None else _pass(unit, piece, grads[piece.unit], worker, scale)
+        if selection is not None and work is not None and worker.kernels.runs(work):
+            works[j], selections[j] = work, selection
+    thresholds = [s.threshold(worker.kernels.sample(works[j], s.start, s.stride)) for j, s in selections.items()]
+    found = worker.kernels.accumulate(list(works.values()), thresholds)
     return {
-        i: selections[i].settle(works[i].new_residual, chosen, thresholds[i])
-        for i, chosen in zip(works, found, strict=True)
+        j: selections[j].settle(works[j].new_residual, chosen, threshold)
+        for j, chosen, threshold in zip(works, found, thresholds, strict=True)
     }
 
 
-def _pass(unit: Unit, grad: Tensor, worker: Worker, scale: float) -> Pass | None:
+def _pass(unit: Unit, piece: Piece, grad: Tensor, worker: Worker, scale: float) -> Pass | None:
     """None where the memory has to do more, or tensors lie differently in memory."""
     rule, local = unit.memory.accumulation, worker.local[unit.name]
     if rule is None or "carried" in local.now or grad.stride() != local.now["residual"].stride():
         return None
-    now, new = local.now, local.next
+    now, new = piece.of_state(local.now), piece.of_state(local.next)
     u, new_u = (flat(state["momentum"]) if rule.momentum is not None else None for state in (now, new))
-    return Pass(rule, flat(grad), flat(now["residual"]), flat(new["residual"]), u, new_u, scale)
+    return Pass(rule, flat(piece.of(grad)), flat(now["residual"]), flat(new["residual"]), u, new_u, scale)
+
+
+def ask(
+    unit: Unit, piece: Piece, grad: Tensor, worker: Worker, ctx: Context, chosen: Tensor | None, loss_scale: float
+) -> tuple[Tensor, Payload, Decompressed]:
+    """Of one piece: what is to be sent, what is sent, and what the receivers will make of it.
+
+    Args:
+        chosen: what of it is sent, where ``select`` has compensated and selected; None where that is still to be done.
+    """
+    local = worker.local[unit.name]
+    now, new = piece.of_state(local.now), piece.of_state(local.next)
+    if chosen is not None:
+        x = new["residual"]
+        payload = unit.compressor.encode(chosen, flat(x)[chosen], x.numel(), ctx)
+    else:
+        x = unit.memory.compensate(piece.of(grad), piece.of(unit.param), now, new, 1.0 / loss_scale)
+        if (carried := now.get("carried")) is not None:  # the residual that an earlier method left
+            x.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
+        payload = unit.compressor.compress(x, now, ctx)
+    return x, payload, unit.compressor.decompress(payload, x, now, ctx)

@@ -16,7 +16,8 @@ from thinwire import checkpoint
 from thinwire._version import __version__
 from thinwire.core import Kernels, ThinwireError, norm
 from thinwire.exchange.collectives import TIMEOUT, Collective
-from thinwire.exchange.routes import Bucket, plan_bucket
+from thinwire.exchange.cost import measure
+from thinwire.exchange.routes import Bucket, Routing, plan_bucket
 from thinwire.link import wire_bytes
 from thinwire.optimizers import Handover, check_optimizer, log, release_optimizer
 from thinwire.policy.plan import Method
@@ -26,6 +27,8 @@ from thinwire.transaction import OnNonfinite, Transaction
 from thinwire.units import Probe, Unit, Worker, resolve, set_stage
 
 PROBE_EVERY = 100
+JOIN_BYTES = 2**16
+"""Gathered messages of fewer bytes wait for the next bucket's."""
 
 
 class Scaler(Protocol):
@@ -127,24 +130,37 @@ class Session:
         if handover is not None and self._handover is None:
             self._say(handover.take(units, self.workers))
         self.method, self.units, self._handover = method, units, handover
+        self._take_link()
         self.by_param = {id(unit.param): unit for unit in units}
         self._guard_carried()
         self._installed_at = self.step
         self._density: float | None = -1.0
         self._set_stage()
 
+    def _take_link(self) -> None:
+        """The link that routes are chosen by: emulated, or measured where the method asks. A collective call."""
+        link, how = self.collective.link, "given"
+        if link is None and self.method.route == "auto":
+            link, how = measure(self.collective, self.timeout, self.units[0].param.device), "measured"
+        self._link = link
+        self.join_bytes = JOIN_BYTES if link is None else link.latency * link.bandwidth / 8
+        if self.method.route == "auto":
+            self.ledger.note(f"routes are chosen for a link of {link} ({how})")
+
     def _set_stage(self) -> None:
         density = self.method.warmup.density(self.step - self._installed_at) if self.method.warmup else None
         if density != self._density:
             self._density = density
             self._buckets: dict[tuple[int, ...], Bucket] = {}
-            for note in set_stage(self.units, density, self.collective.world):
+            self.routing = Routing(self.method.route, self.method.second, self._link)
+            for note in set_stage(self.units, density, self.collective.world, self.method.route, self.method.second):
                 self.ledger.note(note)
 
     def _describe(self, method: Method, units: Sequence[Unit]) -> list[tuple[str, str]]:
         described = [(f"unit {unit.name!r}", unit.describe()) for unit in units]
         rest = (("method", method.to_json()), ("seed", str(self.seed)), ("step", str(self.step)))
-        return [("thinwire", __version__), *described, *rest]
+        link = ("link", repr(self.collective.link))
+        return [("thinwire", __version__), *described, *rest, link]
 
     def set_method(self, method: Method) -> None:
         """Change the method between two steps, on all ranks at once. A collective call.
@@ -217,7 +233,11 @@ class Session:
                     "parameters must not be replaced (load_state_dict(assign=True) does it) or frozen after wrapping: "
                     "wrap and attach again"
                 )
-            self._buckets[key] = plan_bucket([self.by_param[i] for i in key], self.collective.world)
+            units = [self.by_param[i] for i in key]
+            bucket = self._buckets[key] = plan_bucket(units, self.collective.world, self.routing)
+            if self.method.route == "auto":
+                more = f" and {len(units) - 1} more" if len(units) > 1 else ""
+                self.ledger.note(f"{'two_phase' if bucket.relays else 'all_gather'} for {units[0].name}{more}")
         return self._buckets[key]
 
     def begin_step(self) -> None:

@@ -15,7 +15,7 @@ from thinwire.compressors.cast import Cast
 from thinwire.core import Absorbed, Compressor, Context, Decompressed, Kernels, Memory, Payload, State, is_dense
 from thinwire.kernels.reference import REFERENCE
 from thinwire.link import wire_bytes
-from thinwire.policy.plan import Method
+from thinwire.policy.plan import Method, Route
 
 DENSE = Cast()
 GATHER_BYTES = 2**20
@@ -139,8 +139,23 @@ def resolve(named: Iterable[tuple[str, Tensor]], method: Method, settings: Mappi
     return units
 
 
-def set_stage(units: Sequence[Unit], density: float | None, world: int) -> list[str]:
+def compressed_bytes(compressor: Compressor, like: Tensor, world: int, route: Route, second: float) -> float:
+    """Bytes a worker sends for a unit of its own, on the route that takes the fewest of those allowed."""
+    nbytes = payload_nbytes(compressor, like)
+    gathered = wire_bytes("all_gather", nbytes, world)
+    if route == "all_gather" or not compressor.cuttable:
+        return gathered
+    owned = wire_bytes("all_to_all", nbytes + payload_nbytes(compressor.denser(second), like), world)
+    return owned if route == "two_phase" else min(gathered, owned)
+
+
+def set_stage(
+    units: Sequence[Unit], density: float | None, world: int, route: Route = "all_gather", second: float = 1.0
+) -> list[str]:
     """Give each unit the compressor of a warm-up stage (None: the final one), or none where dense is cheaper.
+
+    Args:
+        route, second: of the method.
 
     Returns:
         Notes for the ledger: what is sent dense because compressed it would be more bytes.
@@ -148,7 +163,7 @@ def set_stage(units: Sequence[Unit], density: float | None, world: int) -> list[
     notes: list[str] = []
     plain_nbytes = sum(payload_nbytes(unit.method_compressor, unit.like) for unit in units if not unit.compressed)
     extra = wire_bytes("all_gather", plain_nbytes, world) - wire_bytes("all_reduce", plain_nbytes, world)
-    small = plain_nbytes <= GATHER_BYTES and extra <= EXTRA_BYTES
+    small = plain_nbytes <= GATHER_BYTES and (route == "two_phase" or extra <= EXTRA_BYTES)  # there it costs no more
     compresses = any(not unit.method_compressor.summable for unit in units)
     for unit in units:
         unit.gathered = compresses and small and not unit.compressed
@@ -157,7 +172,7 @@ def set_stage(units: Sequence[Unit], density: float | None, world: int) -> list[
         if asked.summable:
             continue
         like = unit.like
-        compressed = wire_bytes("all_gather", payload_nbytes(asked, like), world)
+        compressed = compressed_bytes(asked, like, world, route, second)
         plain = wire_bytes("all_reduce", payload_nbytes(DENSE, like), world)
         if compressed >= plain and world > 1:
             unit.compressor = DENSE
@@ -166,4 +181,6 @@ def set_stage(units: Sequence[Unit], density: float | None, world: int) -> list[
                 f"{unit.name} is sent dense{at}: compressed it would be {compressed:,.0f} bytes a worker and step, "
                 f"dense {plain:,.0f}, with {world} workers"
             )
+        elif route != "all_gather" and not asked.cuttable:
+            notes.append(f"{unit.name} takes an all-gather: {type(asked).__name__} can't be cut into pieces")
     return notes

@@ -5,6 +5,7 @@ import torch
 
 from thinwire import ErrorFeedback, MomentumCorrection, ThinwireError, TopK
 from thinwire.core import Accumulation, Context, Pass, flat
+from thinwire.exchange.groups import Piece
 from thinwire.kernels.choose import choose
 from thinwire.kernels.reference import BLOCK, CHUNK, REFERENCE
 from thinwire.selecting import select
@@ -151,7 +152,7 @@ def test_select_is_compensate_and_compress(kernels, memory, shape):
         x = memory.compensate(grad.clone(), param, plain.now, plain.next)
         expected = compressor.compress(x, {}, ctx)
         assert 0 < sum(t.nbytes for t in expected) < 0.1 * grad.nbytes
-        chosen = select([unit], [grad], worker, [ctx], 1.0)[0]
+        chosen = select([unit], [Piece(0)], [grad], worker, [ctx], 1.0)[0]
         new = worker.local["w"].next
         payload = compressor.encode(chosen, flat(new["residual"])[chosen], grad.numel(), ctx)
         assert all(torch.equal(a, b) for a, b in zip(payload, expected, strict=True))
@@ -171,7 +172,7 @@ def test_what_a_kernel_cannot_do_is_left_to_the_memory(kernels):
         worker.local["w"] = unit.fresh(memory.init)
         if memory.accumulation is not None:
             worker.local["w"].now["carried"] = torch.ones(400, 500)
-        assert not select([unit], [torch.randn(400, 500)], worker, [Context(0, 0, "w", 0)], 1.0)
+        assert not select([unit], [Piece(0)], [torch.randn(400, 500)], worker, [Context(0, 0, "w", 0)], 1.0)
 
 
 def test_kernels_that_are_not_there(monkeypatch):

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.core import Compressor, Context, Decompressed, Dense, Payload, State, ThinwireError, flat
+from thinwire.core import Compressor, Context, Decompressed, Dense, Payload, Sparse, State, ThinwireError, flat
 
 DTYPES = {
     "float64": torch.float64,
@@ -43,6 +43,7 @@ class Cast(Compressor):
     """
 
     summable: ClassVar[bool] = True
+    cuttable: ClassVar[bool] = True
 
     dtype: str | None = None
 
@@ -54,3 +55,8 @@ class Cast(Compressor):
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         return Dense(payload[0])
+
+    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
+        out = x.values.new_empty(like.shape, dtype=like.dtype)
+        x.write_to(out)
+        return self.compress(out, state, ctx)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class TopK(Compressor):
         tensor([ 0., -3.,  0.,  2.])
     """
 
+    cuttable: ClassVar[bool] = True
+
     density: float
     values: str | None = None
     selection: Literal["auto", "exact", "sampled"] = "auto"
@@ -75,6 +77,9 @@ class TopK(Compressor):
 
     def with_density(self, density: float) -> "TopK":
         return replace(self, density=max(density, self.density))
+
+    def denser(self, factor: float) -> "TopK":
+        return replace(self, density=min(1.0, factor * self.density))
 
     def k(self, n: int) -> int:
         """Elements sent of a tensor of n."""
@@ -109,6 +114,11 @@ class TopK(Compressor):
             last = chosen[-1:] if chosen.numel() else chosen.new_zeros(1)
             chosen = torch.cat([chosen, last.expand(missing)])
         return *parts, (ctx.kernels or REFERENCE).encode_indices(chosen, n)
+
+    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
+        """Exact whatever ``selection`` says: there are few elements to choose from."""
+        chosen = largest(x.values.abs(), self.k(like.numel()))
+        return self.encode(x.indices[chosen], x.values[chosen].to(like.dtype), like.numel(), ctx)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         n, k = like.numel(), self.k(like.numel())

@@ -8,7 +8,6 @@ has no ``from __future__ import annotations``.
 """
 
 import contextlib
-import time
 import warnings
 from collections.abc import Generator, Sequence
 from typing import Any, cast
@@ -22,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from thinwire import pipeline
 from thinwire.clipping import clip
 from thinwire.core import ThinwireError
-from thinwire.exchange.collectives import Future, InFlight, exchange_failed, in_future
+from thinwire.engines.flight import Flight, settle
+from thinwire.exchange.collectives import Future, exchange_failed, in_future
 from thinwire.exchange.routes import Bucket
 from thinwire.report.ledger import Stopwatch
 from thinwire.session import Session
@@ -42,7 +42,9 @@ class Dispatcher:
         self.owners: list[tuple[nn.Module, str, Tensor]] = []
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
         self.held: list[tuple[Bucket, list[Tensor], Tensor, Future]] = []
-        self.flights: list[tuple[Bucket, list[InFlight], Future]] = []
+        self.flights: list[Flight] = []
+        self.waiting: list[Flight] = []  # those that have not departed
+        self.joined = 0  # exchanges that this saved in the step under way
         self.used: set[int] | None = None  # parameters that this backward reached, where DDP looks for unused ones
         self.exchanged_since_step = False
         self.warned = False
@@ -117,24 +119,39 @@ class Dispatcher:
     def _begin(self, session: Session) -> None:
         self.held.clear()
         self.flights.clear()
+        self.waiting.clear()
+        self.joined = 0
         self.exchanged_since_step = session.optimizer is not None
         session.begin_step()
 
     def _end(self, session: Session) -> None:
         if session.method.clip is not None and self.held:
             self._exchange_held(session, session.method.clip)
-        for bucket, inbox, done in self.flights:
-            try:
-                for arrived in inbox:
-                    arrived.wait(session.timeout)
-                done.wait()
-            except Exception as error:
-                names = [unit.name for unit in bucket.units]
-                raise exchange_failed(session.collective, session.step, names, error) from error
+        self._depart(session)
+        for stage in (self._go_on, self._wait):  # the last stage of every bucket is on its way before any is awaited
+            for flight in self.flights:
+                try:
+                    stage(session, flight)
+                except Exception as error:
+                    names = [unit.name for unit in flight.bucket.units]
+                    raise exchange_failed(session.collective, session.step, names, error) from error
+        if self.joined:
+            stages = sum(len(group.stages) for flight in self.flights for group in flight.bucket.groups)
+            session.ledger.note(
+                f"{stages - self.joined} exchanges a step for {len(self.flights)} buckets: gathered messages of less "
+                f"than {session.join_bytes:,.0f} bytes travel together"
+            )
         self.flights.clear()
         if self.used is not None:
             self.used.clear()
         session.end_step()
+
+    def _go_on(self, session: Session, flight: Flight) -> None:
+        with self._side_stream(flight.buffer):
+            flight.go_on(session.workers[0], session.collective, session.timeout)
+
+    def _wait(self, session: Session, flight: Flight) -> None:
+        flight.wait(session.timeout)
 
     def _pass(
         self, session: Session, planned: Bucket, bucket: GradBucket, buffer: Tensor
@@ -158,42 +175,38 @@ class Dispatcher:
     def _exchange(
         self, session: Session, bucket: Bucket, grads: Sequence[Tensor], buffer: Tensor
     ) -> torch.futures.Future[Tensor]:
-        """The journey of one bucket; what comes after the network runs in the future's callback."""
-        step, seed, loss_scale = session.step, session.seed, session.loss_scale
-        row, verdicts, kernels = session.row, session.transaction.verdicts, session.workers[0].kernels
+        """Send one bucket; small ones wait for the next, to travel together."""
+        step, row = session.step, session.row
         session.count(bucket)
         used = [self.used is None or id(unit.param) in self.used for unit in bucket.units]
-        with self._side_stream(buffer):
-            with Stopwatch(row, "send_seconds"):
-                outbox = pipeline.send(bucket, grads, session.workers[0], step, used, loss_scale)
-            started = time.perf_counter()
-            inbox = pipeline.route(bucket, outbox.messages, session.collective)
-        futures = [arrived.future for arrived in inbox]
+        with self._side_stream(buffer), Stopwatch(row, "send_seconds"):
+            outbox = pipeline.send(bucket, grads, session.workers[0], step, used, session.loss_scale)
+        flight = Flight(
+            bucket, outbox, grads, buffer, used, session.seed, step, session.loss_scale, row,
+            session.transaction.verdicts, session.workers[0].kernels,
+        )  # fmt: skip
+        self.flights.append(flight)
+        if not bucket.joins or (self.waiting and self.waiting[0].buffer.device != buffer.device):
+            self._depart(session)
+        self.waiting.append(flight)
+        if not bucket.joins or sum(one.outbox.messages[0].nbytes for one in self.waiting) >= session.join_bytes:
+            self._depart(session)
+        return flight.done()
 
-        def finish(
-            _: Future,
-        ) -> Tensor:  # on a thread of the process group, which it must not keep alive: no session here
-            for future in futures:
-                future.wait()  # raises what the exchange raised; all have ended, or on CUDA have been enqueued
-            row.exchange_seconds += time.perf_counter() - started
-            for arrived in inbox:
-                if arrived.result.is_cuda:
-                    arrived.result.record_stream(torch.cuda.current_stream(arrived.result.device))
-            with Stopwatch(row, "receive_seconds"):
-                found = pipeline.receive(bucket, inbox, grads, seed, step, loss_scale, kernels, outbox.cleared)
-            verdicts.extend(found)
-            if not all(used):  # what no rank used has no gradient; DDP leaves a view of the bucket as it is
-                idle = {v.units[i].name for v in found for i in v.used.any(0).logical_not().nonzero().flatten()}
-                for unit, grad in zip(bucket.units, grads, strict=True):
-                    if unit.name in idle:
-                        grad.zero_()
-            return buffer
-
-        # A future made by collect_all knows no device; on CUDA the first one's callback waits for the others' streams.
-        alone = len(futures) == 1 or buffer.is_cuda
-        done = (futures[0] if alone else cast(Future, torch.futures.collect_all(futures))).then(finish)
-        self.flights.append((bucket, inbox, done))
-        return done
+    def _depart(self, session: Session) -> None:
+        """Start the exchange of all that wait."""
+        if not self.waiting:
+            return
+        waiting, self.waiting = self.waiting, []
+        with self._side_stream(waiting[0].buffer):
+            inboxes = pipeline.route_together(
+                [flight.bucket for flight in waiting],
+                [flight.outbox.messages for flight in waiting],
+                session.collective,
+            )
+        self.joined += len(waiting) - 1
+        for flight, inbox in zip(waiting, inboxes, strict=True):
+            flight.departed(inbox)
 
     def _exchange_held(self, session: Session, threshold: float) -> None:
         by_name = {u.name: g for bucket, grads, _, _ in self.held for u, g in zip(bucket.units, grads, strict=True)}
@@ -201,7 +214,7 @@ class Dispatcher:
         with self._side_stream(self.held[0][2]):
             clip(ordered, threshold * session.loss_scale, session.collective.world)
         for bucket, grads, buffer, done in self.held:
-            self._exchange(session, bucket, grads, buffer).then(lambda exchanged, done=done: _settle(done, exchanged))
+            self._exchange(session, bucket, grads, buffer).then(lambda exchanged, done=done: settle(done, exchanged))
         self.held.clear()
 
     def _plain(self, buffer: Tensor) -> torch.futures.Future[Tensor]:
@@ -225,10 +238,3 @@ class Dispatcher:
 
 def _first(future: Future) -> Tensor:
     return future.value()[0]
-
-
-def _settle(done: Future, exchanged: Future) -> None:
-    try:
-        done.set_result(exchanged.value())
-    except Exception as error:
-        done.set_exception(error)

@@ -1,14 +1,14 @@
 """Who performs a collective: a process group, the simulator's workers, or either of them over an emulated link.
 
-A collective only carries bytes. It is started by ``all_reduce`` or ``all_gather`` and answers at once with an
-``InFlight``; nothing is ever started from the callback of another, since gloo runs callbacks in an order that
+A collective only carries bytes. It is started by ``all_reduce``, ``all_gather`` or ``all_to_all`` and answers at once
+with an ``InFlight``; nothing is ever started from the callback of another, since gloo runs callbacks in an order that
 differs between ranks.
 """
 
 import atexit
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from queue import SimpleQueue
 from threading import Thread
@@ -38,15 +38,42 @@ def in_future(tensor: Tensor) -> Future:
 TIMEOUT = 300.0
 """Seconds to wait for the others: longer than one rank usually evaluates, and far below gloo's 30 minutes."""
 PROBE_SECONDS = 0.5
+ASSUMED = Link(1e9, 1e-4)
+"""What a simulation takes for its link, where a route is chosen by it."""
 
 
 @dataclass(frozen=True)
 class InFlight:
-    """A started collective: ``result`` holds the answer once ``future`` has completed."""
+    """A started collective: ``result`` holds the answer once ``future`` has completed.
+
+    An all-reduce answers the sum, like the message; an all-gather uint8 ``[world, nbytes]``, an all-to-all the same
+    with a row for this rank from each.
+    """
 
     future: Future
-    result: Tensor  # all_reduce: the sum, like the message; all_gather: uint8 [world, nbytes]
+    result: Tensor
     work: Any = None
+    heads: Tensor | None = None
+    """Of all senders, where an earlier stage has brought them."""
+    columns: tuple[int, int] | None = None
+    """Which part of the rows, where several messages travelled together."""
+    then: "Callable[[], InFlight] | None" = None
+    """Starts the next stage once this has ended; never from a callback, and again it answers the same."""
+    arrange: Callable[[Tensor], Tensor] | None = None
+    """From the buffer that the last stage filled to the answer."""
+
+    def answer(self) -> Tensor:
+        """The result, once the last stage has ended."""
+        result = self.result if self.arrange is None else self.arrange(self.result)
+        return result if self.columns is None else result[:, slice(*self.columns)]
+
+    def last(self, timeout: float) -> "InFlight":
+        """Wait for every stage but the last, and start what follows each."""
+        if self.then is None:
+            return self
+        self.wait(timeout)
+        self.future.wait()
+        return replace(self.then(), heads=self.heads, columns=self.columns).last(timeout)
 
     def wait(self, timeout: float) -> None:
         """Wait for the network, at most ``timeout`` seconds; a CUDA backend has a watchdog of its own for that.
@@ -69,6 +96,10 @@ class Collective(Protocol):
     def world(self) -> int: ...
     @property
     def sent(self) -> float: ...
+    @property
+    def link(self) -> Link | None:
+        """The speed of the link, where it is emulated or assumed."""
+        ...
 
     def all_reduce(self, message: Tensor) -> InFlight:
         """Sum ``message`` over the ranks; may happen in place."""
@@ -76,6 +107,10 @@ class Collective(Protocol):
 
     def all_gather(self, message: Tensor) -> InFlight:
         """Collect the uint8 ``message`` of every rank; all have the same size."""
+        ...
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        """Row r of the uint8 ``message`` ``[world, nbytes]`` goes to rank r; all have the same size."""
         ...
 
     def exchange_text(self, text: str) -> list[str]:
@@ -110,6 +145,7 @@ class ProcessGroup:
     """Collectives of ``torch.distributed``, on any backend."""
 
     used: ClassVar[bool] = False
+    link: Link | None = None
     _mesh: DeviceMesh | None = None
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -130,6 +166,12 @@ class ProcessGroup:
         work = _all_gather(gathered, message, group=self.group, async_op=True)
         self.sent += wire_bytes("all_gather", message.nbytes, self.world)
         return InFlight(work.get_future(), gathered.view(self.world, -1), work)
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        received = torch.empty_like(message)
+        work = cast(Any, dist.all_to_all_single(received.view(-1), message.view(-1), group=self.group, async_op=True))
+        self.sent += wire_bytes("all_to_all", message.nbytes, self.world)
+        return InFlight(work.get_future(), received, work)
 
     def exchange_text(self, text: str) -> list[str]:
         texts: list[str] = [""] * self.world
@@ -201,6 +243,7 @@ class Local:
 
     def __init__(self, rank: int, world: int, meetings: dict[int, _Meeting]) -> None:
         self.label = "simulated"
+        self.link: Link | None = ASSUMED
         self.rank = rank
         self.world = world
         self.sent = 0.0
@@ -220,6 +263,11 @@ class Local:
     def all_gather(self, message: Tensor) -> InFlight:
         self.sent += wire_bytes("all_gather", message.nbytes, self.world)
         return self._meet(message, (self.world, message.numel()), _stack)
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        self.sent += wire_bytes("all_to_all", message.nbytes, self.world)
+        met = self._meet(message, (self.world, *message.shape), _stack)
+        return replace(met, result=met.result[:, self.rank])
 
     def _meet(
         self, message: Tensor, shape: Sequence[int], combine: Callable[[list[Tensor], Tensor], object]
@@ -283,7 +331,8 @@ class Paced:
 
     def __init__(self, inner: Collective, link: Link) -> None:
         self.inner = inner
-        self.link = link
+        self.link: Link | None = link
+        self._pacing = link
         self.label = f"{inner.label}, emulated {link}"
         self.rank = inner.rank
         self.world = inner.world
@@ -302,6 +351,9 @@ class Paced:
     def all_gather(self, message: Tensor) -> InFlight:
         return self._pace("all_gather", message.nbytes, self.inner.all_gather(message))
 
+    def all_to_all(self, message: Tensor) -> InFlight:
+        return self._pace("all_to_all", message.nbytes, self.inner.all_to_all(message))
+
     def exchange_text(self, text: str) -> list[str]:
         return self.inner.exchange_text(text)
 
@@ -312,7 +364,7 @@ class Paced:
         return self.inner.lost()
 
     def _pace(self, kind: Kind, nbytes: int, inner: InFlight) -> InFlight:
-        seconds = self.link.seconds(kind, nbytes, self.world)
+        seconds = self._pacing.seconds(kind, nbytes, self.world)
         self._free_at = max(time.monotonic(), self._free_at) + seconds
         paced = in_future(inner.result)
         self._queue.put((inner.future, self._free_at, paced))

@@ -1,8 +1,9 @@
 """Which collective a payload takes.
 
-Payloads that can be summed take one all-reduce, all others one all-gather; so a bucket needs one collective, or
-two where it holds both. Where a method compresses, and the summable payloads of the whole model (biases, norms) are
-small, they are gathered too: that saves a round trip, and does not depend on how the model is cut into buckets.
+Payloads that can be summed take one all-reduce, all others one all-gather, or two phases; so a bucket needs one
+message, or two where it holds both. Where a method compresses, and the summable payloads of the whole model (biases,
+norms) are small, they take the way of the compressed ones: that saves a round trip, and does not depend on how the
+model is cut into buckets.
 """
 
 from collections.abc import Sequence
@@ -10,38 +11,24 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
-from thinwire.core import Payload
-from thinwire.exchange.collectives import Collective, InFlight
-from thinwire.link import Kind, wire_bytes
+from thinwire.core import Payload, ThinwireError
+from thinwire.exchange.groups import Group, Piece, Whole
+from thinwire.exchange.two_phase import two_phase
+from thinwire.link import Kind, Link
+from thinwire.policy.plan import Route
 from thinwire.units import Unit, payload_like
 from thinwire.wire import head
 from thinwire.wire.layout import ROW_ALIGNMENT, Layout
 
 
 @dataclass(frozen=True)
-class Group:
-    """The units of a bucket that share one message."""
+class Routing:
+    """How a method wants its compressed units carried, and over which link as far as that is known."""
 
-    kind: Kind
-    units: tuple[int, ...]
-    layout: Layout
-    dtype: torch.dtype
-    """What the message is seen as: all of it must have one dtype where it is summed."""
-    has_head: bool
-    """Whether its last payload says what was used and what was bad; nothing is at stake where nothing is remembered."""
-
-    def start(self, message: Tensor, collective: Collective) -> InFlight:
-        """Start the exchange. An all-reduce is scaled before, as DDP does, so that the sum can't overflow."""
-        if self.kind == "all_gather":
-            return collective.all_gather(message)
-        return collective.all_reduce(message.view(self.dtype).mul_(1.0 / collective.world))
-
-    def arrived(self, result: Tensor) -> list[list[Payload]]:
-        """The payloads of a finished exchange, for each sender (the sum counts as one) and unit."""
-        rows = result.view(torch.uint8).unsqueeze(0) if self.kind == "all_reduce" else result
-        return [self.layout.unpack(row) for row in rows]
+    route: Route = "all_gather"
+    second: float = 1.0
+    link: Link | None = None
 
 
 @dataclass(frozen=True)
@@ -60,16 +47,23 @@ class Bucket:
         """Bytes a worker sends for this bucket in a step: in all, and for the compressed units with the head."""
         total = compressed = 0.0
         for group in self.groups:
-            total += wire_bytes(group.kind, group.layout.nbytes, world)
-            if self.lossy.isdisjoint(group.units):
-                continue
-            sizes = zip(group.units, group.layout.unit_nbytes, strict=False)  # the head and the padding come after
-            plain = sum(size for i, size in sizes if i not in self.lossy)
-            compressed += wire_bytes(group.kind, group.layout.nbytes - plain, world)
+            all_of_it, lossy = group.wire_bytes(world, self.lossy)
+            total += all_of_it
+            compressed += lossy
         return total, compressed
 
+    @property
+    def joins(self) -> bool:
+        """Whether its message can travel in one all-gather with those of other buckets."""
+        return len(self.groups) == 1 and self.groups[0].kind == "all_gather"
 
-def plan_bucket(units: Sequence[Unit], world: int) -> Bucket:
+    @property
+    def relays(self) -> bool:
+        """Whether any group has a second stage."""
+        return any(group.relays for group in self.groups)
+
+
+def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing()) -> Bucket:
     """Sort the units of a bucket into messages."""
     payloads = [payload_like(unit.compressor, unit.like) for unit in units]
     summed: dict[torch.dtype, list[int]] = {}
@@ -80,14 +74,31 @@ def plan_bucket(units: Sequence[Unit], world: int) -> Bucket:
         else:
             gathered.append(i)
 
-    def group(kind: Kind, chosen: list[int], dtype: torch.dtype) -> Group:
-        alignment = ROW_ALIGNMENT if kind == "all_gather" else 1
-        has_head = any(units[i].guarded for i in chosen)
-        parts = [payloads[i] for i in chosen]
-        if has_head:
-            parts.append((torch.empty(head.size(len(chosen), dtype), dtype=dtype, device="meta"),))
-        return Group(kind, tuple(chosen), Layout(parts, alignment), dtype, has_head)
+    def head_of(chosen: list[int], dtype: torch.dtype) -> list[Payload]:
+        size = head.size(len(chosen), dtype)
+        return [(torch.empty(size, dtype=dtype, device="meta"),)] if any(units[i].guarded for i in chosen) else []
 
-    groups = [group("all_gather", gathered, torch.uint8)] if gathered else []
-    groups += [group("all_reduce", chosen, dtype) for dtype, chosen in summed.items()]
-    return Bucket(tuple(units), tuple(groups))
+    def whole(kind: Kind, chosen: list[int], dtype: torch.dtype) -> Whole:
+        heads = head_of(chosen, dtype)
+        layout = Layout([*(payloads[i] for i in chosen), *heads], ROW_ALIGNMENT if kind == "all_gather" else 1)
+        return Whole(kind, tuple(chosen), tuple(map(Piece, chosen)), dtype, bool(heads), layout)
+
+    def in_pieces(chosen: list[int]) -> Group:
+        return two_phase(units, chosen, head_of(chosen, torch.uint8), routing.second, world)
+
+    gathering: list[Group] = [whole("all_gather", gathered, torch.uint8)] if gathered else []
+    cuttable = [i for i in gathered if units[i].compressor.cuttable]
+    if routing.route != "all_gather" and any(units[i].param.numel() for i in cuttable):
+        rest = [i for i in gathered if i not in cuttable]
+        owned = [in_pieces(cuttable), *([whole("all_gather", rest, torch.uint8)] if rest else [])]
+        if routing.route == "two_phase" or seconds(owned, routing, world) < seconds(gathering, routing, world):
+            gathering = owned
+    summing = [whole("all_reduce", chosen, dtype) for dtype, chosen in summed.items()]
+    return Bucket(tuple(units), (*gathering, *summing))
+
+
+def seconds(groups: Sequence[Group], routing: Routing, world: int) -> float:
+    """What the model says of these exchanges, one after the other."""
+    if routing.link is None:
+        raise ThinwireError("route 'auto' chooses by the speed of the link, which is not known here")
+    return sum(routing.link.seconds(kind, nbytes, world) for group in groups for kind, nbytes in group.stages)

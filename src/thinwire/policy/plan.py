@@ -7,11 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from thinwire.compressors import catalogue
 from thinwire.core import Compressor, Memory, ThinwireError
 from thinwire.policy.schedule import Warmup
+
+Route: TypeAlias = Literal["all_gather", "two_phase", "auto"]
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,24 @@ class Method:
         clip: norm of the mean gradient above which each rank clips its own gradient before it is remembered; the
             local threshold is ``clip * sqrt(N)``. None for no clipping.
         warmup: the densities of the first steps.
+        route: how compressed units travel. ``"all_gather"``: each payload to every other rank; ``"two_phase"``: pieces
+            to their owners and the mean to all, which takes the same bytes for any number of workers, and compresses
+            twice; ``"auto"``: the faster of the two for each bucket.
+        second: density of the second phase over that of the first, above 0.
     """
 
     name: str
     rules: tuple[Rule, ...]
     clip: float | None = None
     warmup: Warmup | None = None
+    route: Route = "all_gather"
+    second: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.route not in get_args(Route):
+            raise ThinwireError(f"route is {self.route!r}; choose one of {', '.join(get_args(Route))}")
+        if not self.second > 0.0:
+            raise ThinwireError(f"second is {self.second}; it multiplies the density and must be above 0")
         if self.clip is not None and not self.clip > 0.0:
             raise ThinwireError(f"clip is {self.clip}; it must be above 0, or None for no clipping")
 
@@ -77,7 +89,8 @@ class Method:
             for rule in self.rules
         ]
         warmup = asdict(self.warmup) if self.warmup else None
-        return json.dumps({"name": self.name, "rules": rules, "clip": self.clip, "warmup": warmup}, sort_keys=True)
+        rest = {"clip": self.clip, "warmup": warmup, "route": self.route, "second": self.second}
+        return json.dumps({"name": self.name, "rules": rules, **rest}, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> "Method":
@@ -95,6 +108,7 @@ class Method:
                 for rule in data["rules"]
             )
             warmup = Warmup(**data["warmup"]) if data["warmup"] else None
-            return Method(data["name"], rules, data["clip"], warmup)
+            routing = {key: data[key] for key in ("route", "second") if key in data}  # older ones have neither
+            return Method(data["name"], rules, data["clip"], warmup, **routing)
         except (KeyError, TypeError, ValueError) as error:
             raise ThinwireError(f"this is not a method in JSON: {error!r}") from error

@@ -89,6 +89,9 @@ class SimulatedWorkers:
             inboxes.append(pipeline.route(bucket, outbox.messages, peer))
         if len(self.peers) > 1:
             self._restore(kept)
+        if bucket.relays:
+            journeys = zip(session.workers, self.peers, inboxes, strict=True)
+            inboxes = [pipeline.relay(bucket, inbox, worker, session.step, peer) for worker, peer, inbox in journeys]
         outs = [torch.empty_like(p) for p in params]
         with Stopwatch(session.row, "receive_seconds"):
             session.transaction.verdicts = pipeline.receive(

@@ -10,10 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from thinwire.core import float_at_least_32
 from thinwire.wire.bitpack import pack_bits, unpack_bits
 
 CLOCK = 256
 """Steps until the clock of a head begins again."""
+
+
+def is_bad(values: Tensor) -> Tensor:
+    """Whether anything is not finite; a sum finds it in one read, without a temporary."""
+    return values.sum(dtype=float_at_least_32(values.dtype)).isfinite().logical_not()
 
 
 def encode(used: Sequence[bool], bad: Tensor, dtype: torch.dtype, step: int) -> Tensor:

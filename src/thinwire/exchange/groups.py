@@ -1,0 +1,137 @@
+"""What shares a message: the pieces of a bucket that take the same way through the network."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from thinwire.core import Payload, State, flat
+from thinwire.exchange.collectives import Collective, InFlight
+from thinwire.link import Kind, wire_bytes
+from thinwire.units import Unit, Worker
+from thinwire.wire import head
+from thinwire.wire.layout import Layout
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is compressed at once: a whole unit, or a run of its elements in the order of memory."""
+
+    unit: int
+    run: tuple[int, int] | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """The piece of ``x``, as a view."""
+        return x if self.run is None else flat(x)[slice(*self.run)]
+
+    def of_state(self, state: State) -> State:
+        """The pieces of all tensors of a state, as views."""
+        return state if self.run is None else {key: self.of(value) for key, value in state.items()}
+
+    def key(self, name: str) -> str:
+        """What a ``Context`` calls the piece of the unit of this name."""
+        return name if self.run is None else f"{name}[{self.run[0]}:{self.run[1]}]"
+
+
+@dataclass(frozen=True)
+class Group(ABC):
+    """The units of a bucket that share one message, and the pieces that they are compressed in."""
+
+    kind: Kind
+    units: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    dtype: torch.dtype
+    """What the message is seen as: all of it must have one dtype where it is summed."""
+    has_head: bool
+    """Whether the message says what was used and what was bad; nothing is at stake where nothing is remembered."""
+
+    relays: ClassVar[bool] = False
+    """Whether what arrives is only a stage: owners add it up and send it on."""
+
+    @cached_property
+    def by_unit(self) -> dict[int, list[tuple[int, Piece]]]:
+        """The pieces of each unit, and which of the group's they are; a unit without elements has none."""
+        found: dict[int, list[tuple[int, Piece]]] = {}
+        for j, piece in enumerate(self.pieces):
+            found.setdefault(piece.unit, []).append((j, piece))
+        return found
+
+    def head(
+        self, units: Sequence[Unit], payloads: Sequence[Payload], used: Sequence[bool], step: int
+    ) -> list[Payload]:
+        """The head of a message of these payloads, where it has one."""
+        if not self.has_head:
+            return []
+        right = torch.zeros((), dtype=torch.bool, device=payloads[0][0].device)
+        bad: list[Tensor] = []
+        for i in self.units:
+            found = [head.is_bad(payloads[j][0]) for j, _ in self.by_unit.get(i, []) if units[i].guarded]
+            bad.append(torch.stack(found).any() if len(found) > 1 else [*found, right][0])
+        return [(head.encode([used[i] for i in self.units], torch.stack(bad), self.dtype, step),)]
+
+    @abstractmethod
+    def pack(self, payloads: Sequence[Payload], head: Sequence[Payload], *, in_place: bool) -> Tensor:
+        """The message of one rank: the payloads of the pieces, and the head. ``in_place`` allows a view of them."""
+
+    @abstractmethod
+    def start(self, message: Tensor, collective: Collective) -> InFlight:
+        """Start the exchange."""
+
+    @abstractmethod
+    def opened(self, arrived: InFlight) -> tuple[list[tuple[int, list[Payload]]], Tensor | None]:
+        """A finished exchange: the payloads of the pieces from each rank (the sum counts as one), and all heads."""
+
+    @property
+    @abstractmethod
+    def stages(self) -> Sequence[tuple[Kind, int]]:
+        """The collectives that it takes, and the bytes of the message that a worker hands to each."""
+
+    @abstractmethod
+    def plain_bytes(self, world: int, lossy: frozenset[int]) -> float:
+        """Bytes a worker sends for the payloads of units that are not in ``lossy``."""
+
+    def wire_bytes(self, world: int, lossy: frozenset[int]) -> tuple[float, float]:
+        """Bytes a worker sends: in all, and for the units in ``lossy``, with the head where there are any."""
+        total = sum(wire_bytes(kind, nbytes, world) for kind, nbytes in self.stages)
+        return total, 0.0 if lossy.isdisjoint(self.units) else total - self.plain_bytes(world, lossy)
+
+    def relay(
+        self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: Collective
+    ) -> InFlight:
+        """Start the next stage; where there is none, what has arrived stays."""
+        return arrived
+
+
+@dataclass(frozen=True)
+class Whole(Group):
+    """Units that are sent whole, to all: summed on the way, or gathered."""
+
+    layout: Layout
+
+    def pack(self, payloads: Sequence[Payload], head: Sequence[Payload], *, in_place: bool) -> Tensor:
+        return self.layout.pack([*payloads, *head], in_place=in_place)
+
+    def start(self, message: Tensor, collective: Collective) -> InFlight:
+        if self.kind == "all_gather":
+            return collective.all_gather(message)
+        # scaled before, as DDP does, so that the sum can't overflow
+        return collective.all_reduce(message.view(self.dtype).mul_(1.0 / collective.world))
+
+    def opened(self, arrived: InFlight) -> tuple[list[tuple[int, list[Payload]]], Tensor | None]:
+        result = arrived.answer()
+        rows = result.view(torch.uint8).unsqueeze(0) if self.kind == "all_reduce" else result
+        senders = [self.layout.unpack(row) for row in rows]
+        heads = torch.stack([payloads[-1][0] for payloads in senders]) if self.has_head else None
+        return list(enumerate(senders)), heads
+
+    @property
+    def stages(self) -> Sequence[tuple[Kind, int]]:
+        return [(self.kind, self.layout.nbytes)]
+
+    def plain_bytes(self, world: int, lossy: frozenset[int]) -> float:
+        sizes = zip(self.units, self.layout.unit_nbytes, strict=False)  # the head and the padding come after
+        return wire_bytes(self.kind, sum(size for i, size in sizes if i not in lossy), world)
