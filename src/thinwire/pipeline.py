@@ -137,7 +137,7 @@ def receive(
                 part, known = piece.of(mean), piece.of_state(unit.shared.now)
                 for later, (rank, payloads) in enumerate(senders):
                     ctx = Context(seed, step, piece.key(unit.name), rank)
-                    got = unit.compressor.decompress(payloads[j], part, known, ctx)
+                    got = group.packer(unit).decompress(payloads[j], part, known, ctx)
                     got.add_to(part) if later else got.write_to(part)
             if flags is not None or len(senders) > 1:
                 mean.mul_(factor)
