@@ -21,6 +21,7 @@ from thinwire.session import Session
 METHODS = {
     "dgc": dgc(0.02, warmup=Warmup(20)),
     "dgc-nesterov-decay": dgc(0.02),
+    "dgc-two-phase": dgc(0.02, route="two_phase"),
     "topk": topk(0.05),
     "topk-adamw": topk(0.05),
 }

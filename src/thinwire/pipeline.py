@@ -142,7 +142,7 @@ def receive(
                 part, known = piece.of(mean), piece.of_state(unit.shared.now)
                 for later, (rank, payloads) in enumerate(senders):
                     ctx = Context(seed, step, piece.key(unit.name), rank, kernels)
-                    got = unit.compressor.decompress(payloads[j], part, known, ctx)
+                    got = group.packer(unit).decompress(payloads[j], part, known, ctx)
                     got.add_to(part, share) if later or clear else got.write_to(part, share)
             if poison is not None:
                 flat(mean)[:1].add_(poison)

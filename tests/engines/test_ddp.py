@@ -68,6 +68,9 @@ METHODS = {
     "topk": topk(0.02),
     "topk-sign": topk(0.02, values="sign"),
     "fp16": cast("float16"),
+    "dgc-two-phase": dgc(0.02, route="two_phase", warmup=Warmup(8)),
+    "dgc-two-phase-sampled": dgc(0.05, route="two_phase", second=2.0, selection="sampled", values="float16"),
+    "topk-two-phase-int4": topk(0.05, route="two_phase", values="int4", clip=0.5),
 }
 SGD = {
     "dgc-sampled-nesterov": {"nesterov": True},
@@ -84,7 +87,7 @@ def test_simulator_equals_the_real_run(world2, world4, workers, name):
     method, sgd = METHODS[name], SGD.get(name)
     real, facts = trained(world2 if workers == 2 else world4, method, 20, {}, sgd)
     expected, result = simulated(method, workers, 20, sgd)
-    if workers == 2 or name.startswith(("topk", "dgc-s", "dgc-l", "dgc-i")) or name == "dgc":
+    if workers == 2 or name.startswith(("topk", "dgc-s", "dgc-l", "dgc-i", "dgc-t")) or name == "dgc":
         assert torch.equal(real, expected)
     else:  # gloo's all-reduce of more than two picks its own order
         tolerance = 1e-3 if name == "fp16" else 1e-5
@@ -138,9 +141,17 @@ def test_buckets_do_not_change_the_result(world2):
         assert torch.equal(trained(world2, method, 10, {"static_graph": True})[0], one)
 
 
-def _many_buckets(rank, repeats):
+def test_small_messages_travel_together(world2):
+    one, facts = trained(world2, dgc(0.02), 10, SMALL_BUCKETS)
+    assert any(note.startswith("1 exchanges a step for ") for note in facts["notes"])
+    alone, facts = trained(world2, dgc(0.02), 10, SMALL_BUCKETS, link="1gbit")  # no latency: nothing to save
+    assert not any("travel together" in note for note in facts["notes"])
+    assert torch.equal(one, alone)
+
+
+def _many_buckets(rank, repeats, method):
     for _ in range(repeats):
-        _, wire = train_ddp(rank, dgc(0.02), 6, SMALL_BUCKETS)
+        _, wire = train_ddp(rank, method, 6, SMALL_BUCKETS)
         buckets = len(wire._buckets)
         wire.detach()
     return buckets
@@ -148,7 +159,8 @@ def _many_buckets(rank, repeats):
 
 def test_many_buckets_do_not_hang(world2, world4):
     for world in (world2, world4):
-        assert min(world.run(_many_buckets, 20, timeout=120)) >= 3
+        assert min(world.run(_many_buckets, 20, dgc(0.02), timeout=120)) >= 3
+        assert min(world.run(_many_buckets, 10, dgc(0.02, route="two_phase"), timeout=120)) >= 3
 
 
 def test_channels_last(world2):

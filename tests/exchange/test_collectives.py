@@ -20,7 +20,13 @@ def contract(collectives):
         for flight in flights:
             flight.future.wait()
             expected = torch.stack([torch.arange(nbytes, dtype=torch.uint8) + rank for rank in range(world)])
-            assert torch.equal(flight.result, expected)
+            assert torch.equal(flight.answer(), expected)
+        rows = [torch.arange(world * nbytes, dtype=torch.uint8).view(world, -1) + 3 * c.rank for c in collectives]
+        flights = [c.all_to_all(m) for c, m in zip(collectives, rows, strict=True)]
+        for c, flight in zip(collectives, flights, strict=True):
+            flight.future.wait()
+            mine = torch.arange(c.rank * nbytes, (c.rank + 1) * nbytes, dtype=torch.uint8)
+            assert torch.equal(flight.answer(), torch.stack([mine + 3 * rank for rank in range(world)]))
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         flights = [c.all_reduce(torch.arange(5, dtype=dtype) + c.rank) for c in collectives]
         for flight in flights:
@@ -28,7 +34,7 @@ def contract(collectives):
             assert torch.equal(flight.result, world * torch.arange(5, dtype=dtype) + sum(range(world)))
     for c in collectives:
         gathered, reduced = (world - 1) * 1009, 2 * (world - 1) / world * 5 * (4 + 8 + 2 + 2)
-        assert c.sent == pytest.approx(gathered + reduced)
+        assert c.sent == pytest.approx(2 * gathered + reduced), "all-to-all sends what an all-gather of a row does"
         c.exchange_text("same")
     return True
 

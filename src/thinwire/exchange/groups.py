@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.core import Payload, State, flat
+from thinwire.core import Compressor, Payload, State, flat
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.link import Kind, wire_bytes
 from thinwire.units import Unit, Worker
@@ -80,6 +80,10 @@ class Group(ABC):
     @abstractmethod
     def start(self, message: Tensor, collective: Collective) -> InFlight:
         """Start the exchange."""
+
+    def packer(self, unit: Unit) -> Compressor:
+        """The compressor that made the payloads of a finished exchange."""
+        return unit.compressor
 
     @abstractmethod
     def opened(self, arrived: InFlight) -> tuple[list[tuple[int, list[Payload]]], Tensor | None]:

@@ -24,7 +24,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from thinwire.core import Context, Decompressed, Payload, Sparse, float_at_least_32
+from thinwire.core import Compressor, Context, Decompressed, Payload, Sparse, float_at_least_32
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.exchange.groups import Group, Piece
 from thinwire.link import Kind, wire_bytes
@@ -124,12 +124,15 @@ class TwoPhase(Group):
             like,
         )
         mean.values.mul_(1.0 / world)
-        again = unit.compressor.denser(self.budget)
+        again = self.packer(unit)
         payload = again.compress_sparse(mean, like, known, contexts[world])
         rest = without(mean, again.decompress(payload, like, known, contexts[world]))
         rest.values.mul_(world)
         unit.memory.returned(rest, piece.of_state(worker.local[unit.name].next))
         return payload
+
+    def packer(self, unit: Unit) -> Compressor:
+        return unit.compressor.denser(self.budget)
 
     def opened(self, arrived: InFlight) -> tuple[list[tuple[int, list[Payload]]], Tensor | None]:
         rows = zip(self.second.layouts, arrived.answer(), strict=True)
