@@ -61,11 +61,12 @@ class Transaction:
         """
         self.pending = True
         for verdict in self.verdicts:
-            if bool((verdict.clocks != verdict.clocks[0]).any()):
+            found = torch.stack([(verdict.clocks != verdict.clocks[0]).any(), verdict.bad.any()]).cpu()  # one wait
+            if bool(found[0]):
                 self.failed = True
                 self._complaint = _parted(verdict, step)
                 raise ThinwireError(self._complaint)
-            if bool(verdict.bad.any()):
+            if bool(found[1]):
                 self._fail(verdict, step)
 
     def _fail(self, verdict: Verdict, step: int) -> None:
