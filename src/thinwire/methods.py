@@ -5,7 +5,7 @@ from typing import Literal
 
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.sparse import TopK
-from thinwire.memory import ErrorFeedback, Momentum, MomentumCorrection, NoMemory, WeightDecay
+from thinwire.memory import ErrorFeedback, Momentum, MomentumCorrection, NoMemory, StateDtype, WeightDecay
 from thinwire.policy.plan import Method, Route, Rule
 from thinwire.policy.schedule import Warmup
 
@@ -41,6 +41,7 @@ def topk(
     keep_dense: Sequence[str] = (),
     route: Route = "all_gather",
     second: float = 1.0,
+    state: StateDtype = "float32",
 ) -> Method:
     """Top-k with error feedback, for AdamW and every other optimizer.
 
@@ -55,6 +56,7 @@ def topk(
         clip: local gradient clipping, see ``thinwire.Method``.
         keep_dense: globs of parameter names to send dense.
         route, second: how it travels, see ``thinwire.Method``.
+        state: what the residual is kept in, see ``thinwire.ErrorFeedback``.
 
     Raises:
         ThinwireError: a value outside its range.
@@ -70,7 +72,7 @@ def topk(
     """
     rules = (
         *(Rule(Cast(), NoMemory(), match=glob) for glob in keep_dense),
-        Rule(TopK(density, values, selection), ErrorFeedback(), min_ndim=2),
+        Rule(TopK(density, values, selection), ErrorFeedback(state), min_ndim=2),
         IDENTITY,
     )
     return Method("topk", rules, clip, warmup, route, second)
@@ -89,6 +91,7 @@ def dgc(
     keep_dense: Sequence[str] = (),
     route: Route = "all_gather",
     second: float = 1.0,
+    state: StateDtype = "float32",
 ) -> Method:
     """Deep Gradient Compression: sends 0.1 % of the gradient, with momentum SGD.
 
@@ -106,6 +109,7 @@ def dgc(
             residual. See ``thinwire.TopK``, as for ``selection``.
         keep_dense: globs of parameter names to send dense.
         route, second: how it travels, see ``thinwire.Method``.
+        state: what the residual is kept in, see ``thinwire.ErrorFeedback``.
 
     Raises:
         ThinwireError: a value outside its range.
@@ -128,7 +132,7 @@ def dgc(
         *(Rule(Cast(), after_averaging, match=glob) for glob in keep_dense),
         Rule(
             TopK(density, values, selection),
-            MomentumCorrection(decay=decay, masking=masking, mask_below_density=mask_below_density),
+            MomentumCorrection(decay=decay, masking=masking, mask_below_density=mask_below_density, state=state),
             min_ndim=2,
         ),
         Rule(Cast(), after_averaging),
