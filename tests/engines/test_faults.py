@@ -42,7 +42,7 @@ def start_ranks(world, arguments, **more):
 def finish(processes):
     """What each of them printed, and complained of, at the end; a hang is an error."""
     try:
-        return [process.communicate(timeout=60) for process in processes]
+        return [process.communicate(timeout=100) for process in processes]
     finally:
         for process in processes:
             process.kill()
