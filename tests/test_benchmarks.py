@@ -6,10 +6,16 @@ import sys
 from pathlib import Path
 
 
+def run(tmp_path, *command):
+    """What ``python -m benchmarks.*`` wrote, as {(case, metric): value}."""
+    argv = [sys.executable, "-m", *command, "--json", str(tmp_path / "out.json")]
+    subprocess.run(argv, check=True, timeout=120, cwd=Path(__file__).parents[1], capture_output=True)
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    return {(row["case"], row["metric"]): row["value"] for row in rows}
+
+
 def test_soak(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.soak", "--steps", "40", "--json", str(tmp_path / "out.json")]
-    subprocess.run(command, check=True, timeout=120, cwd=Path(__file__).parents[1], capture_output=True)
-    figures = {row["metric"]: row["value"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    figures = {metric: value for (_, metric), value in run(tmp_path, "benchmarks.soak", "--steps", "40").items()}
     assert figures["ratio"] > 10
     assert figures["resident_bytes_late"] > 0
     assert figures["threads_late"] == figures["threads_early"]
@@ -28,4 +34,25 @@ def test_codec(tmp_path):
     assert bits["message/int4/0.001"] <= 17.0
     assert bits["message/sign/0.001"] <= 13.5
     assert lost["message/sign/0.001"] > lost["message/int2/0.001"] > lost["message/int4/0.001"] > 0
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_step(tmp_path):
+    """Without a lab, on the loopback."""
+    options = ["--models", "tiny", "--links", "none", "--rounds", "1", "--steps", "1"]
+    figures = run(tmp_path, "benchmarks.step", *options, "--plot", str(tmp_path / "out.png"))
+    for method in ["local", "dense", "local_sgd", "dense_sgd", "fp16", "bf16", "powersgd1", "powersgd4", "dgc"]:
+        assert figures[f"tiny/2/none/{method}", "step_ms"] > 0
+    assert figures["tiny/2/none/dense", "ratio_to_dense"] == 1.0
+    assert 0 < figures["tiny/2/none/dgc", "wire_bytes"] < 0.1 * 4 * 3 * 96 * 97
+    assert (tmp_path / "out.png").stat().st_size > 0
+
+
+def test_exchange(tmp_path):
+    """Two workers on the loopback: that the model of bytes holds, not that of seconds."""
+    options = ["--workers", "2", "--links", "none", "--rounds", "3", "--hidden", "64", "--blocks", "2"]
+    figures = run(tmp_path, "benchmarks.exchange", *options, "--plot", str(tmp_path / "out.png"))
+    assert figures["two_phase/none/2/0.01", "measured_s"] > 0
+    assert figures["all_gather/none/2/0.01", "modelled_s"] > 0
+    assert 0 < figures["two_phase/1024/0.01", "bytes"] < figures["all_gather/1024/0.01", "bytes"] / 50
     assert (tmp_path / "out.png").stat().st_size > 1000

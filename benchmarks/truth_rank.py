@@ -1,0 +1,55 @@
+"""One rank of ``benchmarks.truth``: what the ledger books, and what the interface counts meanwhile."""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import thinwire
+from benchmarks import contenders
+from benchmarks.lab import HEADERS, nic_counters, report
+
+METHODS: dict[str, Callable[[], thinwire.Method]] = {
+    "dense": thinwire.dense,
+    "cast": thinwire.cast,
+    "topk": lambda: thinwire.topk(0.01),
+    "dgc": lambda: thinwire.dgc(0.01),
+}
+"""One line for each method and route."""
+WIDTH, LAYERS = 512, 4  # 1.05M parameters: gloo's own messages are some 300 bytes for each of ours
+
+
+def compare(method: thinwire.Method, steps: int) -> dict[str, float]:
+    """Bytes of one rank in so many steps."""
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(contenders.mlp(WIDTH, LAYERS))
+    optimizer = contenders.sgd(ddp, 0.9)
+    wire = thinwire.attach(ddp, method, optimizer=optimizer)
+    contender = contenders.Contender(ddp, optimizer, wire=wire)
+    for _ in range(2):  # the first has other buckets
+        contender.step(torch.randn(4, WIDTH))
+    dist.barrier()
+    counted, booked = nic_counters(), wire.ledger.wire_bytes
+    for _ in range(steps):
+        contender.step(torch.randn(4, WIDTH))
+    dist.barrier()
+    carried, booked = nic_counters() - counted, wire.ledger.wire_bytes - booked
+    wire.detach()
+    tcp = carried.tx_bytes - HEADERS * carried.tx_packets
+    return {"ledger_bytes": booked, "tcp_bytes": tcp, "nic_bytes": carried.tx_bytes}
+
+
+def main(task: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    report({name: compare(METHODS[name](), task["steps"]) for name in task["methods"]})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[-1]))
