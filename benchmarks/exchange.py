@@ -185,7 +185,7 @@ def main() -> None:
                         case = f"{route}/{link}/{world}/{density:g}"
                         rows.append(results.Row(case, "modelled_s", seconds(stages, world)))
         grows = sent["two_phase", 1024] / sent["two_phase", 16]
-        what = f"two phases at {density:g}: {sent['two_phase', 1024]:,.0f} bytes at 1024 workers, {grows:.3f} of those at 16"
+        what = f"two phases at {density:g}: {sent['two_phase', 1024]:,.0f} bytes at 1024 workers, {grows:.3f} of 16"
         checks.append(f"{'ok  ' if grows <= 1.2 else 'FAIL'} {what}")
     print("\n".join(checks))
     if args.json:

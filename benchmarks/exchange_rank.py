@@ -24,10 +24,7 @@ def exchange(group: ProcessGroup, stages: Sequence[tuple[Kind, int]]) -> list[fl
     dist.barrier()
     for i, ((kind, _), message) in enumerate(zip(stages, messages, strict=True)):
         start = time.perf_counter()
-        if kind == "all_to_all":
-            arrived = group.all_to_all(message.view(group.world, -1))
-        else:
-            arrived = group.all_gather(message)
+        arrived = group.all_gather(message) if kind == "all_gather" else group.all_to_all(message.view(group.world, -1))
         arrived.wait(TIMEOUT)
         arrived.future.wait()
         seconds[i] = time.perf_counter() - start
