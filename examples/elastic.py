@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 --max-restarts 3 examples/elastic.py --folder run
 
 The variables are for gloo, which otherwise finds the addresses of the workers that are gone in the store of torchrun.
-``--die-at 13`` kills the last rank at that step, once, to see it happen. The losses are those of an unbroken run.
+``--die-at 13`` kills the last rank (or ``--die-rank``) at that step, once, to see it happen. The losses are those of an
+unbroken run.
 """
 
 import argparse
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
     parser.add_argument("--die-at", type=int)
+    parser.add_argument("--die-rank", type=int, default=-1, help="which rank it is that dies; -1 is the last one")
     args = parser.parse_args()
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -56,12 +58,9 @@ def main() -> None:
         dcp.load(state, checkpoint_id=args.folder / f"step-{first}")
         model.load_state_dict(state["model"])
 
+    victim = args.die_rank % dist.get_world_size()
     for step in range(first, args.steps):
-        if (
-            step == args.die_at
-            and rank == dist.get_world_size() - 1
-            and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-        ):
+        if step == args.die_at and rank == victim and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
         loss = loss_of(ddp, text.batch(step, rank, 4, 16))
         optimizer.zero_grad()

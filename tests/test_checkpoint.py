@@ -14,6 +14,9 @@ import thinwire
 from tests.engines.models import batch, build, flat_parameters, loss_of
 from tests.world import World
 from thinwire import ThinwireError, Warmup, dense, dgc, topk
+from thinwire.checkpoint import restore, save
+from thinwire.exchange.collectives import Local
+from thinwire.session import Session
 
 METHODS = {
     "dgc": dgc(0.02, warmup=Warmup(20)),
@@ -276,10 +279,6 @@ def test_a_truncated_folder(world2, tmp_path):
 
 
 def _one_rank():
-    from thinwire.checkpoint import save
-    from thinwire.exchange.collectives import Local
-    from thinwire.session import Session
-
     weight = torch.nn.Parameter(torch.randn(6, 5))
     session = Session([("w", weight)], dgc(0.1), Local.of(1)[0], torch.optim.SGD([weight], lr=0.1, momentum=0.9))
     state = save(
@@ -311,8 +310,6 @@ LEAVES = st.one_of(
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_whatever_stands_in_a_checkpoint_is_read_or_refused(data):
-    from thinwire.checkpoint import restore
-
     session, state = _one_rank()
     for _ in range(data.draw(st.integers(1, 3))):
         place = state
@@ -331,3 +328,54 @@ def test_whatever_stands_in_a_checkpoint_is_read_or_refused(data):
     except ThinwireError:
         return
     assert all(t.isfinite().all() and t.shape == (6, 5) and not t.requires_grad for t in restored.local["w"].values())
+
+
+def _changed(path, value):
+    *inner, last = path.split(".")
+    session, state = _one_rank()
+    place = state
+    for part in inner:
+        place = place[part]
+    place[last] = value
+    return session, state
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("step", 10**5000, "step is int, not a number"),
+        ("rank", torch.tensor([torch.nan]), "state of rank nan"),
+        ("rank", torch.tensor([0.5]), "state of rank 0.5"),
+        ("plan.w", 10**5000, "and int in the checkpoint"),
+        ("shared.w", {10**5000: torch.ones(6, 5)}, "has int where a name should be"),
+        ("local.w.residual", torch.full((1, 6, 5), 1e300, dtype=torch.float64), "w: .* residual is not finite"),
+        ("local.w.residual", torch.ones(()).expand(1, 6, 5), "shape .*, with less in it"),
+    ],
+    ids=["huge step", "no rank", "half a rank", "huge plan", "huge name", "overflow", "expanded"],
+)
+def test_what_the_fuzzer_found(path, value, message):
+    session, state = _changed(path, value)
+    with pytest.raises(ThinwireError, match=message):
+        restore(state, session.units, 0, 1, "error")
+
+
+def test_a_residual_that_overflows_in_the_units_of_the_present_memory_is_refused():
+    session, state = _changed("local.w.residual", torch.full((1, 6, 5), 1e38))
+    state["plan"]["w"] = state["plan"]["w"].replace('"momentum": 0.9', '"momentum": 0.0')
+    with pytest.raises(ThinwireError, match="w: the checkpoint's residual is not finite"):
+        restore(state, session.units, 0, 1, "error")
+
+
+def test_nothing_is_pending_in_the_shared_state():
+    session, state = _changed("shared.w", {"carried": torch.ones(6, 5)})
+    restored = restore(state, session.units, 0, 1, "error")
+    assert restored.shared["w"] == {}
+    assert any("carried has no place" in note for note in restored.notes)
+
+
+@pytest.mark.parametrize("ranks", [(0, 0), (0,), (0, 1, 1)])
+def test_another_world_size_needs_each_rank_once(ranks):
+    session, state = _one_rank()
+    states = [{**state, "world": 2, "rank": torch.tensor([float(rank)])} for rank in ranks]
+    with pytest.raises(ThinwireError, match=f"all 2 ranks, each once, are needed .* and {len(ranks)} are here"):
+        restore(states, session.units, 0, 1, "fold")

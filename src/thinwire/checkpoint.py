@@ -98,7 +98,7 @@ def restore(
         raise ThinwireError(f"on_world_change is {on_world_change!r}; choose 'error', 'fold' or 'reset'")
     states = [given] if isinstance(given, Mapping) else given
     if not isinstance(states, Sequence) or not states or not all(isinstance(s, Mapping) for s in states):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ThinwireError(f"a checkpoint is a dict, or a list of those of all ranks, not {given!s:.40}")
+        raise ThinwireError(f"a checkpoint is a dict, or a list of those of all ranks, not {_shown(given)}")
     state = states[rank] if len(states) == world and len(states) > 1 else states[0]
     saved_world = _integer(state, "world", 1)
     if (version := _integer(state, "version", 1)) != VERSION:
@@ -115,9 +115,10 @@ def restore(
         )
     if saved_world == world:
         whose = _rows(state.get("rank"), "rank", (), rank, world)
-        if int(whose) != rank:
+        saver = float(whose)
+        if saver != rank:
             raise ThinwireError(
-                f"this is the state of rank {int(whose)}, and rank {rank} loads it; every rank has its own"
+                f"this is the state of rank {saver:g}, and rank {rank} loads it; every rank has its own"
             )
     plan, local, shared = (_mapping(state, key) for key in ("plan", "local", "shared"))
     for other in states:
@@ -127,6 +128,8 @@ def restore(
             raise ThinwireError(
                 f"the states are not of one checkpoint: one is of step {clock[0]}, another of {theirs[2]}"
             )
+    if saved_world != world:
+        _check_ranks(states, saved_world)
     notes: list[str] = []
     new_local: dict[str, State] = {}
     new_shared: dict[str, State] = {}
@@ -146,7 +149,7 @@ def restore(
         fresh = unit.fresh(unit.memory.init).now
         new_local[unit.name] = _fit(mine, fresh, gain, unit, notes)
         both = {key: _plain(value, unit, key) for key, value in _mapping(shared, unit.name).items()}
-        new_shared[unit.name] = _fit(both, unit.fresh(unit.memory.init_shared).now, 1.0, unit, notes)
+        new_shared[unit.name] = _fit(both, unit.fresh(unit.memory.init_shared).now, None, unit, notes)
     return Restored(*clock, new_local, new_shared, notes)
 
 
@@ -186,17 +189,24 @@ def read_folder(folder: str | Path, key: str) -> dict[str, Any]:
     return state
 
 
-def _fit(saved: State, fresh: State, gain: float, unit: Unit, notes: list[str]) -> State:
-    """What the memory has a place for; a residual without one is carried to the next step."""
+def _fit(saved: State, fresh: State, gain: float | None, unit: Unit, notes: list[str]) -> State:
+    """What the memory has a place for; a residual without one is carried to the next step.
+
+    Args:
+        gain: what a residual is scaled by; None for the shared state, in which nothing is pending.
+    """
     fitted = dict(fresh)
     for key, value in saved.items():
-        pending = key in ("residual", "carried")
+        pending = gain is not None and key in ("residual", "carried")
         place = key if key in fresh else "carried" if pending else None
         if place is None:
             notes.append(f"{unit.name}: the checkpoint's {key} has no place in the present method and was dropped")
         else:
-            like = fresh.get(place, next(iter(saved.values())))
-            fitted[place] = (value * gain if pending and gain != 1.0 else value).to(like.dtype)
+            scale = gain if gain is not None and pending else 1.0
+            now = (value * scale if scale != 1.0 else value).to(fresh.get(place, value).dtype)
+            if not bool(now.isfinite().all()):
+                raise ThinwireError(f"{unit.name}: the checkpoint's {key} is not finite, as {now.dtype} at least")
+            fitted[place] = now
     for key in fresh.keys() - saved.keys():
         notes.append(f"{unit.name}: {key} is not in the checkpoint and starts from zero")
     return fitted
@@ -218,7 +228,7 @@ def _check_plan(plan: Mapping[str, Any], units: Sequence[Unit]) -> None:
             raise ThinwireError(f"the checkpoint has no unit {unit.name!r} (of shape {shape}); it is of another model")
         if not isinstance(plan[unit.name], str) or f'"shape": {shape}' not in plan[unit.name]:
             raise ThinwireError(
-                f"unit {unit.name!r} has shape {shape} here, and {plan[unit.name]!s:.200} in the checkpoint"
+                f"unit {unit.name!r} has shape {shape} here, and {_shown(plan[unit.name], 200)} in the checkpoint"
             )
     if extra := [name for name in plan if name not in {unit.name for unit in units}]:
         raise ThinwireError(f"the checkpoint has a unit {extra[0]!r} that the model has not")
@@ -249,16 +259,23 @@ def _rows(value: Any, what: str, shape: tuple[int, ...], rank: int, world: int) 
     return tensor[rank if tensor.shape[0] == world else 0]
 
 
+def _check_ranks(states: Sequence[Mapping[str, Any]], world: int) -> None:
+    """The mean of all ranks' rows needs each of them, once."""
+    ranks = torch.cat([_tensor(state.get("rank"), "rank").flatten() for state in states])
+    if len(ranks) != world or ranks.sort().values.tolist() != list(range(world)):
+        raise ThinwireError(
+            f"the states of all {world} ranks, each once, are needed to change the world size, and {len(ranks)} are "
+            "here; use wire.load(checkpoint folder), or give load_state_dict a list of all ranks' states"
+        )
+
+
 def _mean_row(states: Sequence[Mapping[str, Any]], unit: Unit, key: str, world: int) -> Tensor:
     """The mean over all rows, which keeps the mean pending update whoever holds it."""
     values = [_mapping(_mapping(state, "local"), unit.name).get(key) for state in states]
     parts = [_tensor(value, f"{unit.name}: {key}") for value in values]
     shape = tuple(unit.param.shape)
     if sum(part.shape[0] if part.ndim else 0 for part in parts) != world or any(p.shape[1:] != shape for p in parts):
-        raise ThinwireError(
-            f"{unit.name}: {len(parts)} of {world} rows of shape {shape} are here; to change the world size, load all "
-            "of them, with wire.load(checkpoint folder), or give load_state_dict a list of all ranks' states"
-        )
+        raise ThinwireError(f"{unit.name}: the checkpoint's {key} is not {world} rows of shape {shape}; it is damaged")
     stacked = torch.cat(parts)
     return _plain(stacked.double().mean(0).to(stacked.dtype), unit, key)
 
@@ -269,8 +286,6 @@ def _plain(value: Any, unit: Unit, key: str) -> Tensor:
         raise ThinwireError(
             f"{unit.name}: the checkpoint's {key} is of shape {tuple(tensor.shape)}, not of {tuple(unit.param.shape)}"
         )
-    if not bool(tensor.isfinite().all()):
-        raise ThinwireError(f"{unit.name}: the checkpoint's {key} is not finite")
     return torch.empty_like(unit.param, dtype=tensor.dtype).copy_(tensor)
 
 
@@ -283,6 +298,10 @@ def _tensor(value: Any, what: str) -> Tensor:
     if not ordinary or type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.dtype not in DTYPES.values():
         kind = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ThinwireError(f"{what} in the checkpoint is {kind}, not a tensor of {', '.join(DTYPES)}")
+    if tensor.nbytes > tensor.untyped_storage().nbytes():  # one number, said to be a million
+        raise ThinwireError(
+            f"{what} in the checkpoint is of shape {tuple(tensor.shape)}, with less in it; it is damaged"
+        )
     return tensor.detach()
 
 
@@ -290,11 +309,19 @@ def _mapping(state: Any, key: str) -> Mapping[str, Any]:
     value = state.get(key) if isinstance(state, Mapping) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     if not isinstance(value, Mapping):
         raise ThinwireError(f"the checkpoint has no {key!r}; it is damaged, or not of thinwire")
+    if wrong := [name for name in cast(Mapping[Any, Any], value) if not isinstance(name, str)]:
+        raise ThinwireError(f"the checkpoint's {key!r} has {_shown(wrong[0])} where a name should be; it is damaged")
     return cast(Mapping[str, Any], value)
 
 
 def _integer(state: Any, key: str, least: int) -> int:
-    value = state.get(key) if isinstance(state, Mapping) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    value: object = cast(Mapping[Any, Any], state).get(key) if isinstance(state, Mapping) else None
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**62:
-        raise ThinwireError(f"the checkpoint's {key} is {value!s:.40}, not a number from {least} on; it is damaged")
+        raise ThinwireError(f"the checkpoint's {key} is {_shown(value)}, not a number from {least} on; it is damaged")
     return value
+
+
+def _shown(value: object, length: int = 40) -> str:
+    """The start of it, where that can be printed: not an int of 5,000 digits, nor a list nested as deep."""
+    small = value is None or isinstance(value, (str, float)) or (isinstance(value, int) and abs(value) < 2**128)
+    return str(value)[:length] if small else type(value).__name__

@@ -267,7 +267,7 @@ class Session:
         self.transaction.before_optimizer(self.units, args, kwargs)
 
     def _after_optimizer(self, *_: object) -> None:
-        if self.transaction.pending and not self.transaction.failed:
+        if self.transaction.final:
             self._commit()
 
     def _commit(self) -> None:

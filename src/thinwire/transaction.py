@@ -61,11 +61,12 @@ class Transaction:
         """
         self.pending = True
         for verdict in self.verdicts:
-            if bool((verdict.clocks != verdict.clocks[0]).any()):
+            found = torch.stack([(verdict.clocks != verdict.clocks[0]).any(), verdict.bad.any()]).cpu()  # one wait
+            if bool(found[0]):
                 self.failed = True
                 self._complaint = _parted(verdict, step)
                 raise ThinwireError(self._complaint)
-            if bool(verdict.bad.any()):
+            if bool(found[1]):
                 self._fail(verdict, step)
 
     def _fail(self, verdict: Verdict, step: int) -> None:
@@ -102,6 +103,16 @@ class Transaction:
         if self.pending and self.failed:
             self._drop_gradients()
         self.pending = False
+
+    @property
+    def final(self) -> bool:
+        """Whether the optimizer step that has just ended makes it so.
+
+        A fused optimizer steps under a ``GradScaler`` even where it finds an overflow; the scaler then hands it
+        ``found_inf``, and its kernel changes nothing.
+        """
+        found_inf: Any = getattr(self.optimizer, "found_inf", None)
+        return self.pending and not self.failed and not (found_inf is not None and bool(found_inf))
 
     def commit(self, units: Sequence[Unit], workers: Sequence[Worker]) -> None:
         """What was prepared is final. A unit that no rank used has not been touched."""

@@ -116,6 +116,45 @@ def test_one_overflow_under_a_scaler_skips_one_step(world2, name, poison):
     torch.testing.assert_close(a, control, rtol=1e-6, atol=1e-7)
 
 
+def _overflow_in_the_optimizer(rank, method, optimizer_class, fused, overflows):
+    """Train 6 steps under a scaler; at step 3 a gradient overflows where only the optimizer sees it."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = optimizer_class(model.parameters(), lr=0.01, fused=fused)
+    ddp = DistributedDataParallel(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    wire = thinwire.attach(ddp, method, optimizer=optimizer, scaler=scaler)
+    for step in range(6):
+        if step == 3 and not overflows:
+            continue
+        optimizer.zero_grad()
+        scaler.scale(loss_of(ddp, batch(rank, step))).backward()
+        before = states(wire), flat_parameters(model)
+        if step == 3:
+            model.first.bias.grad[0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 3:
+            assert equal(before[0], states(wire))
+            assert torch.equal(before[1], flat_parameters(model))
+            assert scaler.get_scale() == 512.0
+    assert (wire.step, wire.ledger.skipped) == (5, int(overflows))
+    assert wire.ledger.rows[0].error > 0
+    assert wire.ledger.ratio > 1
+    wire.detach()
+    return flat_parameters(model)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["topk-adamw", "dgc"])
+def test_an_overflow_that_a_fused_optimizer_skips_inside_its_step(world2, name, fused):
+    optimizer, method = (torch.optim.AdamW, topk(0.05)) if name == "topk-adamw" else (torch.optim.SGD, dgc(0.02))
+    a, b = world2.run(_overflow_in_the_optimizer, method, optimizer, fused, True)
+    control = world2.run(_overflow_in_the_optimizer, method, optimizer, fused, False)[0]
+    assert torch.equal(a, b)
+    torch.testing.assert_close(a, control, rtol=1e-5, atol=1e-6)
+
+
 def _loss_scale(rank, scales):
     """Unscaled gradients that the optimizer sees, with the loss scale of each step given."""
     model, optimizer = build()

@@ -1,4 +1,4 @@
-"""A bounded run of the coverage-guided fuzzer; ``fuzz_frame.py`` says how to run it for longer."""
+"""Bounded runs of the coverage-guided fuzzers; each target says how to run it for longer."""
 
 import re
 import subprocess
@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("atheris", reason="the fuzzer runs where atheris has a wheel")
 
 
-def test_the_fuzzer_finds_nothing(tmp_path):
-    command = [sys.executable, str(Path(__file__).parent / "fuzz_frame.py"), "-runs=30000", "-max_len=400"]
+@pytest.mark.parametrize(("name", "runs", "longest"), [("frame", 30_000, 400), ("checkpoint", 12_000, 200)])
+def test_the_fuzzer_finds_nothing(tmp_path, name, runs, longest):
+    command = [sys.executable, str(Path(__file__).parent / f"fuzz_{name}.py"), f"-runs={runs}", f"-max_len={longest}"]
     done = subprocess.run(
         [*command, "-rss_limit_mb=1500", "-print_final_stats=1"],
         capture_output=True,
@@ -20,5 +21,5 @@ def test_the_fuzzer_finds_nothing(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Done 30000 runs" in done.stderr
+    assert f"Done {runs} runs" in done.stderr
     assert int(re.search(r"peak_rss_mb: +(\d+)", done.stderr)[1]) < 1000
