@@ -38,8 +38,8 @@ def journey(method, world, steps):
             for unit, grad in zip(units, grads, strict=True):
                 u = worker.local[unit.name].now.get("momentum")
                 asked[unit.name] = asked[unit.name] + grad + (0 if u is None else unit.memory.momentum * u)
-            messages = pipeline.send(bucket, grads, worker, step, [True] * len(units))
-            inboxes.append(pipeline.route(bucket, messages, peer))
+            outbox = pipeline.send(bucket, grads, worker, step, [True] * len(units))
+            inboxes.append(pipeline.route(bucket, outbox.messages, peer))
         inboxes = [pipeline.relay(bucket, i, w, step, p) for i, w, p in zip(inboxes, workers, peers, strict=True)]
         results = []
         for inbox in inboxes:

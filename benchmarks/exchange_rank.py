@@ -1,0 +1,53 @@
+"""One rank of ``benchmarks.exchange``: times the exchanges it is told, all in turn."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.lab import report
+from thinwire.exchange.collectives import ProcessGroup
+from thinwire.exchange.cost import measure
+from thinwire.link import Kind
+
+TIMEOUT = 600.0
+
+
+def exchange(group: ProcessGroup, stages: Sequence[tuple[Kind, int]]) -> list[float]:
+    """The seconds of each stage, on the slowest rank."""
+    seconds = torch.empty(len(stages), dtype=torch.float64)
+    messages = [torch.zeros(nbytes, dtype=torch.uint8) for _, nbytes in stages]
+    dist.barrier()
+    for i, ((kind, _), message) in enumerate(zip(stages, messages, strict=True)):
+        start = time.perf_counter()
+        arrived = group.all_gather(message) if kind == "all_gather" else group.all_to_all(message.view(group.world, -1))
+        arrived.wait(TIMEOUT)
+        arrived.future.wait()
+        seconds[i] = time.perf_counter() - start
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return seconds.tolist()
+
+
+def main(task: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    group = ProcessGroup(dist.group.WORLD)
+    cases: dict[str, list[tuple[Kind, int]]] = task["cases"]
+    for stages in cases.values():
+        exchange(group, stages)
+    link = measure(group, TIMEOUT)
+    found: dict[str, list[list[float]]] = {case: [] for case in cases}
+    for _ in range(task["rounds"]):
+        for case, stages in cases.items():
+            found[case].append(exchange(group, stages))
+    report({"seconds": found, "latency": link.latency, "bandwidth": link.bandwidth})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[-1]))
