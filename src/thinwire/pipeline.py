@@ -10,8 +10,7 @@ to the real run, and bytes are counted in one place.
 """
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -81,17 +80,6 @@ def send(
 def route(bucket: Bucket, messages: Sequence[Tensor], collective: Collective) -> list[InFlight]:
     """Start the exchange of every message, and return before it has ended."""
     return [group.start(message, collective) for group, message in zip(bucket.groups, messages, strict=True)]
-
-
-def route_together(
-    buckets: Sequence[Bucket], messages: Sequence[Sequence[Tensor]], collective: Collective
-) -> list[list[InFlight]]:
-    """``route`` for several buckets, whose gathered messages travel in one: that saves the latency of the others."""
-    if len(buckets) == 1:
-        return [route(buckets[0], messages[0], collective)]
-    ends = accumulate(message.numel() for [message] in messages)
-    joint = collective.all_gather(torch.cat([message for [message] in messages]))
-    return [[replace(joint, columns=columns)] for columns in pairwise((0, *ends))]
 
 
 @torch.no_grad()

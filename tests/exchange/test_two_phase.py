@@ -6,13 +6,15 @@ import torch
 from tests.engines.models import simulated
 from thinwire import Link, Method, ThinwireError, Warmup, dgc, pipeline, topk
 from thinwire.compressors.sparse import TopK
-from thinwire.core import Absorbed
+from thinwire.core import Absorbed, Context
 from thinwire.exchange.collectives import Local
 from thinwire.exchange.routes import Routing, plan_bucket
 from thinwire.exchange.two_phase import added, cut, without
 from thinwire.units import Worker, resolve, set_stage
 
 SHAPES = {"w": (30, 7), "empty": (0, 5), "b": (3,), "one": (1, 1), "v": (11, 13), "a": (1,)}
+
+CTX = Context(seed=0, step=0, unit="w", rank=0)
 
 
 def units_of(method, world, shapes=SHAPES, dtype=torch.float64, device="cpu"):
@@ -96,7 +98,7 @@ def test_the_second_selection_is_exact(world):
     torch.manual_seed(3)
     x = [torch.randint(-4, 5, (1, 40)).double() for _ in range(world)]
     one = TopK(0.2, selection="exact")
-    parts = [one.decompress(one.compress(t, {}, None), t, {}, None) for t in x]
+    parts = [one.decompress(one.compress(t, {}, CTX), t, {}, CTX) for t in x]
     total = torch.zeros(1, 40, dtype=torch.float64)
     for part in parts:
         part.add_to(total)
@@ -105,8 +107,8 @@ def test_the_second_selection_is_exact(world):
     mean.write_to(dense)
     assert torch.equal(dense, total)
     again = one.denser(0.5)
-    sent = again.decompress(again.compress_sparse(mean, x[0], {}, None), x[0], {}, None)
-    direct = again.decompress(again.compress(total, {}, None), total, {}, None)
+    sent = again.decompress(again.compress_sparse(mean, x[0], {}, CTX), x[0], {}, CTX)
+    direct = again.decompress(again.compress(total, {}, CTX), total, {}, CTX)
     assert torch.equal(sent.entries()[0], direct.entries()[0])
     rest = torch.full_like(total, torch.nan)
     without(mean, sent).write_to(rest)

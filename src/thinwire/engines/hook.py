@@ -23,7 +23,7 @@ from thinwire.clipping import clip
 from thinwire.core import ThinwireError
 from thinwire.engines.flight import Flight, settle
 from thinwire.exchange.collectives import Future, exchange_failed, in_future
-from thinwire.exchange.routes import Bucket
+from thinwire.exchange.routes import Bucket, route_together
 from thinwire.report.ledger import Stopwatch
 from thinwire.session import Session
 
@@ -199,7 +199,7 @@ class Dispatcher:
             return
         waiting, self.waiting = self.waiting, []
         with self._side_stream(waiting[0].buffer):
-            inboxes = pipeline.route_together(
+            inboxes = route_together(
                 [flight.bucket for flight in waiting],
                 [flight.outbox.messages for flight in waiting],
                 session.collective,

@@ -7,12 +7,15 @@ model is cut into buckets.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
+from torch import Tensor
 
 from thinwire.core import Payload, ThinwireError
+from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.exchange.groups import Group, Piece, Whole
 from thinwire.exchange.two_phase import two_phase
 from thinwire.link import Kind, Link
@@ -102,3 +105,15 @@ def seconds(groups: Sequence[Group], routing: Routing, world: int) -> float:
     if routing.link is None:
         raise ThinwireError("route 'auto' chooses by the speed of the link, which is not known here")
     return sum(routing.link.seconds(kind, nbytes, world) for group in groups for kind, nbytes in group.stages)
+
+
+def route_together(
+    buckets: Sequence[Bucket], messages: Sequence[Sequence[Tensor]], collective: Collective
+) -> list[list[InFlight]]:
+    """``pipeline.route`` for several buckets; gathered messages travel in one, which saves the latency of the others."""
+    if len(buckets) == 1:
+        groups = zip(buckets[0].groups, messages[0], strict=True)
+        return [[group.start(message, collective) for group, message in groups]]
+    ends = accumulate(message.numel() for [message] in messages)
+    joint = collective.all_gather(torch.cat([message for [message] in messages]))
+    return [[replace(joint, columns=columns)] for columns in pairwise((0, *ends))]
