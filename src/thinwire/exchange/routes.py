@@ -110,7 +110,7 @@ def seconds(groups: Sequence[Group], routing: Routing, world: int) -> float:
 def route_together(
     buckets: Sequence[Bucket], messages: Sequence[Sequence[Tensor]], collective: Collective
 ) -> list[list[InFlight]]:
-    """``pipeline.route`` for several buckets; gathered messages travel in one, which saves the latency of the others."""
+    """``pipeline.route`` for several buckets, whose gathered messages travel in one, which saves latency."""
     if len(buckets) == 1:
         groups = zip(buckets[0].groups, messages[0], strict=True)
         return [[group.start(message, collective) for group, message in groups]]
