@@ -45,6 +45,8 @@ optimizer without; so plain training is measured with momentum and without."""
 
 THINWIRE: dict[str, Callable[[], thinwire.Method]] = {
     "dgc": lambda: thinwire.dgc(0.001),
+    "dgc_int4": lambda: thinwire.dgc(0.001, values="int4"),
+    "dgc_two_phase": lambda: thinwire.dgc(0.001, route="two_phase"),
     "topk": lambda: thinwire.topk(0.001),
     "cast": thinwire.cast,
 }

@@ -18,6 +18,9 @@ METHODS: dict[str, Callable[[], thinwire.Method]] = {
     "cast": thinwire.cast,
     "topk": lambda: thinwire.topk(0.01),
     "dgc": lambda: thinwire.dgc(0.01),
+    "dgc_int4": lambda: thinwire.dgc(0.02, values="int4"),
+    "dgc_two_phase": lambda: thinwire.dgc(0.02, route="two_phase"),
+    "topk_two_phase": lambda: thinwire.topk(0.02, route="two_phase"),
 }
 """One line for each method and route."""
 WIDTH, LAYERS = 512, 4  # 1.05M parameters: gloo's own messages are some 300 bytes for each of ours

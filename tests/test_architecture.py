@@ -63,7 +63,7 @@ def test_pipeline_reads_as_the_journey():
 
 def test_core_needs_no_extra():
     extras = {"click", "rich", "matplotlib", "numba", "llvmlite", "triton", "zstandard"}
-    kernels = {"kernels/cpu.py", "kernels/blocks.py", "kernels/cuda.py"}
+    kernels = {"kernels/cpu.py", "kernels/blocks.py", "kernels/bits.py", "kernels/cuda.py"}
     allowed = kernels | {"cli.py", "__main__.py", "report/html.py", "wire/zstd.py"}
     for path in SOURCE.rglob("*.py"):
         if path.relative_to(SOURCE).as_posix() in allowed:

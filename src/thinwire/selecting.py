@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from thinwire.core import Context, Decompressed, Pass, Payload, Selection, flat
+from thinwire.core import Context, Decompressed, Kernels, Pass, Payload, Selection, flat
 from thinwire.exchange.groups import Piece
 from thinwire.units import Unit, Worker
 
@@ -41,6 +42,20 @@ def select(
         j: selections[j].settle(works[j].new_residual, chosen, threshold)
         for j, chosen, threshold in zip(works, found, thresholds, strict=True)
     }
+
+
+def rehearse(units: Sequence[Unit], kernels: Kernels) -> None:
+    """Compile what will run, so that no training step has to wait for it."""
+    kinds = {(unit.memory.accumulation, unit.param.dtype, unit.like.dtype, unit.param.device) for unit in units}
+    for rule, grad, state, device in kinds:
+        if rule is not None:
+            v, new_v, u, new_u = (torch.zeros(65, dtype=state, device=device) for _ in range(4))
+            momentum = (None, None) if rule.momentum is None else (u, new_u)
+            work = Pass(rule, torch.zeros(65, dtype=grad, device=device), v, new_v, *momentum)
+            if kernels.runs(work):
+                threshold = kernels.sample(work, 0, 2).amax().to(state)
+                found = kernels.accumulate([work], [threshold])[0]
+                kernels.decode_indices(kernels.encode_indices(found, 65), 65, 65)
 
 
 def _pass(unit: Unit, piece: Piece, grad: Tensor, worker: Worker, scale: float) -> Pass | None:

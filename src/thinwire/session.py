@@ -22,6 +22,7 @@ from thinwire.link import wire_bytes
 from thinwire.optimizers import Handover, check_optimizer, log, release_optimizer
 from thinwire.policy.plan import Method
 from thinwire.report.ledger import Ledger, StepRow
+from thinwire.selecting import rehearse
 from thinwire.succession import agree, hand_on
 from thinwire.transaction import OnNonfinite, Transaction
 from thinwire.units import Probe, Unit, Worker, resolve, set_stage
@@ -129,6 +130,7 @@ class Session:
             hand_on(before.get(unit.name), unit, self.workers, self.collective, self.timeout)
         if handover is not None and self._handover is None:
             self._say(handover.take(units, self.workers))
+        rehearse(units, self.workers[0].kernels)
         self.method, self.units, self._handover = method, units, handover
         self._take_link()
         self.by_param = {id(unit.param): unit for unit in units}

@@ -1,18 +1,23 @@
-"""One block of 64 elements in LLVM: load, accumulate, compare, store past the cache.
+"""A pass over memory in blocks of 64 elements: load, accumulate, compare, store past the cache.
 
 numba alone can't write past the cache, and that is what makes two copies of the state cost no more than updating in
 place: an ordinary store first reads the line that it is going to overwrite. The vectors are of 16 floats; LLVM cuts
-them to what the machine has.
+them to what the machine has. What numba compiled is kept on disk and is made afresh when this file changes, so all
+that it is made of stands here.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
+import numba
+import numpy
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 _intrinsic: Any = intrinsic
+_njit: Callable[..., Any] = cast(Any, numba).njit
 _types: Any = types
 UNDEFINED: Any = cast(Any, ir).Undefined
 BLOCK = 64
@@ -153,11 +158,69 @@ def copy(_: Any, to: Any, source: Any, nbytes: Any) -> Any:
     return _types.void(_types.int64, _types.int64, _types.int64), generate
 
 
-@_intrinsic
-def lowest_bit(_: Any, word: Any) -> Any:
-    """The position of the lowest set bit of a word that is not 0."""
+@cache
+def compiled_pass(kind: str, grad: str, state: str, past_cache: bool) -> Any:
+    """``f(g, u, v, new_u, new_v, n, momentum, scale, threshold, masks)``: addresses of ``n`` elements each."""
+    block = accumulate(kind, grad, state, past_cache)
+    edge = accumulate(kind, grad, state, False)
+    wide_g, wide = BLOCK * ITEMSIZE[grad], BLOCK * ITEMSIZE[state]
 
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+    @_njit(nogil=True, cache=True)
+    def run(
+        g: int,
+        u: int,
+        v: int,
+        new_u: int,
+        new_v: int,
+        n: int,
+        momentum: float,
+        scale: float,
+        threshold: float,
+        masks: Any,
+    ) -> None:
+        m, s, t = numpy.float32(momentum), numpy.float32(scale), numpy.float32(threshold)
+        whole = n // 64
+        for i in range(whole):
+            a, b = i * wide_g, i * wide
+            masks[i] = block(g + a, u + b, v + b, new_u + b, new_v + b, m, s, t)
+        rest = n - whole * 64
+        if rest:  # the last elements go through a block of their own
+            room = numpy.zeros((5, 64), numpy.float32)
+            r, step = room.ctypes.data, 256
+            a, b = whole * wide_g, whole * wide
+            rest_g, rest_s = rest * wide_g // 64, rest * wide // 64
+            copy(r, g + a, rest_g)
+            copy(r + step, u + b, rest_s)
+            copy(r + 2 * step, v + b, rest_s)
+            word = edge(r, r + step, r + 2 * step, r + 3 * step, r + 4 * step, m, s, t)
+            copy(g + a, r, rest_g)
+            if new_u != new_v:
+                copy(new_u + b, r + 3 * step, rest_s)
+            copy(new_v + b, r + 4 * step, rest_s)
+            masks[whole] = word & ((numpy.uint64(1) << numpy.uint64(rest)) - numpy.uint64(1))
 
-    return _types.int64(_types.uint64), generate
+    return run
+
+
+@cache
+def compiled_sample(kind: str, grad: str, state: str) -> Any:
+    """``f(g, u, v, start, stride, momentum, scale, out)``: magnitudes of what a pass would leave there."""
+    load_g, load_s = load(grad), load(state)
+    size_g, size = ITEMSIZE[grad], ITEMSIZE[state]
+    plain, nesterov, short = kind == "plain", kind == "nesterov", state == "bfloat16"
+
+    @_njit(nogil=True, cache=True)
+    def pick(g: int, u: int, v: int, start: int, stride: int, momentum: float, scale: float, out: Any) -> None:
+        m, s = numpy.float32(momentum), numpy.float32(scale)
+        for i in range(out.size):
+            at = start + i * stride
+            x, y = load_g(g + at * size_g) * s, load_s(v + at * size)
+            if plain:
+                z = y + x
+            elif nesterov:
+                z = (y + x) + (load_s(u + at * size) + x) * m
+            else:
+                z = y + (load_s(u + at * size) * m + x)
+            out[i] = abs(as_bfloat16(z)) if short else abs(z)
+
+    return pick

@@ -6,9 +6,8 @@ is allocated for a number of elements that nobody knows, and a second walk over 
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 import numba
 import numpy
@@ -16,10 +15,9 @@ import torch
 from torch import Tensor
 
 from thinwire.core import Pass
-from thinwire.kernels import blocks
+from thinwire.kernels import bits, blocks
 from thinwire.wire import elias_fano
 
-_njit: Callable[..., Any] = cast(Any, numba).njit
 BLOCK = blocks.BLOCK
 MIN_BLOCKS = 2**12
 """Fewer blocks than this are not worth another thread."""
@@ -46,7 +44,7 @@ class Cpu:
     def sample(self, work: Pass, start: int, stride: int) -> Tensor:
         n = work.grad.numel()
         out = numpy.empty(len(range(start, n, stride)), numpy.float32)
-        pick = _sample(_kind(work), GRADS[work.grad.dtype], STATES[work.new_residual.dtype])
+        pick = blocks.compiled_sample(_kind(work), GRADS[work.grad.dtype], STATES[work.new_residual.dtype])
         u = work.new_residual if work.old_momentum is None else work.old_momentum
         addresses = (work.grad.data_ptr(), u.data_ptr(), work.old_residual.data_ptr())
         pick(*addresses, start, stride, work.rule.momentum or 0.0, work.scale, out)
@@ -75,7 +73,7 @@ class Cpu:
         for other in others:
             other.result()
         return [
-            torch.from_numpy(_positions(self._masks[first : first + count]))
+            torch.from_numpy(bits.positions(self._masks[first : first + count]))
             for first, count in zip(firsts, counts, strict=True)
         ]
 
@@ -88,7 +86,7 @@ class Cpu:
         tensors = (work.grad, u, v, new_u, new_v)
         addresses = [t.data_ptr() + low * BLOCK * t.itemsize for t in tensors]
         aligned = all(address % (blocks.LANES * new_v.itemsize) == 0 for address in addresses[3:])
-        run = _pass(_kind(work), GRADS[work.grad.dtype], STATES[new_v.dtype], aligned)
+        run = blocks.compiled_pass(_kind(work), GRADS[work.grad.dtype], STATES[new_v.dtype], aligned)
         count = min(n, high * BLOCK) - low * BLOCK
         masks = self._masks[first + low : first + high]
         least = float(threshold)
@@ -98,12 +96,12 @@ class Cpu:
         k = indices.numel()
         low, high = elias_fano.sizes(k, n)
         out = numpy.zeros(low + high, numpy.uint8)
-        _encode(indices.numpy(), elias_fano.low_width(k, n), low, out)
+        bits.encode(indices.numpy(), elias_fano.low_width(k, n), low, out)
         return torch.from_numpy(out)
 
     def decode_indices(self, packed: Tensor, k: int, n: int) -> Tensor:
         out = numpy.empty(k, numpy.int64)
-        _decode(packed.numpy(), elias_fano.low_width(k, n), elias_fano.sizes(k, n)[0], out)
+        bits.decode(packed.numpy(), elias_fano.low_width(k, n), elias_fano.sizes(k, n)[0], out)
         return torch.from_numpy(out)
 
     def close(self) -> None:
@@ -115,136 +113,3 @@ class Cpu:
 def _run(parts: Sequence[Callable[[], None]]) -> None:
     for part in parts:
         part()
-
-
-@cache
-def _pass(kind: str, grad: str, state: str, past_cache: bool) -> Any:
-    """``f(g, u, v, new_u, new_v, n, momentum, scale, threshold, masks)``: addresses of ``n`` elements each."""
-    block = blocks.accumulate(kind, grad, state, past_cache)
-    edge = blocks.accumulate(kind, grad, state, False)
-    wide_g, wide = BLOCK * blocks.ITEMSIZE[grad], BLOCK * blocks.ITEMSIZE[state]
-    copy = blocks.copy
-
-    @_njit(nogil=True)
-    def run(
-        g: int,
-        u: int,
-        v: int,
-        new_u: int,
-        new_v: int,
-        n: int,
-        momentum: float,
-        scale: float,
-        threshold: float,
-        masks: Any,
-    ) -> None:
-        m, s, t = numpy.float32(momentum), numpy.float32(scale), numpy.float32(threshold)
-        whole = n // 64
-        for i in range(whole):
-            a, b = i * wide_g, i * wide
-            masks[i] = block(g + a, u + b, v + b, new_u + b, new_v + b, m, s, t)
-        rest = n - whole * 64
-        if rest:  # the last elements go through a block of their own
-            room = numpy.zeros((5, 64), numpy.float32)
-            r, step = room.ctypes.data, 256
-            a, b = whole * wide_g, whole * wide
-            rest_g, rest_s = rest * wide_g // 64, rest * wide // 64
-            copy(r, g + a, rest_g)
-            copy(r + step, u + b, rest_s)
-            copy(r + 2 * step, v + b, rest_s)
-            word = edge(r, r + step, r + 2 * step, r + 3 * step, r + 4 * step, m, s, t)
-            copy(g + a, r, rest_g)
-            if new_u != new_v:
-                copy(new_u + b, r + 3 * step, rest_s)
-            copy(new_v + b, r + 4 * step, rest_s)
-            masks[whole] = word & ((numpy.uint64(1) << numpy.uint64(rest)) - numpy.uint64(1))
-
-    return run
-
-
-@cache
-def _sample(kind: str, grad: str, state: str) -> Any:
-    """``f(g, u, v, start, stride, momentum, scale, out)``: magnitudes of what a pass would leave there."""
-    load_g, load = blocks.load(grad), blocks.load(state)
-    size_g, size = blocks.ITEMSIZE[grad], blocks.ITEMSIZE[state]
-    plain, nesterov, short = kind == "plain", kind == "nesterov", state == "bfloat16"
-
-    @_njit(nogil=True)
-    def pick(g: int, u: int, v: int, start: int, stride: int, momentum: float, scale: float, out: Any) -> None:
-        m, s = numpy.float32(momentum), numpy.float32(scale)
-        for i in range(out.size):
-            at = start + i * stride
-            x, y = load_g(g + at * size_g) * s, load(v + at * size)
-            if plain:
-                z = y + x
-            elif nesterov:
-                z = (y + x) + (load(u + at * size) + x) * m
-            else:
-                z = y + (load(u + at * size) * m + x)
-            out[i] = abs(blocks.as_bfloat16(z)) if short else abs(z)
-
-    return pick
-
-
-@_njit(nogil=True)
-def _positions(masks: Any) -> Any:
-    """Where bits are set, ascending."""
-    one = numpy.uint64(1)
-    count = 0
-    for word in masks:
-        while word:
-            word &= word - one
-            count += 1
-    out = numpy.empty(count, numpy.int64)
-    at = 0
-    for i in range(masks.size):
-        word = masks[i]
-        while word:
-            out[at] = i * 64 + blocks.lowest_bit(word)
-            word &= word - one
-            at += 1
-    return out
-
-
-@_njit(nogil=True)
-def _encode(indices: Any, width: int, low_bytes: int, out: Any) -> None:
-    """``wire.elias_fano`` by bytes: low bits as one stream, and a bitmap."""
-    pending, filled, at = numpy.uint64(0), 0, 0
-    mask = (numpy.int64(1) << width) - 1
-    for j in range(indices.size):
-        low = indices[j] & mask
-        for part in range(0, width, 32):  # at most 32 bits at a time, so that 7 + 32 of them fit the word
-            bits = min(32, width - part)
-            pending |= numpy.uint64((low >> part) & ((numpy.int64(1) << bits) - 1)) << numpy.uint64(filled)
-            filled += bits
-            while filled >= 8:
-                out[at] = pending & numpy.uint64(255)
-                pending >>= numpy.uint64(8)
-                filled -= 8
-                at += 1
-        bit = (indices[j] >> width) + j
-        out[low_bytes + (bit >> 3)] |= numpy.uint8(1 << (bit & 7))
-    if filled:
-        out[at] = pending & numpy.uint64(255)
-
-
-@_njit(nogil=True)
-def _decode(packed: Any, width: int, low_bytes: int, out: Any) -> None:
-    pending, filled, at, j = numpy.uint64(0), 0, 0, 0
-    for i in range(low_bytes, packed.size):
-        byte = packed[i]
-        while byte and j < out.size:
-            position = blocks.lowest_bit(numpy.uint64(byte))
-            byte &= byte - numpy.uint8(1)
-            low = numpy.int64(0)
-            for part in range(0, width, 32):
-                bits = min(32, width - part)
-                while filled < bits:
-                    pending |= numpy.uint64(packed[at]) << numpy.uint64(filled)
-                    filled += 8
-                    at += 1
-                low |= numpy.int64(pending & ((numpy.uint64(1) << numpy.uint64(bits)) - numpy.uint64(1))) << part
-                pending >>= numpy.uint64(bits)
-                filled -= bits
-            out[j] = ((((i - low_bytes) * 8 + position) - j) << width) | low
-            j += 1

@@ -1,0 +1,88 @@
+"""Bits to indices and back, compiled by numba: the words that a pass leaves, and ``wire.elias_fano``."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numba
+import numpy
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+_intrinsic: Any = intrinsic
+_types: Any = types
+_njit: Callable[..., Any] = cast(Any, numba).njit
+
+
+@_intrinsic
+def lowest_bit(_: Any, word: Any) -> Any:
+    """The position of the lowest set bit of a word that is not 0."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return _types.int64(_types.uint64), generate
+
+
+@_njit(nogil=True, cache=True)
+def positions(masks: Any) -> Any:
+    """Where bits are set, ascending."""
+    one = numpy.uint64(1)
+    count = 0
+    for word in masks:
+        while word:
+            word &= word - one
+            count += 1
+    out = numpy.empty(count, numpy.int64)
+    at = 0
+    for i in range(masks.size):
+        word = masks[i]
+        while word:
+            out[at] = i * 64 + lowest_bit(word)
+            word &= word - one
+            at += 1
+    return out
+
+
+@_njit(nogil=True, cache=True)
+def encode(indices: Any, width: int, low_bytes: int, out: Any) -> None:
+    """``wire.elias_fano`` by bytes: low bits as one stream, and a bitmap."""
+    pending, filled, at = numpy.uint64(0), 0, 0
+    mask = (numpy.int64(1) << width) - 1
+    for j in range(indices.size):
+        low = indices[j] & mask
+        for part in range(0, width, 32):  # at most 32 bits at a time, so that 7 + 32 of them fit the word
+            bits = min(32, width - part)
+            pending |= numpy.uint64((low >> part) & ((numpy.int64(1) << bits) - 1)) << numpy.uint64(filled)
+            filled += bits
+            while filled >= 8:
+                out[at] = pending & numpy.uint64(255)
+                pending >>= numpy.uint64(8)
+                filled -= 8
+                at += 1
+        bit = (indices[j] >> width) + j
+        out[low_bytes + (bit >> 3)] |= numpy.uint8(1 << (bit & 7))
+    if filled:
+        out[at] = pending & numpy.uint64(255)
+
+
+@_njit(nogil=True, cache=True)
+def decode(packed: Any, width: int, low_bytes: int, out: Any) -> None:
+    pending, filled, at, j = numpy.uint64(0), 0, 0, 0
+    for i in range(low_bytes, packed.size):
+        byte = packed[i]
+        while byte and j < out.size:
+            position = lowest_bit(numpy.uint64(byte))
+            byte &= byte - numpy.uint8(1)
+            low = numpy.int64(0)
+            for part in range(0, width, 32):
+                bits = min(32, width - part)
+                while filled < bits:
+                    pending |= numpy.uint64(packed[at]) << numpy.uint64(filled)
+                    filled += 8
+                    at += 1
+                low |= numpy.int64(pending & ((numpy.uint64(1) << numpy.uint64(bits)) - numpy.uint64(1))) << part
+                pending >>= numpy.uint64(bits)
+                filled -= bits
+            out[j] = ((((i - low_bytes) * 8 + position) - j) << width) | low
+            j += 1
