@@ -24,7 +24,12 @@ def exchange(group: ProcessGroup, stages: Sequence[tuple[Kind, int]]) -> list[fl
     dist.barrier()
     for i, ((kind, _), message) in enumerate(zip(stages, messages, strict=True)):
         start = time.perf_counter()
-        arrived = group.all_gather(message) if kind == "all_gather" else group.all_to_all(message.view(group.world, -1))
+        if kind == "all_reduce":
+            arrived = group.all_reduce(message.view(torch.float32))
+        elif kind == "all_gather":
+            arrived = group.all_gather(message)
+        else:
+            arrived = group.all_to_all(message.view(group.world, -1))
         arrived.wait(TIMEOUT)
         arrived.future.wait()
         seconds[i] = time.perf_counter() - start

@@ -147,10 +147,10 @@ def averaged_buffer(unit: Unit, workers: Sequence[Worker], collective: Collectiv
     if local := [part for part, _ in parts if part is not None]:
         buffer = torch.stack(local).sum(0).mul_(1.0 / collective.world)
         if len(workers) < collective.world:
-            arrived = collective.all_reduce(buffer)
+            arrived = collective.all_reduce(buffer).last(timeout)
             arrived.wait(timeout)
             arrived.future.wait()
-            buffer = arrived.result
+            buffer = arrived.answer()
         shared = buffer if shared is None else buffer + shared
     return shared
 

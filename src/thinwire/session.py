@@ -6,6 +6,7 @@ A session knows nothing of where gradients come from; engines and the simulator 
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -211,7 +212,7 @@ class Session:
 
     def _say(self, text: str) -> None:
         self.ledger.note(text)
-        if self.collective.rank == 0:
+        if self.collective.everyone.rank == 0:
             log.log(logging.WARNING, text)  # the level that is shown where nobody has set logging up
 
     # -- the step --------------------------------------------------------------------------------------------------
@@ -247,7 +248,7 @@ class Session:
         if self.transaction.begin() == 3:
             self._say("3 exchanges without a step of the attached optimizer: is it the one that steps?")
         self.row = StepRow(self.step, self.method.name)
-        self._sent_before = self.collective.sent
+        self._sent_before = self.collective.sent, self.collective.sent_inside
         self.loss_scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
         self._set_stage()
         self.workers[0].probe = Probe() if self.step % PROBE_EVERY == 0 else None
@@ -255,16 +256,18 @@ class Session:
     def count(self, bucket: Bucket) -> None:
         """Book one bucket; the total comes from the collective itself."""
         world, row = self.collective.world, self.row
-        row.compressed_wire_bytes += bucket.wire_bytes(world)[1]
+        share = 1 / self.collective.lanes
+        row.compressed_wire_bytes += bucket.wire_bytes(world)[1] * share
         for i, unit in enumerate(bucket.units):
-            plain = wire_bytes("all_reduce", unit.param.numel() * 4, world)
+            plain = wire_bytes("all_reduce", unit.param.numel() * 4, world) * share
             row.dense_bytes += plain
             row.compressed_dense_bytes += plain if i in bucket.lossy else 0.0
 
     def end_step(self) -> None:
         """After the last bucket of a step has arrived."""
         row = self.row
-        row.wire_bytes = self.collective.sent - self._sent_before
+        row.wire_bytes = self.collective.sent - self._sent_before[0]
+        row.inside_bytes = self.collective.sent_inside - self._sent_before[1]
         if (probe := self.workers[0].probe) is not None:
             row.error = probe.error
         self.ledger.add(row)
@@ -306,8 +309,10 @@ class Session:
         With ``torch.distributed.checkpoint`` the session goes in beside the model, ``dcp.save({"wire": wire, ...})``;
         with ``torch.save`` every rank writes a file of its own.
         """
-        clock = {"world": self.collective.world, "step": self.step, "installed_at": self._installed_at}
-        return checkpoint.save(self.units, self.workers[0], self.collective.rows, clock, self.method.to_json())
+        everyone = self.collective.everyone
+        clock = {"world": everyone.world, "step": self.step, "installed_at": self._installed_at}
+        worker = replace(self.workers[0], rank=everyone.rank)
+        return checkpoint.save(self.units, worker, everyone.rows, clock, self.method.to_json())
 
     def load_state_dict(
         self,
@@ -324,7 +329,7 @@ class Session:
         Raises:
             ThinwireError: the checkpoint is damaged, of another model, rank or world size, or not one on all ranks.
         """
-        rank, world = self.collective.rank, self.collective.world
+        rank, world = self.collective.everyone.rank, self.collective.everyone.world
         try:
             restored = checkpoint.restore(state, self.units, rank, world, on_world_change)
         except ThinwireError as error:  # all ranks load, or none

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from thinwire import Link, ThinwireError
-from thinwire.exchange.collectives import Local, Paced, ProcessGroup
+from thinwire.exchange.collectives import Local, ProcessGroup
+from thinwire.exchange.paced import Paced
 
 
 def contract(collectives):

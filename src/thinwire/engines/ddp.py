@@ -14,11 +14,14 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.core import ThinwireError
 from thinwire.engines.hook import Dispatcher
-from thinwire.exchange.collectives import TIMEOUT, Collective, Paced, ProcessGroup
+from thinwire.exchange.collectives import TIMEOUT, Collective, ProcessGroup
+from thinwire.exchange.nodes import Nodes, groups_of
+from thinwire.exchange.paced import Paced
 from thinwire.kernels.choose import Choice, choose
 from thinwire.link import Link
 from thinwire.policy.plan import Method
@@ -39,6 +42,7 @@ def attach(
     on_nonfinite: OnNonfinite = "skip",
     timeout: float = TIMEOUT,
     kernels: Choice = "auto",
+    nodes: int | DeviceMesh | None = None,
 ) -> Session:
     """Exchange the gradients of a DDP model by ``method``. A collective call: all ranks make it alike.
 
@@ -58,6 +62,9 @@ def attach(
             saves for longer than this needs more. On NCCL it is the process group's own timeout that counts.
         kernels: the loops that compress: "reference" is plain PyTorch, "cpu" needs ``thinwire[cpu]``, "auto" takes the
             fastest there is; the ledger names it. All give the same bits.
+        nodes: compress between nodes only. The ranks of a node, which follow each other, as a number; or a
+            ``DeviceMesh`` of two dimensions, between nodes and inside. Ranks of a node average their gradients and are
+            one worker together; the ledger's wire bytes are those between nodes. ``link`` is then that between nodes.
 
     Returns:
         The session: ``report()``, ``set_method()``, ``detach()``, and ``ledger``.
@@ -81,10 +88,14 @@ def attach(
     except ThinwireError as error:  # the other ranks must hear of it, or they would wait for ever
         agree(group, [("error", str(error))])
         raise
-    agree(group, [("error", "none")])
-    collective: Collective = Paced(group, wire) if wire else group
+    agree(group, [("error", "none"), ("nodes", str(nodes))])
+    levels = groups_of(group, nodes) if nodes is not None else None
+    own = group if levels is None else levels[1]
+    collective: Collective = Paced(own, wire) if wire else own
+    if levels is not None:
+        collective = Nodes(group, levels[0], collective, levels[2])
     try:
-        worker = Worker(group.rank, seed, kernels=chosen)
+        worker = Worker(collective.rank, seed, kernels=chosen)
         session = Session(named, method, collective, optimizer, seed, [worker], scaler, on_nonfinite, timeout)
     except ThinwireError:
         collective.close()

@@ -156,6 +156,7 @@ class Dispatcher:
     def _pass(
         self, session: Session, planned: Bucket, bucket: GradBucket, buffer: Tensor
     ) -> torch.futures.Future[torch.Tensor]:
+        session.collective.mean_inside(buffer, session.timeout)
         grads = [unit.grad_like(grad) for unit, grad in zip(planned.units, bucket.gradients(), strict=True)]
         if session.method.clip is None:
             return self._exchange(session, planned, grads, buffer)
@@ -179,6 +180,8 @@ class Dispatcher:
         step, row = session.step, session.row
         session.count(bucket)
         used = [self.used is None or id(unit.param) in self.used for unit in bucket.units]
+        if self.used is not None:
+            used = session.collective.any_inside(used, buffer, session.timeout)
         with self._side_stream(buffer), Stopwatch(row, "send_seconds"):
             outbox = pipeline.send(bucket, grads, session.workers[0], step, used, session.loss_scale)
         flight = Flight(

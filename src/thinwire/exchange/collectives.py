@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any, ClassVar, Protocol, TypeAlias, cast
 
 import torch
@@ -21,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from thinwire.core import ThinwireError
-from thinwire.link import Kind, Link, wire_bytes
+from thinwire.link import Link, wire_bytes
 
 Future: TypeAlias = torch.futures.Future[Any]
 
@@ -113,6 +111,29 @@ class Collective(Protocol):
         """Row r of the uint8 ``message`` ``[world, nbytes]`` goes to rank r; all have the same size."""
         ...
 
+    @property
+    def everyone(self) -> "Collective":
+        """Of all ranks one by one: for control traffic and checkpoints."""
+        ...
+
+    @property
+    def lanes(self) -> int:
+        """Ranks that share one worker's message, each of which sends a part of it."""
+        ...
+
+    @property
+    def sent_inside(self) -> float:
+        """Bytes that this rank has sent to those it shares messages with."""
+        ...
+
+    def mean_inside(self, gradients: Tensor, timeout: float) -> None:
+        """Average over the ranks that share messages, in place; waits."""
+        ...
+
+    def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
+        """Whether any rank that shares messages has used each; waits."""
+        ...
+
     def exchange_text(self, text: str) -> list[str]:
         """The text of every rank, for control traffic; it waits, and is not counted."""
         ...
@@ -130,6 +151,23 @@ class Collective(Protocol):
         ...
 
 
+class OneLevel:
+    """A collective in which every rank is a worker of its own."""
+
+    lanes = 1
+    sent_inside = 0.0
+
+    @property
+    def everyone(self) -> Any:
+        return self
+
+    def mean_inside(self, gradients: Tensor, timeout: float) -> None:
+        pass
+
+    def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
+        return list(used)
+
+
 @atexit.register
 def _let_go() -> None:
     """Give gloo's threads the time to put down the last tensors they held.
@@ -141,7 +179,7 @@ def _let_go() -> None:
         time.sleep(0.05)
 
 
-class ProcessGroup:
+class ProcessGroup(OneLevel):
     """Collectives of ``torch.distributed``, on any backend."""
 
     used: ClassVar[bool] = False
@@ -234,7 +272,7 @@ class _Meeting:
     waiting: list[Future] = field(default_factory=list[Future])
 
 
-class Local:
+class Local(OneLevel):
     """Collectives of N workers in one process: each worker talks through its own ``Local``, in rank order.
 
     Sums are taken in rank order, so they are bit-equal to any real exchange that gathers, and to a real all-reduce
@@ -320,68 +358,3 @@ def _sum_in_order(messages: list[Tensor], out: Tensor) -> None:
 
 def _stack(messages: list[Tensor], out: Tensor) -> None:
     torch.stack(messages, out=out)
-
-
-class Paced:
-    """Makes a real exchange take as long as it would on a thin link: an emulation, and labelled as one.
-
-    The link is busy until one message is through before it takes the next. An exchange ends when the emulated
-    link has carried it, or when the real one has ended, whichever is later.
-    """
-
-    def __init__(self, inner: Collective, link: Link) -> None:
-        self.inner = inner
-        self.link: Link | None = link
-        self._pacing = link
-        self.label = f"{inner.label}, emulated {link}"
-        self.rank = inner.rank
-        self.world = inner.world
-        self._free_at = 0.0
-        self._queue: SimpleQueue[tuple[Future, float, Future] | None] = SimpleQueue()
-        self._thread = Thread(target=self._run, name="thinwire-paced-link", daemon=True)
-        self._thread.start()
-
-    @property
-    def sent(self) -> float:
-        return self.inner.sent
-
-    def all_reduce(self, message: Tensor) -> InFlight:
-        return self._pace("all_reduce", message.nbytes, self.inner.all_reduce(message))
-
-    def all_gather(self, message: Tensor) -> InFlight:
-        return self._pace("all_gather", message.nbytes, self.inner.all_gather(message))
-
-    def all_to_all(self, message: Tensor) -> InFlight:
-        return self._pace("all_to_all", message.nbytes, self.inner.all_to_all(message))
-
-    def exchange_text(self, text: str) -> list[str]:
-        return self.inner.exchange_text(text)
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        return self.inner.rows(tensor)
-
-    def lost(self) -> list[int]:
-        return self.inner.lost()
-
-    def _pace(self, kind: Kind, nbytes: int, inner: InFlight) -> InFlight:
-        seconds = self._pacing.seconds(kind, nbytes, self.world)
-        self._free_at = max(time.monotonic(), self._free_at) + seconds
-        paced = in_future(inner.result)
-        self._queue.put((inner.future, self._free_at, paced))
-        return InFlight(paced, inner.result, inner.work)
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            real, deadline, paced = item
-            try:
-                real.wait()
-            except Exception as error:
-                paced.set_exception(error)
-                continue
-            time.sleep(max(0.0, deadline - time.monotonic()))
-            paced.set_result(real.value())
-
-    def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        self.inner.close()

@@ -1,0 +1,143 @@
+"""Two levels: dense inside a node, where links are fast, and compressed between nodes.
+
+A node is one worker. Its ranks average their gradients, hold the same state, and so compress to the same message, of
+which each sends its own part to its counterparts in the other nodes; what they receive they put together inside.
+So a message between nodes crosses each node's link once, spread over the ranks, and what compression loses is that
+of as many workers as there are nodes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from thinwire.core import ThinwireError
+from thinwire.exchange.collectives import Collective, InFlight, ProcessGroup
+from thinwire.link import Link
+from thinwire.wire.layout import ROW_ALIGNMENT
+
+
+def groups_of(
+    everyone: ProcessGroup, nodes: int | DeviceMesh
+) -> tuple[ProcessGroup, ProcessGroup, list[dist.ProcessGroup]]:
+    """The groups inside this rank's node and between its counterparts, and those that were made for it.
+
+    Args:
+        nodes: ranks in a node, which follow each other; or a mesh of two dimensions, between nodes and inside.
+
+    Raises:
+        ThinwireError: they do not make whole nodes of all ranks.
+    """
+    ranks = dist.get_process_group_ranks(everyone.group)
+    if not isinstance(nodes, int):
+        if nodes.ndim != 2 or sorted(cast("list[int]", nodes.mesh.flatten().tolist())) != sorted(ranks):
+            raise ThinwireError(
+                f"nodes is a mesh of {nodes.ndim} dimensions and {nodes.size()} ranks; it must have two, between nodes "
+                f"and inside, and hold the {len(ranks)} ranks of this model"
+            )
+        return ProcessGroup(nodes.get_group(1)), ProcessGroup(nodes.get_group(0)), []
+    if nodes < 1 or len(ranks) % nodes:
+        raise ThinwireError(f"nodes is {nodes}; it is the ranks of one node, and must divide {len(ranks)}")
+    if len(ranks) != dist.get_world_size():
+        raise ThinwireError("nodes as a number needs a model on all ranks; give a mesh of two dimensions")
+    # every rank makes every group, in this order: groups of their own choosing would find stale addresses
+    inside = [_group(ranks[i : i + nodes]) for i in range(0, len(ranks), nodes)]
+    between = [_group(ranks[lane::nodes]) for lane in range(nodes)]
+    node, lane = divmod(everyone.rank, nodes)
+    return ProcessGroup(inside[node]), ProcessGroup(between[lane]), [inside[node], between[lane]]
+
+
+class Nodes:
+    """Shows the pipeline one worker a node; each exchange has a stage between nodes and one inside."""
+
+    def __init__(
+        self, everyone: ProcessGroup, inside: Collective, between: Collective, made: Sequence[dist.ProcessGroup] = ()
+    ) -> None:
+        self.everyone = everyone
+        self.inside, self.between, self._made = inside, between, made
+        self.rank, self.world = between.rank, between.world
+        self.lanes, self._lane = inside.world, inside.rank
+        self.label = f"{between.label}, between {self.world} nodes of {self.lanes} ranks"
+        link = between.link
+        self.link = link and Link(link.bandwidth * self.lanes, link.latency)
+
+    @property
+    def sent(self) -> float:
+        return self.between.sent
+
+    @property
+    def sent_inside(self) -> float:
+        return self.inside.sent
+
+    def mean_inside(self, gradients: Tensor, timeout: float) -> None:
+        _wait(self.inside.all_reduce(gradients.mul_(1.0 / self.lanes)), timeout)
+
+    def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
+        flags = torch.tensor(used, dtype=torch.float32, device=gradients.device)
+        return [bool(flag) for flag in _wait(self.inside.all_reduce(flags), timeout)]
+
+    def all_reduce(self, message: Tensor) -> InFlight:
+        shape, dtype, nbytes = message.shape, message.dtype, message.nbytes
+        part = self._part(message.reshape(1, -1).view(torch.uint8))
+        return self._then_inside(
+            self.between.all_reduce(part.view(dtype)), 1, lambda rows: rows[0, :nbytes].view(dtype).view(shape)
+        )
+
+    def all_gather(self, message: Tensor) -> InFlight:
+        nbytes = message.numel()
+        part = self._part(message.view(1, -1)).view(-1)
+        return self._then_inside(self.between.all_gather(part), self.world, lambda rows: rows[:, :nbytes])
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        nbytes = message.shape[1]
+        return self._then_inside(
+            self.between.all_to_all(self._part(message)), self.world, lambda rows: rows[:, :nbytes]
+        )
+
+    def _part(self, rows: Tensor) -> Tensor:
+        """This rank's columns of uint8 ``[rows, nbytes]``, padded."""
+        width = -(-rows.shape[1] // (self.lanes * ROW_ALIGNMENT)) * ROW_ALIGNMENT
+        padded = torch.nn.functional.pad(rows, (0, width * self.lanes - rows.shape[1]))
+        return padded[:, self._lane * width : (self._lane + 1) * width].contiguous()
+
+    def _then_inside(self, first: InFlight, rows: int, whole: Callable[[Tensor], Tensor]) -> InFlight:
+        lanes = self.lanes
+
+        def arrange(parts: Tensor) -> Tensor:
+            return whole(parts.view(lanes, rows, -1).transpose(0, 1).reshape(rows, -1))
+
+        @cache
+        def then() -> InFlight:
+            return replace(self.inside.all_gather(first.answer().reshape(-1).view(torch.uint8)), arrange=arrange)
+
+        return replace(first, then=then)
+
+    def exchange_text(self, text: str) -> list[str]:
+        return self.everyone.exchange_text(text)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        return self.everyone.rows(tensor)
+
+    def lost(self) -> list[int]:
+        return self.everyone.lost()
+
+    def close(self) -> None:
+        self.between.close()
+        self.inside.close()
+        for group in self._made:
+            dist.destroy_process_group(group)
+
+
+def _group(ranks: list[int]) -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, dist.new_group(ranks))
+
+
+def _wait(flight: InFlight, timeout: float) -> Tensor:
+    flight.wait(timeout)
+    flight.future.wait()
+    return flight.answer()

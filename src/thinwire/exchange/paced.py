@@ -1,0 +1,76 @@
+"""An emulated link: a real exchange that takes as long as it would on a thin one."""
+
+import time
+from dataclasses import replace
+from queue import SimpleQueue
+from threading import Thread
+
+from torch import Tensor
+
+from thinwire.exchange.collectives import Collective, Future, InFlight, OneLevel, in_future
+from thinwire.link import Kind, Link
+
+
+class Paced(OneLevel):
+    """Makes a real exchange take as long as it would on a thin link: an emulation, and labelled as one.
+
+    The link is busy until one message is through before it takes the next. An exchange ends when the emulated
+    link has carried it, or when the real one has ended, whichever is later.
+    """
+
+    def __init__(self, inner: Collective, link: Link) -> None:
+        self.inner = inner
+        self.link: Link | None = link
+        self._pacing = link
+        self.label = f"{inner.label}, emulated {link}"
+        self.rank = inner.rank
+        self.world = inner.world
+        self._free_at = 0.0
+        self._queue: SimpleQueue[tuple[Future, float, Future] | None] = SimpleQueue()
+        self._thread = Thread(target=self._run, name="thinwire-paced-link", daemon=True)
+        self._thread.start()
+
+    @property
+    def sent(self) -> float:
+        return self.inner.sent
+
+    def all_reduce(self, message: Tensor) -> InFlight:
+        return self._pace("all_reduce", message.nbytes, self.inner.all_reduce(message))
+
+    def all_gather(self, message: Tensor) -> InFlight:
+        return self._pace("all_gather", message.nbytes, self.inner.all_gather(message))
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        return self._pace("all_to_all", message.nbytes, self.inner.all_to_all(message))
+
+    def exchange_text(self, text: str) -> list[str]:
+        return self.inner.exchange_text(text)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        return self.inner.rows(tensor)
+
+    def lost(self) -> list[int]:
+        return self.inner.lost()
+
+    def _pace(self, kind: Kind, nbytes: int, inner: InFlight) -> InFlight:
+        seconds = self._pacing.seconds(kind, nbytes, self.world)
+        self._free_at = max(time.monotonic(), self._free_at) + seconds
+        paced = in_future(inner.result)
+        self._queue.put((inner.future, self._free_at, paced))
+        return replace(inner, future=paced)
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            real, deadline, paced = item
+            try:
+                real.wait()
+            except Exception as error:
+                paced.set_exception(error)
+                continue
+            time.sleep(max(0.0, deadline - time.monotonic()))
+            paced.set_result(real.value())
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        self.inner.close()
