@@ -187,8 +187,7 @@ def added(parts: Sequence[Decompressed], like: Tensor) -> Sparse:
             part.add_to(total)
         return Sparse(torch.arange(like.numel(), device=total.device), total, 1.0)
     indices, values = zip(*(part.entries() for part in parts), strict=True)
-    ascending = torch.unique(torch.cat(indices), return_inverse=True)
-    there, place = cast("tuple[Tensor, Tensor]", ascending)
+    there, place = cast("tuple[Tensor, Tensor]", torch.unique(torch.cat(indices), return_inverse=True))  # ascending
     total = torch.zeros(there.numel(), dtype=dtype, device=there.device)
     total.index_add_(0, place, torch.cat(values).to(dtype))  # on CPU in this order; elsewhere only the owner adds
     return Sparse(there, total, there.numel() / like.numel())
