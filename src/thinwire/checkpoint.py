@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from thinwire.compressors import catalogue
 from thinwire.compressors.cast import DTYPES
-from thinwire.core import State, ThinwireError, flat, norm
+from thinwire.core import State, ThinwireError, flat, float_at_least_32, norm
 from thinwire.units import Unit, Worker
 
 VERSION = 1
@@ -277,7 +277,7 @@ def _mean_row(states: Sequence[Mapping[str, Any]], unit: Unit, key: str, world: 
     if sum(part.shape[0] if part.ndim else 0 for part in parts) != world or any(p.shape[1:] != shape for p in parts):
         raise ThinwireError(f"{unit.name}: the checkpoint's {key} is not {world} rows of shape {shape}; it is damaged")
     stacked = torch.cat(parts)
-    return _plain(stacked.double().mean(0).to(stacked.dtype), unit, key)
+    return _plain(stacked.double().mean(0).to(float_at_least_32(stacked.dtype)), unit, key)
 
 
 def _plain(value: Any, unit: Unit, key: str) -> Tensor:

@@ -61,7 +61,10 @@ def rehearse(units: Sequence[Unit], kernels: Kernels) -> None:
 def _pass(unit: Unit, piece: Piece, grad: Tensor, worker: Worker, scale: float) -> Pass | None:
     """None where the memory has to do more, or tensors lie differently in memory."""
     rule, local = unit.memory.accumulation, worker.local[unit.name]
-    if rule is None or "carried" in local.now or grad.stride() != local.now["residual"].stride():
+    if rule is None or "carried" in local.now:
+        return None
+    like = [(t.stride(), t.dtype) for t in (local.now["residual"], local.next["residual"])]
+    if like[0] != like[1] or grad.stride() != like[0][0]:
         return None
     now, new = piece.of_state(local.now), piece.of_state(local.next)
     u, new_u = (flat(state["momentum"]) if rule.momentum is not None else None for state in (now, new))

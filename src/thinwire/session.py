@@ -150,8 +150,22 @@ class Session:
         if self.method.route == "auto":
             self.ledger.note(f"routes are chosen for a link of {link} ({how})")
 
+    def _stage(self, step: int) -> float | None:
+        """The density of that step; None where it is the method's own."""
+        return self.method.warmup.density(max(0, step - self._installed_at)) if self.method.warmup else None
+
+    def _check_clocks(self) -> None:
+        """Around a change of stage ranks that are not at the same step would send messages of different sizes.
+
+        Raises:
+            ThinwireError: there are such ranks.
+        """
+        if len({self._stage(self.step + i) for i in (-1, 0, 1)}) > 1:
+            texts = self.collective.exchange_text(str(self.step))
+            self.transaction.compare([int(text) for text in texts], self.step)
+
     def _set_stage(self) -> None:
-        density = self.method.warmup.density(self.step - self._installed_at) if self.method.warmup else None
+        density = self._stage(self.step)
         if density != self._density:
             self._density = density
             self._buckets: dict[tuple[int, ...], Bucket] = {}
@@ -250,6 +264,7 @@ class Session:
         self.row = StepRow(self.step, self.method.name)
         self._sent_before = self.collective.sent, self.collective.sent_inside
         self.loss_scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
+        self._check_clocks()
         self._set_stage()
         self.workers[0].probe = Probe() if self.step % PROBE_EVERY == 0 else None
 

@@ -54,4 +54,5 @@ def _keep(old: State, new: State, residual_gain: float = 1.0) -> None:
     for key, value in old.items():
         kept = key if key in new else "carried" if key in ("residual", "carried") else None
         if kept is not None:
-            new[kept] = value * residual_gain if key in ("residual", "carried") and residual_gain != 1.0 else value
+            value = value * residual_gain if key in ("residual", "carried") and residual_gain != 1.0 else value
+            new[kept] = value.to(new[kept].dtype) if kept in new else value

@@ -44,8 +44,7 @@ class Transaction:
     def begin(self) -> int:
         """A new exchange; answers how many before it, in a row, are void because no optimizer step followed."""
         idle = self.pending and not self.failed
-        self.void()
-        self.failed = False
+        self.pending = self.failed = False  # gradients stay: by now they are those of the next step
         self.verdicts = []
         if not idle:
             return 0
@@ -63,15 +62,31 @@ class Transaction:
         for verdict in self.verdicts:
             found = torch.stack([(verdict.clocks != verdict.clocks[0]).any(), verdict.bad.any()]).cpu()  # one wait
             if bool(found[0]):
-                self.failed = True
-                self._complaint = _parted(verdict, step)
-                raise ThinwireError(self._complaint)
+                near = [step + (int(c) - step + CLOCK // 2) % CLOCK - CLOCK // 2 for c in verdict.clocks]
+                self.compare(near, step)
             if bool(found[1]):
                 self._fail(verdict, step)
 
+    def compare(self, clocks: Sequence[int], step: int) -> None:
+        """Look at the steps that all ranks are at.
+
+        Raises:
+            ThinwireError: they differ; a step of the optimizer changes nothing now.
+        """
+        other = next((rank for rank, clock in enumerate(clocks) if clock != clocks[0]), None)
+        if other is not None:
+            self.pending = self.failed = True
+            self._complaint = (
+                f"step {step}: the step clocks of the ranks have parted: rank 0 is at step {clocks[0]}, rank {other} "
+                f"at {clocks[other]}. Some ranks called optimizer.step() where others did not, so their weights differ "
+                "too. Restart from the last checkpoint, and call optimizer.step() on all ranks or on none"
+            )
+            raise ThinwireError(self._complaint)
+
     def _fail(self, verdict: Verdict, step: int) -> None:
-        if not self.failed:
-            self.ledger.skipped += 1
+        if self.failed:  # said of another message already
+            return
+        self.ledger.skipped += 1
         sender, unit = (int(i) for i in verdict.bad.nonzero()[0])
         rank = f"rank {sender}" if verdict.bad.shape[0] > 1 else "some rank"
         self.failed = True
@@ -87,21 +102,16 @@ class Transaction:
                 "step back; call backward first and step() without a closure"
             )
         if self.pending and self.failed:
-            self._drop_gradients()
+            self.void()
             if self.on_nonfinite == "raise":
-                self.void()
                 raise ThinwireError(f"{self._complaint}; nothing has been changed by this step")
 
-    def _drop_gradients(self) -> None:
-        if self.optimizer is not None:
+    def void(self) -> None:
+        """What was prepared will never be final, and gradients that are not finite are not left to the optimizer."""
+        if self.pending and self.failed and self.optimizer is not None:
             for group in self.optimizer.param_groups:
                 for param in group["params"]:
                     param.grad = None
-
-    def void(self) -> None:
-        """What was prepared will never be final."""
-        if self.pending and self.failed:
-            self._drop_gradients()
         self.pending = False
 
     @property
@@ -124,14 +134,3 @@ class Transaction:
                 unit.shared.commit()
                 for worker in workers:
                     worker.local[unit.name].commit()
-
-
-def _parted(verdict: Verdict, step: int) -> str:
-    clocks = [int(clock) for clock in verdict.clocks]
-    other = next(rank for rank, clock in enumerate(clocks) if clock != clocks[0])
-    first, second = (step + (clock - step + CLOCK // 2) % CLOCK - CLOCK // 2 for clock in (clocks[0], clocks[other]))
-    return (
-        f"step {step}: the step clocks of the ranks have parted: rank 0 is at step {first}, rank {other} at {second}. "
-        "Some ranks called optimizer.step() where others did not, so their weights differ too. Restart from the last "
-        "checkpoint, and call optimizer.step() on all ranks or on none"
-    )

@@ -1,5 +1,6 @@
 """Nothing is lost: overflow, unused parameters, change of method, copies and checkpoints of the optimizer."""
 
+import contextlib
 import copy
 import pickle
 import time
@@ -76,9 +77,12 @@ def _poisoned(rank, method, poison, where, optimizer_class, on_nonfinite="skip",
 
 @pytest.mark.parametrize("where", ["middle.weight", "conv.weight", "first.bias"])
 @pytest.mark.parametrize("poison", [(0,), (1,), (0, 1)])
-@pytest.mark.parametrize("name", ["dgc", "topk-adamw", "dgc-clip"])
+@pytest.mark.parametrize("name", ["dgc", "topk-adamw", "dgc-clip", "dgc-sampled"])
 def test_a_step_that_is_not_finite_never_happened(world2, name, poison, where):
-    method = {"dgc": dgc(0.02), "topk-adamw": topk(0.05), "dgc-clip": dgc(0.02, clip=1.0)}[name]
+    method = {
+        "dgc": dgc(0.02), "topk-adamw": topk(0.05), "dgc-clip": dgc(0.02, clip=1.0),
+        "dgc-sampled": dgc(0.05, selection="sampled", route="two_phase"),
+    }[name]  # fmt: skip
     optimizer = torch.optim.AdamW if name == "topk-adamw" else torch.optim.SGD
     (a, facts), (b, _) = world2.run(_poisoned, method, poison, where, optimizer)
     control = world2.run(_poisoned, method, (), where, optimizer, "skip", None, 5)[0][0]
@@ -236,9 +240,13 @@ def _experts(rank, method, repeats, steps, per_rank, options):
 
 @pytest.mark.parametrize("per_rank", [False, True])
 @pytest.mark.parametrize("view", [False, True])
-@pytest.mark.parametrize("route", ["all_gather", "two_phase"])
-def test_unused_parameters_keep_their_residual(world2, route, per_rank, view):
-    results = world2.run(_experts, topk(0.05, route=route), 1, 16, per_rank, {"gradient_as_bucket_view": view})
+@pytest.mark.parametrize(
+    ("route", "selection"), [("all_gather", "auto"), ("all_gather", "sampled"), ("two_phase", "sampled")]
+)
+def test_unused_parameters_keep_their_residual(world2, route, selection, per_rank, view):
+    results = world2.run(
+        _experts, topk(0.05, route=route, selection=selection), 1, 16, per_rank, {"gradient_as_bucket_view": view}
+    )
     (local0, delivered, residual0, untouched, params0, ratio), (local1, _, residual1, _, params1, _) = results
     assert torch.equal(params0, params1)
     assert untouched
@@ -372,24 +380,105 @@ def test_sampled_selection_is_the_same_in_the_simulator(world2):
     assert torch.equal(real[0], flat_parameters(model))
 
 
+def _accumulates_after_a_skip(rank, poisoned, scaled):
+    """Norms of the gradients after a skipped step and one with a micro-batch under no_sync."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.02)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=10**6) if scaled else None
+    wire = thinwire.attach(ddp, topk(1.0), optimizer=optimizer, scaler=scaler)
+    for step in range(4):
+        optimizer.zero_grad()
+        x, y = torch.Generator().manual_seed(step * 10 + rank), torch.Generator().manual_seed(step * 10 + rank + 5)
+        first, last = torch.randn(8, 64, generator=x), torch.randn(8, 64, generator=y)
+        if poisoned and step == 2 and rank == 0:
+            last[0, 0] = float("inf")
+        with ddp.no_sync() if step == 3 else contextlib.nullcontext():
+            if step == 3:
+                ddp(first).square().sum().backward()
+        loss = ddp(last).square().sum()
+        (scaler.scale(loss) if scaler else loss).backward()
+        norms = [p.grad.norm() for p in model.parameters()]
+        scaler.step(optimizer) if scaler else optimizer.step()
+        if scaler:
+            scaler.update(1.0)
+    skipped = wire.ledger.skipped
+    wire.detach()
+    return torch.stack(norms), skipped
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_accumulates_after_a_skipped_step_is_kept(world2, scaled):
+    expected, none = world2.run(_accumulates_after_a_skip, False, scaled)[0]
+    found, one = world2.run(_accumulates_after_a_skip, True, scaled)[0]
+    assert (none, one) == (0, 1)
+    assert expected.min() > 0
+    assert torch.equal(found, expected)
+
+
+def _sparse_gradient(rank):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 64, sparse=True), nn.Linear(64, 64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ddp = DistributedDataParallel(model)
+    wire = thinwire.attach(ddp, topk(0.1, keep_dense=["0.weight"]), optimizer=optimizer)
+    for step in range(5):
+        optimizer.zero_grad()
+        loss = ddp(torch.randint(0, 50, (8,))).square().mean()
+        (loss * float("inf") if step == 2 and rank == 1 else loss).backward()
+        optimizer.step()
+    found = wire.ledger.skipped, wire.step, bool(flat_parameters(model).isfinite().all()), wire.ledger.ratio
+    wire.detach()
+    return found
+
+
+def test_a_sparse_gradient_that_is_not_finite_skips_too(world2):
+    for skipped, step, finite, ratio in world2.run(_sparse_gradient):
+        assert (skipped, step, finite) == (1, 4, True)
+        assert ratio > 1
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_a_change_of_the_state_dtype_keeps_the_residual(dtypes, kernels):
+    from thinwire.sim.workers import SimulatedWorkers
+
+    model = nn.Linear(512, 512, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sim = SimulatedWorkers(model, topk(0.01, state=dtypes[0]), optimizer, 2, kernels=kernels)
+    for step in range(6):
+        if step == 3:
+            sim.session.set_method(topk(0.01, state=dtypes[1]))
+        pending = [worker.local["weight"].now["residual"].double() for worker in sim.session.workers]
+        assert step == 0 or pending[0].norm() > 0
+        sim.step(lambda worker: model(torch.randn(8, 512)).square().sum())
+        for worker in sim.session.workers:
+            state = worker.local["weight"].now["residual"]
+            assert state.dtype == getattr(torch, dtypes[step >= 3])
+            assert state.isfinite().all()
+    assert sim.session.ledger.ratio > 10
+    sim.session.detach()
+
+
 # -- overlap ---------------------------------------------------------------------------------------------------------
 
 
 def _starts(rank, clip):
     """How long before the end of backward each exchange was started, in the last step."""
-    from thinwire import pipeline
+    from thinwire.engines import hook
 
     model = nn.Sequential(*[nn.Linear(512, 512) for _ in range(4)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     ddp = DistributedDataParallel(model, bucket_cap_mb=1)
     wire = thinwire.attach(ddp, dgc(0.1, clip=clip), optimizer=optimizer)  # smaller messages travel together
-    starts, route = [], pipeline.route
+    starts, route = [], hook.route_together
 
     def spy(*args):
         starts.append(time.perf_counter())
         return route(*args)
 
-    pipeline.route = spy
+    hook.route_together = spy
     reached = []
     next(iter(model[0].parameters())).register_hook(lambda g: reached.append(time.perf_counter()))
     try:
@@ -400,7 +489,7 @@ def _starts(rank, clip):
             ddp(torch.randn(64, 512)).square().mean().backward()
             optimizer.step()
     finally:
-        pipeline.route = route
+        hook.route_together = route
     wire.detach()
     return [start < reached[0] for start in starts]
 

@@ -24,8 +24,10 @@ from thinwire.core import ThinwireError
 from thinwire.engines.flight import Flight, settle
 from thinwire.exchange.collectives import Future, exchange_failed, in_future
 from thinwire.exchange.routes import Bucket, route_together
+from thinwire.pipeline import Verdict
 from thinwire.report.ledger import Stopwatch
 from thinwire.session import Session
+from thinwire.wire import head
 
 ACCUMULATED = (
     "a backward pass is about to add to gradients that were already averaged over the ranks, with no optimizer step "
@@ -43,6 +45,7 @@ class Dispatcher:
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
         self.held: list[tuple[Bucket, list[Tensor], Tensor, Future]] = []
         self.flights: list[Flight] = []
+        self.sparse: list[Future] = []  # exchanges of sparse gradients, which are DDP's own
         self.waiting: list[Flight] = []  # those that have not departed
         self.joined = 0  # exchanges that this saved in the step under way
         self.used: set[int] | None = None  # parameters that this backward reached, where DDP looks for unused ones
@@ -121,6 +124,7 @@ class Dispatcher:
         self.flights.clear()
         self.waiting.clear()
         self.joined = 0
+        self.sparse.clear()
         self.exchanged_since_step = session.optimizer is not None
         session.begin_step()
 
@@ -141,6 +145,9 @@ class Dispatcher:
                 f"{stages - self.joined} exchanges a step for {len(self.flights)} buckets: gathered messages of less "
                 f"than {session.join_bytes:,.0f} bytes travel together"
             )
+        for done in self.sparse:
+            done.wait()
+        self.sparse.clear()
         self.flights.clear()
         if self.used is not None:
             self.used.clear()
@@ -171,7 +178,19 @@ class Dispatcher:
                 f"{name} has a sparse gradient, which its method can't compress, remember or clip; use sparse=False"
             )
         session.ledger.note(f"{name} has a sparse gradient; DDP's own all-reduce exchanges it, and it is not counted")
-        return self._plain(buffer)
+        verdicts = session.transaction.verdicts
+
+        def look(summed: Future) -> Tensor:  # the sum is the same on all ranks, and so is what they find in it
+            bad = head.is_bad(summed.value().coalesce().values()).view(1, 1)
+            verdicts.append(Verdict(planned.units, torch.ones_like(bad), bad, bad.new_zeros(1, dtype=torch.uint8)))
+            return summed.value()
+
+        done = self._plain(buffer)
+        if not planned.units[0].guarded:
+            return done
+        done = done.then(look)
+        self.sparse.append(done)
+        return done
 
     def _exchange(
         self, session: Session, bucket: Bucket, grads: Sequence[Tensor], buffer: Tensor

@@ -182,15 +182,13 @@ def added(parts: Sequence[Decompressed], like: Tensor) -> Sparse:
     """The sum of one piece over all ranks, in rank order, at every element that any of them sent."""
     dtype = float_at_least_32(like.dtype)
     if parts[0].density >= 1.0:
-        indices, values = parts[0].entries()
-        total = torch.empty(like.numel(), dtype=dtype, device=values.device)
+        total = torch.empty(like.numel(), dtype=dtype, device=parts[0].entries()[1].device)
         parts[0].write_to(total)
         for part in parts[1:]:
             part.add_to(total)
         return Sparse(torch.arange(like.numel(), device=total.device), total, 1.0)
     indices, values = zip(*(part.entries() for part in parts), strict=True)
-    unique = cast("tuple[Tensor, Tensor]", torch.unique(torch.cat(indices), return_inverse=True))  # ascending
-    there, place = unique
+    there, place = cast("tuple[Tensor, Tensor]", torch.unique(torch.cat(indices), return_inverse=True))  # ascending
     total = torch.zeros(there.numel(), dtype=dtype, device=there.device)
     total.index_add_(0, place, torch.cat(values).to(dtype))  # on CPU in this order; elsewhere only the owner adds
     return Sparse(there, total, there.numel() / like.numel())
