@@ -22,6 +22,9 @@ _types: Any = types
 UNDEFINED: Any = cast(Any, ir).Undefined
 BLOCK = 64
 LANES = 16
+LINE = 64
+AHEAD = 16
+"""Samples to fetch ahead."""
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 VF, VI, VH = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -74,14 +77,25 @@ def _store(b: Any, x: Any, address: Any, j: int, past_cache: bool) -> None:
         store.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
 
 
+def _fetch(b: Any, address: Any) -> None:
+    """Ask for the cache line at ``address``, which need not exist."""
+    byte = ir.IntType(8).as_pointer()
+    name = "llvm.prefetch.p0"
+    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+    ask = b.module.globals.get(name) or ir.Function(b.module, kind, name)
+    b.call(ask, [b.inttoptr(address, byte), ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+
+
 @cache
-def accumulate(kind: str, grad: str, state: str, past_cache: bool) -> Any:
+def accumulate(kind: str, grad: str, state: str, past_cache: bool, ahead: int = 0) -> Any:
     """``f(g, u, v, new_u, new_v, momentum, scale, threshold) -> mask`` for one block at these addresses.
 
     Args:
         kind: ``"plain"`` (no momentum), ``"momentum"`` or ``"nesterov"``.
         grad, state: dtypes; each operation is rounded to float32, and bfloat16 states once more when stored.
         past_cache: states are aligned to a vector, and are not kept in the cache.
+        ahead: bytes of the state to fetch ahead; where several threads share the memory, the processor's own guess is
+            too short.
 
     Bit ``i`` of the mask is set where ``|v'_i|`` is not below the threshold. The gradient is cleared.
     """
@@ -95,6 +109,9 @@ def accumulate(kind: str, grad: str, state: str, past_cache: bool) -> Any:
             m, s = splat(b, momentum, VF), splat(b, scale, VF)
             least = b.bitcast(splat(b, threshold, VF), VI)
             mask = ir.Constant(I64, 0)
+            for start, size in ((g, ITEMSIZE[grad]), (u, ITEMSIZE[state]), (v, ITEMSIZE[state])) if ahead else ():
+                for line in range(0, BLOCK * size, LINE):
+                    _fetch(b, b.add(start, ir.Constant(I64, ahead * size // ITEMSIZE[state] + line)))
             for j in range(BLOCK // LANES):
                 gl, vl = b.fmul(_load(b, g, j, grad), s), _load(b, v, j, state)
                 if kind == "plain":
@@ -147,6 +164,17 @@ def load(dtype: str) -> Any:
 
 
 @_intrinsic
+def fetch(_: Any, address: Any) -> Any:
+    """Ask for the cache line at ``address``."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        _fetch(b, args[0])
+        return context.get_dummy_value()
+
+    return _types.void(_types.int64), generate
+
+
+@_intrinsic
 def copy(_: Any, to: Any, source: Any, nbytes: Any) -> Any:
     """``memcpy(to, source, nbytes)``."""
 
@@ -159,9 +187,9 @@ def copy(_: Any, to: Any, source: Any, nbytes: Any) -> Any:
 
 
 @cache
-def compiled_pass(kind: str, grad: str, state: str, past_cache: bool) -> Any:
+def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, ahead: int) -> Any:
     """``f(g, u, v, new_u, new_v, n, momentum, scale, threshold, masks)``: addresses of ``n`` elements each."""
-    block = accumulate(kind, grad, state, past_cache)
+    block = accumulate(kind, grad, state, past_cache, ahead)
     edge = accumulate(kind, grad, state, False)
     wide_g, wide = BLOCK * ITEMSIZE[grad], BLOCK * ITEMSIZE[state]
 
@@ -214,6 +242,11 @@ def compiled_sample(kind: str, grad: str, state: str) -> Any:
         m, s = numpy.float32(momentum), numpy.float32(scale)
         for i in range(out.size):
             at = start + i * stride
+            later = at + AHEAD * stride
+            fetch(g + later * size_g)
+            fetch(v + later * size)
+            if not plain:
+                fetch(u + later * size)
             x, y = load_g(g + at * size_g) * s, load_s(v + at * size)
             if plain:
                 z = y + x

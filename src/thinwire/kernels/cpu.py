@@ -6,6 +6,7 @@ is allocated for a number of elements that nobody knows, and a second walk over 
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import cast
 
@@ -21,6 +22,8 @@ from thinwire.wire import elias_fano
 BLOCK = blocks.BLOCK
 MIN_BLOCKS = 2**12
 """Fewer blocks than this are not worth another thread."""
+AHEAD = 3072
+"""Bytes of state to fetch ahead where several threads share the memory."""
 STATES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 GRADS = STATES | {torch.float16: "float16"}
 
@@ -56,28 +59,33 @@ class Cpu:
         if self._masks.size < sum(counts):
             self._masks = numpy.empty(sum(counts), numpy.uint64)
         threads = max(1, min(torch.get_num_threads(), sum(counts) // MIN_BLOCKS))
+        ahead = AHEAD if threads > 1 else 0
         cuts = [sum(counts) * t // threads for t in range(threads + 1)]
         shares = [
             [
-                self._part(work, threshold, first, max(low - first, 0), min(high - first, count))
+                self._part(work, threshold, first, max(low - first, 0), min(high - first, count), ahead)
                 for work, threshold, first, count in zip(works, thresholds, firsts, counts, strict=True)
                 if low < first + count and first < high
             ]
             for low, high in pairwise(cuts)
         ]
-        if threads > 1 and (self._pool is None or self._threads < threads):
-            self.close()
-            self._pool, self._threads = ThreadPoolExecutor(threads - 1, "thinwire-kernels"), threads
-        others = [cast(ThreadPoolExecutor, self._pool).submit(_run, share) for share in shares[1:]]
-        _run(shares[0])
-        for other in others:
-            other.result()
+        self._run_all([partial(_run, share) for share in shares])
         return [
             torch.from_numpy(bits.positions(self._masks[first : first + count]))
             for first, count in zip(firsts, counts, strict=True)
         ]
 
-    def _part(self, work: Pass, threshold: Tensor, first: int, low: int, high: int) -> Callable[[], None]:
+    def _run_all(self, shares: Sequence[Callable[[], None]]) -> None:
+        """One on this thread, the others beside it."""
+        if len(shares) > 1 and (self._pool is None or self._threads < len(shares)):
+            self.close()
+            self._pool, self._threads = ThreadPoolExecutor(len(shares) - 1, "thinwire-kernels"), len(shares)
+        others = [cast(ThreadPoolExecutor, self._pool).submit(share) for share in shares[1:]]
+        shares[0]()
+        for other in others:
+            other.result()
+
+    def _part(self, work: Pass, threshold: Tensor, first: int, low: int, high: int, ahead: int) -> Callable[[], None]:
         """Blocks ``low`` to ``high`` of a pass, whose first block has word ``first``."""
         n = work.grad.numel()
         v, new_v = work.old_residual, work.new_residual
@@ -86,7 +94,7 @@ class Cpu:
         tensors = (work.grad, u, v, new_u, new_v)
         addresses = [t.data_ptr() + low * BLOCK * t.itemsize for t in tensors]
         aligned = all(address % (blocks.LANES * new_v.itemsize) == 0 for address in addresses[3:])
-        run = blocks.compiled_pass(_kind(work), GRADS[work.grad.dtype], STATES[new_v.dtype], aligned)
+        run = blocks.compiled_pass(_kind(work), GRADS[work.grad.dtype], STATES[new_v.dtype], aligned, ahead)
         count = min(n, high * BLOCK) - low * BLOCK
         masks = self._masks[first + low : first + high]
         least = float(threshold)

@@ -5,7 +5,9 @@ blocks whose maximum reaches the threshold are looked into, since finding the fe
 (``nonzero``) costs more than the pass itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from thinwire.memory import accumulate
 from thinwire.wire import elias_fano
 
 CHUNK = 2**18
-BLOCK = 128
+BLOCK = 64
 
 
 class Reference:
@@ -43,18 +45,19 @@ class Reference:
         chunk = CHUNK if work.grad.device.type == "cpu" else max(BLOCK, n)
         maxima = work.grad.new_empty(-(-n // BLOCK), dtype=work.new_residual.dtype)
         magnitude = torch.empty(min(n, chunk), dtype=work.new_residual.dtype, device=work.grad.device)
-        for a in range(0, n, chunk):
-            b = min(n, a + chunk)
-            u = None if work.old_momentum is None else work.old_momentum[a:b]
-            new_u = None if work.new_momentum is None else work.new_momentum[a:b]
-            accumulate(work.rule, work.scale, work.grad[a:b], work.old_residual[a:b], work.new_residual[a:b], u, new_u)
-            work.grad[a:b] = 0.0
-            seen = torch.abs(work.new_residual[a:b], out=magnitude[: b - a])
-            whole = (b - a) // BLOCK
-            first = a // BLOCK
-            torch.amax(seen[: whole * BLOCK].view(whole, BLOCK), dim=1, out=maxima[first : first + whole])
-            if (b - a) % BLOCK:
-                maxima[first + whole] = seen[whole * BLOCK :].amax()
+        states = (work.old_residual, work.new_residual, work.old_momentum, work.new_momentum)
+
+        def chunks(x: Tensor | None) -> Iterable[Any]:
+            return x.split(chunk) if x is not None else repeat(None)
+
+        for grad, largest, v, new_v, u, new_u in zip(
+            chunks(work.grad), maxima.split(chunk // BLOCK), *map(chunks, states), strict=False
+        ):
+            accumulate(work.rule, work.scale, grad, v, new_v, u, new_u)
+            grad.zero_()
+            whole = grad.numel() // BLOCK
+            seen = torch.abs(new_v, out=magnitude[: grad.numel()])[: whole * BLOCK]
+            torch.amax(seen.view(whole, BLOCK), dim=1, out=largest[:whole])
         return within(work.new_residual, maxima, threshold)
 
     def encode_indices(self, indices: Tensor, n: int) -> Tensor:
@@ -69,10 +72,15 @@ class Reference:
 
 def within(x: Tensor, maxima: Tensor, threshold: Tensor) -> Tensor:
     """Ascending indices of ``|x|`` not below the threshold, given the maximum of each block; NaN is not below."""
-    hot = maxima.lt(threshold).logical_not_().nonzero()
-    where = (hot * BLOCK + torch.arange(BLOCK, device=hot.device)).view(-1)
-    where = where[where < x.numel()]
-    return where[x[where].abs().lt(threshold).logical_not_()]
+    whole = x.numel() // BLOCK
+    hot = maxima[:whole].lt(threshold).logical_not_().nonzero().view(-1)
+    rows = x[: whole * BLOCK].view(whole, BLOCK).index_select(0, hot)
+    row, column = rows.abs_().lt(threshold).logical_not_().nonzero().unbind(1)
+    found = hot[row] * BLOCK + column
+    if whole == maxima.numel():
+        return found
+    rest = x[whole * BLOCK :].abs().lt(threshold).logical_not_().nonzero().view(-1)
+    return torch.cat([found, rest + whole * BLOCK])
 
 
 REFERENCE = Reference()
