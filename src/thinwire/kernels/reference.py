@@ -47,11 +47,11 @@ class Reference:
         magnitude = torch.empty(min(n, chunk), dtype=work.new_residual.dtype, device=work.grad.device)
         states = (work.old_residual, work.new_residual, work.old_momentum, work.new_momentum)
 
-        def chunks(x: Tensor | None) -> Iterable[Any]:
-            return x.split(chunk) if x is not None else repeat(None)
+        def chunks(x: Tensor | None, size: int = chunk) -> Iterable[Any]:
+            return x.split(size) if x is not None else repeat(None)
 
         for grad, largest, v, new_v, u, new_u in zip(
-            chunks(work.grad), maxima.split(chunk // BLOCK), *map(chunks, states), strict=False
+            chunks(work.grad), chunks(maxima, chunk // BLOCK), *map(chunks, states), strict=False
         ):
             accumulate(work.rule, work.scale, grad, v, new_v, u, new_u)
             grad.zero_()
