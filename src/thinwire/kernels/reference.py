@@ -7,7 +7,7 @@ blocks whose maximum reaches the threshold are looked into, since finding the fe
 
 from collections.abc import Iterable, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Reference:
         states = (work.old_residual, work.new_residual, work.old_momentum, work.new_momentum)
 
         def chunks(x: Tensor | None, size: int = chunk) -> Iterable[Any]:
-            return x.split(size) if x is not None else repeat(None)
+            return repeat(None) if x is None else cast(Any, x).split(size)
 
         for grad, largest, v, new_v, u, new_u in zip(
             chunks(work.grad), chunks(maxima, chunk // BLOCK), *map(chunks, states), strict=False
