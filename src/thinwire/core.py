@@ -63,9 +63,11 @@ class Selection(Protocol):
     def start(self) -> int: ...
     @property
     def stride(self) -> int: ...
+    @property
+    def run(self) -> int: ...
 
     def threshold(self, sampled: Tensor) -> Tensor:
-        """The threshold, a scalar, from the magnitudes of every ``stride``-th element from ``start`` on."""
+        """The threshold, a scalar, from the magnitudes of ``run`` elements at every ``stride``-th from ``start`` on."""
         ...
 
     def settle(self, x: Tensor, chosen: Tensor, threshold: Tensor) -> Tensor:
@@ -82,8 +84,11 @@ class Kernels(Protocol):
         """Whether this dtype and device can be taken."""
         ...
 
-    def sample(self, work: Pass, start: int, stride: int) -> Tensor:
-        """``|v'|`` at every ``stride``-th element from ``start`` on, before the pass itself; writes nothing."""
+    def sample(self, work: Pass, start: int, stride: int, run: int) -> Tensor:
+        """``|v'|`` before the pass itself, in any order: ``run`` elements at every ``stride``-th from ``start`` on.
+
+        The last run is left out where it would reach beyond the end. Writes nothing.
+        """
         ...
 
     def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Tensor]:

@@ -36,7 +36,7 @@ def select(
         work = None if selection is None else _pass(unit, piece, grads[piece.unit], worker, scale)
         if selection is not None and work is not None and worker.kernels.runs(work):
             works[j], selections[j] = work, selection
-    thresholds = [s.threshold(worker.kernels.sample(works[j], s.start, s.stride)) for j, s in selections.items()]
+    thresholds = [s.threshold(worker.kernels.sample(works[j], s.start, s.stride, s.run)) for j, s in selections.items()]
     found = worker.kernels.accumulate(list(works.values()), thresholds)
     return {
         j: selections[j].settle(works[j].new_residual, chosen, threshold)
@@ -53,7 +53,7 @@ def rehearse(units: Sequence[Unit], kernels: Kernels) -> None:
             momentum = (None, None) if rule.momentum is None else (u, new_u)
             work = Pass(rule, torch.zeros(65, dtype=grad, device=device), v, new_v, *momentum)
             if kernels.runs(work):
-                threshold = kernels.sample(work, 0, 2).amax().to(state)
+                threshold = kernels.sample(work, 0, 4, 2).amax().to(state)
                 found = kernels.accumulate([work], [threshold])[0]
                 kernels.decode_indices(kernels.encode_indices(found, 65), 65, 65)
 

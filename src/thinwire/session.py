@@ -29,7 +29,7 @@ from thinwire.transaction import OnNonfinite, Transaction
 from thinwire.units import Probe, Unit, Worker, resolve, set_stage
 
 PROBE_EVERY = 100
-JOIN_BYTES = 2**16
+JOIN_BYTES = 2**14
 """Gathered messages of fewer bytes wait for the next bucket's."""
 
 

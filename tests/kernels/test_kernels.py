@@ -77,13 +77,14 @@ def test_a_pass_leaves_what_float64_says_and_the_same_bits(kernels, rule, state,
         u = 0.0 if work.old_momentum is None else work.old_momentum.double()
         m = rule.momentum or 0.0
         expected = v + (g + m * (u + g) if rule.nesterov else m * u + g)
-        picked = kernels.sample(work, 1, 3)
+        picked = kernels.sample(work, 1, 3, 2) if n > 2 else torch.empty(0)
         found = kernels.accumulate([work], [level(0.7, state)])[0]
         assert not work.grad.any(), "the gradient is not cleared"
         torch.testing.assert_close(
             work.new_residual.double(), expected, rtol=1e-2 if state == torch.bfloat16 else 1e-6, atol=1e-6
         )
-        assert torch.equal(picked.float(), work.new_residual[1::3].abs().float())
+        where = [first + i for first in range(1, n - 1, 3) for i in (0, 1)]
+        assert torch.equal(picked.float().sort().values, work.new_residual[where].abs().float().sort().values)
         assert found.tolist() == (~(work.new_residual.abs() < level(0.7, state))).nonzero().flatten().tolist()
         assert torch.equal(found, REFERENCE.accumulate([other], [level(0.7, state)])[0])
         assert torch.equal(work.new_residual, other.new_residual)

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from thinwire.core import Context
+from thinwire.kernels.reference import runs
 
 SAMPLED_ABOVE = 100
 """A sample must hold this many elements above the threshold: the selected count then spreads by 10 %."""
+RUN = 8
+"""Elements of a sample that stand side by side: they come from memory together."""
 EXACT_BELOW = 100_000
 """Elements below which an exact selection is as cheap."""
 
@@ -56,7 +59,7 @@ def sample_size(n: int, density: float, ratio: float) -> int:
 
 @dataclass(frozen=True)
 class Sampling:
-    """About the ``k`` largest magnitudes, by a threshold that is read off every ``stride``-th element.
+    """About the ``k`` largest magnitudes, by a threshold that is read off ``run`` elements in ``stride``.
 
     The threshold is the ``rank``-th largest of the sample. Where more than k pass it, the k largest of them stay;
     where fewer than ``lower * k`` do, it is multiplied by ``lower`` and tried again, at most ``attempts`` times.
@@ -65,6 +68,7 @@ class Sampling:
     k: int
     start: int
     stride: int
+    run: int
     rank: int
     lower: float
     attempts: int
@@ -78,12 +82,14 @@ class Sampling:
             ratio: smallest share of the elements to sample.
         """
         density = k / n
-        stride = max(1, n // sample_size(n, density, ratio))
+        size = sample_size(n, density, ratio)
+        run = RUN if n // size >= RUN else 1
+        stride = max(1, run * n // size)
         while math.gcd(stride, row) > 1:
             stride -= 1
         start = ctx.draw(stride)
-        sampled = len(range(start, n, stride))
-        return Sampling(k, start, stride, max(1, math.ceil(density * sampled)), lower, attempts)
+        sampled = run * len(range(start, n - run + 1, stride))
+        return Sampling(k, start, stride, run, max(1, math.ceil(density * sampled)), lower, attempts)
 
     def threshold(self, sampled: Tensor) -> Tensor:
         """The threshold, a scalar, from the magnitudes that were sampled."""
@@ -101,5 +107,5 @@ class Sampling:
     def select(self, x: Tensor) -> Tensor:
         """Ascending indices, int64 ``[at most k]``, of about the k largest of ``x`` ``[n]``."""
         magnitude = x.abs()
-        threshold = self.threshold(magnitude[self.start :: self.stride])
+        threshold = self.threshold(runs(magnitude, self.start, self.stride, self.run))
         return self.settle(x, at_least(magnitude, threshold), threshold)

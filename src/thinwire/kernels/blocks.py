@@ -24,7 +24,7 @@ BLOCK = 64
 LANES = 16
 LINE = 64
 AHEAD = 16
-"""Samples to fetch ahead."""
+"""Runs of a sample to fetch ahead."""
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 VF, VI, VH = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -232,28 +232,31 @@ def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, ahead: int
 
 @cache
 def compiled_sample(kind: str, grad: str, state: str) -> Any:
-    """``f(g, u, v, start, stride, momentum, scale, out)``: magnitudes of what a pass would leave there."""
+    """``f(g, u, v, start, stride, run, momentum, scale, out)``: magnitudes of what a pass would leave there."""
     load_g, load_s = load(grad), load(state)
     size_g, size = ITEMSIZE[grad], ITEMSIZE[state]
     plain, nesterov, short = kind == "plain", kind == "nesterov", state == "bfloat16"
 
     @_njit(nogil=True, cache=True)
-    def pick(g: int, u: int, v: int, start: int, stride: int, momentum: float, scale: float, out: Any) -> None:
+    def pick(
+        g: int, u: int, v: int, start: int, stride: int, run: int, momentum: float, scale: float, out: Any
+    ) -> None:
         m, s = numpy.float32(momentum), numpy.float32(scale)
-        for i in range(out.size):
-            at = start + i * stride
-            later = at + AHEAD * stride
+        for i in range(out.size // run):
+            first = start + i * stride
+            later = first + AHEAD * stride
             fetch(g + later * size_g)
             fetch(v + later * size)
             if not plain:
                 fetch(u + later * size)
-            x, y = load_g(g + at * size_g) * s, load_s(v + at * size)
-            if plain:
-                z = y + x
-            elif nesterov:
-                z = (y + x) + (load_s(u + at * size) + x) * m
-            else:
-                z = y + (load_s(u + at * size) * m + x)
-            out[i] = abs(as_bfloat16(z)) if short else abs(z)
+            for at in range(first, first + run):
+                x, y = load_g(g + at * size_g) * s, load_s(v + at * size)
+                if plain:
+                    z = y + x
+                elif nesterov:
+                    z = (y + x) + (load_s(u + at * size) + x) * m
+                else:
+                    z = y + (load_s(u + at * size) * m + x)
+                out[i * run + at - first] = abs(as_bfloat16(z)) if short else abs(z)
 
     return pick

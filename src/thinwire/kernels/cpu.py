@@ -44,13 +44,13 @@ class Cpu:
     def runs(self, work: Pass) -> bool:
         return work.grad.device.type == "cpu" and work.grad.dtype in GRADS and work.new_residual.dtype in STATES
 
-    def sample(self, work: Pass, start: int, stride: int) -> Tensor:
+    def sample(self, work: Pass, start: int, stride: int, run: int) -> Tensor:
         n = work.grad.numel()
-        out = numpy.empty(len(range(start, n, stride)), numpy.float32)
+        out = numpy.empty(run * len(range(start, n - run + 1, stride)), numpy.float32)
         pick = blocks.compiled_sample(_kind(work), GRADS[work.grad.dtype], STATES[work.new_residual.dtype])
         u = work.new_residual if work.old_momentum is None else work.old_momentum
         addresses = (work.grad.data_ptr(), u.data_ptr(), work.old_residual.data_ptr())
-        pick(*addresses, start, stride, work.rule.momentum or 0.0, work.scale, out)
+        pick(*addresses, start, stride, run, work.rule.momentum or 0.0, work.scale, out)
         return torch.from_numpy(out)
 
     def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Tensor]:

@@ -28,12 +28,11 @@ class Reference:
     def runs(self, work: Pass) -> bool:
         return True
 
-    def sample(self, work: Pass, start: int, stride: int) -> Tensor:
-        every = slice(start, None, stride)
-        old, grad = work.old_residual[every], work.grad[every]
-        new = torch.empty_like(old)
-        u = None if work.old_momentum is None else work.old_momentum[every]
-        accumulate(work.rule, work.scale, grad, old, new, u, None if u is None else torch.empty_like(u))
+    def sample(self, work: Pass, start: int, stride: int, run: int) -> Tensor:
+        old = runs(work.old_residual, start, stride, run)
+        u = None if work.old_momentum is None else runs(work.old_momentum, start, stride, run)
+        new, new_u = torch.empty_like(old), None if u is None else torch.empty_like(u)
+        accumulate(work.rule, work.scale, runs(work.grad, start, stride, run), old, new, u, new_u)
         return new.abs_()
 
     def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Tensor]:
@@ -68,6 +67,12 @@ class Reference:
 
     def close(self) -> None:
         pass
+
+
+def runs(x: Tensor, start: int, stride: int, run: int) -> Tensor:
+    """``run`` elements of ``x`` ``[n]`` at every ``stride``-th from ``start`` on, all first ones first."""
+    last = x.numel() - run
+    return torch.cat([x[start + i : last + i + 1 : stride] for i in range(run)])
 
 
 def within(x: Tensor, maxima: Tensor, threshold: Tensor) -> Tensor:
