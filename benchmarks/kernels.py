@@ -23,6 +23,8 @@ from thinwire.report.results import Row, meta, write
 from thinwire.selecting import select
 from thinwire.units import TwoCopies, Unit, Worker
 
+SETTLE = 0.02
+"""Seconds for torch's OpenMP threads to stop spinning for more work, which they do on the cores that a case needs."""
 DECODED = 1  # messages that are decoded: one's own comes back at 2 workers, with one other; so one decode a worker
 
 
@@ -93,6 +95,7 @@ class Copy:
 
 def seconds(case: Copy | Case | Direct) -> float:
     case.prepare()
+    time.sleep(SETTLE)
     start = time.perf_counter()
     case.run()
     return time.perf_counter() - start

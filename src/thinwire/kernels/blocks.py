@@ -2,8 +2,7 @@
 
 numba alone can't write past the cache, and that is what makes two copies of the state cost no more than updating in
 place: an ordinary store first reads the line that it is going to overwrite. The vectors are of 16 floats; LLVM cuts
-them to what the machine has. What numba compiled is kept on disk and is made afresh when this file changes, so all
-that it is made of stands here.
+them to what the machine has.
 """
 
 from collections.abc import Callable
@@ -193,7 +192,7 @@ def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, ahead: int
     edge = accumulate(kind, grad, state, False)
     wide_g, wide = BLOCK * ITEMSIZE[grad], BLOCK * ITEMSIZE[state]
 
-    @_njit(nogil=True, cache=True)
+    @_njit(nogil=True)
     def run(
         g: int,
         u: int,
@@ -237,7 +236,7 @@ def compiled_sample(kind: str, grad: str, state: str) -> Any:
     size_g, size = ITEMSIZE[grad], ITEMSIZE[state]
     plain, nesterov, short = kind == "plain", kind == "nesterov", state == "bfloat16"
 
-    @_njit(nogil=True, cache=True)
+    @_njit(nogil=True)
     def pick(
         g: int, u: int, v: int, start: int, stride: int, run: int, momentum: float, scale: float, out: Any
     ) -> None:
