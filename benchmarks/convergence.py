@@ -27,6 +27,8 @@ CASES = {
     "dgc_two_phase_2": {"route": "two_phase", "second": 2.0},
     "dgc_int4_two_phase": {"values": "int4", "route": "two_phase"},
     "dgc_int4_two_phase_2": {"values": "int4", "route": "two_phase", "second": 2.0},
+    "dgc_int4_two_phase_x4": {"values": "int4", "route": "two_phase", "density": 0.004},
+    "dgc_int4_two_phase_2_x4": {"values": "int4", "route": "two_phase", "second": 2.0, "density": 0.004},
     "dgc_bf16_state": {"state": "bfloat16"},
 }
 
@@ -37,7 +39,11 @@ def train(case: str, seed: int, args: argparse.Namespace) -> tuple[float, float]
     torch.manual_seed(seed)
     model = CharLM(len(text.vocabulary), 64, args.hidden)
     warmup = Warmup(max(4, args.steps // 10))
-    method = dense(clip=CLIP) if case == "dense" else dgc(args.density, clip=CLIP, warmup=warmup, **CASES[case])
+    method = (
+        dense(clip=CLIP)
+        if case == "dense"
+        else dgc(**{"density": args.density, "clip": CLIP, "warmup": warmup} | CASES[case])
+    )
     result = simulate(
         model,
         method,

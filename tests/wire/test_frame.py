@@ -150,7 +150,8 @@ def coded(dtype, scales, packed):
         (entry(kind=3), "has kind 3"),
         (entry(kind=0, dtype=7), "has kind 0, dtype 7"),
         (entry(dtype=11), "dtype 11"),
-        (rice(b"\x33\xa0", b=63), "can't hold 3 indices"),
+        (rice(b"\x33\xa0", b=63), "has b = 63 where 3 of 20 indices take 2"),
+        (rice(b"\xff" * 999, nbytes=999), "999 bytes are not those of 3 indices"),  # would take 40 bytes a bit to read
         (rice(b"\x33\xa0", nbytes=3), "takes 3 bytes, 2 are left"),
         (rice(b"\x33\xa0", nbytes=2**63), "takes 9223372036854775808 bytes"),
         (rice(b"\x33\xa1"), "fills the last byte is not zero"),

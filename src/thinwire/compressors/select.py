@@ -93,14 +93,16 @@ class Sampling:
 
     def threshold(self, sampled: Tensor) -> Tensor:
         """The threshold, a scalar, from the magnitudes that were sampled."""
-        return smallest_of(sampled, self.rank)
+        info = torch.finfo(sampled.dtype)
+        return smallest_of(sampled, self.rank).clamp_(min=info.smallest_normal * info.eps)  # what is 0 is not sent
 
     def settle(self, x: Tensor, chosen: Tensor, threshold: Tensor) -> Tensor:
         """Ascending indices, int64 ``[at most k]``, where ``chosen`` are those of ``x`` not below ``threshold``."""
         for _ in range(self.attempts):
-            if chosen.numel() >= self.lower * self.k:
+            lowered = threshold * self.lower
+            if chosen.numel() >= self.lower * self.k or bool(lowered == threshold):  # as low as it can be, or infinite
                 break
-            threshold = threshold * self.lower
+            threshold = lowered
             chosen = at_least(x.abs(), threshold)
         return chosen if chosen.numel() <= self.k else chosen[largest(x[chosen].abs(), self.k)]
 

@@ -24,7 +24,7 @@ def lowest_bit(_: Any, word: Any) -> Any:
     return _types.int64(_types.uint64), generate
 
 
-@_njit(nogil=True, cache=True)
+@_njit(nogil=True)
 def positions(masks: Any) -> Any:
     """Where bits are set, ascending."""
     one = numpy.uint64(1)
@@ -44,7 +44,7 @@ def positions(masks: Any) -> Any:
     return out
 
 
-@_njit(nogil=True, cache=True)
+@_njit(nogil=True)
 def encode(indices: Any, width: int, low_bytes: int, out: Any) -> None:
     """``wire.elias_fano`` by bytes: low bits as one stream, and a bitmap."""
     pending, filled, at = numpy.uint64(0), 0, 0
@@ -66,7 +66,7 @@ def encode(indices: Any, width: int, low_bytes: int, out: Any) -> None:
         out[at] = pending & numpy.uint64(255)
 
 
-@_njit(nogil=True, cache=True)
+@_njit(nogil=True)
 def decode(packed: Any, width: int, low_bytes: int, out: Any) -> None:
     pending, filled, at, j = numpy.uint64(0), 0, 0, 0
     for i in range(low_bytes, packed.size):
@@ -86,3 +86,4 @@ def decode(packed: Any, width: int, low_bytes: int, out: Any) -> None:
                 filled -= bits
             out[j] = ((((i - low_bytes) * 8 + position) - j) << width) | low
             j += 1
+    out[j:] = 0  # of bytes that are damaged

@@ -225,6 +225,7 @@ def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, ahead: int
                 copy(new_u + b, r + 3 * step, rest_s)
             copy(new_v + b, r + 4 * step, rest_s)
             masks[whole] = word & ((numpy.uint64(1) << numpy.uint64(rest)) - numpy.uint64(1))
+            room[0, 0] = 0.0  # its memory is in use until here
 
     return run
 

@@ -32,14 +32,21 @@ def choose(asked: Choice, device: torch.device) -> tuple[Kernels, str | None]:
         missing = "they need numba: pip install 'thinwire[cpu]'"
     elif kind == "cuda" and importlib.util.find_spec("triton") is None:
         missing = "they need triton, which comes with PyTorch for CUDA"
-    if missing is None and kind == "cpu":
-        from thinwire.kernels.cpu import Cpu
-
-        return Cpu(), None
     if missing is None:
-        from thinwire.kernels.cuda import Cuda
-
-        return Cuda(), None
+        try:
+            return _load(kind), None
+        except Exception as error:  # whatever a compiler that does not fit this machine raises
+            missing = f"they can't be loaded: {error!r:.200}"
     if asked != "auto":
         raise ThinwireError(f"kernels={asked!r} can't run: {missing}; kernels='auto' takes what there is")
     return REFERENCE, f"plain PyTorch compresses, since of compiled kernels {missing}"
+
+
+def _load(kind: str) -> Kernels:
+    if kind == "cpu":
+        from thinwire.kernels.cpu import Cpu
+
+        return Cpu()
+    from thinwire.kernels.cuda import Cuda
+
+    return Cuda()

@@ -98,5 +98,5 @@ class Cuda(Reference):
             kind = 0 if work.rule.momentum is None else 2 if work.rule.nesterov else 1
             settings = (n, work.rule.momentum or 0.0, work.scale, kind, ROWS, BLOCK)
             grid = (_cdiv(blocks, ROWS),)
-            _accumulate[grid](work.grad, u, work.old_residual, new_u, new_v, maxima, *settings)
+            _accumulate[grid](work.grad, u, work.old_residual, new_u, new_v, maxima, *settings, enable_fp_fusion=False)
         return within(new_v, maxima.view(torch.float32), threshold)

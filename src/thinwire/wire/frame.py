@@ -252,6 +252,10 @@ def _entry(reader: "_Reader", name: str) -> Entry:
     else:
         coded, values = None, reader.values(k, DTYPES[dtype], name)
     b, nbytes = reader.unpack("<BQ", f"b of {name!r}") if kind == RICE else (0, sum(elias_fano.sizes(k, numel)))
+    if kind == RICE and b != rice.parameter(k, numel):
+        raise FrameError(
+            reader.at, f"{name!r} has b = {b} where {k} of {numel} indices take {rice.parameter(k, numel)}"
+        )
     at = reader.at
     packed = reader.take(nbytes, f"indices of {name!r}")
     try:

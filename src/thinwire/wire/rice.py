@@ -61,8 +61,8 @@ def decode_checked(data: bytes, k: int, n: int, b: int) -> Tensor:
     Raises:
         ThinwireError: they are not k indices that ascend below n, and nothing else.
     """
-    if not 0 <= b < 63 or not 0 <= n < 2**62 or k * (b + 1) > 8 * len(data):
-        raise ThinwireError(f"{len(data)} bytes can't hold {k} indices below {n} with b = {b}")
+    if not 0 <= b < 63 or not 0 <= n < 2**62 or not k * (b + 1) <= 8 * len(data) <= k * (b + 1) + (n >> b) + 7:
+        raise ThinwireError(f"{len(data)} bytes are not those of {k} indices below {n} with b = {b}")
     packed = np.frombuffer(data, np.uint8)
     indices = np.empty(k, np.int64)
     done, at, previous, window = 0, 0, -1, WINDOW
