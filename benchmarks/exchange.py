@@ -7,13 +7,13 @@ messages are those of a training step; their contents do not matter. The seconds
 collectives, one after the other, on the slowest rank; compression is not in them.
 
 Measured for ``--workers``, one process a host, in a lab of shaped links (``--links none``: on the loopback). Modelled
-for 16 to 1024 as well: for each collective ``fixed + (N-1) message + bytes * byte``, fitted to the measurements of one
-link by relative least squares; a byte costs more between two workers, where gloo has one connection for both ways
-and takes 1.3 to 1.5 times as long as the link would. Where an all-gather would send more than dense, thinwire takes an all-reduce, whose
-messages and bytes are taken to cost what those of an all-gather do. ``auto`` is what that route takes from the link
-that ``thinwire.exchange.cost`` fits at attach. Checked, and printed: two phases send at most 1.2 times as much at
-1024 workers as at 16; the model is within 15 % of every measured point; ``auto`` takes at most 5 % longer than the
-better route.
+for 16 to 1024 as well: for each collective ``fixed + (N-1) message + bytes * byte``, fitted to the measurements of
+one link by relative least squares; a byte costs more between two workers, where gloo has one connection for both ways
+and takes 1.3 to 1.5 times as long as the link would. Where an all-gather would send more than dense, thinwire takes
+an all-reduce, whose messages and bytes are taken to cost what those of an all-gather do. ``auto`` is what that route
+takes from the link that ``thinwire.exchange.cost`` fits at attach. Checked, and printed: two phases send at most 1.2
+times as much at 1024 workers as at 16; the model is within 15 % of every measured point; ``auto`` takes at most 5 %
+longer than the better route.
 """
 
 import argparse
