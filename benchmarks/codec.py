@@ -148,12 +148,12 @@ def plan(shapes: list[tuple[int, ...]], p: float, values: str) -> Bucket:
 def to_message(bucket: Bucket, payloads: list[Payload]) -> Tensor:
     """The message as ``pipeline.send`` packs it: payloads, head, padding."""
     (group,) = bucket.groups
-    flags = head.encode([True] * len(group.units), torch.zeros(len(group.units), dtype=torch.bool), group.dtype)
+    flags = head.encode([True] * len(group.units), torch.zeros(len(group.units), dtype=torch.bool), group.dtype, 0)
     return group.layout.pack([*(payloads[i] for i in group.units), (flags,)])
 
 
 def encode(bucket: Bucket, chosen: Tensor, selected: Tensor, n: int) -> Tensor:
-    return to_message(bucket, [bucket.units[0].compressor.encode(chosen, selected, n)])
+    return to_message(bucket, [bucket.units[0].compressor.encode(chosen, selected, n, CTX)])
 
 
 def decode(bucket: Bucket, message: Tensor, like: Tensor) -> Any:
@@ -175,7 +175,7 @@ def of_messages(n: int, rounds: int) -> list[Row]:
 
                 message, encoding = timed(encode, bucket, chosen, selected, n)
                 got, decoding = timed(decode, bucket, message, x)
-                own = compressor.decompress(compressor.encode(chosen, selected, n), x, {}, CTX)
+                own = compressor.decompress(compressor.encode(chosen, selected, n, CTX), x, {}, CTX)
                 assert torch.equal(got.indices, chosen), "indices are not read as they were written"
                 assert torch.equal(got.values, own.values), "the receiver has other values than the sender believes"
                 assert values != "float32" or torch.equal(got.values, selected)
