@@ -107,7 +107,7 @@ def measured(
             checks.append(f"{'ok  ' if slower <= 1.05 else 'FAIL'} {what}")
     model = fitted(timed)
     for kind, values in model.items():
-        for name, value in zip(("fixed_s", "message_s", "byte_s"), values, strict=True):
+        for name, value in zip(("fixed_s", "message_s", "byte_s", "byte_more_of_two_s"), values, strict=True):
             rows.append(results.Row(f"{kind}/{link}", name, float(value)))
 
     def seconds(stages: Stages, world: int) -> float:
