@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 import thinwire
+from benchmarks.figures import several
 from benchmarks.lab import run_ranks
 from thinwire import Link, dgc
 from thinwire.exchange.routes import Bucket, Routing, plan_bucket
@@ -156,9 +157,6 @@ def plot(path: Path, rows: Sequence[results.Row], densities: Sequence[float], li
 
 
 def main() -> None:
-    def several(text: str) -> list[str]:
-        return text.split(",")
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=several, default=["2", "4", "8"])
     parser.add_argument("--links", type=several, default=["1gbit"], help="e.g. 1gbit,100mbit; none for the loopback")

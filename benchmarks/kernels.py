@@ -7,12 +7,12 @@ of the ratios within a round. ``abs + topk`` is what a direct implementation doe
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
+from benchmarks.figures import spread
 from thinwire import MomentumCorrection, TopK
 from thinwire._version import __version__
 from thinwire.core import Context, Kernels, State
@@ -25,7 +25,7 @@ from thinwire.units import TwoCopies, Unit, Worker
 
 SETTLE = 0.02
 """Seconds for torch's OpenMP threads to stop spinning for more work, which they do on the cores that a case needs."""
-DECODED = 1  # messages that are decoded: one's own comes back at 2 workers, with one other; so one decode a worker
+DECODED = 1  # messages that are decoded and added to the gradient; N workers have N of them
 
 
 class Case:
@@ -123,19 +123,11 @@ def measure(n: int, density: float, threads: int, rounds: int) -> list[Row]:
     for name, times in taken.items():
         ratios = [t / ref for t, ref in zip(times, taken["copy"], strict=True)]
         for metric, values in (("ms", [t * 1e3 for t in times]), ("ratio_to_ref", ratios)):
-            low, middle, high = quartiles(values)
-            rows.append(Row(f"{name}/{threads}", metric, middle, low, high))
+            rows.append(spread(f"{name}/{threads}", metric, values))
     return rows
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=int, default=25_600_000)
     parser.add_argument("--density", type=float, default=0.001)
@@ -143,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json")
     parser.add_argument("--plot", help="write a bar chart to this file")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     rows: list[Row] = []
     for threads in args.threads:
         rows += measure(args.elements, args.density, threads, args.rounds)

@@ -17,17 +17,12 @@ from pathlib import Path
 
 import thinwire
 from benchmarks import contenders
+from benchmarks.figures import several, spread
 from benchmarks.lab import run_ranks
 from thinwire.report import results
 
 DEFAULT = "local,dense,local_sgd,dense_sgd,fp16,bf16,powersgd1,powersgd4,dgc"
 Rounds = dict[str, list[dict[str, float]]]
-
-
-def spread(case: str, metric: str, values: Sequence[float]) -> results.Row:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return results.Row(case, metric, middle, low, high)
 
 
 def rows_of(prefix: str, ranks: Sequence[Rounds]) -> list[results.Row]:
@@ -90,9 +85,6 @@ def plot(path: Path, rows: Sequence[results.Row]) -> None:
 
 
 def main() -> None:
-    def several(text: str) -> list[str]:
-        return text.split(",")
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=several, default=["mlp"], help=f"of {', '.join(contenders.MODELS)}")
     parser.add_argument("--workers", type=several, default=["2"])

@@ -61,3 +61,10 @@ def test_exchange(tmp_path):
     assert figures["all_gather/none/2/0.01", "modelled_s"] > 0
     assert 0 < figures["two_phase/1024/0.01", "bytes"] < figures["all_gather/1024/0.01", "bytes"] / 5
     assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_convergence(tmp_path):
+    options = ["--cases", "dense", "dgc_int4", "--seeds", "1", "--steps", "8", "--workers", "2", "--hidden", "64"]
+    figures = run(tmp_path, "benchmarks.convergence", *options)
+    assert 0 < figures["dgc_int4", "wire_bytes"] < figures["dense", "wire_bytes"]
+    assert figures["dgc_int4", "heldout_loss"] != figures["dense", "heldout_loss"]

@@ -255,7 +255,7 @@ class Compressor(ABC):
 
     def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
         """The payload of a selection: ascending int64 indices into ``n`` elements, and the values there."""
-        raise NotImplementedError
+        raise ThinwireError(f"{type(self).__name__} answers a sampling() and so must have an encode() of its own")
 
     def with_density(self, density: float) -> "Compressor":
         """The same compressor at a density no lower than this, for a warm-up; one without a density answers itself."""
@@ -270,7 +270,9 @@ class Compressor(ABC):
 
         ``like`` gives shape and dtype, never values. The payload is of the shapes of ``compress(like)``.
         """
-        raise NotImplementedError(f"{type(self).__name__} is not cuttable")
+        raise ThinwireError(
+            f"{type(self).__name__} says it is cuttable and so must have a compress_sparse() of its own"
+        )
 
 
 @dataclass(frozen=True)

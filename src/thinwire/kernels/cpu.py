@@ -7,7 +7,7 @@ is allocated for a number of elements that nobody knows, and a second walk over 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import cast
 
 import numba
@@ -55,12 +55,12 @@ class Cpu:
 
     def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Tensor]:
         counts = [-(-work.grad.numel() // BLOCK) for work in works]
-        firsts = [sum(counts[:i]) for i in range(len(works))]
-        if self._masks.size < sum(counts):
-            self._masks = numpy.empty(sum(counts), numpy.uint64)
-        threads = max(1, min(torch.get_num_threads(), sum(counts) // MIN_BLOCKS))
+        *firsts, total = accumulate(counts, initial=0)
+        if self._masks.size < total:
+            self._masks = numpy.empty(total, numpy.uint64)
+        threads = max(1, min(torch.get_num_threads(), total // MIN_BLOCKS))
         ahead = AHEAD if threads > 1 else 0
-        cuts = [sum(counts) * t // threads for t in range(threads + 1)]
+        cuts = [total * t // threads for t in range(threads + 1)]
         shares = [
             [
                 self._part(work, threshold, first, max(low - first, 0), min(high - first, count), ahead)
