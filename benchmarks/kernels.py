@@ -38,7 +38,7 @@ class Case:
         memory = MomentumCorrection(momentum=0.9, **({"state": state} if state else {}))
         self.unit = Unit("w", self.param, TopK(density), memory, method_compressor=TopK(density))
         self.worker = Worker(0, kernels=kernels)
-        self.worker.local["w"] = self.unit.fresh(memory.init)
+        self.worker.local["w"] = self.unit.fresh_local()
         self.step = 0
         self.commit: Callable[[], None] = self.worker.local["w"].commit
 

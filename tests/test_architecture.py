@@ -7,8 +7,9 @@ import thinwire
 
 SOURCE = Path(thinwire.__file__).parent
 FLOORS = [
-    ["core", "_version"],
-    ["link", "memory", "wire", "report"],
+    ["tensors", "_version"],
+    ["core"],
+    ["link", "memories", "wire", "report"],
     ["kernels"],
     ["compressors"],
     ["policy"],

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from thinwire.compressors.sparse import TopK
-from thinwire.core import Context, Dense, ThinwireError
-from thinwire.memory import ErrorFeedback, Momentum, MomentumCorrection
+from thinwire.core import Context
+from thinwire.memories.feedback import ErrorFeedback
+from thinwire.memories.momentum import Momentum, MomentumCorrection
+from thinwire.tensors import Dense, ThinwireError
 
 
 def journey(memory, compressor, grads, param=None):

@@ -8,15 +8,17 @@
 from thinwire._version import __version__
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.sparse import TopK
-from thinwire.core import Compressor, Memory, ThinwireError
+from thinwire.core import Compressor, Memory
 from thinwire.engines.ddp import attach
 from thinwire.link import Link
-from thinwire.memory import ErrorFeedback, Momentum, MomentumCorrection, NoMemory
+from thinwire.memories.feedback import ErrorFeedback, NoMemory
+from thinwire.memories.momentum import Momentum, MomentumCorrection
 from thinwire.methods import cast, dense, dgc, topk
 from thinwire.policy.plan import Method, Rule
 from thinwire.policy.schedule import Warmup
 from thinwire.session import Session
 from thinwire.sim.workers import Simulation, simulate
+from thinwire.tensors import ThinwireError
 
 __all__ = [
     "Cast",

@@ -30,7 +30,8 @@ from torch.distributed.tensor import DTensor
 
 from thinwire.compressors import catalogue
 from thinwire.compressors.cast import DTYPES
-from thinwire.core import State, ThinwireError, flat, float_at_least_32, norm
+from thinwire.core import State
+from thinwire.tensors import ThinwireError, flat, float_at_least_32, norm
 from thinwire.units import Unit, Worker
 
 VERSION = 1
@@ -146,10 +147,14 @@ def restore(
                     notes.append(f"{unit.name}: a mean pending update of norm {size:.3g} was dropped")
                 mine = {key: value for key, value in mine.items() if key not in ("residual", "carried")}
         gain = _gain(plan[unit.name], unit)
-        fresh = unit.fresh(unit.memory.init).now
+        fresh = unit.fresh_local().now
         new_local[unit.name] = _fit(mine, fresh, gain, unit, notes)
-        both = {key: _plain(value, unit, key) for key, value in _mapping(shared, unit.name).items()}
-        new_shared[unit.name] = _fit(both, unit.fresh(unit.memory.init_shared).now, None, unit, notes)
+        begun = unit.fresh_shared().now
+        both = {
+            key: _plain(value, unit, key, begun[key].shape if key in begun else None)
+            for key, value in _mapping(shared, unit.name).items()
+        }
+        new_shared[unit.name] = _fit(both, begun, None, unit, notes)
     return Restored(*clock, new_local, new_shared, notes)
 
 
@@ -280,13 +285,14 @@ def _mean_row(states: Sequence[Mapping[str, Any]], unit: Unit, key: str, world: 
     return _plain(stacked.double().mean(0).to(float_at_least_32(stacked.dtype)), unit, key)
 
 
-def _plain(value: Any, unit: Unit, key: str) -> Tensor:
-    tensor = _tensor(value, f"{unit.name}: {key}")
-    if tensor.shape != unit.param.shape:
+def _plain(value: Any, unit: Unit, key: str, shape: torch.Size | None = None) -> Tensor:
+    tensor, expected = _tensor(value, f"{unit.name}: {key}"), unit.param.shape if shape is None else shape
+    if tensor.shape != expected:
         raise ThinwireError(
-            f"{unit.name}: the checkpoint's {key} is of shape {tuple(tensor.shape)}, not of {tuple(unit.param.shape)}"
+            f"{unit.name}: the checkpoint's {key} is of shape {tuple(tensor.shape)}, not of {tuple(expected)}"
         )
-    return torch.empty_like(unit.param, dtype=tensor.dtype).copy_(tensor)
+    like = unit.param if expected == unit.param.shape else tensor  # what is like the parameter lies as it does
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
 def _tensor(value: Any, what: str) -> Tensor:

@@ -16,12 +16,12 @@ except ModuleNotFoundError as missing:  # pragma: no cover
     sys.exit(f"the command line needs {missing.name}; install it with: pip install 'thinwire[cli]'")
 
 import thinwire
-from thinwire.core import ThinwireError
 from thinwire.demo import report, run
 from thinwire.demo.simulation import SimulationSettings, simulate_text
 from thinwire.demo.train import Settings
 from thinwire.link import Link
 from thinwire.report import html, results
+from thinwire.tensors import ThinwireError
 
 
 class LinkType(click.ParamType[str]):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from thinwire.core import norm
+from thinwire.tensors import norm
 
 
 @torch.no_grad()

@@ -7,13 +7,15 @@ is what a receiver reconstructs from one payload, in a form that can be added wi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, TypeAlias, TypeVar, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Protocol, TypeAlias, TypeVar
 from zlib import crc32
 
 import torch
 from torch import Tensor
+
+from thinwire.tensors import Decompressed, Sparse, ThinwireError
 
 Payload: TypeAlias = tuple[Tensor, ...]
 """What one unit sends: contiguous tensors whose shapes and dtypes follow from (compressor, shape) alone."""
@@ -22,10 +24,6 @@ State: TypeAlias = dict[str, Tensor]
 """What is remembered of one unit; a checkpoint is a copy of it. ``residual`` is always "asked, not yet sent"."""
 
 D = TypeVar("D", bound="Memory")
-
-
-class ThinwireError(Exception):
-    """Something asked of thinwire cannot be done; the message names the value, the limit and the way out."""
 
 
 @dataclass(frozen=True)
@@ -128,111 +126,21 @@ class Context:
         """An integer in [0, bound), the same on every machine for equal contexts."""
         return crc32(f"{self.seed}/{self.step}/{self.unit}/{self.rank}".encode()) % bound
 
-
-def is_dense(x: Tensor) -> bool:
-    """Whether the elements of ``x`` fill one block of memory, in any order of its dimensions."""
-    expected = 1
-    for stride, size in sorted((st, si) for st, si in zip(x.stride(), x.shape, strict=True) if si != 1):
-        if stride != expected:
-            return x.numel() == 0
-        expected *= size
-    return True
+    def generator(self, *, shared: bool = False) -> torch.Generator:
+        """Randomness of this rank; or, where ``shared``, the same on all ranks."""
+        who = "all" if shared else self.rank
+        return torch.Generator().manual_seed(crc32(f"{self.seed}/{self.step}/{self.unit}/{who}".encode()))
 
 
-def flat(x: Tensor) -> Tensor:
-    """A 1-D view of ``x`` in the order of its memory, so channels_last tensors are not copied.
-
-    Raises:
-        ThinwireError: the elements of ``x`` do not fill one block of memory.
-    """
-    if x.is_contiguous():
-        return x.view(-1)
-    if not is_dense(x):
-        raise ThinwireError(
-            f"a tensor of shape {tuple(x.shape)} has strides {x.stride()}, which leave gaps; use x.contiguous()"
-        )
-    return x.as_strided((x.numel(),), (1,))
-
-
-def norm(tensors: Iterable[Tensor]) -> Tensor:
-    """L2 norm over all elements of all tensors, accumulated in float32 or better, on the first one's device."""
-    each: list[Tensor] = []
-    for x in tensors:
-        own = cast(Tensor, torch.linalg.vector_norm(x, dtype=float_at_least_32(x.dtype)))
-        each.append(own.to(each[0].device) if each else own)
-    return torch.stack(each).square().sum().sqrt()
-
-
-class Decompressed(ABC):
-    """What a receiver reconstructs from one payload; ``density`` is the share of elements it carries."""
-
-    density: float
-
-    @abstractmethod
-    def write_to(self, out: Tensor, alpha: float = 1.0) -> None:
-        """``out = alpha * self``, whatever ``out`` held."""
-
-    @abstractmethod
-    def add_to(self, out: Tensor, alpha: float = 1.0) -> None:
-        """``out += alpha * self``."""
-
-    @abstractmethod
-    def clear(self, out: Tensor) -> None:
-        """``out = 0`` at every element that was sent."""
-
-    @abstractmethod
-    def entries(self) -> tuple[Tensor, Tensor]:
-        """Flat indices (int64) and values of the elements that were sent."""
-
-
-@dataclass(frozen=True)
-class Dense(Decompressed):
-    """Every element is there: ``values`` is 1-D, in the order of memory."""
-
-    values: Tensor
-    density: float = 1.0
-
-    def write_to(self, out: Tensor, alpha: float = 1.0) -> None:
-        if out.data_ptr() != self.values.data_ptr() or out.dtype != self.values.dtype:  # summed in place
-            flat(out).copy_(self.values)
-        if alpha != 1.0:
-            out.mul_(alpha)
-
-    def add_to(self, out: Tensor, alpha: float = 1.0) -> None:
-        flat(out).add_(self.values, alpha=alpha)
-
-    def clear(self, out: Tensor) -> None:
-        out.zero_()
-
-    def entries(self) -> tuple[Tensor, Tensor]:
-        return torch.arange(self.values.numel(), device=self.values.device), self.values
-
-
-@dataclass(frozen=True)
-class Sparse(Decompressed):
-    """``values[j]`` stands at ``indices[j]`` (int64) of the flat tensor; an index that occurs twice adds twice."""
-
-    indices: Tensor  # [k]
-    values: Tensor  # [k]
-    density: float
-
-    def write_to(self, out: Tensor, alpha: float = 1.0) -> None:
-        out.zero_()
-        self.add_to(out, alpha)
-
-    def add_to(self, out: Tensor, alpha: float = 1.0) -> None:
-        values = self.values.to(out.dtype)
-        flat(out).index_add_(0, self.indices, values, alpha=alpha)
-
-    def clear(self, out: Tensor) -> None:
-        flat(out).index_fill_(0, self.indices, 0.0)
-
-    def entries(self) -> tuple[Tensor, Tensor]:
-        return self.indices, self.values
+NOWHERE = Context(seed=0, step=0, unit="", rank=0)
+"""For what depends on no context: shapes, mostly."""
 
 
 class Compressor(ABC):
-    """Pure tensor maths with frozen hyper-parameters; ``compress`` and ``decompress`` only read ``state``."""
+    """Pure tensor maths with frozen hyper-parameters; ``compress`` and ``decompress`` only read ``state``.
+
+    The state of a compressor, if it has one, is equal on all ranks, and ``commit`` alone writes it.
+    """
 
     summable: ClassVar[bool] = False
     """Whether the sum of payloads decompresses to the sum of tensors, so that an all-reduce may carry them."""
@@ -240,6 +148,39 @@ class Compressor(ABC):
     """Tensors of fewer dimensions are passed on to the plan's next rule."""
     cuttable: ClassVar[bool] = False
     """Whether any run of a tensor's elements can be compressed on its own, and a sum of such runs once more."""
+    period: ClassVar[int] = 1
+    """After how many steps the shapes of a payload repeat; they may depend on ``step % period``."""
+
+    @property
+    def needs_feedback(self) -> bool:
+        """Whether what it loses must be remembered: with a memory that forgets, training need not converge."""
+        return False
+
+    def contraction(self, n: int) -> float | None:
+        """``alpha`` in (0, 1] with ``E||x - C(x)||^2 <= (1 - alpha) ||x||^2`` for n elements.
+
+        0 where it may lose more than it is given, None where nothing is known.
+        """
+        return None
+
+    def variance(self, n: int) -> float | None:
+        """``omega`` with ``E C(x) = x``, ``E||x - C(x)||^2 <= omega ||x||^2`` for n elements; None if it is biased."""
+        return None
+
+    def __rshift__(self, then: "Compressor") -> "Chain":
+        """This compressor, with the values of its payload sent as ``then`` codes them."""
+        return Chain(self, then)
+
+    def init(self, like: Tensor, ctx: Context) -> State:
+        """The state of a fresh unit; ``ctx.rank`` is 0 on every rank."""
+        return {}
+
+    def commit(self, payload: Payload, like: Tensor, old: State, new: State, ctx: Context) -> None:  # noqa: B027
+        """Fill ``new``, from ``old`` and the mean of all ranks' payloads; asked of a summable one alone."""
+
+    def inherit(self, old: State, fresh: State) -> State:
+        """The state to begin with where another compressor left ``old``: what has the same name and shape."""
+        return {key: old[key] if key in old and old[key].shape == x.shape else x for key, x in fresh.items()}
 
     @abstractmethod
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
@@ -258,7 +199,10 @@ class Compressor(ABC):
         raise ThinwireError(f"{type(self).__name__} answers a sampling() and so must have an encode() of its own")
 
     def with_density(self, density: float) -> "Compressor":
-        """The same compressor at a density no lower than this, for a warm-up; one without a density answers itself."""
+        """The same compressor at a density no lower than this, for a warm-up; one without a density answers itself.
+
+        At a density of 1 a warm-up sends dense, whatever the compressor.
+        """
         return self
 
     def denser(self, factor: float) -> "Compressor":
@@ -273,6 +217,94 @@ class Compressor(ABC):
         raise ThinwireError(
             f"{type(self).__name__} says it is cuttable and so must have a compress_sparse() of its own"
         )
+
+
+@dataclass(frozen=True)
+class Chain(Compressor):
+    """``first``, and the first tensor of its payload (values, factors) by ``then``.
+
+    What either loses stays in the residual of an error feedback: where ``first`` keeps a part ``s`` of ``x`` that is
+    orthogonal to the rest, ``||x - C(x)||^2 = ||x - s||^2 + ||s - then(s)||^2``, so contractions multiply.
+
+    Args:
+        first: its payload begins with floating-point values, e.g. ``TopK``, ``RandK``, ``PowerSGD``.
+        then: codes a vector and keeps no state, e.g. ``Quantize(4)``, ``Cast("float16")``.
+
+    Raises:
+        ThinwireError: ``then`` needs matrices, or keeps a state.
+
+    **Wire**: the payload of ``then`` for the values, and the rest of ``first``'s.
+
+    Example:
+        >>> (TopK(0.01) >> Cast("float16")).compress(torch.empty(10_000, device="meta"), {}, NOWHERE)[0].nbytes
+        200
+    """
+
+    first: Compressor
+    then: Compressor
+
+    def __post_init__(self) -> None:
+        if self.then.period != 1 or self.then.min_ndim or self.then.init(torch.zeros(1), NOWHERE):
+            raise ThinwireError(
+                f"{type(self.then).__name__} needs matrices or keeps a state; what stands after >> codes a vector"
+            )
+        # what is said of a class elsewhere depends on the parts here
+        for name in ("min_ndim", "period", "cuttable"):
+            object.__setattr__(self, name, getattr(self.first, name))
+        object.__setattr__(self, "summable", self.first.summable and self.then.summable)
+
+    @property
+    def needs_feedback(self) -> bool:
+        return self.first.needs_feedback or self.then.needs_feedback
+
+    def contraction(self, n: int) -> float | None:
+        kept, coded = self.first.contraction(n), self.then.contraction(n)
+        return None if kept is None or coded is None else kept * coded
+
+    def variance(self, n: int) -> float | None:
+        kept, coded = self.first.variance(n), self.then.variance(n)
+        return None if kept is None or coded is None else (1.0 + kept) * (1.0 + coded) - 1.0
+
+    def init(self, like: Tensor, ctx: Context) -> State:
+        return self.first.init(like, ctx)
+
+    def inherit(self, old: State, fresh: State) -> State:
+        return self.first.inherit(old, fresh)
+
+    def with_density(self, density: float) -> "Chain":
+        return replace(self, first=self.first.with_density(density))
+
+    def denser(self, factor: float) -> "Chain":
+        return replace(self, first=self.first.denser(factor))
+
+    def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
+        return self._code(self.first.compress(x, state, ctx), ctx)
+
+    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
+        return self._code(self.first.compress_sparse(x, like, state, ctx), ctx)
+
+    def sampling(self, shape: Sequence[int], ctx: Context) -> Selection | None:
+        return self.first.sampling(shape, ctx)
+
+    def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
+        return self._code(self.first.encode(chosen, values, n, ctx), ctx)
+
+    def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
+        return self.first.decompress(self._decode(payload, like, ctx), like, state, ctx)
+
+    def commit(self, payload: Payload, like: Tensor, old: State, new: State, ctx: Context) -> None:
+        self.first.commit(self._decode(payload, like, ctx), like, old, new, ctx)
+
+    def _code(self, payload: Payload, ctx: Context) -> Payload:
+        values, *rest = payload
+        return *self.then.compress(values, {}, ctx), *rest
+
+    def _decode(self, payload: Payload, like: Tensor, ctx: Context) -> Payload:
+        values = self.first.compress(like.to("meta"), {}, ctx)[0]
+        coded = len(self.then.compress(values, {}, ctx))
+        out = torch.empty(values.shape, dtype=values.dtype, device=payload[0].device)
+        self.then.decompress(payload[:coded], out, {}, ctx).write_to(out)
+        return out, *payload[coded:]
 
 
 @dataclass(frozen=True)
@@ -297,6 +329,9 @@ class Memory(ABC):
 
     absorbs: ClassVar[bool] = False
     """Whether this memory takes momentum and weight decay over from the optimizer."""
+
+    feeds_back: ClassVar[bool] = False
+    """Whether what was not sent comes back, which needs a compressor that contracts."""
 
     @property
     def accumulation(self) -> Accumulation | None:
@@ -324,7 +359,9 @@ class Memory(ABC):
         return {}
 
     @abstractmethod
-    def compensate(self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0) -> Tensor:
+    def compensate(
+        self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
+    ) -> Tensor:
         """From the local gradient, times ``scale`` (1 / loss scale), to what is to be compressed."""
 
     def sent(self, x: Tensor, own: Decompressed, new: State) -> None:  # noqa: B027
@@ -347,8 +384,3 @@ class Memory(ABC):
     def give_buffer(self, local: State, shared: State) -> tuple[Tensor | None, Tensor | None]:
         """The SGD momentum buffer to continue from, as (a part to be averaged over ranks, a part equal on all)."""
         return None, None
-
-
-def float_at_least_32(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays, everything shorter is remembered in float32."""
-    return torch.promote_types(dtype, torch.float32)

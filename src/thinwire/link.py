@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from thinwire.core import ThinwireError
+from thinwire.tensors import ThinwireError
 
 Kind: TypeAlias = Literal["all_reduce", "all_gather", "all_to_all"]
 UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}

@@ -9,8 +9,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from thinwire.core import Absorbed, ThinwireError
+from thinwire.core import Absorbed
 from thinwire.exchange.collectives import Collective
+from thinwire.tensors import ThinwireError
 from thinwire.units import Unit, Worker
 
 log = logging.getLogger("thinwire")

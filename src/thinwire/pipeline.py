@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinwire.core import Context, Kernels, flat, float_at_least_32
+from thinwire.core import Context, Kernels
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.exchange.routes import Bucket
 from thinwire.kernels.reference import REFERENCE
 from thinwire.selecting import ask, select
+from thinwire.tensors import flat, float_at_least_32
 from thinwire.units import Unit, Worker
 from thinwire.wire import head
 
@@ -132,6 +133,9 @@ def receive(
                     ctx = Context(seed, step, piece.key(unit.name), rank, kernels)
                     got = group.packer(unit).decompress(payloads[j], part, known, ctx)
                     got.add_to(part, share) if later or clear else got.write_to(part, share)
+                if unit.compressor.summable and not unit.gathered:  # the only sender is the mean
+                    packer, new = group.packer(unit), piece.of_state(unit.shared.next)
+                    packer.commit(senders[0][1][j], part, known, new, Context(seed, step, piece.key(unit.name), 0))
             if poison is not None:
                 flat(mean)[:1].add_(poison)
             grad = unit.memory.receive(mean, unit.param, unit.shared.now, unit.shared.next)

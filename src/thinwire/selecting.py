@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from thinwire.core import Context, Decompressed, Kernels, Pass, Payload, Selection, flat
+from thinwire.core import Context, Kernels, Pass, Payload, Selection
 from thinwire.exchange.groups import Piece
+from thinwire.tensors import Decompressed, flat
 from thinwire.units import Unit, Worker
 
 
@@ -80,13 +81,13 @@ def ask(
         chosen: what of it is sent, where ``select`` has compensated and selected; None where that is still to be done.
     """
     local = worker.local[unit.name]
-    now, new = piece.of_state(local.now), piece.of_state(local.next)
+    now, new, known = (piece.of_state(state) for state in (local.now, local.next, unit.shared.now))
     if chosen is not None:
         x = new["residual"]
         payload = unit.compressor.encode(chosen, flat(x)[chosen], x.numel(), ctx)
     else:
-        x = unit.memory.compensate(piece.of(grad), piece.of(unit.param), now, new, 1.0 / loss_scale)
+        x = unit.memory.compensate(piece.of(grad), piece.of(unit.param), now, new, 1.0 / loss_scale, ctx)
         if (carried := now.get("carried")) is not None:  # the residual that an earlier method left
             x.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
-        payload = unit.compressor.compress(x, now, ctx)
-    return x, payload, unit.compressor.decompress(payload, x, now, ctx)
+        payload = unit.compressor.compress(x, known, ctx)
+    return x, payload, unit.compressor.decompress(payload, x, known, ctx)

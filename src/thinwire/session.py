@@ -5,6 +5,7 @@ A session knows nothing of where gradients come from; engines and the simulator 
 
 import contextlib
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from thinwire import checkpoint
 from thinwire._version import __version__
-from thinwire.core import Kernels, ThinwireError, norm
+from thinwire.core import Kernels
 from thinwire.exchange.collectives import TIMEOUT, Collective
 from thinwire.exchange.cost import measure
 from thinwire.exchange.routes import Bucket, Routing, plan_bucket
@@ -25,6 +26,7 @@ from thinwire.policy.plan import Method
 from thinwire.report.ledger import Ledger, StepRow
 from thinwire.selecting import rehearse
 from thinwire.succession import agree, hand_on
+from thinwire.tensors import ThinwireError, norm
 from thinwire.transaction import OnNonfinite, Transaction
 from thinwire.units import Probe, Unit, Worker, resolve, set_stage
 
@@ -40,6 +42,14 @@ class Scaler(Protocol):
     def is_enabled(self) -> bool: ...
 
 
+class Policy(Protocol):
+    """Decides beside the path: looks at what a session did, and may change its method."""
+
+    def after_step(self, session: "Session") -> None:
+        """The optimizer has stepped, on all ranks; ``session.set_method`` may be called if all of them do."""
+        ...
+
+
 class Session:
     """One attached model.
 
@@ -51,7 +61,7 @@ class Session:
             exchanged twice before a step.
         seed: of all randomness, with the step, the unit and the rank.
         workers: the ranks that live in this process: one, or all of a simulation.
-        scaler, on_nonfinite, timeout: see ``thinwire.attach``.
+        scaler, on_nonfinite, timeout, policy: see ``thinwire.attach``.
     """
 
     def __init__(
@@ -65,6 +75,7 @@ class Session:
         scaler: Scaler | None = None,
         on_nonfinite: OnNonfinite = "skip",
         timeout: float = TIMEOUT,
+        policy: Policy | None = None,
     ) -> None:
         if not timeout > 0:
             raise ThinwireError(f"timeout is {timeout}; it is in seconds and must be above 0")
@@ -79,6 +90,7 @@ class Session:
         self.units: list[Unit] = []
         self.scaler = scaler
         self.timeout = timeout
+        self.policy = policy
         self.loss_scale = 1.0
         self.cleanup = contextlib.ExitStack()
         """What detach() undoes; engines add to it."""
@@ -114,7 +126,7 @@ class Session:
             handover = None
         elif handover is None:
             handover = Handover(self.optimizer, method.name, dict(self.named))
-        return resolve(self.named, method, handover.settings if handover else {}), handover
+        return resolve(self.named, method, handover.settings if handover else {}, self.seed), handover
 
     def _install(self, method: Method) -> None:
         try:
@@ -169,6 +181,7 @@ class Session:
         if density != self._density:
             self._density = density
             self._buckets: dict[tuple[int, ...], Bucket] = {}
+            self._period = math.lcm(*(unit.method_compressor.period for unit in self.units))
             self.routing = Routing(self.method.route, self.method.second, self._link)
             for note in set_stage(self.units, density, self.collective.world, self.method.route, self.method.second):
                 self.ledger.note(note)
@@ -242,7 +255,8 @@ class Session:
 
     def bucket(self, params: Sequence[Tensor]) -> Bucket:
         """The bucket of these parameters, planned once for each composition and warm-up stage."""
-        key = tuple(map(id, params))
+        own = tuple(map(id, params))
+        key = (self.step % self._period, *own)
         if key not in self._buckets:
             if unknown := [p for p in params if id(p) not in self.by_param]:
                 raise ThinwireError(
@@ -250,9 +264,9 @@ class Session:
                     "parameters must not be replaced (load_state_dict(assign=True) does it) or frozen after wrapping: "
                     "wrap and attach again"
                 )
-            units = [self.by_param[i] for i in key]
-            bucket = self._buckets[key] = plan_bucket(units, self.collective.world, self.routing)
-            if self.method.route == "auto":
+            units = [self.by_param[i] for i in own]
+            bucket = self._buckets[key] = plan_bucket(units, self.collective.world, self.routing, self.step)
+            if self.method.route == "auto" and self.step % self._period == 0:
                 more = f" and {len(units) - 1} more" if len(units) > 1 else ""
                 self.ledger.note(f"{'two_phase' if bucket.relays else 'all_gather'} for {units[0].name}{more}")
         return self._buckets[key]
@@ -306,6 +320,8 @@ class Session:
             for unit in self.units:
                 unit.guarded = any(rule.memory.stateful for rule in self.method.rules)
             self._buckets.clear()
+        if self.policy is not None:
+            self.policy.after_step(self)
 
     def _carries(self) -> bool:
         return any("carried" in state.now for worker in self.workers for state in worker.local.values())

@@ -3,9 +3,10 @@
 import hashlib
 from collections.abc import Sequence
 
-from thinwire.core import State, ThinwireError
+from thinwire.core import State
 from thinwire.exchange.collectives import Collective
 from thinwire.optimizers import averaged_buffer
+from thinwire.tensors import ThinwireError
 from thinwire.units import TwoCopies, Unit, Worker
 
 
@@ -31,13 +32,16 @@ def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: 
     """Give a unit the state of its predecessor, as far as it has a place for it. A collective call."""
     was = [worker.local.get(new.name, TwoCopies()) for worker in workers]
     for worker in workers:
-        worker.local[new.name] = new.fresh(new.memory.init)
+        worker.local[new.name] = new.fresh_local()
     if old is None:
         return
     gain = old.memory.residual_gain / new.memory.residual_gain
     for worker, state in zip(workers, was, strict=True):
         _keep(state.now, worker.local[new.name].now, gain)
-    _keep(old.shared.now, new.shared.now)
+    packed = new.init_packed()
+    _keep({key: value for key, value in old.shared.now.items() if key not in packed}, new.shared.now)
+    for key, value in new.method_compressor.inherit(old.shared.now, packed).items():
+        new.shared.now[key], new.shared.next[key] = value.clone(), value.clone()
     same = set(old.shared.now) == set(new.shared.now) and set(was[0].now) == set(workers[0].local[new.name].now)
     if same or not (old.memory.absorbs and new.memory.absorbs):
         return

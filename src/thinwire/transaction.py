@@ -8,9 +8,9 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from thinwire.core import ThinwireError
 from thinwire.pipeline import Verdict
 from thinwire.report.ledger import Ledger
+from thinwire.tensors import ThinwireError
 from thinwire.units import Unit, Worker
 from thinwire.wire.head import CLOCK
 

@@ -4,18 +4,19 @@ A unit is what is compressed at once; here, one parameter. Everything is keyed b
 rebuild nor a restart changes.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from thinwire.compressors import catalogue
 from thinwire.compressors.cast import Cast
-from thinwire.core import Absorbed, Compressor, Context, Decompressed, Kernels, Memory, Payload, State, is_dense
+from thinwire.core import NOWHERE, Absorbed, Compressor, Context, Kernels, Memory, Payload, State
 from thinwire.kernels.reference import REFERENCE
 from thinwire.link import wire_bytes
 from thinwire.policy.plan import Method, Route
+from thinwire.tensors import Decompressed, is_dense
 
 DENSE = Cast()
 GATHER_BYTES = 2**20
@@ -39,6 +40,7 @@ class Unit:
     """Whether a gradient that is not finite makes all ranks skip the step: where the method remembers anything."""
     gathered: bool = False
     """Whether its payload is gathered although it could be summed."""
+    seed: int = 0
 
     @property
     def like(self) -> Tensor:
@@ -56,10 +58,20 @@ class Unit:
             return grad
         return grad.as_strided(self.param.shape, self.param.stride(), grad.storage_offset())
 
-    def fresh(self, init: Callable[[Tensor], State]) -> "TwoCopies":
-        """The state before the first step, local or shared: ``init`` is a method of the memory."""
-        like = torch.empty_like(self.param, dtype=self.memory.dtype(self.param.dtype))
-        return TwoCopies(init(like), init(like))
+    def fresh_local(self) -> "TwoCopies":
+        """One rank's state before the first step."""
+        return TwoCopies.of(self.memory.init(self._blank()))
+
+    def fresh_shared(self) -> "TwoCopies":
+        """The state before the first step that is equal on all ranks: the memory's, and the compressor's."""
+        return TwoCopies.of(self.memory.init_shared(self._blank()) | self.init_packed())
+
+    def init_packed(self) -> State:
+        """The part of it that is the compressor's."""
+        return self.method_compressor.init(self._blank(), Context(self.seed, 0, self.name, 0))
+
+    def _blank(self) -> Tensor:
+        return torch.empty_like(self.param, dtype=self.memory.dtype(self.param.dtype))
 
     def describe(self) -> str:
         """One line that must be the same on all ranks."""
@@ -76,6 +88,11 @@ class TwoCopies:
 
     now: State = field(default_factory=State)
     next: State = field(default_factory=State)
+
+    @staticmethod
+    def of(state: State) -> "TwoCopies":
+        """A fresh state, twice."""
+        return TwoCopies(state, {key: value.clone() for key, value in state.items()})
 
     def commit(self) -> None:
         """The step is final; what only ``now`` had was for this step alone."""
@@ -113,16 +130,20 @@ class Worker:
     kernels: Kernels = REFERENCE
 
 
-def payload_like(compressor: Compressor, like: Tensor) -> Payload:
+def payload_like(compressor: Compressor, like: Tensor, step: int = 0) -> Payload:
     """The shapes and dtypes of a payload, by running the compressor on a meta tensor."""
-    return compressor.compress(like, {}, Context(0, 0, "", 0))
+    return compressor.compress(like, {}, replace(NOWHERE, step=step))
 
 
 def payload_nbytes(compressor: Compressor, like: Tensor) -> int:
-    return sum(t.nbytes for t in payload_like(compressor, like))
+    """Bytes of a payload, the mean where they change from step to step, rounded up."""
+    steps = range(compressor.period)
+    return -(-sum(t.nbytes for step in steps for t in payload_like(compressor, like, step)) // compressor.period)
 
 
-def resolve(named: Iterable[tuple[str, Tensor]], method: Method, settings: Mapping[str, Absorbed]) -> list[Unit]:
+def resolve(
+    named: Iterable[tuple[str, Tensor]], method: Method, settings: Mapping[str, Absorbed], seed: int = 0
+) -> list[Unit]:
     """The units of these parameters under a method, with fresh shared state.
 
     Args:
@@ -133,8 +154,8 @@ def resolve(named: Iterable[tuple[str, Tensor]], method: Method, settings: Mappi
     for name, param in named:
         rule = method.rule(name, param.shape, param.numel())
         memory = rule.memory.absorb(settings[name]) if name in settings else rule.memory
-        unit = Unit(name, param, rule.compressor, memory, method_compressor=rule.compressor, guarded=guarded)
-        unit.shared = unit.fresh(memory.init_shared)
+        unit = Unit(name, param, rule.compressor, memory, method_compressor=rule.compressor, guarded=guarded, seed=seed)
+        unit.shared = unit.fresh_shared()
         units.append(unit)
     return units
 
@@ -168,6 +189,8 @@ def set_stage(
     for unit in units:
         unit.gathered = compresses and small and not unit.compressed
         asked = unit.method_compressor if density is None else unit.method_compressor.with_density(density)
+        if density == 1.0 and unit.compressed and asked == unit.method_compressor:  # it has no density to raise
+            asked = DENSE
         unit.compressor = asked
         if asked.summable:
             continue

@@ -1,13 +1,19 @@
 """One battery over the whole catalogue: a new compressor is one row of CASES."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from thinwire.compressors import catalogue
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.sparse import TopK
-from thinwire.core import Context, ThinwireError, flat
-from thinwire.memory import ErrorFeedback, Momentum, MomentumCorrection, NoMemory
+from thinwire.core import Compressor, Context
+from thinwire.memories.feedback import ErrorFeedback, NoMemory
+from thinwire.memories.momentum import Momentum, MomentumCorrection
+from thinwire.policy.plan import Method, Rule
+from thinwire.sim.workers import SimulatedWorkers
+from thinwire.tensors import Sparse, ThinwireError, flat
 from thinwire.units import payload_nbytes
 
 CASES = [
@@ -23,6 +29,7 @@ CASES = [
     TopK(0.1, values="int4"),
     TopK(1.0, values="int8"),
     TopK(1.0),
+    TopK(0.1) >> Cast("float16"),
 ]
 LOSSLESS = {Cast(), TopK(1.0)}
 CTX = Context(seed=3, step=5, unit="layer.weight", rank=1)
@@ -184,3 +191,66 @@ def test_fewer_than_k_are_filled_up_with_nothing(values):
         assert [(t.shape, t.dtype) for t in payload] == [(t.shape, t.dtype) for t in like]
         compressor.decompress(payload, torch.empty(20), {}, CTX).write_to(out := torch.empty(20))
         assert out.nonzero().view(-1).tolist() == chosen
+
+
+def test_a_chain_codes_the_values():
+    chain, x = TopK(0.1) >> Cast("float16"), torch.randn(50, 20)
+    plain, coded = TopK(0.1).compress(x, {}, CTX), chain.compress(x, {}, CTX)
+    assert sum(t.nbytes for t in plain) - sum(t.nbytes for t in coded) == 2 * 100
+    out = restored(chain, x)[1]
+    assert torch.equal(out, restored(TopK(0.1), x)[1].half().float())
+    assert chain.denser(2.0) == TopK(0.2) >> Cast("float16")
+    with pytest.raises(ThinwireError, match="codes a vector"):
+        Cast() >> Halves()
+
+
+def test_a_biased_compressor_needs_a_memory():
+    with pytest.raises(ThinwireError, match="TopK is biased, and NoMemory forgets"):
+        Rule(TopK(0.1), NoMemory())
+
+
+@dataclass(frozen=True)
+class Halves(Compressor):
+    """Sends the first half at even steps and the second at odd ones, and remembers the last mean that it was told."""
+
+    summable = True
+    period = 2
+
+    def init(self, like, ctx):
+        return {"last": like.new_zeros(7)}
+
+    def compress(self, x, state, ctx):
+        n = x.numel()
+        return (flat(x)[n // 2 :].clone() if ctx.step % 2 else flat(x)[: n // 2].clone(),)
+
+    def decompress(self, payload, like, state, ctx):
+        n = like.numel()
+        start = n // 2 if ctx.step % 2 else 0
+        at = torch.arange(start, start + payload[0].numel())
+        return Sparse(at, payload[0], 0.5)
+
+    def commit(self, payload, like, old, new, ctx):
+        new["last"].copy_(old["last"] + payload[0][:1])
+
+
+def halves():
+    return Method("halves", (Rule(Halves(), ErrorFeedback()),))
+
+
+def test_a_state_follows_the_mean_and_shapes_may_alternate(monkeypatch):
+    monkeypatch.setitem(catalogue.COMPRESSORS, "halves", Halves)
+    param = torch.nn.Parameter(torch.zeros(5, 5))
+    optimizer = torch.optim.SGD([param], lr=1.0)
+    sim = SimulatedWorkers(torch.nn.ParameterList([param]), halves(), optimizer, 2)
+    sent, firsts = [], 0.0
+    for step in range(4):
+        before = param.detach().clone()
+        sim.step(lambda worker, step=step: (param * (1.0 + worker + step)).sum())
+        sent.append(sim.session.ledger.rows[-1].wire_bytes)
+        firsts += (before - param.detach()).flatten()[12 * (step % 2)].item()
+    assert sent == [sent[0], sent[1]] * 2
+    assert sent[0] != sent[1]
+    assert sim.session.units[0].shared.now["last"].tolist() == [firsts] * 7
+    asked = sum(1.5 + step for step in range(4))
+    pending = torch.stack([worker.local["0"].now["residual"] for worker in sim.session.workers]).mean(0)
+    torch.testing.assert_close(pending - param.detach(), torch.full((5, 5), asked))

@@ -23,8 +23,8 @@ rank = dist.get_rank()
 model, optimizer = build()
 ddp = DistributedDataParallel(model)
 wire = thinwire.attach(ddp, thinwire.dgc(0.02), optimizer=optimizer, timeout=float(sys.argv[1]))
-start, longest = time.monotonic(), 0.0
-while True:
+longest = 0.0
+for step in range(int(sys.argv[2])):  # no collective but the exchange: what it does not do can't hang in another
     before = time.monotonic()
     optimizer.zero_grad()
     loss_of(ddp, batch(rank, wire.step)).backward()
@@ -32,10 +32,7 @@ while True:
     longest = max(longest, time.monotonic() - before)
     if wire.step == 20:
         print("running", flush=True)
-    go_on = torch.tensor([float(time.monotonic() - start < float(sys.argv[2]))])
-    dist.broadcast(go_on, 0)
-    if not go_on.item():
-        break
+    time.sleep(0.01)
 print(f"steps {wire.step} longest {longest:.2f} sum {sum(p.sum().item() for p in model.parameters()):.9f}", flush=True)
 wire.detach()
 """
@@ -52,16 +49,16 @@ def lab():
         yield lab
 
 
-def train(lab, timeout, seconds):
+def train(lab, timeout, steps):
     pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    argv = [sys.executable, "-c", TRAIN, str(timeout), str(seconds)]
+    argv = [sys.executable, "-c", TRAIN, str(timeout), str(steps)]
     ranks = [lab.popen(rank, argv, env, cwd=ROOT, **pipes) for rank, env in enumerate(lab.rendezvous(2))]
     assert ranks[0].stdout.readline().strip() == "running"
     return ranks
 
 
 def test_a_link_cut_for_two_seconds_only_slows(lab):
-    ranks = train(lab, timeout=30.0, seconds=6.0)
+    ranks = train(lab, timeout=30.0, steps=300)
     lab.cut(1)
     time.sleep(2.0)
     lab.restore(1)
@@ -73,7 +70,7 @@ def test_a_link_cut_for_two_seconds_only_slows(lab):
 
 
 def test_a_link_cut_beyond_the_timeout_is_an_error(lab):
-    ranks = train(lab, timeout=3.0, seconds=60.0)
+    ranks = train(lab, timeout=3.0, steps=1_000_000)
     lab.cut(1)
     for rank in ranks:
         _, error = rank.communicate(timeout=40)

@@ -31,7 +31,7 @@ def journey(method, world, steps):
     assert bucket.relays
     workers = [Worker(rank) for rank in range(world)]
     for worker in workers:
-        worker.local = {unit.name: unit.fresh(unit.memory.init) for unit in units}
+        worker.local = {unit.name: unit.fresh_local() for unit in units}
     asked, got = {u.name: 0 for u in units}, {u.name: 0 for u in units}
     for step in range(steps):
         peers, inboxes = Local.of(world), []

@@ -20,7 +20,7 @@ from pathlib import Path
 import atheris
 import torch
 
-with atheris.instrument_imports(include=["thinwire.checkpoint", "thinwire.compressors.catalogue", "thinwire.memory"]):
+with atheris.instrument_imports(include=["thinwire.checkpoint", "thinwire.compressors.catalogue", "thinwire.memories"]):
     from thinwire import checkpoint
 
 from thinwire import ThinwireError, dgc, topk
@@ -216,7 +216,7 @@ def check(restored: checkpoint.Restored, made: Session) -> None:
     assert all(isinstance(note, str) for note in restored.notes)
     restored.fingerprint()
     for unit in made.units:
-        fresh = unit.fresh(unit.memory.init).now, unit.fresh(unit.memory.init_shared).now
+        fresh = unit.fresh_local().now, unit.fresh_shared().now
         local, shared = restored.local[unit.name], restored.shared[unit.name]
         assert local.keys() - {"carried"} == fresh[0].keys(), local.keys()
         assert shared.keys() == fresh[1].keys(), shared.keys()

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from thinwire import ErrorFeedback, MomentumCorrection, ThinwireError, TopK
-from thinwire.core import Accumulation, Context, Pass, flat
+from thinwire.core import Accumulation, Context, Pass
 from thinwire.exchange.groups import Piece
 from thinwire.kernels.choose import choose
 from thinwire.kernels.reference import BLOCK, CHUNK, REFERENCE
 from thinwire.selecting import select
+from thinwire.tensors import flat
 from thinwire.units import Unit, Worker
 from thinwire.wire import elias_fano
 
@@ -145,8 +146,8 @@ def test_select_is_compensate_and_compress(kernels, memory, shape):
     compressor = TopK(0.01, selection="sampled")
     unit = Unit("w", param, compressor, memory, method_compressor=compressor)
     worker = Worker(0, kernels=kernels)
-    worker.local["w"] = unit.fresh(memory.init)
-    plain = unit.fresh(memory.init)
+    worker.local["w"] = unit.fresh_local()
+    plain = unit.fresh_local()
     for step in range(4):
         grad = torch.empty_like(param).normal_()
         ctx = Context(0, step, "w", 0, kernels)
@@ -170,7 +171,7 @@ def test_what_a_kernel_cannot_do_is_left_to_the_memory(kernels):
     for memory in (MomentumCorrection(0.9, weight_decay=0.1, decay="local"), ErrorFeedback()):
         unit = Unit("w", param, TopK(0.01), memory, method_compressor=TopK(0.01))
         worker = Worker(0, kernels=kernels)
-        worker.local["w"] = unit.fresh(memory.init)
+        worker.local["w"] = unit.fresh_local()
         if memory.accumulation is not None:
             worker.local["w"].now["carried"] = torch.ones(400, 500)
         assert not select([unit], [Piece(0)], [torch.randn(400, 500)], worker, [Context(0, 0, "w", 0)], 1.0)

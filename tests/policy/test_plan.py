@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from thinwire import Cast, Method, NoMemory, Rule, ThinwireError, TopK, Warmup, cast, dense, dgc, topk
+from thinwire import Cast, ErrorFeedback, Method, Rule, ThinwireError, TopK, Warmup, cast, dense, dgc, topk
 from thinwire.compressors.cast import Cast as Identity
 from thinwire.units import resolve, set_stage
 
@@ -27,7 +27,7 @@ def test_the_first_rule_that_fits_counts():
     assert method.rule("a.linear.weight", (10, 4), 40).compressor == TopK(0.01)
     assert method.rule("a.linear.bias", (10,), 10).compressor == Cast()
     with pytest.raises(ThinwireError, match=r"no rule of mine fits parameter 'w' of shape \(3,\)"):
-        Method("mine", (Rule(TopK(0.1), NoMemory(), min_numel=10),)).rule("w", (3,), 3)
+        Method("mine", (Rule(TopK(0.1), ErrorFeedback(), min_numel=10),)).rule("w", (3,), 3)
 
 
 @pytest.mark.parametrize("clip", [0.0, -1.0, float("nan")])

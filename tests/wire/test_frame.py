@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinwire.core import ThinwireError
+from thinwire.tensors import ThinwireError
 from thinwire.wire import zstd
 from thinwire.wire.frame import HEAD, Entry, Frame, FrameError, decode, encode
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinwire.core import ThinwireError
+from thinwire.tensors import ThinwireError
 from thinwire.wire import rice
 
 

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.core import Compressor, Context, Decompressed, Dense, Payload, Sparse, State, ThinwireError, flat
+from thinwire.core import Compressor, Context, Payload, State
+from thinwire.tensors import Decompressed, Dense, Sparse, ThinwireError, flat
 
 DTYPES = {
     "float64": torch.float64,
@@ -49,6 +50,12 @@ class Cast(Compressor):
 
     def __post_init__(self) -> None:
         dtype_named(self.dtype, torch.float32)
+
+    def contraction(self, n: int) -> float | None:
+        return 1.0 if self.dtype is None else 0.999
+
+    def variance(self, n: int) -> float | None:
+        return 0.0 if self.dtype is None else None
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         return (flat(x).to(dtype_named(self.dtype, x.dtype)),)

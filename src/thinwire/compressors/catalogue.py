@@ -3,15 +3,17 @@
 A new compressor is one file and one row here.
 """
 
-from dataclasses import asdict
-from typing import Any
+from dataclasses import fields
+from typing import Any, cast
 
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.sparse import TopK
-from thinwire.core import Compressor, Memory, ThinwireError
-from thinwire.memory import ErrorFeedback, Momentum, MomentumCorrection, NoMemory
+from thinwire.core import Chain, Compressor, Memory
+from thinwire.memories.feedback import ErrorFeedback, NoMemory
+from thinwire.memories.momentum import Momentum, MomentumCorrection
+from thinwire.tensors import ThinwireError
 
-COMPRESSORS: dict[str, type[Compressor]] = {"cast": Cast, "topk": TopK}
+COMPRESSORS: dict[str, type[Compressor]] = {"cast": Cast, "chain": Chain, "topk": TopK}
 MEMORIES: dict[str, type[Memory]] = {
     "none": NoMemory,
     "error_feedback": ErrorFeedback,
@@ -24,17 +26,25 @@ def to_json(part: Compressor | Memory) -> dict[str, Any]:
     """``{"kind": name, **hyper-parameters}``."""
     for name, kind in (COMPRESSORS | MEMORIES).items():
         if type(part) is kind:
-            return {"kind": name, **asdict(part)}  # pyright: ignore[reportArgumentType, reportCallIssue]
+            pairs = ((f.name, getattr(part, f.name)) for f in fields(cast(Any, part)))
+            return {"kind": name, **{key: to_json(v) if isinstance(v, Compressor) else v for key, v in pairs}}
     raise ThinwireError(f"{type(part).__name__} is not in the catalogue; add it to thinwire.compressors.catalogue")
 
 
 def from_json(data: dict[str, Any], rows: dict[str, Any]) -> Any:
     """The compressor or memory that ``to_json`` wrote; ``rows`` is ``COMPRESSORS`` or ``MEMORIES``."""
-    fields = dict(data)
-    kind = fields.pop("kind", None)
+    own = dict(data)
+    kind = own.pop("kind", None)
     if kind not in rows:
         raise ThinwireError(f"kind {kind!r} is not in the catalogue; it has {', '.join(rows)}")
     try:
-        return rows[kind](**fields)
+        return rows[kind](**{key: _part(value) for key, value in own.items()})
     except TypeError as error:
         raise ThinwireError(f"{kind}: {error}") from error
+
+
+def _part(value: Any) -> Any:
+    """A hyper-parameter, which may be a compressor or a list of numbers."""
+    if isinstance(value, list):
+        return tuple(cast("list[Any]", value))
+    return from_json(cast("dict[str, Any]", value), COMPRESSORS) if isinstance(value, dict) else value

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from thinwire.compressors.cast import DTYPES, dtype_named
 from thinwire.compressors.select import EXACT_BELOW, Sampling, largest, sample_size
-from thinwire.core import Compressor, Context, Decompressed, Payload, Sparse, State, ThinwireError, flat
+from thinwire.core import Compressor, Context, Payload, State
 from thinwire.kernels.reference import REFERENCE
+from thinwire.tensors import Decompressed, Sparse, ThinwireError, flat
 from thinwire.wire import elias_fano
 from thinwire.wire import values as codes
 
@@ -80,6 +81,13 @@ class TopK(Compressor):
 
     def denser(self, factor: float) -> "TopK":
         return replace(self, density=min(1.0, factor * self.density))
+
+    @property
+    def needs_feedback(self) -> bool:
+        return self.density < 1.0
+
+    def contraction(self, n: int) -> float | None:
+        return 1.0 / (2 * n) if self.values in codes.CODES else self.k(n) / n
 
     def k(self, n: int) -> int:
         """Elements sent of a tensor of n."""

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from multiprocessing.queues import Queue
 from typing import Any
 
-from thinwire.core import ThinwireError
 from thinwire.demo.train import CaseResult, Settings, train
 from thinwire.report.results import Row
+from thinwire.tensors import ThinwireError
 
 CASES = ("dense", "fp16", "dgc")
 Progress = Callable[[str, float, int, float], object]

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.core import ThinwireError
 from thinwire.engines.hook import Dispatcher
 from thinwire.exchange.collectives import TIMEOUT, Collective, ProcessGroup
 from thinwire.exchange.nodes import Nodes, groups_of
@@ -25,8 +24,9 @@ from thinwire.exchange.paced import Paced
 from thinwire.kernels.choose import Choice, choose
 from thinwire.link import Link
 from thinwire.policy.plan import Method
-from thinwire.session import Scaler, Session
+from thinwire.session import Policy, Scaler, Session
 from thinwire.succession import agree
+from thinwire.tensors import ThinwireError
 from thinwire.transaction import OnNonfinite
 from thinwire.units import Worker
 
@@ -43,6 +43,7 @@ def attach(
     timeout: float = TIMEOUT,
     kernels: Choice = "auto",
     nodes: int | DeviceMesh | None = None,
+    policy: Policy | None = None,
 ) -> Session:
     """Exchange the gradients of a DDP model by ``method``. A collective call: all ranks make it alike.
 
@@ -65,6 +66,7 @@ def attach(
         nodes: compress between nodes only. The ranks of a node, which follow each other, as a number; or a
             ``DeviceMesh`` of two dimensions, between nodes and inside. Ranks of a node average their gradients and are
             one worker together; the ledger's wire bytes are those between nodes. ``link`` is then that between nodes.
+        policy: changes the method while it trains, e.g. ``thinwire.LGreCo``.
 
     Returns:
         The session: ``report()``, ``set_method()``, ``detach()``, and ``ledger``.
@@ -96,7 +98,7 @@ def attach(
         collective = Nodes(group, levels[0], collective, levels[2])
     try:
         worker = Worker(collective.rank, seed, kernels=chosen)
-        session = Session(named, method, collective, optimizer, seed, [worker], scaler, on_nonfinite, timeout)
+        session = Session(named, method, collective, optimizer, seed, [worker], scaler, on_nonfinite, timeout, policy)
     except ThinwireError:
         collective.close()
         raise

@@ -20,13 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire import pipeline
 from thinwire.clipping import clip
-from thinwire.core import ThinwireError
 from thinwire.engines.flight import Flight, settle
 from thinwire.exchange.collectives import Future, exchange_failed, in_future
 from thinwire.exchange.routes import Bucket, route_together
 from thinwire.pipeline import Verdict
 from thinwire.report.ledger import Stopwatch
 from thinwire.session import Session
+from thinwire.tensors import ThinwireError
 from thinwire.wire import head
 
 ACCUMULATED = (

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from thinwire.core import ThinwireError
 from thinwire.link import Link, wire_bytes
+from thinwire.tensors import ThinwireError
 
 Future: TypeAlias = torch.futures.Future[Any]
 

@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.core import Compressor, Payload, State, flat
+from thinwire.core import Compressor, Payload, State
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.link import Kind, wire_bytes
+from thinwire.tensors import flat
 from thinwire.units import Unit, Worker
 from thinwire.wire import head
 from thinwire.wire.layout import Layout

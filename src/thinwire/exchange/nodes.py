@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from thinwire.core import ThinwireError
 from thinwire.exchange.collectives import Collective, InFlight, ProcessGroup
 from thinwire.link import Link
+from thinwire.tensors import ThinwireError
 from thinwire.wire.layout import ROW_ALIGNMENT
 
 

@@ -14,12 +14,13 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from thinwire.core import Payload, ThinwireError
+from thinwire.core import Payload
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.exchange.groups import Group, Piece, Whole
 from thinwire.exchange.two_phase import two_phase
 from thinwire.link import Kind, Link
 from thinwire.policy.plan import Route
+from thinwire.tensors import ThinwireError
 from thinwire.units import Unit, payload_like
 from thinwire.wire import head
 from thinwire.wire.layout import ROW_ALIGNMENT, Layout
@@ -66,9 +67,9 @@ class Bucket:
         return any(group.relays for group in self.groups)
 
 
-def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing()) -> Bucket:
-    """Sort the units of a bucket into messages."""
-    payloads = [payload_like(unit.compressor, unit.like) for unit in units]
+def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(), step: int = 0) -> Bucket:
+    """Sort the units of a bucket into messages, of the shapes that they have at this step."""
+    payloads = [payload_like(unit.compressor, unit.like, step) for unit in units]
     summed: dict[torch.dtype, list[int]] = {}
     gathered: list[int] = []
     for i, unit in enumerate(units):

@@ -24,10 +24,11 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from thinwire.core import Compressor, Context, Decompressed, Payload, Sparse, float_at_least_32
+from thinwire.core import Compressor, Context, Payload
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.exchange.groups import Group, Piece
 from thinwire.link import Kind, wire_bytes
+from thinwire.tensors import Decompressed, Sparse, float_at_least_32
 from thinwire.units import Unit, Worker, payload_like, payload_nbytes
 from thinwire.wire.layout import Layout
 

@@ -6,8 +6,9 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from thinwire.core import Kernels, ThinwireError
+from thinwire.core import Kernels
 from thinwire.kernels.reference import REFERENCE
+from thinwire.tensors import ThinwireError
 
 Choice: TypeAlias = Literal["auto", "reference", "cpu", "cuda"]
 

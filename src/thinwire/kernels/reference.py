@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from thinwire.core import Pass
-from thinwire.memory import accumulate
+from thinwire.memories.feedback import accumulate
 from thinwire.wire import elias_fano
 
 CHUNK = 2**18

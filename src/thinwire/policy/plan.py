@@ -10,9 +10,12 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, get_args
 
 from thinwire.compressors import catalogue
-from thinwire.core import Compressor, Memory, ThinwireError
+from thinwire.core import Compressor, Memory
 from thinwire.policy.schedule import Warmup
+from thinwire.tensors import ThinwireError
 
+TYPICAL = 2**20
+"""Elements for which a rule is checked."""
 Route: TypeAlias = Literal["all_gather", "two_phase", "auto"]
 
 
@@ -25,6 +28,20 @@ class Rule:
     match: str = "*"
     min_ndim: int = 0
     min_numel: int = 0
+
+    def __post_init__(self) -> None:
+        kind = type(self.compressor).__name__
+        if self.compressor.needs_feedback and not self.memory.stateful:
+            raise ThinwireError(
+                f"{kind} is biased, and {type(self.memory).__name__} forgets what it does not send: training need not "
+                "converge; use a memory like ErrorFeedback(), or an unbiased compressor such as RandK or QSGD"
+            )
+        alpha = self.compressor.contraction(TYPICAL)
+        if self.memory.feeds_back and alpha is not None and alpha <= 0.0:
+            raise ThinwireError(
+                f"{kind} may lose more than it is given, so what {type(self.memory).__name__} remembers could grow "
+                f"without bound; use Scaled({kind}(...)), more bits or smaller buckets, or NoMemory()"
+            )
 
     def fits(self, name: str, shape: Sequence[int], numel: int) -> bool:
         ndim = max(self.min_ndim, self.compressor.min_ndim)

@@ -5,7 +5,7 @@ Source: Y. Lin et al., "Deep Gradient Compression", 2018, arXiv:1712.01887, sect
 
 from dataclasses import dataclass
 
-from thinwire.core import ThinwireError
+from thinwire.tensors import ThinwireError
 
 PAPER = (0.25, 0.0625, 0.015625, 0.004)
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from thinwire import pipeline
 from thinwire.clipping import clip
-from thinwire.core import ThinwireError
 from thinwire.exchange.collectives import InFlight, Local
 from thinwire.kernels.choose import Choice, choose
 from thinwire.policy.plan import Method
 from thinwire.report.ledger import Ledger, Stopwatch
-from thinwire.session import Session
+from thinwire.session import Policy, Session
+from thinwire.tensors import ThinwireError
 from thinwire.units import Worker
 
 
@@ -35,7 +35,7 @@ class SimulatedWorkers:
 
     Args:
         model: stands for every replica; buffers follow the first worker, as in DDP.
-        method, optimizer, seed, kernels: as for ``thinwire.attach``.
+        method, optimizer, seed, kernels, policy: as for ``thinwire.attach``.
         workers: how many.
     """
 
@@ -47,6 +47,7 @@ class SimulatedWorkers:
         workers: int,
         seed: int = 0,
         kernels: Choice = "auto",
+        policy: Policy | None = None,
     ) -> None:
         if workers < 1:
             raise ThinwireError(f"workers is {workers}; a simulation needs at least 1")
@@ -56,7 +57,7 @@ class SimulatedWorkers:
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         chosen, note = choose(kernels, named[0][1].device if named else torch.device("cpu"))
         ranks = [Worker(rank, seed, kernels=chosen) for rank in range(workers)]
-        self.session = Session(named, method, self.peers[0], optimizer, seed, ranks)
+        self.session = Session(named, method, self.peers[0], optimizer, seed, ranks, policy=policy)
         self.session.use_kernels(chosen, note)
 
     def step(self, loss: Callable[[int], Tensor]) -> float:
@@ -119,6 +120,7 @@ def simulate(
     steps: int,
     seed: int = 0,
     kernels: Choice = "auto",
+    policy: Policy | None = None,
     after_step: Callable[[int, float], object] | None = None,
 ) -> Simulation:
     """Train ``model`` as ``workers`` data-parallel workers would, in one process.
@@ -134,7 +136,7 @@ def simulate(
         loss: ``loss(model, batch)`` is a scalar.
         workers: how many, from 1.
         steps: optimizer steps.
-        seed, kernels: as for ``attach``.
+        seed, kernels, policy: as for ``attach``.
         after_step: called with the step and the mean loss.
 
     Raises:
@@ -148,7 +150,7 @@ def simulate(
         >>> result.ledger.ratio > 1
         True
     """
-    sim = SimulatedWorkers(model, method, optimizer, workers, seed, kernels)
+    sim = SimulatedWorkers(model, method, optimizer, workers, seed, kernels, policy)
     losses: list[float] = []
     try:
         for step in range(steps):

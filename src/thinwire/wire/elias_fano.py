@@ -13,7 +13,7 @@ Source: P. Elias, "Efficient storage and retrieval by content and address of sta
 import torch
 from torch import Tensor
 
-from thinwire.core import ThinwireError
+from thinwire.tensors import ThinwireError
 from thinwire.wire.bitpack import pack_bits, pack_words, unpack_bits, unpack_words
 
 

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from thinwire.core import ThinwireError, flat
+from thinwire.tensors import ThinwireError, flat
 from thinwire.wire import elias_fano, rice, zstd
 from thinwire.wire import values as codes
 

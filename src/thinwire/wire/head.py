@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from thinwire.core import float_at_least_32
+from thinwire.tensors import float_at_least_32
 from thinwire.wire.bitpack import pack_bits, unpack_bits
 
 CLOCK = 256

@@ -13,7 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from thinwire.core import Payload, flat
+from thinwire.core import Payload
+from thinwire.tensors import flat
 
 ROW_ALIGNMENT = 8
 

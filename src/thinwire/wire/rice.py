@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from thinwire.core import ThinwireError
+from thinwire.tensors import ThinwireError
 
 WINDOW = 2**20
 """Bits that are decoded at once: decoding takes some 40 bytes for each."""

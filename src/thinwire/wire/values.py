@@ -21,7 +21,7 @@ Source: F. Sattler et al., "Sparse Binary Compression", 2018, arXiv:1805.08768, 
 import torch
 from torch import Tensor
 
-from thinwire.core import float_at_least_32
+from thinwire.tensors import float_at_least_32
 from thinwire.wire.bitpack import pack_fields, unpack_fields
 
 CODES = {"sign": 1, "int2": 2, "int4": 4, "int8": 8}

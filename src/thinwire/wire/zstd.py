@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from thinwire.core import ThinwireError
+from thinwire.tensors import ThinwireError
 
 LEVEL = 3
 

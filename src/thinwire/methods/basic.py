@@ -1,11 +1,12 @@
-"""The recipes: a method is a few lines over the catalogue's parts."""
+"""The recipes that most begin with: nothing, a cast, Top-k with error feedback, and DGC."""
 
 from collections.abc import Sequence
 from typing import Literal
 
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.sparse import TopK
-from thinwire.memory import ErrorFeedback, Momentum, MomentumCorrection, NoMemory, StateDtype, WeightDecay
+from thinwire.memories.feedback import ErrorFeedback, NoMemory, StateDtype
+from thinwire.memories.momentum import Momentum, MomentumCorrection, WeightDecay
 from thinwire.policy.plan import Method, Route, Rule
 from thinwire.policy.schedule import Warmup
 

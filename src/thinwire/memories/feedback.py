@@ -1,0 +1,111 @@
+"""Error feedback: what compression left over comes back with the next gradient; and the memory that forgets it.
+
+All arithmetic is elementwise, so it is blind to the memory layout of the tensors.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from thinwire.core import NOWHERE, Accumulation, Context, Memory, State
+from thinwire.tensors import Decompressed, ThinwireError, float_at_least_32
+
+StateDtype: TypeAlias = Literal["float32", "bfloat16"]
+"""What local states are kept in; float64 gradients keep float64 where float32 is asked for."""
+
+
+def zeros(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, memory_format=torch.preserve_format)
+
+
+def accumulate(
+    rule: Accumulation,
+    scale: float,
+    grad: Tensor,
+    v: Tensor,
+    new_v: Tensor,
+    u: Tensor | None = None,
+    new_u: Tensor | None = None,
+) -> None:
+    """``Accumulation``, in plain PyTorch: fills ``new_v`` and ``new_u``."""
+    if new_v.dtype.itemsize < 4:  # short states are rounded once, when they are written
+        wide_v, wide_u = new_v.float(), None if new_u is None else new_u.float()
+        accumulate(rule, scale, grad, v.float(), wide_v, None if u is None else u.float(), wide_u)
+        new_v.copy_(wide_v)
+        if new_u is not None and wide_u is not None:
+            new_u.copy_(wide_u)
+    elif u is None or new_u is None or rule.momentum is None:
+        torch.add(v, grad, alpha=scale, out=new_v)
+    elif rule.nesterov:
+        torch.add(u, grad, alpha=scale, out=new_u).mul_(rule.momentum)
+        torch.add(v, grad, alpha=scale, out=new_v).add_(new_u)
+    else:
+        torch.mul(u, rule.momentum, out=new_u).add_(grad, alpha=scale)
+        torch.add(v, new_u, out=new_v)
+
+
+@dataclass(frozen=True)
+class NoMemory(Memory):
+    """Sends the gradient as it is, a loss scale included, and forgets what compression lost."""
+
+    stateful: ClassVar[bool] = False
+
+    def compensate(
+        self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
+    ) -> Tensor:
+        return grad
+
+
+@dataclass(frozen=True)
+class ErrorFeedback(Memory):
+    """Adds to every gradient what was left over from the steps before.
+
+    ``x = residual + g``,  ``residual = x - decompress(compress(x))``.
+    State: one word an element. Works in float32 (float64 for float64 gradients).
+
+    Source: F. Seide et al., "1-Bit Stochastic Gradient Descent and its Application to Data-Parallel Distributed
+    Training of Speech DNNs", 2014; S. Stich, J.-B. Cordonnier, M. Jaggi, "Sparsified SGD with Memory", 2018,
+    arXiv:1809.07599, algorithm 1.
+
+    Args:
+        state: ``"bfloat16"`` halves the state; what is smaller than 1/256 of the residual is then rounded away.
+
+    Departures: the learning rate multiplies what is received, not what is remembered, so that any optimizer
+    can follow; after a cut of the learning rate, old residuals count at the new rate.
+    """
+
+    feeds_back: ClassVar[bool] = True
+
+    state: StateDtype = "float32"
+
+    def __post_init__(self) -> None:
+        check_state(self.state)
+
+    @property
+    def accumulation(self) -> Accumulation:
+        return Accumulation(None)
+
+    def dtype(self, grad: torch.dtype) -> torch.dtype:
+        return torch.bfloat16 if self.state == "bfloat16" else float_at_least_32(grad)
+
+    def init(self, like: Tensor) -> State:
+        return {"residual": zeros(like)}
+
+    def compensate(
+        self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
+    ) -> Tensor:
+        accumulate(self.accumulation, scale, grad, old["residual"], new["residual"])
+        return new["residual"]
+
+    def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
+        own.add_to(x, alpha=-1.0)  # x is new["residual"]
+
+    def returned(self, rest: Decompressed, new: State) -> None:
+        rest.add_to(new["residual"])
+
+
+def check_state(state: str) -> None:
+    if state not in ("float32", "bfloat16"):
+        raise ThinwireError(f"state is {state!r}; choose 'float32' or 'bfloat16'")
