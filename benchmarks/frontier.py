@@ -4,10 +4,10 @@
 
 The demo's LSTM (momentum SGD) and a character transformer (AdamW), simulated workers, cosine learning rate. A budget is
 in bits a parameter and step that a worker sends to each other worker; for every number of bits a value, the density is
-the one that meets it. Two phases send less for the same message, so at the same budget theirs is N/2 times as long. All cases
-of a seed start from the same weights and see the same batches. The short schedule ranks all cases with one seed; the
-best of each model and the published forms are trained with all seeds, on a schedule three times as long too. Figures that
-the file holds already are not measured again.
+the one that meets it. Two phases send less for the same message, so at the same budget theirs is N/2 times as long.
+All cases of a seed start from the same weights and see the same batches. The short schedule ranks all cases with one
+seed; the best of each model and the published forms are trained with all seeds, on a schedule three times as long too.
+Figures that the file holds already are not measured again.
 """
 
 import argparse
