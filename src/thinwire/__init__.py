@@ -6,14 +6,40 @@
 """
 
 from thinwire._version import __version__
+from thinwire.compressors.blocks import BlockTopK
 from thinwire.compressors.cast import Cast
+from thinwire.compressors.dct import DctTopK
+from thinwire.compressors.natural import Natural
+from thinwire.compressors.quantize import QSGD, Quantize
+from thinwire.compressors.random import RandK
+from thinwire.compressors.scaled import Scaled
+from thinwire.compressors.sidco import SIDCo
+from thinwire.compressors.sign import Sign
 from thinwire.compressors.sparse import TopK
+from thinwire.compressors.ternary import TernGrad
+from thinwire.compressors.threshold import Threshold
 from thinwire.core import Compressor, Memory
 from thinwire.engines.ddp import attach
 from thinwire.link import Link
+from thinwire.memories.demo import DecoupledMomentum
 from thinwire.memories.feedback import ErrorFeedback, NoMemory
 from thinwire.memories.momentum import Momentum, MomentumCorrection
-from thinwire.methods import cast, dense, dgc, topk
+from thinwire.memories.vote import MajorityVote
+from thinwire.methods import (
+    cast,
+    decoupled_momentum,
+    dense,
+    dgc,
+    ef_sign,
+    maxmin,
+    natural,
+    qsgd,
+    randk,
+    sidco,
+    signsgd,
+    terngrad,
+    topk,
+)
 from thinwire.policy.plan import Method, Rule
 from thinwire.policy.schedule import Warmup
 from thinwire.session import Session
@@ -21,26 +47,48 @@ from thinwire.sim.workers import Simulation, simulate
 from thinwire.tensors import ThinwireError
 
 __all__ = [
+    "QSGD",
+    "BlockTopK",
     "Cast",
     "Compressor",
+    "DctTopK",
+    "DecoupledMomentum",
     "ErrorFeedback",
     "Link",
+    "MajorityVote",
     "Memory",
     "Method",
     "Momentum",
     "MomentumCorrection",
+    "Natural",
     "NoMemory",
+    "Quantize",
+    "RandK",
     "Rule",
+    "SIDCo",
+    "Scaled",
     "Session",
+    "Sign",
     "Simulation",
+    "TernGrad",
     "ThinwireError",
+    "Threshold",
     "TopK",
     "Warmup",
     "__version__",
     "attach",
     "cast",
+    "decoupled_momentum",
     "dense",
     "dgc",
+    "ef_sign",
+    "maxmin",
+    "natural",
+    "qsgd",
+    "randk",
+    "sidco",
+    "signsgd",
     "simulate",
+    "terngrad",
     "topk",
 ]

@@ -114,6 +114,12 @@ class Sparse(Decompressed):
     def entries(self) -> tuple[Tensor, Tensor]:
         return self.indices, self.values
 
+    def dense(self, like: Tensor) -> Tensor:
+        """Every element of it, in a tensor like ``like``, of which no values are read."""
+        out = torch.empty_like(like, device=self.values.device)
+        self.write_to(out)
+        return out
+
 
 def float_at_least_32(dtype: torch.dtype) -> torch.dtype:
     """float64 stays, everything shorter is remembered in float32."""

@@ -53,6 +53,22 @@ def largest(magnitude: Tensor, k: int) -> Tensor:
     return torch.cat([candidates[above], ties]).sort().values
 
 
+def largest_of_each(magnitude: Tensor, k: int) -> Tensor:
+    """Ascending flat indices, int64 ``[rows * k]``, of the k largest of each row of ``magnitude`` ``[rows, n]``."""
+    rows, n = magnitude.shape
+    if k >= n or not rows:
+        return torch.arange(rows * min(k, n), device=magnitude.device)
+    magnitude = magnitude.nan_to_num(math.inf, math.inf)
+    threshold = torch.topk(magnitude, k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    chosen = magnitude >= threshold
+    if int(chosen.count_nonzero()) > rows * k:
+        above = magnitude > threshold
+        ties = chosen & ~above
+        left = k - above.sum(1, keepdim=True)
+        chosen = above | (ties & (ties.cumsum(1) <= left))
+    return chosen.view(-1).nonzero().view(-1)
+
+
 def sample_size(n: int, density: float, ratio: float) -> int:
     return max(math.ceil(ratio * n), math.ceil(SAMPLED_ABOVE / density))
 

@@ -131,11 +131,12 @@ class TopK(Compressor):
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         n, k = like.numel(), self.k(like.numel())
         indices = (ctx.kernels or REFERENCE).decode_indices(payload[-1], k, n)
-        if self.values not in codes.CODES:
-            return Sparse(indices, payload[0], self.density)
-        restored = codes.decode(payload[0], payload[1], self.values, k)
-        restored[1:].masked_fill_(indices[1:] == indices[:-1], 0.0)
-        return Sparse(indices, restored, self.density)
+        values = payload[0]
+        if self.values in codes.CODES:
+            values = codes.decode(payload[0], payload[1], self.values, k)
+        # what fills a message is 0, also where a code, or what stands after >>, has no 0
+        values = values.index_fill(0, (indices[1:] == indices[:-1]).nonzero().view(-1) + 1, 0.0)
+        return Sparse(indices, values, self.density)
 
     def sampling(self, shape: Sequence[int], ctx: Context) -> Sampling | None:
         n = math.prod(shape)

@@ -20,6 +20,11 @@ def zeros(like: Tensor) -> Tensor:
     return torch.zeros_like(like, memory_format=torch.preserve_format)
 
 
+def signs(x: Tensor) -> Tensor:
+    """``x = sign(x)``, in place; NaN, which tells a loss scaler to skip, stays."""
+    return torch.where(x.isnan(), x, x.sign(), out=x)
+
+
 def accumulate(
     rule: Accumulation,
     scale: float,

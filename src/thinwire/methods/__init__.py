@@ -1,5 +1,22 @@
 """The recipes: a method is a few lines over the catalogue's parts."""
 
 from thinwire.methods.basic import IDENTITY, cast, dense, dgc, topk
+from thinwire.methods.quantized import ef_sign, maxmin, natural, qsgd, signsgd, terngrad
+from thinwire.methods.sparsified import decoupled_momentum, randk, sidco
 
-__all__ = ["IDENTITY", "cast", "dense", "dgc", "topk"]
+__all__ = [
+    "IDENTITY",
+    "cast",
+    "decoupled_momentum",
+    "dense",
+    "dgc",
+    "ef_sign",
+    "maxmin",
+    "natural",
+    "qsgd",
+    "randk",
+    "sidco",
+    "signsgd",
+    "terngrad",
+    "topk",
+]
