@@ -9,7 +9,7 @@ SOURCE = Path(thinwire.__file__).parent
 FLOORS = [
     ["tensors", "_version"],
     ["core"],
-    ["link", "memories", "wire", "report"],
+    ["link", "memories", "theory", "wire", "report"],
     ["kernels"],
     ["compressors"],
     ["policy"],
@@ -77,7 +77,8 @@ def test_core_needs_no_extra():
 
 def test_public_names():
     assert sorted(thinwire.__all__) == [
-        "Cast", "Compressor", "ErrorFeedback", "Link", "Memory", "Method", "Momentum", "MomentumCorrection", "NoMemory",
-        "Rule", "Session", "Simulation", "ThinwireError", "TopK", "Warmup", "__version__", "attach", "cast", "dense",
-        "dgc", "simulate", "topk",
+        "Cast", "Compressor", "EControl", "EF21", "ErrorFeedback", "Link", "Memory", "Method", "Momentum",
+        "MomentumCorrection", "NoMemory", "Rule", "Session", "Simulation", "ThinwireError", "TopK", "Warmup",
+        "__version__", "attach", "cast", "dense", "dgc", "econtrol", "ef14", "ef21", "ef21_bc", "ef21_pp", "ef21_sgdm",
+        "ef21_w", "simulate", "topk",
     ]  # fmt: skip

@@ -13,7 +13,20 @@ from thinwire.engines.ddp import attach
 from thinwire.link import Link
 from thinwire.memories.feedback import ErrorFeedback, NoMemory
 from thinwire.memories.momentum import Momentum, MomentumCorrection
-from thinwire.methods import cast, dense, dgc, topk
+from thinwire.memories.shifted import EF21, EControl
+from thinwire.methods import (
+    cast,
+    dense,
+    dgc,
+    econtrol,
+    ef14,
+    ef21,
+    ef21_bc,
+    ef21_pp,
+    ef21_sgdm,
+    ef21_w,
+    topk,
+)
 from thinwire.policy.plan import Method, Rule
 from thinwire.policy.schedule import Warmup
 from thinwire.session import Session
@@ -21,8 +34,10 @@ from thinwire.sim.workers import Simulation, simulate
 from thinwire.tensors import ThinwireError
 
 __all__ = [
+    "EF21",
     "Cast",
     "Compressor",
+    "EControl",
     "ErrorFeedback",
     "Link",
     "Memory",
@@ -41,6 +56,13 @@ __all__ = [
     "cast",
     "dense",
     "dgc",
+    "econtrol",
+    "ef14",
+    "ef21",
+    "ef21_bc",
+    "ef21_pp",
+    "ef21_sgdm",
+    "ef21_w",
     "simulate",
     "topk",
 ]

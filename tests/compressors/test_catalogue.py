@@ -11,6 +11,7 @@ from thinwire.compressors.sparse import TopK
 from thinwire.core import Compressor, Context
 from thinwire.memories.feedback import ErrorFeedback, NoMemory
 from thinwire.memories.momentum import Momentum, MomentumCorrection
+from thinwire.memories.shifted import EF21, EControl
 from thinwire.policy.plan import Method, Rule
 from thinwire.sim.workers import SimulatedWorkers
 from thinwire.tensors import Sparse, ThinwireError, flat
@@ -106,7 +107,18 @@ class TestBattery:
 
 
 @pytest.mark.parametrize(
-    "part", [*CASES, NoMemory(), ErrorFeedback(), MomentumCorrection(0.9, True, 0.1), Momentum()], ids=str
+    "part",
+    [
+        *CASES,
+        NoMemory(),
+        ErrorFeedback(decay=0.9),
+        MomentumCorrection(0.9, True, 0.1),
+        Momentum(),
+        EControl(0.1),
+        EF21(0.1, 0.5),
+        EF21(downlink=TopK(0.1) >> Cast("float16")),
+    ],
+    ids=str,
 )
 def test_json_round_trip(part):
     rows = catalogue.COMPRESSORS | catalogue.MEMORIES

@@ -11,6 +11,7 @@ from thinwire.compressors.sparse import TopK
 from thinwire.core import Chain, Compressor, Memory
 from thinwire.memories.feedback import ErrorFeedback, NoMemory
 from thinwire.memories.momentum import Momentum, MomentumCorrection
+from thinwire.memories.shifted import EF21, EControl
 from thinwire.tensors import ThinwireError
 
 COMPRESSORS: dict[str, type[Compressor]] = {"cast": Cast, "chain": Chain, "topk": TopK}
@@ -19,6 +20,8 @@ MEMORIES: dict[str, type[Memory]] = {
     "error_feedback": ErrorFeedback,
     "momentum_correction": MomentumCorrection,
     "momentum": Momentum,
+    "ef21": EF21,
+    "econtrol": EControl,
 }
 
 
