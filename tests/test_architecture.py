@@ -9,7 +9,7 @@ SOURCE = Path(thinwire.__file__).parent
 FLOORS = [
     ["tensors", "_version"],
     ["core"],
-    ["link", "memories", "wire", "report"],
+    ["link", "memories", "theory", "wire", "report"],
     ["kernels"],
     ["compressors"],
     ["policy"],
@@ -77,7 +77,10 @@ def test_core_needs_no_extra():
 
 def test_public_names():
     assert sorted(thinwire.__all__) == [
-        "Cast", "Compressor", "ErrorFeedback", "Link", "Memory", "Method", "Momentum", "MomentumCorrection", "NoMemory",
-        "Rule", "Session", "Simulation", "ThinwireError", "TopK", "Warmup", "__version__", "attach", "cast", "dense",
-        "dgc", "simulate", "topk",
+        "BlockTopK", "Cast", "Compressor", "DctTopK", "DecoupledMomentum", "EControl", "EF21", "ErrorFeedback",
+        "Link", "MajorityVote", "Memory", "Method", "Momentum", "MomentumCorrection", "Natural", "NoMemory", "QSGD",
+        "Quantize", "RandK", "Rule", "SIDCo", "Scaled", "Session", "Sign", "Simulation", "TernGrad", "ThinwireError",
+        "Threshold", "TopK", "Warmup", "__version__", "attach", "cast", "decoupled_momentum", "dense", "dgc",
+        "econtrol", "ef14", "ef21", "ef21_bc", "ef21_pp", "ef21_sgdm", "ef21_w", "ef_sign", "maxmin", "natural",
+        "qsgd", "randk", "sidco", "signsgd", "simulate", "terngrad", "topk",
     ]  # fmt: skip

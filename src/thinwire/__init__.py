@@ -24,12 +24,20 @@ from thinwire.link import Link
 from thinwire.memories.demo import DecoupledMomentum
 from thinwire.memories.feedback import ErrorFeedback, NoMemory
 from thinwire.memories.momentum import Momentum, MomentumCorrection
+from thinwire.memories.shifted import EF21, EControl
 from thinwire.memories.vote import MajorityVote
 from thinwire.methods import (
     cast,
     decoupled_momentum,
     dense,
     dgc,
+    econtrol,
+    ef14,
+    ef21,
+    ef21_bc,
+    ef21_pp,
+    ef21_sgdm,
+    ef21_w,
     ef_sign,
     maxmin,
     natural,
@@ -47,12 +55,14 @@ from thinwire.sim.workers import Simulation, simulate
 from thinwire.tensors import ThinwireError
 
 __all__ = [
+    "EF21",
     "QSGD",
     "BlockTopK",
     "Cast",
     "Compressor",
     "DctTopK",
     "DecoupledMomentum",
+    "EControl",
     "ErrorFeedback",
     "Link",
     "MajorityVote",
@@ -81,6 +91,13 @@ __all__ = [
     "decoupled_momentum",
     "dense",
     "dgc",
+    "econtrol",
+    "ef14",
+    "ef21",
+    "ef21_bc",
+    "ef21_pp",
+    "ef21_sgdm",
+    "ef21_w",
     "ef_sign",
     "maxmin",
     "natural",

@@ -16,7 +16,7 @@ would save one rank's residual and give it to all.
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -147,14 +147,18 @@ def restore(
                     notes.append(f"{unit.name}: a mean pending update of norm {size:.3g} was dropped")
                 mine = {key: value for key, value in mine.items() if key not in ("residual", "carried")}
         gain = _gain(plan[unit.name], unit)
-        fresh = unit.fresh_local().now
-        new_local[unit.name] = _fit(mine, fresh, gain, unit, notes)
-        begun = unit.fresh_shared().now
+        fresh, begun = unit.fresh_local().now, unit.fresh_shared().now
         both = {
             key: _plain(value, unit, key, begun[key].shape if key in begun else None)
             for key, value in _mapping(shared, unit.name).items()
         }
-        new_shared[unit.name] = _fit(both, begun, None, unit, notes)
+        alone = (mine.keys() & both.keys() - {"carried"}) ^ unit.mirrored
+        if unit.mirrored:  # what is asked is a difference, to which nothing pending can be added
+            alone |= {"carried", *({"residual"} - fresh.keys())}
+        for key in alone & mine.keys():
+            notes.append(f"{unit.name}: the checkpoint's {key} has no place in the present method and was dropped")
+        new_local[unit.name] = _fit(_without(mine, alone), fresh, gain, unit, notes)
+        new_shared[unit.name] = _fit(_without(both, alone - {"carried"}), begun, None, unit, notes)
     return Restored(*clock, new_local, new_shared, notes)
 
 
@@ -198,11 +202,11 @@ def _fit(saved: State, fresh: State, gain: float | None, unit: Unit, notes: list
     """What the memory has a place for; a residual without one is carried to the next step.
 
     Args:
-        gain: what a residual is scaled by; None for the shared state, in which nothing is pending.
+        gain: what a residual is scaled by; None for the shared state.
     """
     fitted = dict(fresh)
     for key, value in saved.items():
-        pending = gain is not None and key in ("residual", "carried")
+        pending = key == "carried" or (gain is not None and key == "residual")
         place = key if key in fresh else "carried" if pending else None
         if place is None:
             notes.append(f"{unit.name}: the checkpoint's {key} has no place in the present method and was dropped")
@@ -215,6 +219,10 @@ def _fit(saved: State, fresh: State, gain: float | None, unit: Unit, notes: list
     for key in fresh.keys() - saved.keys():
         notes.append(f"{unit.name}: {key} is not in the checkpoint and starts from zero")
     return fitted
+
+
+def _without(state: State, keys: Set[str]) -> State:
+    return {key: value for key, value in state.items() if key not in keys}
 
 
 def _gain(plan: Any, unit: Unit) -> float:

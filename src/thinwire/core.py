@@ -321,7 +321,9 @@ class Memory(ABC):
 
     The *local* state differs between ranks and is written on the sending side alone; the *shared* state is the
     same on every rank and is written on the receiving side alone. Each write reads ``old``, what the last finished
-    step left, and fills ``new``, which counts only once the optimizer has stepped.
+    step left, and fills ``new``, which counts only once the optimizer has stepped. A key that both parts have is
+    mirrored: the shared tensor is the mean over ranks of the local ones, so one is never kept without the other, and
+    what is asked is a difference, to which nothing that is pending may be added.
     """
 
     stateful: ClassVar[bool] = True
@@ -370,8 +372,8 @@ class Memory(ABC):
     def returned(self, rest: Decompressed, new: State) -> None:  # noqa: B027
         """Take in, with the residual, what came back unsent: ``rest`` of all that ranks sent to this one to pass on."""
 
-    def receive(self, mean: Tensor, param: Tensor, old: State, new: State) -> Tensor:
-        """From the mean over ranks (may be overwritten) to the gradient for the optimizer."""
+    def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
+        """From the mean over ranks (may be overwritten) to the gradient for the optimizer; ``ctx.rank`` is 0."""
         return mean
 
     def absorb(self: D, settings: Absorbed) -> D:

@@ -138,7 +138,10 @@ def receive(
                     packer.commit(senders[0][1][j], part, known, new, Context(seed, step, piece.key(unit.name), 0))
             if poison is not None:
                 flat(mean)[:1].add_(poison)
-            grad = unit.memory.receive(mean, unit.param, unit.shared.now, unit.shared.next)
+            ctx = Context(seed, step, unit.name, 0, kernels)
+            grad = unit.memory.receive(mean, unit.param, unit.shared.now, unit.shared.next, ctx)
+            if (carried := unit.shared.now.get("carried")) is not None:  # the mean that an earlier method left
+                grad.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
             if unit.memory.stateful and loss_scale != 1.0:
                 grad.mul_(loss_scale)
             if grad is not out:

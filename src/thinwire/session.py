@@ -324,7 +324,8 @@ class Session:
             self.policy.after_step(self)
 
     def _carries(self) -> bool:
-        return any("carried" in state.now for worker in self.workers for state in worker.local.values())
+        local = [state for worker in self.workers for state in worker.local.values()]
+        return any("carried" in state.now for state in (*local, *(unit.shared for unit in self.units)))
 
     def _guard_carried(self) -> None:
         """While a residual without a home is carried, a method that remembers nothing needs the heads too."""

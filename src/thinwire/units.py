@@ -4,7 +4,7 @@ A unit is what is compressed at once; here, one parameter. Everything is keyed b
 rebuild nor a restart changes.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -51,6 +51,11 @@ class Unit:
     def compressed(self) -> bool:
         """Whether the method compresses this unit, be it sent dense for now or not."""
         return self.method_compressor != DENSE
+
+    @property
+    def mirrored(self) -> Set[str]:
+        """What both parts of its memory's state have."""
+        return self.memory.init(self.like).keys() & self.memory.init_shared(self.like).keys()
 
     def grad_like(self, grad: Tensor) -> Tensor:
         """``grad`` with the strides of the parameter, which is how DDP lays it out in its buckets."""

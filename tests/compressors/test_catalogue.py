@@ -22,6 +22,7 @@ from thinwire.core import Compressor, Context
 from thinwire.memories.demo import DecoupledMomentum
 from thinwire.memories.feedback import ErrorFeedback, NoMemory
 from thinwire.memories.momentum import Momentum, MomentumCorrection
+from thinwire.memories.shifted import EF21, EControl
 from thinwire.memories.vote import MajorityVote
 from thinwire.policy.plan import Method, Rule
 from thinwire.sim.workers import SimulatedWorkers
@@ -231,6 +232,10 @@ class TestBattery:
         Momentum(),
         MajorityVote(0.5),
         DecoupledMomentum(0.9, sign=False),
+        ErrorFeedback(decay=0.9),
+        EControl(0.1),
+        EF21(0.1, 0.5),
+        EF21(downlink=TopK(0.1) >> Cast("float16")),
     ],
     ids=str,
 )

@@ -22,6 +22,7 @@ from thinwire.core import Chain, Compressor, Memory
 from thinwire.memories.demo import DecoupledMomentum
 from thinwire.memories.feedback import ErrorFeedback, NoMemory
 from thinwire.memories.momentum import Momentum, MomentumCorrection
+from thinwire.memories.shifted import EF21, EControl
 from thinwire.memories.vote import MajorityVote
 from thinwire.tensors import ThinwireError
 
@@ -48,6 +49,8 @@ MEMORIES: dict[str, type[Memory]] = {
     "momentum": Momentum,
     "majority_vote": MajorityVote,
     "decoupled_momentum": DecoupledMomentum,
+    "ef21": EF21,
+    "econtrol": EControl,
 }
 
 

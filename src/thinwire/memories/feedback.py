@@ -75,6 +75,7 @@ class ErrorFeedback(Memory):
     arXiv:1809.07599, algorithm 1.
 
     Args:
+        decay: in (0, 1], what the residual is multiplied by before a gradient is added; 1 loses nothing.
         state: ``"bfloat16"`` halves the state; what is smaller than 1/256 of the residual is then rounded away.
 
     Departures: the learning rate multiplies what is received, not what is remembered, so that any optimizer
@@ -84,13 +85,16 @@ class ErrorFeedback(Memory):
     feeds_back: ClassVar[bool] = True
 
     state: StateDtype = "float32"
+    decay: float = 1.0
 
     def __post_init__(self) -> None:
         check_state(self.state)
+        if not 0.0 < self.decay <= 1.0:
+            raise ThinwireError(f"decay is {self.decay}; it multiplies the residual and must be in (0, 1], e.g. 0.999")
 
     @property
-    def accumulation(self) -> Accumulation:
-        return Accumulation(None)
+    def accumulation(self) -> Accumulation | None:
+        return Accumulation(None) if self.decay == 1.0 else None
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return torch.bfloat16 if self.state == "bfloat16" else float_at_least_32(grad)
@@ -101,7 +105,10 @@ class ErrorFeedback(Memory):
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
     ) -> Tensor:
-        accumulate(self.accumulation, scale, grad, old["residual"], new["residual"])
+        held = old["residual"]
+        if self.decay != 1.0:
+            held = held.to(float_at_least_32(held.dtype)) * self.decay
+        accumulate(Accumulation(None), scale, grad, held, new["residual"])
         return new["residual"]
 
     def sent(self, x: Tensor, own: Decompressed, new: State) -> None:

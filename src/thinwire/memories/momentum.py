@@ -97,7 +97,7 @@ class MomentumCorrection(Memory):
     def returned(self, rest: Decompressed, new: State) -> None:
         rest.add_to(new["residual"])
 
-    def receive(self, mean: Tensor, param: Tensor, old: State, new: State) -> Tensor:
+    def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
         if not self.weight_decay or self.decay == "local":
             return mean
         if self.decay == "decoupled":
@@ -145,7 +145,7 @@ class Momentum(Memory):
     ) -> Tensor:
         return grad if scale == 1.0 else grad.mul_(scale)
 
-    def receive(self, mean: Tensor, param: Tensor, old: State, new: State) -> Tensor:
+    def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
         decoupled = self.decay == "decoupled"
         if self.weight_decay and not decoupled:
             mean.add_(param, alpha=self.weight_decay)

@@ -1,6 +1,7 @@
 """The recipes: a method is a few lines over the catalogue's parts."""
 
 from thinwire.methods.basic import IDENTITY, cast, dense, dgc, topk
+from thinwire.methods.feedback import econtrol, ef14, ef21, ef21_bc, ef21_pp, ef21_sgdm, ef21_w
 from thinwire.methods.quantized import ef_sign, maxmin, natural, qsgd, signsgd, terngrad
 from thinwire.methods.sparsified import decoupled_momentum, randk, sidco
 
@@ -10,6 +11,13 @@ __all__ = [
     "decoupled_momentum",
     "dense",
     "dgc",
+    "econtrol",
+    "ef14",
+    "ef21",
+    "ef21_bc",
+    "ef21_pp",
+    "ef21_sgdm",
+    "ef21_w",
     "ef_sign",
     "maxmin",
     "natural",
