@@ -81,6 +81,6 @@ def test_public_names():
         "Link", "MajorityVote", "Memory", "Method", "Momentum", "MomentumCorrection", "Natural", "NoMemory", "QSGD",
         "Quantize", "RandK", "Rule", "SIDCo", "Scaled", "Session", "Sign", "Simulation", "TernGrad", "ThinwireError",
         "Threshold", "TopK", "Warmup", "__version__", "attach", "cast", "decoupled_momentum", "dense", "dgc",
-        "econtrol", "ef14", "ef21", "ef21_bc", "ef21_pp", "ef21_sgdm", "ef21_w", "ef_sign", "maxmin", "natural",
-        "qsgd", "randk", "sidco", "signsgd", "simulate", "terngrad", "topk",
+        "econtrol", "ef14", "ef21", "ef21_bc", "ef21_pp", "ef21_sgdm", "ef21_w", "ef_sign", "lean", "maxmin",
+        "natural", "qsgd", "randk", "sidco", "signsgd", "simulate", "terngrad", "topk",
     ]  # fmt: skip

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def gamma(a: Tensor, q: float) -> float:
 
 def _tail(shape: float) -> Callable[[float], float]:
     alpha = torch.tensor(shape, dtype=torch.float64)
-    return lambda t: float(torch.special.gammaincc(alpha, torch.tensor(t, dtype=torch.float64)))
+    return lambda t: float(cast(Tensor, torch.special.gammaincc(alpha, torch.tensor(t, dtype=torch.float64))))
 
 
 FITS: dict[str, tuple[Callable[[Tensor, float], float], Callable[[Tensor, float], float]]] = {

@@ -59,5 +59,5 @@ class DecoupledMomentum(Memory):
     def returned(self, rest: Decompressed, new: State) -> None:
         rest.add_to(new["residual"])
 
-    def receive(self, mean: Tensor, param: Tensor, old: State, new: State) -> Tensor:
+    def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
         return signs(mean) if self.sign else mean

@@ -59,7 +59,7 @@ class MajorityVote(Memory):
         m = torch.mul(old["momentum"], self.momentum, out=new["momentum"])
         return m.add_(grad, alpha=(1.0 - self.momentum) * scale)
 
-    def receive(self, mean: Tensor, param: Tensor, old: State, new: State) -> Tensor:
+    def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
         if mean.numel():
             magnitude = mean.abs()
             mean.masked_fill_(magnitude < TIE * magnitude.amax(), 0.0)

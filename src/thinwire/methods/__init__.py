@@ -2,6 +2,7 @@
 
 from thinwire.methods.basic import IDENTITY, cast, dense, dgc, topk
 from thinwire.methods.feedback import econtrol, ef14, ef21, ef21_bc, ef21_pp, ef21_sgdm, ef21_w
+from thinwire.methods.lean import lean
 from thinwire.methods.quantized import ef_sign, maxmin, natural, qsgd, signsgd, terngrad
 from thinwire.methods.sparsified import decoupled_momentum, randk, sidco
 
@@ -19,6 +20,7 @@ __all__ = [
     "ef21_sgdm",
     "ef21_w",
     "ef_sign",
+    "lean",
     "maxmin",
     "natural",
     "qsgd",
