@@ -46,7 +46,7 @@ CASES = [
     TopK(0.03, selection="sampled") >> Quantize(4),
     RandK(0.05),
     RandK(0.3, scaled=False),
-    RandK(0.7, shared=False),
+    RandK(0.4, shared=False),
     RandK(0.2) >> Natural(),
     Threshold(2.0, 0.03),
     Threshold(1e-3, 0.02, values="sign"),
@@ -97,7 +97,7 @@ def deterministic(compressor):
 
 def losses(compressor, x, repeats):
     """``||x - C(x)||^2 / ||x||^2`` of some encodings that differ by their randomness alone, and their mean."""
-    lost, total = [], torch.zeros_like(x)
+    lost, total = [], torch.zeros_like(x, dtype=torch.float64)
     for step in range(repeats):
         ctx = replace(CTX, step=step)
         compressor.decompress(compressor.compress(x, {}, ctx), x, {}, ctx).write_to(out := torch.empty_like(x))
@@ -108,7 +108,7 @@ def losses(compressor, x, repeats):
 
 def bound(lost):
     """Five standard errors of their mean, and what float32 rounds."""
-    return 5 * lost.std() / len(lost) ** 0.5 + 1e-5
+    return 5 * lost.std(correction=0) / len(lost) ** 0.5 + 1e-5
 
 
 DISTRIBUTIONS = {
@@ -123,9 +123,10 @@ DISTRIBUTIONS = {
 @pytest.mark.parametrize("compressor", CASES, ids=str)
 def test_contracts_as_declared(compressor):
     for make in DISTRIBUTIONS.values():
-        for n in (1, 40, 700):
-            if alpha := compressor.contraction(n):
-                lost, _ = losses(compressor, make(n), 30 if n == 40 else 8)
+        for n, repeats in ((1, 3), (40, 1 if deterministic(compressor) else 60), (700, 1)):
+            alpha = compressor.contraction(n)
+            if alpha and (repeats > 1 or deterministic(compressor)):
+                lost, _ = losses(compressor, make(n), repeats)
                 assert lost.mean() <= 1.0 - alpha + bound(lost), make
 
 
