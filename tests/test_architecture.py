@@ -16,7 +16,7 @@ FLOORS = [
     ["units", "methods"],
     ["exchange", "clipping"],
     ["selecting"],
-    ["optimizers", "pipeline", "checkpoint"],
+    ["optimizers", "optim", "pipeline", "checkpoint"],
     ["succession", "transaction"],
     ["session"],
     ["engines", "sim"],
@@ -77,7 +77,8 @@ def test_core_needs_no_extra():
 
 def test_public_names():
     assert sorted(thinwire.__all__) == [
-        "Cast", "Compressor", "ErrorFeedback", "Link", "Memory", "Method", "Momentum", "MomentumCorrection", "NoMemory",
-        "Rule", "Session", "Simulation", "ThinwireError", "TopK", "Warmup", "__version__", "attach", "cast", "dense",
-        "dgc", "simulate", "topk",
+        "Cast", "CompressedMomentum", "Compressor", "ErrorFeedback", "Link", "Memory", "Method", "Momentum",
+        "MomentumCorrection", "NoMemory", "OneBitAdam", "OneBitLamb", "Rule", "Session", "Sign", "Simulation",
+        "SteadyFeedback", "ThinwireError", "TopK", "Warmup", "ZeroOneAdam", "__version__", "attach", "cast", "dense",
+        "dgc", "onebit_adam", "onebit_lamb", "simulate", "topk", "zeroone_adam",
     ]  # fmt: skip

@@ -52,6 +52,11 @@ class Unit:
         """Whether the method compresses this unit, be it sent dense for now or not."""
         return self.method_compressor != DENSE
 
+    @property
+    def exact(self) -> bool:
+        """Whether what is asked arrives as it is."""
+        return self.compressor == DENSE
+
     def grad_like(self, grad: Tensor) -> Tensor:
         """``grad`` with the strides of the parameter, which is how DDP lays it out in its buckets."""
         if grad.stride() == self.param.stride() or not is_dense(self.param):

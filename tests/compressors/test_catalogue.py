@@ -7,8 +7,10 @@ import torch
 
 from thinwire.compressors import catalogue
 from thinwire.compressors.cast import Cast
+from thinwire.compressors.sign import Sign
 from thinwire.compressors.sparse import TopK
 from thinwire.core import Compressor, Context
+from thinwire.memories.adam import CompressedMomentum, SteadyFeedback
 from thinwire.memories.feedback import ErrorFeedback, NoMemory
 from thinwire.memories.momentum import Momentum, MomentumCorrection
 from thinwire.policy.plan import Method, Rule
@@ -30,6 +32,7 @@ CASES = [
     TopK(1.0, values="int8"),
     TopK(1.0),
     TopK(0.1) >> Cast("float16"),
+    Sign(64),
 ]
 LOSSLESS = {Cast(), TopK(1.0)}
 CTX = Context(seed=3, step=5, unit="layer.weight", rank=1)
@@ -106,7 +109,17 @@ class TestBattery:
 
 
 @pytest.mark.parametrize(
-    "part", [*CASES, NoMemory(), ErrorFeedback(), MomentumCorrection(0.9, True, 0.1), Momentum()], ids=str
+    "part",
+    [
+        *CASES,
+        NoMemory(),
+        ErrorFeedback(),
+        MomentumCorrection(0.9, True, 0.1),
+        Momentum(),
+        CompressedMomentum(0.95),
+        SteadyFeedback(),
+    ],
+    ids=str,
 )
 def test_json_round_trip(part):
     rows = catalogue.COMPRESSORS | catalogue.MEMORIES
