@@ -16,7 +16,7 @@ FLOORS = [
     ["units", "methods"],
     ["exchange", "clipping"],
     ["selecting"],
-    ["optimizers", "pipeline", "checkpoint"],
+    ["optimizers", "optim", "pipeline", "checkpoint"],
     ["succession", "transaction"],
     ["session"],
     ["engines", "sim"],
@@ -77,10 +77,11 @@ def test_core_needs_no_extra():
 
 def test_public_names():
     assert sorted(thinwire.__all__) == [
-        "BlockTopK", "Cast", "Compressor", "DctTopK", "DecoupledMomentum", "EControl", "EF21", "ErrorFeedback",
-        "Link", "MajorityVote", "Memory", "Method", "Momentum", "MomentumCorrection", "Natural", "NoMemory", "QSGD",
-        "Quantize", "RandK", "Rule", "SIDCo", "Scaled", "Session", "Sign", "Simulation", "TernGrad", "ThinwireError",
-        "Threshold", "TopK", "Warmup", "__version__", "attach", "cast", "decoupled_momentum", "dense", "dgc",
-        "econtrol", "ef14", "ef21", "ef21_bc", "ef21_pp", "ef21_sgdm", "ef21_w", "ef_sign", "lean", "maxmin",
-        "natural", "qsgd", "randk", "sidco", "signsgd", "simulate", "terngrad", "topk",
+        "BlockTopK", "Cast", "CompressedMomentum", "Compressor", "DctTopK", "DecoupledMomentum", "EControl", "EF21",
+        "ErrorFeedback", "Link", "MajorityVote", "Memory", "Method", "Momentum", "MomentumCorrection", "Natural",
+        "NoMemory", "OneBitAdam", "OneBitLamb", "QSGD", "Quantize", "RandK", "Rule", "SIDCo", "Scaled", "Session",
+        "Sign", "Simulation", "SteadyFeedback", "TernGrad", "ThinwireError", "Threshold", "TopK", "Warmup",
+        "ZeroOneAdam", "__version__", "attach", "cast", "decoupled_momentum", "dense", "dgc", "econtrol", "ef14",
+        "ef21", "ef21_bc", "ef21_pp", "ef21_sgdm", "ef21_w", "ef_sign", "lean", "maxmin", "natural", "onebit_adam",
+        "onebit_lamb", "qsgd", "randk", "sidco", "signsgd", "simulate", "terngrad", "topk", "zeroone_adam",
     ]  # fmt: skip

@@ -21,6 +21,7 @@ from thinwire.compressors.threshold import Threshold
 from thinwire.core import Compressor, Memory
 from thinwire.engines.ddp import attach
 from thinwire.link import Link
+from thinwire.memories.adam import CompressedMomentum, SteadyFeedback
 from thinwire.memories.demo import DecoupledMomentum
 from thinwire.memories.feedback import ErrorFeedback, NoMemory
 from thinwire.memories.momentum import Momentum, MomentumCorrection
@@ -42,13 +43,17 @@ from thinwire.methods import (
     lean,
     maxmin,
     natural,
+    onebit_adam,
+    onebit_lamb,
     qsgd,
     randk,
     sidco,
     signsgd,
     terngrad,
     topk,
+    zeroone_adam,
 )
+from thinwire.optim import OneBitAdam, OneBitLamb, ZeroOneAdam
 from thinwire.policy.plan import Method, Rule
 from thinwire.policy.schedule import Warmup
 from thinwire.session import Session
@@ -60,6 +65,7 @@ __all__ = [
     "QSGD",
     "BlockTopK",
     "Cast",
+    "CompressedMomentum",
     "Compressor",
     "DctTopK",
     "DecoupledMomentum",
@@ -73,6 +79,8 @@ __all__ = [
     "MomentumCorrection",
     "Natural",
     "NoMemory",
+    "OneBitAdam",
+    "OneBitLamb",
     "Quantize",
     "RandK",
     "Rule",
@@ -81,11 +89,13 @@ __all__ = [
     "Session",
     "Sign",
     "Simulation",
+    "SteadyFeedback",
     "TernGrad",
     "ThinwireError",
     "Threshold",
     "TopK",
     "Warmup",
+    "ZeroOneAdam",
     "__version__",
     "attach",
     "cast",
@@ -103,6 +113,8 @@ __all__ = [
     "lean",
     "maxmin",
     "natural",
+    "onebit_adam",
+    "onebit_lamb",
     "qsgd",
     "randk",
     "sidco",
@@ -110,4 +122,5 @@ __all__ = [
     "simulate",
     "terngrad",
     "topk",
+    "zeroone_adam",
 ]

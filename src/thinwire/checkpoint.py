@@ -62,15 +62,20 @@ class Restored:
 
 def save(units: Sequence[Unit], worker: Worker, rows: Rows, clock: Mapping[str, int], method: str) -> dict[str, Any]:
     """The state of one rank. Everything is copied: what loads in place writes into these tensors."""
+    local = {unit.name: _saved(unit, worker.local[unit.name].now) for unit in units}
     return {
         "version": VERSION,
         **clock,
         "method": method,
-        "plan": {unit.name: plan_of(unit, worker.local[unit.name].now) for unit in units},
+        "plan": {unit.name: plan_of(unit, local[unit.name]) for unit in units},
         "rank": rows(torch.tensor(float(worker.rank))),
-        "local": {u.name: {key: rows(t.clone()) for key, t in worker.local[u.name].now.items()} for u in units},
-        "shared": {unit.name: {key: t.clone() for key, t in unit.shared.now.items()} for unit in units},
+        "local": {name: {key: rows(t.clone()) for key, t in state.items()} for name, state in local.items()},
+        "shared": {u.name: {key: t.clone() for key, t in _saved(u, u.shared.now).items()} for u in units},
     }
+
+
+def _saved(unit: Unit, state: State) -> State:
+    return {key: value for key, value in state.items() if key not in unit.memory.derived}
 
 
 def plan_of(unit: Unit, local: State) -> str:

@@ -122,6 +122,9 @@ class Context:
     kernels: Kernels | None = field(default=None, compare=False, repr=False)
     """Which loops to use; None for plain PyTorch. The result is the same."""
 
+    exact: bool = field(default=False, compare=False)
+    """Whether all of what is asked arrives, as in a dense stage; only the sender is told."""
+
     def draw(self, bound: int) -> int:
         """An integer in [0, bound), the same on every machine for equal contexts."""
         return crc32(f"{self.seed}/{self.step}/{self.unit}/{self.rank}".encode()) % bound
@@ -323,7 +326,8 @@ class Memory(ABC):
     same on every rank and is written on the receiving side alone. Each write reads ``old``, what the last finished
     step left, and fills ``new``, which counts only once the optimizer has stepped. A key that both parts have is
     mirrored: the shared tensor is the mean over ranks of the local ones, so one is never kept without the other, and
-    what is asked is a difference, to which nothing that is pending may be added.
+    what is asked is a difference, to which nothing that is pending may be added. ``compensate`` also finds the shared
+    state in ``old``, under what the local one has of the same name.
     """
 
     stateful: ClassVar[bool] = True
@@ -334,6 +338,12 @@ class Memory(ABC):
 
     feeds_back: ClassVar[bool] = False
     """Whether what was not sent comes back, which needs a compressor that contracts."""
+
+    gives: ClassVar[str] = "gradient"
+    """What the optimizer gets as ``grad``; it must be one that takes that."""
+
+    derived: ClassVar[frozenset[str]] = frozenset()
+    """What of the state follows from the optimizer's, and so is in no checkpoint."""
 
     @property
     def accumulation(self) -> Accumulation | None:

@@ -58,7 +58,8 @@ def send(
     for group in bucket.groups:
         named = [(piece, bucket.units[piece.unit], grads[piece.unit]) for piece in group.pieces]
         contexts = [
-            Context(worker.seed, step, piece.key(unit.name), worker.rank, worker.kernels) for piece, unit, _ in named
+            Context(worker.seed, step, piece.key(unit.name), worker.rank, worker.kernels, unit.exact)
+            for piece, unit, _ in named
         ]
         selected = select(bucket.units, group.pieces, grads, worker, contexts, 1.0 / loss_scale)
         cleared |= {i for i, pieces in group.by_unit.items() if selected.keys() >= {j for j, _ in pieces}}

@@ -86,7 +86,7 @@ def ask(
         x = new["residual"]
         payload = unit.compressor.encode(chosen, flat(x)[chosen], x.numel(), ctx)
     else:
-        x = unit.memory.compensate(piece.of(grad), piece.of(unit.param), now, new, 1.0 / loss_scale, ctx)
+        x = unit.memory.compensate(piece.of(grad), piece.of(unit.param), known | now, new, 1.0 / loss_scale, ctx)
         if (carried := now.get("carried")) is not None:  # the residual that an earlier method left
             x.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
         payload = unit.compressor.compress(x, known, ctx)

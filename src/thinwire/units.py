@@ -57,6 +57,11 @@ class Unit:
         """What both parts of its memory's state have."""
         return self.memory.init(self.like).keys() & self.memory.init_shared(self.like).keys()
 
+    @property
+    def exact(self) -> bool:
+        """Whether what is asked arrives as it is."""
+        return self.compressor == DENSE
+
     def grad_like(self, grad: Tensor) -> Tensor:
         """``grad`` with the strides of the parameter, which is how DDP lays it out in its buckets."""
         if grad.stride() == self.param.stride() or not is_dense(self.param):

@@ -19,6 +19,7 @@ from thinwire.compressors.sparse import TopK
 from thinwire.compressors.ternary import TernGrad
 from thinwire.compressors.threshold import Threshold
 from thinwire.core import Compressor, Context
+from thinwire.memories.adam import CompressedMomentum, SteadyFeedback
 from thinwire.memories.demo import DecoupledMomentum
 from thinwire.memories.feedback import ErrorFeedback, NoMemory
 from thinwire.memories.momentum import Momentum, MomentumCorrection
@@ -72,6 +73,7 @@ CASES = [
     Sign(scale="none"),
     Scaled(QSGD(3)),
     Scaled(RandK(0.1)),
+    Sign(64),
 ]
 LOSSLESS = {Cast(), TopK(1.0)}
 CTX = Context(seed=3, step=5, unit="layer.weight", rank=1)
@@ -237,6 +239,8 @@ class TestBattery:
         EControl(0.1),
         EF21(0.1, 0.5),
         EF21(downlink=TopK(0.1) >> Cast("float16")),
+        CompressedMomentum(0.95),
+        SteadyFeedback(),
     ],
     ids=str,
 )

@@ -19,6 +19,7 @@ from thinwire.compressors.sparse import TopK
 from thinwire.compressors.ternary import TernGrad
 from thinwire.compressors.threshold import Threshold
 from thinwire.core import Chain, Compressor, Memory
+from thinwire.memories.adam import CompressedMomentum, SteadyFeedback
 from thinwire.memories.demo import DecoupledMomentum
 from thinwire.memories.feedback import ErrorFeedback, NoMemory
 from thinwire.memories.momentum import Momentum, MomentumCorrection
@@ -51,6 +52,8 @@ MEMORIES: dict[str, type[Memory]] = {
     "decoupled_momentum": DecoupledMomentum,
     "ef21": EF21,
     "econtrol": EControl,
+    "compressed_momentum": CompressedMomentum,
+    "steady_feedback": SteadyFeedback,
 }
 
 

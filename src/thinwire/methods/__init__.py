@@ -1,5 +1,6 @@
 """The recipes: a method is a few lines over the catalogue's parts."""
 
+from thinwire.methods.adam import onebit_adam, onebit_lamb, zeroone_adam
 from thinwire.methods.basic import IDENTITY, cast, dense, dgc, topk
 from thinwire.methods.feedback import econtrol, ef14, ef21, ef21_bc, ef21_pp, ef21_sgdm, ef21_w
 from thinwire.methods.lean import lean
@@ -23,10 +24,13 @@ __all__ = [
     "lean",
     "maxmin",
     "natural",
+    "onebit_adam",
+    "onebit_lamb",
     "qsgd",
     "randk",
     "sidco",
     "signsgd",
     "terngrad",
     "topk",
+    "zeroone_adam",
 ]
