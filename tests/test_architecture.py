@@ -77,7 +77,9 @@ def test_core_needs_no_extra():
 
 def test_public_names():
     assert sorted(thinwire.__all__) == [
-        "Cast", "Compressor", "ErrorFeedback", "Link", "Memory", "Method", "Momentum", "MomentumCorrection", "NoMemory",
-        "Rule", "Session", "Simulation", "ThinwireError", "TopK", "Warmup", "__version__", "attach", "cast", "dense",
-        "dgc", "simulate", "topk",
+        "BlockTopK", "Cast", "Compressor", "DctTopK", "DecoupledMomentum", "ErrorFeedback", "Link", "MajorityVote",
+        "Memory", "Method", "Momentum", "MomentumCorrection", "Natural", "NoMemory", "QSGD", "Quantize", "RandK",
+        "Rule", "SIDCo", "Scaled", "Session", "Sign", "Simulation", "TernGrad", "ThinwireError", "Threshold", "TopK",
+        "Warmup", "__version__", "attach", "cast", "decoupled_momentum", "dense", "dgc", "ef_sign", "maxmin",
+        "natural", "qsgd", "randk", "sidco", "signsgd", "simulate", "terngrad", "topk",
     ]  # fmt: skip
