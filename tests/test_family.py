@@ -1,9 +1,12 @@
 """What holds for every recipe: add a line to RECIPES."""
 
 import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import methods_page
 
 import thinwire
 from tests.compressors import test_catalogue as battery
@@ -88,7 +91,7 @@ def test_momentum_decouples():
 def test_a_vote_counts_sides_alone():
     vote, sign = thinwire.MajorityVote(), thinwire.Sign(scale="none")
     for world in (2, 3, 6, 100):
-        votes = [torch.randn(50).sign() * 10.0**w for w in range(-3, world - 3)]
+        votes = [torch.randn(50).sign() * 10.0 ** (w % 9 - 3) for w in range(world)]
         mean = torch.zeros(50)
         for x in votes:
             sign.decompress(sign.compress(x, {}, NOWHERE), x, {}, NOWHERE).add_to(mean, 1.0 / world)
@@ -159,7 +162,7 @@ class EveryThird(Compressor):
 def test_adding_a_compressor_touches_one_file_and_one_row(tmp_path, monkeypatch):
     (tmp_path / "thirds.py").write_text(NEW)
     spec = importlib.util.spec_from_file_location("thirds", tmp_path / "thirds.py")
-    monkeypatch.setitem(__import__("sys").modules, "thirds", module := importlib.util.module_from_spec(spec))
+    monkeypatch.setitem(sys.modules, "thirds", module := importlib.util.module_from_spec(spec))
     spec.loader.exec_module(module)
     monkeypatch.setitem(catalogue.COMPRESSORS, "thirds", module.EveryThird)
     case = module.EveryThird()
@@ -174,3 +177,8 @@ def test_adding_a_compressor_touches_one_file_and_one_row(tmp_path, monkeypatch)
     _, result = simulated(method, 2, 3)
     assert result.ledger.ratio > 2
     assert result.ledger.rows[0].error > 0
+
+
+def test_the_page_of_methods_is_up_to_date():
+    written = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    assert written == methods_page.page(), "python -m benchmarks.methods_page > docs/methods.md"
