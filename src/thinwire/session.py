@@ -41,7 +41,6 @@ class Policy(Protocol):
 
     def after_step(self, session: "Session") -> None:
         """The optimizer has stepped, on all ranks; ``session.set_method`` may be called if all of them do."""
-        ...
 
 
 class Session:
