@@ -19,7 +19,7 @@ FLOORS = [
     ["optimizers", "pipeline", "checkpoint"],
     ["succession", "transaction"],
     ["session"],
-    ["engines", "sim"],
+    ["engines", "sim", "lgreco"],
     ["__init__"],
     ["demo"],
     ["cli"],
@@ -77,7 +77,7 @@ def test_core_needs_no_extra():
 
 def test_public_names():
     assert sorted(thinwire.__all__) == [
-        "Cast", "Compressor", "ErrorFeedback", "Link", "Memory", "Method", "Momentum", "MomentumCorrection", "NoMemory",
-        "Rule", "Session", "Simulation", "ThinwireError", "TopK", "Warmup", "__version__", "attach", "cast", "dense",
-        "dgc", "simulate", "topk",
+        "Cast", "Compressor", "ErrorFeedback", "LGreCo", "Link", "Memory", "Method", "Momentum", "MomentumCorrection",
+        "NoMemory", "PowerSGD", "Rule", "Session", "Simulation", "ThinwireError", "TopK", "Warmup", "__version__",
+        "attach", "cast", "dense", "dgc", "powersgd", "simulate", "topk",
     ]  # fmt: skip

@@ -7,13 +7,15 @@
 
 from thinwire._version import __version__
 from thinwire.compressors.cast import Cast
+from thinwire.compressors.lowrank import PowerSGD
 from thinwire.compressors.sparse import TopK
 from thinwire.core import Compressor, Memory
 from thinwire.engines.ddp import attach
+from thinwire.lgreco import LGreCo
 from thinwire.link import Link
 from thinwire.memories.feedback import ErrorFeedback, NoMemory
 from thinwire.memories.momentum import Momentum, MomentumCorrection
-from thinwire.methods import cast, dense, dgc, topk
+from thinwire.methods import cast, dense, dgc, powersgd, topk
 from thinwire.policy.plan import Method, Rule
 from thinwire.policy.schedule import Warmup
 from thinwire.session import Session
@@ -24,12 +26,14 @@ __all__ = [
     "Cast",
     "Compressor",
     "ErrorFeedback",
+    "LGreCo",
     "Link",
     "Memory",
     "Method",
     "Momentum",
     "MomentumCorrection",
     "NoMemory",
+    "PowerSGD",
     "Rule",
     "Session",
     "Simulation",
@@ -41,6 +45,7 @@ __all__ = [
     "cast",
     "dense",
     "dgc",
+    "powersgd",
     "simulate",
     "topk",
 ]

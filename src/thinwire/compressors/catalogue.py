@@ -7,13 +7,14 @@ from dataclasses import fields
 from typing import Any, cast
 
 from thinwire.compressors.cast import Cast
+from thinwire.compressors.lowrank import PowerSGD
 from thinwire.compressors.sparse import TopK
 from thinwire.core import Chain, Compressor, Memory
 from thinwire.memories.feedback import ErrorFeedback, NoMemory
 from thinwire.memories.momentum import Momentum, MomentumCorrection
 from thinwire.tensors import ThinwireError
 
-COMPRESSORS: dict[str, type[Compressor]] = {"cast": Cast, "chain": Chain, "topk": TopK}
+COMPRESSORS: dict[str, type[Compressor]] = {"cast": Cast, "chain": Chain, "powersgd": PowerSGD, "topk": TopK}
 MEMORIES: dict[str, type[Memory]] = {
     "none": NoMemory,
     "error_feedback": ErrorFeedback,
