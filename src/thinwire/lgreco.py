@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -28,7 +28,7 @@ Objective: TypeAlias = Literal["bytes", "seconds"]
 Error: TypeAlias = Literal["l2", "l2sq"]
 Rows: TypeAlias = "dict[str, list[float]]"
 
-FAMILIES: dict[str, Any] = {
+FAMILIES: dict[str, Callable[[Any], Sequence[float]]] = {
     "rank": lambda rank: range(max(1, rank // 2), 2 * rank + 1),
     "density": lambda density: [min(1.0, density * 10 ** (j / 10)) for j in range(-10, 11)],
     "bits": lambda bits: range(2, 9),

@@ -30,7 +30,7 @@ def orthonormalise(x: Tensor, fallback: Tensor) -> Tensor:
     largest = x.abs().amax()
     scaled = x / torch.where(largest > 0, largest, 1.0)
     # Householder's Q is orthonormal for any finite matrix, where Gram-Schmidt would divide by zero
-    return torch.linalg.qr(scaled.add(fallback, alpha=torch.finfo(x.dtype).eps)).Q
+    return cast(Tensor, torch.linalg.qr(scaled.add(fallback, alpha=torch.finfo(x.dtype).eps)).Q)
 
 
 def random_columns(rows: int, rank: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -173,7 +173,7 @@ class PowerSGD(Compressor):
         matrix = as_matrix(x).to(float_at_least_32(x.dtype))
         n, m = matrix.shape
         squares = matrix @ matrix.mT if n <= m else matrix.mT @ matrix
-        spectrum = torch.linalg.eigvalsh(squares.double()).clamp_(min=0.0)  # ascending
+        spectrum = cast(Tensor, torch.linalg.eigvalsh(squares.double())).clamp_(min=0.0)  # ascending
         tails = spectrum.cumsum(0)
         ranks = [min(cast(PowerSGD, one).rank, n, m) for one in family]
         return [float(tails[-1 - rank]) if rank < tails.numel() else 0.0 for rank in ranks]

@@ -5,7 +5,7 @@ Efficient and Accurate Deep Learning", MLSys 2024, arXiv:2210.17357, algorithm 1
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -52,7 +52,7 @@ def allocate(costs: Table, errors: Table, budget: float, resolution: int = 10_00
     pruned = [[row[q] for q in rows] for row, rows in zip(costs, kept, strict=True)]
     lost = [[row[q] for q in rows] for row, rows in zip(errors, kept, strict=True)]
     found: list[tuple[float, float, list[int]]] = []
-    for rounded in (np.ceil, np.rint):
+    for rounded in (math.ceil, round):
         units = [_units(row, budget, resolution, rounded) for row in lost]
         chosen = _least(pruned, units, resolution)
         if chosen is not None:
@@ -75,7 +75,7 @@ def total(table: Table, plan: Sequence[int]) -> float:
     return math.fsum(row[q] for row, q in zip(table, plan, strict=True))
 
 
-def _units(errors: Sequence[float], budget: float, resolution: int, rounded: np.ufunc) -> list[int]:
+def _units(errors: Sequence[float], budget: float, resolution: int, rounded: Callable[[float], float]) -> list[int]:
     if not budget:
         return [0 if error == 0.0 else resolution + 1 for error in errors]
     return [int(rounded(min(error / budget, 2.0) * resolution - 1e-6)) for error in errors]
