@@ -9,6 +9,7 @@ from thinwire._version import __version__
 from thinwire.compressors.blocks import BlockTopK
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.dct import DctTopK
+from thinwire.compressors.lowrank import PowerSGD
 from thinwire.compressors.natural import Natural
 from thinwire.compressors.quantize import QSGD, Quantize
 from thinwire.compressors.random import RandK
@@ -20,6 +21,7 @@ from thinwire.compressors.ternary import TernGrad
 from thinwire.compressors.threshold import Threshold
 from thinwire.core import Compressor, Memory
 from thinwire.engines.ddp import attach
+from thinwire.lgreco import LGreCo
 from thinwire.link import Link
 from thinwire.memories.adam import CompressedMomentum, SteadyFeedback
 from thinwire.memories.demo import DecoupledMomentum
@@ -45,6 +47,7 @@ from thinwire.methods import (
     natural,
     onebit_adam,
     onebit_lamb,
+    powersgd,
     qsgd,
     randk,
     sidco,
@@ -71,6 +74,7 @@ __all__ = [
     "DecoupledMomentum",
     "EControl",
     "ErrorFeedback",
+    "LGreCo",
     "Link",
     "MajorityVote",
     "Memory",
@@ -81,6 +85,7 @@ __all__ = [
     "NoMemory",
     "OneBitAdam",
     "OneBitLamb",
+    "PowerSGD",
     "Quantize",
     "RandK",
     "Rule",
@@ -115,6 +120,7 @@ __all__ = [
     "natural",
     "onebit_adam",
     "onebit_lamb",
+    "powersgd",
     "qsgd",
     "randk",
     "sidco",

@@ -92,9 +92,7 @@ class Kernels(Protocol):
     def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Tensor]:
         """Write the new states, clear the gradients; answers the ascending int64 indices of ``|v'| >= threshold``.
 
-        Thresholds are scalars of the state's dtype and device.
-
-        NaN is not below any threshold.
+        Thresholds are scalars of the state's dtype and device. NaN is not below any.
         """
         ...
 
@@ -153,6 +151,8 @@ class Compressor(ABC):
     """Whether any run of a tensor's elements can be compressed on its own, and a sum of such runs once more."""
     period: ClassVar[int] = 1
     """After how many steps the shapes of a payload repeat; they may depend on ``step % period``."""
+    learns: ClassVar[bool] = False
+    """Whether its state follows the mean of all payloads, which only a sum gives."""
 
     @property
     def needs_feedback(self) -> bool:
@@ -168,6 +168,14 @@ class Compressor(ABC):
 
     def variance(self, n: int) -> float | None:
         """``omega`` with ``E C(x) = x``, ``E||x - C(x)||^2 <= omega ||x||^2`` for n elements; None if it is biased."""
+        return None
+
+    def declines(self, shape: Sequence[int]) -> str | None:
+        """Why tensors of this shape are passed on to the plan's next rule; None where they are taken."""
+        return None if len(shape) >= self.min_ndim else f"fewer than {self.min_ndim} dimensions"
+
+    def losses(self, x: Tensor, family: Sequence["Compressor"]) -> list[float] | None:
+        """``||x - C(x)||^2`` for each C that differs from this in hyper-parameters alone; None if only trying tells."""
         return None
 
     def __rshift__(self, then: "Compressor") -> "Chain":
@@ -234,7 +242,7 @@ class Chain(Compressor):
         then: codes a vector and keeps no state, e.g. ``Quantize(4)``, ``Cast("float16")``.
 
     Raises:
-        ThinwireError: ``then`` needs matrices, or keeps a state.
+        ThinwireError: ``then`` needs matrices or keeps a state, or ``first`` learns from sums and ``then`` has none.
 
     **Wire**: the payload of ``then`` for the values, and the rest of ``first``'s.
 
@@ -251,8 +259,11 @@ class Chain(Compressor):
             raise ThinwireError(
                 f"{type(self.then).__name__} needs matrices or keeps a state; what stands after >> codes a vector"
             )
+        if self.first.learns and not self.then.summable:
+            first, then = type(self.first).__name__, type(self.then).__name__
+            raise ThinwireError(f"{first} follows the sum of what is sent, which {then} prevents; use Cast('float16')")
         # what is said of a class elsewhere depends on the parts here
-        for name in ("min_ndim", "period", "cuttable"):
+        for name in ("min_ndim", "period", "cuttable", "learns"):
             object.__setattr__(self, name, getattr(self.first, name))
         object.__setattr__(self, "summable", self.first.summable and self.then.summable)
 
@@ -267,6 +278,9 @@ class Chain(Compressor):
     def variance(self, n: int) -> float | None:
         kept, coded = self.first.variance(n), self.then.variance(n)
         return None if kept is None or coded is None else (1.0 + kept) * (1.0 + coded) - 1.0
+
+    def declines(self, shape: Sequence[int]) -> str | None:
+        return self.first.declines(shape)
 
     def init(self, like: Tensor, ctx: Context) -> State:
         return self.first.init(like, ctx)

@@ -73,8 +73,7 @@ def send(
         messages.append(group.pack(payloads, group.head(bucket.units, payloads, used, step), in_place=in_place))
         for piece, (x, _, own) in zip(group.pieces, asked, strict=True):
             unit = bucket.units[piece.unit]
-            if worker.probe is not None and unit.compressed:
-                worker.probe.look(x, own)
+            worker.look(unit, x, own)
             unit.memory.sent(x, own, piece.of_state(worker.local[unit.name].next))
     return Outbox(messages, frozenset(cleared))
 

@@ -6,6 +6,7 @@ rebuild nor a restart changes.
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class Unit:
     gathered: bool = False
     """Whether its payload is gathered although it could be summed."""
     seed: int = 0
+    declined: str | None = None
+    """Why an earlier rule that was written for it does not count."""
 
     @property
     def like(self) -> Tensor:
@@ -129,6 +132,14 @@ class Probe:
         return sum(float(e) for e in self.lost) / asked if asked else None
 
 
+class Watch(Protocol):
+    """Looks at what a worker is asked to send; it must neither change nor keep it."""
+
+    def look(self, name: str, x: Tensor) -> None:
+        """``x`` is what the compressor of the unit of this name is given."""
+        ...
+
+
 @dataclass
 class Worker:
     """One rank, and the state that only it has: ``local[unit name]``."""
@@ -138,6 +149,15 @@ class Worker:
     local: dict[str, TwoCopies] = field(default_factory=dict[str, TwoCopies])
     probe: Probe | None = None
     kernels: Kernels = REFERENCE
+    watch: Watch | None = None
+    """A policy's, where it needs to see what is compressed."""
+
+    def look(self, unit: Unit, x: Tensor, own: Decompressed) -> None:
+        """Show what is asked of a unit, and what is sent of it, to whoever measures."""
+        if self.probe is not None and unit.compressed:
+            self.probe.look(x, own)
+        if self.watch is not None:
+            self.watch.look(unit.name, x)
 
 
 def payload_like(compressor: Compressor, like: Tensor, step: int = 0) -> Payload:
@@ -162,9 +182,12 @@ def resolve(
     units: list[Unit] = []
     guarded = any(rule.memory.stateful for rule in method.rules)
     for name, param in named:
-        rule = method.rule(name, param.shape, param.numel())
+        rule, declined = method.choice(name, param.shape, param.numel())
         memory = rule.memory.absorb(settings[name]) if name in settings else rule.memory
-        unit = Unit(name, param, rule.compressor, memory, method_compressor=rule.compressor, guarded=guarded, seed=seed)
+        unit = Unit(
+            name, param, rule.compressor, memory, method_compressor=rule.compressor, guarded=guarded, seed=seed,
+            declined=declined,
+        )  # fmt: skip
         unit.shared = unit.fresh_shared()
         units.append(unit)
     return units
@@ -189,9 +212,14 @@ def set_stage(
         route, second: of the method.
 
     Returns:
-        Notes for the ledger: what is sent dense because compressed it would be more bytes.
+        Notes for the ledger: what goes by another rule than it was meant for, and what is sent dense because compressed
+        it would be more bytes.
     """
-    notes: list[str] = []
+    declined: dict[str, list[str]] = {}
+    for unit in units:
+        if unit.declined is not None:
+            declined.setdefault(unit.declined, []).append(unit.name)
+    notes = [f"{_listed(names)}: {reason}; the plan's next rule counts" for reason, names in declined.items()]
     plain_nbytes = sum(payload_nbytes(unit.method_compressor, unit.like) for unit in units if not unit.compressed)
     extra = wire_bytes("all_gather", plain_nbytes, world) - wire_bytes("all_reduce", plain_nbytes, world)
     small = plain_nbytes <= GATHER_BYTES and (route == "two_phase" or extra <= EXTRA_BYTES)  # there it costs no more
@@ -217,3 +245,8 @@ def set_stage(
         elif route != "all_gather" and not asked.cuttable:
             notes.append(f"{unit.name} takes an all-gather: {type(asked).__name__} can't be cut into pieces")
     return notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(names[:2]) + more

@@ -9,6 +9,7 @@ from typing import Any, cast
 from thinwire.compressors.blocks import BlockTopK
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.dct import DctTopK
+from thinwire.compressors.lowrank import PowerSGD
 from thinwire.compressors.natural import Natural
 from thinwire.compressors.quantize import QSGD, Quantize
 from thinwire.compressors.random import RandK
@@ -31,6 +32,7 @@ COMPRESSORS: dict[str, type[Compressor]] = {
     "cast": Cast,
     "chain": Chain,
     "scaled": Scaled,
+    "powersgd": PowerSGD,
     "topk": TopK,
     "randk": RandK,
     "threshold": Threshold,

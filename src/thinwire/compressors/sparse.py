@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -92,6 +92,15 @@ class TopK(Compressor):
     def k(self, n: int) -> int:
         """Elements sent of a tensor of n."""
         return min(n, math.ceil(self.density * n))
+
+    def losses(self, x: Tensor, family: Sequence[Compressor]) -> list[float] | None:
+        """The tails of one sort, where values are sent as they are."""
+        alike = cast("Sequence[TopK]", family)
+        if any(one.values is not None for one in alike):
+            return None
+        squares = flat(x).double().square()
+        tails = torch.nn.functional.pad(squares.sort().values.cumsum(0), (1, 0))  # ascending: of the n-k smallest
+        return [float(tails[x.numel() - one.k(x.numel())]) for one in alike]
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         n, k = x.numel(), self.k(x.numel())
