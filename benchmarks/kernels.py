@@ -47,10 +47,10 @@ class Case:
 
     def run(self) -> None:
         ctx = Context(0, self.step, "w", 0, self.worker.kernels)
-        chosen = select([self.unit], [Piece(0)], [self.grad], self.worker, [ctx], 1.0)[0]
+        found = select([self.unit], [Piece(0)], [self.grad], self.worker, [ctx], 1.0)[0]
         local: TwoCopies = self.worker.local["w"]
         x = local.next["residual"]
-        payload = self.unit.compressor.encode(chosen, x[chosen], x.numel(), ctx)
+        payload = self.unit.compressor.encode(*found, x.numel(), ctx)
         self.unit.memory.sent(x, self.unit.compressor.decompress(payload, x, {}, ctx), local.next)
         for _ in range(DECODED):  # the gradient is clear: what arrives is added
             self.unit.compressor.decompress(payload, self.grad, {}, ctx).add_to(self.grad)

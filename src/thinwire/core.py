@@ -7,7 +7,7 @@ is what a receiver reconstructs from one payload, in a form that can be added wi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, TypeAlias, TypeVar, cast
 from zlib import crc32
@@ -20,6 +20,9 @@ Payload: TypeAlias = tuple[Tensor, ...]
 
 State: TypeAlias = dict[str, Tensor]
 """What is remembered of one unit; a checkpoint is a copy of it. ``residual`` is always "asked, not yet sent"."""
+
+Found: TypeAlias = tuple[Tensor, Tensor]
+"""Elements of a flat tensor: ascending int64 indices, and the values there."""
 
 D = TypeVar("D", bound="Memory")
 
@@ -70,8 +73,8 @@ class Selection(Protocol):
         """The threshold, a scalar, from the magnitudes of ``run`` elements at every ``stride``-th from ``start`` on."""
         ...
 
-    def settle(self, x: Tensor, chosen: Tensor, threshold: Tensor) -> Tensor:
-        """What is sent of ``x`` ``[n]``, from the ascending indices of what is not below the threshold."""
+    def settle(self, found: Found, threshold: Tensor, look: Callable[[Tensor], Found]) -> Found:
+        """What is sent, where ``found`` is what is not below the threshold; ``look`` finds it for another one."""
         ...
 
 
@@ -91,13 +94,19 @@ class Kernels(Protocol):
         """
         ...
 
-    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Tensor]:
-        """Write the new states, clear the gradients; answers the ascending int64 indices of ``|v'| >= threshold``.
+    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Found]:
+        """Write the new states, clear the gradients; answers where ``|v'|`` is not below the threshold (NaN never is).
 
         Thresholds are scalars of the state's dtype and device.
-
-        NaN is not below any threshold.
         """
+        ...
+
+    def look(self, x: Tensor, threshold: Tensor) -> Found:
+        """Where ``|x|``, of one dimension, is not below the threshold."""
+        ...
+
+    def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
+        """``out[indices] += alpha * values``, one after the other, for ``out`` of one dimension."""
         ...
 
     def encode_indices(self, indices: Tensor, n: int) -> Tensor:
@@ -215,6 +224,7 @@ class Sparse(Decompressed):
     indices: Tensor  # [k]
     values: Tensor  # [k]
     density: float
+    kernels: Kernels | None = None
 
     def write_to(self, out: Tensor, alpha: float = 1.0) -> None:
         out.zero_()
@@ -222,7 +232,10 @@ class Sparse(Decompressed):
 
     def add_to(self, out: Tensor, alpha: float = 1.0) -> None:
         values = self.values.to(out.dtype)
-        flat(out).index_add_(0, self.indices, values, alpha=alpha)
+        if self.kernels is not None:
+            self.kernels.add(flat(out), self.indices, values, alpha)
+        else:
+            flat(out).index_add_(0, self.indices, values, alpha=alpha)
 
     def clear(self, out: Tensor) -> None:
         flat(out).index_fill_(0, self.indices, 0.0)

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from thinwire.compressors import catalogue
 from thinwire.compressors.cast import Cast
-from thinwire.core import Absorbed, Compressor, Context, Decompressed, Kernels, Memory, Payload, State, is_dense
+from thinwire.core import (
+    Absorbed,
+    Compressor,
+    Context,
+    Decompressed,
+    Kernels,
+    Memory,
+    Payload,
+    State,
+    flat,
+    is_dense,
+    norm,
+)
 from thinwire.kernels.reference import REFERENCE
 from thinwire.link import wire_bytes
 from thinwire.policy.plan import Method, Route
@@ -84,16 +96,17 @@ class TwoCopies:
 
 @dataclass
 class Probe:
-    """Measures what compression loses; it costs a pass over what it looks at, so it looks at few steps."""
+    """Measures what compression loses; it reads all that it looks at once, so it looks at few steps."""
 
     lost: list[Tensor] = field(default_factory=list[Tensor])
     asked: list[Tensor] = field(default_factory=list[Tensor])
 
     def look(self, x: Tensor, own: Decompressed) -> None:
-        rest = x.clone()
-        own.add_to(rest, alpha=-1.0)
-        self.lost.append(rest.double().square().sum())
-        self.asked.append(x.double().square().sum())
+        indices, values = own.entries()
+        before = flat(x)[indices].double()
+        asked = norm([x]).double().square()
+        self.asked.append(asked)
+        self.lost.append(asked - before.square().sum() + (before - values).square().sum())
 
     @property
     def error(self) -> float | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thinwire.compressors.cast import DTYPES, dtype_named
 from thinwire.compressors.select import EXACT_BELOW, Sampling, largest, sample_size
-from thinwire.core import Compressor, Context, Decompressed, Payload, Sparse, State, ThinwireError, flat
+from thinwire.core import Compressor, Context, Decompressed, Found, Payload, Sparse, State, ThinwireError, flat
 from thinwire.kernels.reference import REFERENCE
 from thinwire.wire import elias_fano
 from thinwire.wire import values as codes
@@ -93,8 +93,7 @@ class TopK(Compressor):
                 scales, packed = codes.sizes(self.values, k)
                 return x.new_empty(scales, dtype=torch.float32), x.new_empty(packed, dtype=torch.uint8), indices
             return x.new_empty(k, dtype=dtype_named(self.values, x.dtype)), indices
-        chosen = self._select(x, k, ctx)
-        return self.encode(chosen, flat(x)[chosen], n, ctx)
+        return self.encode(*self._select(flat(x), x.shape, k, ctx), n, ctx)
 
     def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
         """The payload that says ``values`` ``[m]`` stand at ``chosen``, int64 ``[m]`` ascending, ``m <= k``, of n."""
@@ -124,10 +123,10 @@ class TopK(Compressor):
         n, k = like.numel(), self.k(like.numel())
         indices = (ctx.kernels or REFERENCE).decode_indices(payload[-1], k, n)
         if self.values not in codes.CODES:
-            return Sparse(indices, payload[0], self.density)
+            return Sparse(indices, payload[0], self.density, ctx.kernels)
         restored = codes.decode(payload[0], payload[1], self.values, k)
         restored[1:].masked_fill_(indices[1:] == indices[:-1], 0.0)
-        return Sparse(indices, restored, self.density)
+        return Sparse(indices, restored, self.density, ctx.kernels)
 
     def sampling(self, shape: Sequence[int], ctx: Context) -> Sampling | None:
         n = math.prod(shape)
@@ -138,6 +137,9 @@ class TopK(Compressor):
         row = shape[-1] if shape else 1
         return Sampling.plan(n, k, row, ctx, ratio=self.sample_ratio, lower=self.lower, attempts=self.attempts)
 
-    def _select(self, x: Tensor, k: int, ctx: Context) -> Tensor:
-        sampling = self.sampling(x.shape, ctx)
-        return largest(flat(x).abs(), k) if sampling is None else sampling.select(flat(x))
+    def _select(self, x: Tensor, shape: Sequence[int], k: int, ctx: Context) -> Found:
+        sampling = self.sampling(shape, ctx)
+        if sampling is not None:
+            return sampling.select(x, ctx.kernels or REFERENCE)
+        chosen = largest(x.abs(), k)
+        return chosen, x[chosen]
