@@ -8,6 +8,7 @@ import thinwire
 SOURCE = Path(thinwire.__file__).parent
 FLOORS = [
     ["tensors", "_version"],
+    ["loops"],
     ["core"],
     ["link", "memories", "theory", "wire", "report"],
     ["kernels"],

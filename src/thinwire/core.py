@@ -9,12 +9,13 @@ is what a receiver reconstructs from one payload, in a form that can be added wi
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol, TypeAlias, TypeVar
+from typing import ClassVar, TypeAlias, TypeVar
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from thinwire.loops import Accumulation, Kernels, Selection
 from thinwire.tensors import Decompressed, Sparse, ThinwireError
 
 Payload: TypeAlias = tuple[Tensor, ...]
@@ -24,89 +25,6 @@ State: TypeAlias = dict[str, Tensor]
 """What is remembered of one unit; a checkpoint is a copy of it. ``residual`` is always "asked, not yet sent"."""
 
 D = TypeVar("D", bound="Memory")
-
-
-@dataclass(frozen=True)
-class Accumulation:
-    """How a memory adds a gradient to what it holds, as far as a kernel needs to know.
-
-    ``u' = m u + s g``, ``v' = v + u'``; with Nesterov ``u' = m (u + s g)``, ``v' = v + u' + s g``; without a momentum
-    ``v' = v + s g``. ``s`` is 1 / loss scale, and each operation is rounded to float32.
-    """
-
-    momentum: float | None
-    nesterov: bool = False
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One contiguous range of one unit, to be accumulated and looked through: 1-D tensors ``[n]``.
-
-    ``grad`` has any floating dtype and is set to zero; the states are float32 or bfloat16, all alike.
-    """
-
-    rule: Accumulation
-    grad: Tensor
-    old_residual: Tensor
-    new_residual: Tensor
-    old_momentum: Tensor | None
-    new_momentum: Tensor | None
-    scale: float = 1.0
-
-
-class Selection(Protocol):
-    """Which elements are sent, where a threshold that is known beforehand decides it."""
-
-    @property
-    def start(self) -> int: ...
-    @property
-    def stride(self) -> int: ...
-    @property
-    def run(self) -> int: ...
-
-    def threshold(self, sampled: Tensor) -> Tensor:
-        """The threshold, a scalar, from the magnitudes of ``run`` elements at every ``stride``-th from ``start`` on."""
-        ...
-
-    def settle(self, x: Tensor, chosen: Tensor, threshold: Tensor) -> Tensor:
-        """What is sent of ``x`` ``[n]``, from the ascending indices of what is not below the threshold."""
-        ...
-
-
-class Kernels(Protocol):
-    """The loops in which the time goes. All implementations give the same bits as plain PyTorch."""
-
-    name: str
-
-    def runs(self, work: Pass) -> bool:
-        """Whether this dtype and device can be taken."""
-        ...
-
-    def sample(self, work: Pass, start: int, stride: int, run: int) -> Tensor:
-        """``|v'|`` before the pass itself, in any order: ``run`` elements at every ``stride``-th from ``start`` on.
-
-        The last run is left out where it would reach beyond the end. Writes nothing.
-        """
-        ...
-
-    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Tensor]:
-        """Write the new states, clear the gradients; answers the ascending int64 indices of ``|v'| >= threshold``.
-
-        Thresholds are scalars of the state's dtype and device. NaN is not below any.
-        """
-        ...
-
-    def encode_indices(self, indices: Tensor, n: int) -> Tensor:
-        """``wire.elias_fano.encode``."""
-        ...
-
-    def decode_indices(self, packed: Tensor, k: int, n: int) -> Tensor:
-        """``wire.elias_fano.decode``."""
-        ...
-
-    def close(self) -> None:
-        """Let go of threads."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinwire.core import Context, Kernels
+from thinwire.core import Context
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.exchange.routes import Bucket
 from thinwire.kernels.reference import REFERENCE
+from thinwire.loops import Kernels
 from thinwire.selecting import ask, select
 from thinwire.tensors import flat, float_at_least_32
 from thinwire.units import Unit, Worker

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from thinwire import checkpoint
 from thinwire._version import __version__
-from thinwire.core import Kernels
 from thinwire.exchange.collectives import TIMEOUT, Collective
 from thinwire.exchange.cost import measure
 from thinwire.exchange.routes import Bucket, Routing, plan_bucket
 from thinwire.link import wire_bytes
+from thinwire.loops import Kernels
 from thinwire.optim.joint import Joint
 from thinwire.optimizers import Handover, check_optimizer, log, release_optimizer
 from thinwire.policy.plan import Method

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from thinwire.compressors import catalogue
 from thinwire.compressors.cast import Cast
-from thinwire.core import NOWHERE, Absorbed, Compressor, Context, Kernels, Memory, Payload, State
+from thinwire.core import NOWHERE, Absorbed, Compressor, Context, Memory, Payload, State
 from thinwire.kernels.reference import REFERENCE
 from thinwire.link import wire_bytes
+from thinwire.loops import Kernels
 from thinwire.policy.plan import Method, Route
-from thinwire.tensors import Decompressed, is_dense
+from thinwire.tensors import Decompressed, flat, is_dense, norm
 
 DENSE = Cast()
 GATHER_BYTES = 2**20
@@ -114,16 +115,17 @@ class TwoCopies:
 
 @dataclass
 class Probe:
-    """Measures what compression loses; it costs a pass over what it looks at, so it looks at few steps."""
+    """Measures what compression loses; it reads all that it looks at once, so it looks at few steps."""
 
     lost: list[Tensor] = field(default_factory=list[Tensor])
     asked: list[Tensor] = field(default_factory=list[Tensor])
 
     def look(self, x: Tensor, own: Decompressed) -> None:
-        rest = x.clone()
-        own.add_to(rest, alpha=-1.0)
-        self.lost.append(rest.double().square().sum())
-        self.asked.append(x.double().square().sum())
+        indices, values = own.entries()
+        before = flat(x)[indices].double()
+        asked = norm([x]).double().square()
+        self.asked.append(asked)
+        self.lost.append(asked - before.square().sum() + (before - values).square().sum())
 
     @property
     def error(self) -> float | None:

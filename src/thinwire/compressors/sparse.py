@@ -12,6 +12,7 @@ from thinwire.compressors.cast import DTYPES, dtype_named
 from thinwire.compressors.select import EXACT_BELOW, Sampling, largest, sample_size
 from thinwire.core import Compressor, Context, Payload, State
 from thinwire.kernels.reference import REFERENCE
+from thinwire.loops import Found
 from thinwire.tensors import Decompressed, Sparse, ThinwireError, flat
 from thinwire.wire import elias_fano
 from thinwire.wire import values as codes
@@ -110,8 +111,7 @@ class TopK(Compressor):
                 scales, packed = codes.sizes(self.values, k)
                 return x.new_empty(scales, dtype=torch.float32), x.new_empty(packed, dtype=torch.uint8), indices
             return x.new_empty(k, dtype=dtype_named(self.values, x.dtype)), indices
-        chosen = self._select(x, k, ctx)
-        return self.encode(chosen, flat(x)[chosen], n, ctx)
+        return self.encode(*self._select(flat(x), x.shape, k, ctx), n, ctx)
 
     def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
         """The payload that says ``values`` ``[m]`` stand at ``chosen``, int64 ``[m]`` ascending, ``m <= k``, of n."""
@@ -145,7 +145,7 @@ class TopK(Compressor):
             values = codes.decode(payload[0], payload[1], self.values, k)
         # what fills a message is 0, also where a code, or what stands after >>, has no 0
         values = values.index_fill(0, (indices[1:] == indices[:-1]).nonzero().view(-1) + 1, 0.0)
-        return Sparse(indices, values, self.density)
+        return Sparse(indices, values, self.density, ctx.kernels)
 
     def sampling(self, shape: Sequence[int], ctx: Context) -> Sampling | None:
         n = math.prod(shape)
@@ -156,6 +156,9 @@ class TopK(Compressor):
         row = shape[-1] if shape else 1
         return Sampling.plan(n, k, row, ctx, ratio=self.sample_ratio, lower=self.lower, attempts=self.attempts)
 
-    def _select(self, x: Tensor, k: int, ctx: Context) -> Tensor:
-        sampling = self.sampling(x.shape, ctx)
-        return largest(flat(x).abs(), k) if sampling is None else sampling.select(flat(x))
+    def _select(self, x: Tensor, shape: Sequence[int], k: int, ctx: Context) -> Found:
+        sampling = self.sampling(shape, ctx)
+        if sampling is not None:
+            return sampling.select(x, ctx.kernels or REFERENCE)
+        chosen = largest(x.abs(), k)
+        return chosen, x[chosen]

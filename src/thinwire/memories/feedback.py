@@ -9,7 +9,8 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from thinwire.core import NOWHERE, Accumulation, Context, Memory, State
+from thinwire.core import NOWHERE, Context, Memory, State
+from thinwire.loops import Accumulation
 from thinwire.tensors import Decompressed, ThinwireError, float_at_least_32
 
 StateDtype: TypeAlias = Literal["float32", "bfloat16"]

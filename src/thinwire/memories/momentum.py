@@ -9,7 +9,8 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from thinwire.core import NOWHERE, Absorbed, Accumulation, Context, Memory, State
+from thinwire.core import NOWHERE, Absorbed, Context, Memory, State
+from thinwire.loops import Accumulation
 from thinwire.memories.feedback import StateDtype, accumulate, check_state, zeros
 from thinwire.tensors import Decompressed, ThinwireError, float_at_least_32
 
