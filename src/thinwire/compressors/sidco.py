@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def exponential(a: Tensor, q: float) -> float:
 def pareto(a: Tensor, q: float) -> float:
     """The same for a generalised Pareto distribution, from its mean and variance."""
     mean = float(a.mean(dtype=torch.float64))
-    variance = float((a - mean).double().square().mean())
+    variance = float(torch.square(a.double() - mean).mean())
     ratio = mean * mean / variance if variance > 0.0 else 1.0
     shape, scale = (ratio - 1.0) / 2.0, mean * (ratio + 1.0) / 2.0
     return -scale * math.log(q) if abs(shape) < 1e-6 else scale * -math.expm1(shape * math.log(q)) / shape
@@ -53,7 +53,7 @@ def gamma(a: Tensor, q: float) -> float:
 
 def _tail(shape: float) -> Callable[[float], float]:
     alpha = torch.tensor(shape, dtype=torch.float64)
-    return lambda t: float(torch.special.gammaincc(alpha, torch.tensor(t, dtype=torch.float64)))
+    return lambda t: float(cast(Tensor, torch.special.gammaincc(alpha, torch.tensor(t, dtype=torch.float64))))
 
 
 FITS: dict[str, tuple[Callable[[Tensor, float], float], Callable[[Tensor, float], float]]] = {
