@@ -29,8 +29,8 @@ Measurements decide; none are quoted here yet.
 
 ## Recipes
 
-For a parameter of 1024 x 1024 in float32. *Bits* are those of one rank's message, per element of the parameter. *State*
-is float32 words per parameter, on each rank, kept twice so that a step can be taken back.
+For a parameter of 1024 x 1024 in float32. *Bits* are those of one rank's message, per element of the parameter.
+*State* is float32 words per parameter, on each rank, kept twice so that a step can be taken back.
 
 | recipe | bits | what it sends | state | contracts, or unbiased | all-reduced | two phases | paper |
 |---|---:|---|---:|---|---|---|---|

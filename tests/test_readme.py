@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import thinwire
+from thinwire.core import NOWHERE
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +35,12 @@ def test_the_diff(world2):
 
 
 def test_examples_in_docstrings():
-    names = {"torch": torch, "thinwire": thinwire, **{name: getattr(thinwire, name) for name in thinwire.__all__}}
+    names = {
+        "torch": torch,
+        "thinwire": thinwire,
+        "NOWHERE": NOWHERE,
+        **{name: getattr(thinwire, name) for name in thinwire.__all__},
+    }
     tried = 0
     for module in pkgutil.walk_packages(thinwire.__path__, "thinwire."):
         if not module.name.endswith("__main__"):

@@ -139,7 +139,7 @@ def test_contracts_as_declared(compressor):
 
 @pytest.mark.parametrize("compressor", [case for case in CASES if case.variance(40) is not None], ids=str)
 def test_unbiased_as_declared(compressor):
-    repeats, n = 1000, 40
+    repeats, n = 400, 40
     x = DISTRIBUTIONS["student-3"](n)
     omega = compressor.variance(n)
     lost, mean = losses(compressor, x, repeats)

@@ -27,7 +27,7 @@ def exponential(a: Tensor, q: float) -> float:
 def pareto(a: Tensor, q: float) -> float:
     """The same for a generalised Pareto distribution, from its mean and variance."""
     mean = float(a.mean(dtype=torch.float64))
-    variance = float((a - mean).double().square().mean())
+    variance = float(torch.square(a.double() - mean).mean())
     ratio = mean * mean / variance if variance > 0.0 else 1.0
     shape, scale = (ratio - 1.0) / 2.0, mean * (ratio + 1.0) / 2.0
     return -scale * math.log(q) if abs(shape) < 1e-6 else scale * -math.expm1(shape * math.log(q)) / shape
