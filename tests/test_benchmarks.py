@@ -68,3 +68,12 @@ def test_convergence(tmp_path):
     figures = run(tmp_path, "benchmarks.convergence", *options)
     assert 0 < figures["dgc_int4", "wire_bytes"] < figures["dense", "wire_bytes"]
     assert figures["dgc_int4", "heldout_loss"] != figures["dense", "heldout_loss"]
+
+
+def test_onebit(tmp_path):
+    options = ["--steps", "8", "--seeds", "1", "--width", "16", "--length", "16", "--workers", "2"]
+    figures = run(tmp_path, "benchmarks.onebit", *options)
+    assert figures["adam", "ratio"] < 1.1
+    for case in ("onebit_adam", "zeroone_adam"):
+        assert 1.0 < figures[case, "heldout_loss"] < 6.0
+    assert figures["onebit_adam", "ratio_compressed"] > 5

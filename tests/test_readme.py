@@ -34,6 +34,12 @@ def test_the_diff(world2):
         assert ratio > 300
 
 
+def test_from_deepspeed(world2):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "from-deepspeed.md").read_text(), re.DOTALL)[1]
+    for report in world2.run(_readme, code):
+        assert "the variance is frozen after 10 steps" in report
+
+
 def test_examples_in_docstrings():
     names = {
         "torch": torch,

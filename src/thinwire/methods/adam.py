@@ -30,7 +30,7 @@ def onebit_adam(*, block: int = 4096, clip: float | None = None, route: Route = 
         >>> result = simulate(model, onebit_adam(), optimizer=optimizer, workers=4, steps=4,
         ...     batches=lambda worker, step: torch.randn(4, 64), loss=lambda model, x: model(x).square().mean())
         >>> [round(row.dense_bytes / row.wire_bytes) for row in result.ledger.rows]
-        [1, 1, 20, 20]
+        [1, 1, 21, 21]
 
     Source: H. Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed",
     2021, arXiv:2102.02888.
