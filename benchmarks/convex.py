@@ -110,10 +110,10 @@ def train(
     k: int,
     lr: float,
     steps: int,
-    look: Callable[[int, Tensor], object],
+    look: Callable[[int, Tensor, Tensor], object],
     generator: np.random.Generator | None = None,
 ) -> None:
-    """``look(step, x)`` sees the parameters before each step; ``generator`` is for mini-batches, None exact gradients.
+    """``look(step, x, g)`` sees parameters and gradients before each step; ``generator`` is for mini-batches, None exact gradients.
 
     Memories are elementwise, so all workers are the rows of one tensor.
     """
@@ -128,8 +128,8 @@ def train(
             shared.now[key].copy_(first.mean(0))
     offsets = (torch.arange(n) * d)[:, None]
     for step in range(steps):
-        look(step, x)
         g = problem.gradients(x) if generator is None else problem.sampled(x, generator)
+        look(step, x, g)
         asked = memory.compensate(g, x, local.now, local.next)
         chosen = asked.abs().topk(k, dim=1).indices
         own = Sparse((chosen + offsets).flatten(), asked.gather(1, chosen).flatten(), k / d)
@@ -162,7 +162,7 @@ def exact(problem: Problem, name: str, k: int, multiple: float, rounds: int) -> 
     norms: list[float] = []
     lr = multiple * problem.step(k, "arithmetic" if name == "ef21_w" else "quadratic")
     memory = memory_of(name, k / problem.dim)
-    train(problem, memory, k, lr, rounds + 1, lambda _, x: norms.append(norm2(problem, x)))
+    train(problem, memory, k, lr, rounds + 1, lambda _, x, g: norms.append(norm2(g)))
     return norms
 
 
@@ -170,17 +170,18 @@ def stochastic(problem: Problem, name: str, k: int, lr: float, steps: int, tail:
     """Mean ``||grad f||^2`` over every tenth of the last ``tail`` steps, with mini-batches."""
     norms: list[float] = []
 
-    def look(step: int, x: Tensor) -> None:
+    def look(step: int, x: Tensor, _: Tensor) -> None:
         if step >= steps - tail and step % 10 == 0:
-            norms.append(norm2(problem, x))
+            norms.append(norm2(problem.gradients(x)))
 
     kept = problem.dim if name == "sgd" else k
     train(problem, memory_of(name, k / problem.dim), kept, lr, steps, look, np.random.default_rng(1))
     return sum(norms) / len(norms)
 
 
-def norm2(problem: Problem, x: Tensor) -> float:
-    return problem.gradients(x).mean(0).square().sum().item()
+def norm2(gradients: Tensor) -> float:
+    """``||grad f||^2``, from the gradients of all workers."""
+    return gradients.mean(0).square().sum().item()
 
 
 def load(name: str, folder: Path) -> tuple[Tensor, Tensor] | None:

@@ -97,7 +97,7 @@ def _least(costs: Table, units: Sequence[Sequence[int]], resolution: int) -> lis
         choices.append(choice)
     if not np.isfinite(least[-1]):
         return None
-    b = int(np.searchsorted(-least, -least[-1]))  # the fewest units at that cost
+    b = int(np.argmin(least))  # the fewest units at that cost
     plan: list[int] = []
     for choice, needed in zip(reversed(choices), reversed(units), strict=True):
         plan.append(int(choice[b]))
