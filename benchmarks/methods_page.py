@@ -16,7 +16,7 @@ from thinwire.policy.plan import Method
 from thinwire.units import payload_nbytes
 
 ELEMENTS = (1024, 1024)
-ARGUMENTS = {"density": 0.01, "rank": 4, "bits_per_parameter": 0.1}
+ARGUMENTS = {"compressor": 0.01, "density": 0.01, "rank": 4, "bits_per_parameter": 0.1}
 """For recipes that have no default."""
 
 TEMPLATE = """# Methods

@@ -73,7 +73,6 @@ def test_convergence(tmp_path):
     assert figures["dgc_int4", "heldout_loss"] != figures["dense", "heldout_loss"]
 
 
-<<<<<<< HEAD
 def test_onebit(tmp_path):
     options = ["--steps", "8", "--seeds", "1", "--width", "16", "--length", "16", "--workers", "2"]
     figures = run(tmp_path, "benchmarks.onebit", *options)
@@ -81,7 +80,8 @@ def test_onebit(tmp_path):
     for case in ("onebit_adam", "zeroone_adam"):
         assert 1.0 < figures[case, "heldout_loss"] < 6.0
     assert figures["onebit_adam", "ratio_compressed"] > 5
-=======
+
+
 def test_convex(tmp_path):
     options = ["--sets", "synthetic", "--rounds", "60", "--steps", "40", "--multiples", "16"]
     options += ["--uneven", "synthetic", "--stochastic", "synthetic", "--plot", str(tmp_path / "out.png")]
@@ -103,4 +103,3 @@ def test_convex_on_phishing():
     assert problem.step(1) == pytest.approx(0.020161, rel=1e-4)
     assert convex.exact(problem, "ef21", 1, 16.0, 600)[-1] < 1e-8
     assert convex.exact(problem, "ef14", 1, 16.0, 600)[-1] > 1e-6
->>>>>>> ef
