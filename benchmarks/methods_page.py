@@ -70,7 +70,9 @@ def cell(text: str) -> str:
 def example(recipe: object) -> Method:
     """The recipe with its defaults."""
     parameters = inspect.signature(recipe).parameters.values()
-    return recipe(**{p.name: ARGUMENTS[p.name] for p in parameters if p.default is p.empty})
+    return recipe(
+        **{p.name: ARGUMENTS[p.name] for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+    )
 
 
 def kind(compressor: Compressor, n: int) -> str:
