@@ -11,12 +11,20 @@ import torch
 
 from thinwire import methods
 from thinwire.compressors import catalogue
+from thinwire.compressors.sparse import TopK
 from thinwire.core import Compressor
 from thinwire.policy.plan import Method
 from thinwire.units import payload_nbytes
 
 ELEMENTS = (1024, 1024)
-ARGUMENTS = {"compressor": 0.01, "density": 0.01, "rank": 4, "bits_per_parameter": 0.1}
+ARGUMENTS = {
+    "compressor": 0.01,
+    "downlink": TopK(0.05),
+    "participation": 0.5,
+    "density": 0.01,
+    "rank": 4,
+    "bits_per_parameter": 0.1,
+}
 """For recipes that have no default."""
 
 TEMPLATE = """# Methods
