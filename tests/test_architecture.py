@@ -78,12 +78,12 @@ def test_core_needs_no_extra():
 
 def test_public_names():
     assert sorted(thinwire.__all__) == [
-        "BlockTopK", "Cast", "CompressedMomentum", "Compressor", "DctTopK", "DecoupledMomentum", "EControl", "EF21",
-        "ErrorFeedback", "LGreCo", "Link", "MajorityVote", "Memory", "Method", "Momentum", "MomentumCorrection",
+        "BlockTopK", "CLTK", "Cast", "CompressedMomentum", "Compressor", "DctTopK", "DecoupledMomentum", "EControl",
+        "EF21", "ErrorFeedback", "LGreCo", "Link", "MajorityVote", "Memory", "Method", "Momentum", "MomentumCorrection",
         "Natural", "NoMemory", "OneBitAdam", "OneBitLamb", "PowerSGD", "QSGD", "Quantize", "RandK", "Rule", "SIDCo",
         "Scaled", "Session", "Sign", "Simulation", "SteadyFeedback", "TernGrad", "ThinwireError", "Threshold", "TopK",
         "Warmup", "ZeroOneAdam", "__version__", "attach", "cast", "decoupled_momentum", "dense", "dgc", "econtrol",
         "ef14", "ef21", "ef21_bc", "ef21_pp", "ef21_sgdm", "ef21_w", "ef_sign", "lean", "maxmin", "natural",
-        "onebit_adam", "onebit_lamb", "powersgd", "qsgd", "randk", "sidco", "signsgd", "simulate", "terngrad", "topk",
-        "zeroone_adam",
+        "onebit_adam", "onebit_lamb", "powersgd", "qsgd", "randk", "scalecom", "sidco", "signsgd", "simulate",
+        "terngrad", "topk", "zeroone_adam",
     ]  # fmt: skip

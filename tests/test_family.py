@@ -30,6 +30,7 @@ RECIPES = {
     "randk-unbiased": thinwire.randk(0.2, feedback=False),
     "randk-private": thinwire.randk(0.05, shared=False),
     "sidco": thinwire.sidco(0.02),
+    "scalecom": thinwire.scalecom(0.05),
     "demo": thinwire.decoupled_momentum(),
 }
 PLAIN = {"momentum": 0.0, "lr": 0.001}
@@ -116,6 +117,9 @@ def test_a_vote_counts_sides_alone():
         (lambda: thinwire.ef_sign(block=0), "block is 0"),
         (lambda: thinwire.Sign(scale="l3"), "scale is 'l3'"),
         (lambda: thinwire.randk(0.0), "density is 0.0"),
+        (lambda: thinwire.scalecom(0.0), "density is 0.0"),
+        (lambda: thinwire.scalecom(float("nan")), "density is nan"),
+        (lambda: thinwire.CLTK(0.1) >> thinwire.Quantize(4), "CLTK needs the sum of what is sent"),
         (lambda: thinwire.sidco(1.5), "density is 1.5"),
         (lambda: thinwire.SIDCo(0.1, stages=0), "stages is 0"),
         (lambda: thinwire.sidco(0.1, fit="normal"), "fit is 'normal'"),

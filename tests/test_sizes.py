@@ -100,6 +100,13 @@ def test_wire_bytes(kind, world, sent):
     )
 
 
+def test_a_broadcast_is_a_chain():
+    """Counted the mean of its workers; it ends when all of it has come through the last link."""
+    assert [wire_bytes("broadcast", 100, world) for world in (1, 2, 4)] == [0, 50, 75]
+    seconds = [Link(800.0, latency=0.5).seconds("broadcast", 100, world) for world in (1, 2, 4)]
+    assert seconds == pytest.approx([0.0, 1.5, 2.5])
+
+
 @pytest.mark.parametrize(
     ("text", "bandwidth", "latency", "shown"),
     [

@@ -9,6 +9,7 @@ from thinwire._version import __version__
 from thinwire.compressors.blocks import BlockTopK
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.dct import DctTopK
+from thinwire.compressors.led import CLTK
 from thinwire.compressors.lowrank import PowerSGD
 from thinwire.compressors.natural import Natural
 from thinwire.compressors.quantize import QSGD, Quantize
@@ -50,6 +51,7 @@ from thinwire.methods import (
     powersgd,
     qsgd,
     randk,
+    scalecom,
     sidco,
     signsgd,
     terngrad,
@@ -64,6 +66,7 @@ from thinwire.sim.workers import Simulation, simulate
 from thinwire.tensors import ThinwireError
 
 __all__ = [
+    "CLTK",
     "EF21",
     "QSGD",
     "BlockTopK",
@@ -123,6 +126,7 @@ __all__ = [
     "powersgd",
     "qsgd",
     "randk",
+    "scalecom",
     "sidco",
     "signsgd",
     "simulate",

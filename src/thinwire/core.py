@@ -71,6 +71,8 @@ class Compressor(ABC):
     """After how many steps the shapes of a payload repeat; they may depend on ``step % period``."""
     learns: ClassVar[bool] = False
     """Whether its state follows the mean of all payloads, which only a sum gives."""
+    led: ClassVar[bool] = False
+    """Whether all ranks send the elements that one of them, the leader of the step, has chosen: see ``follow``."""
 
     @property
     def needs_feedback(self) -> bool:
@@ -147,6 +149,14 @@ class Compressor(ABC):
             f"{type(self).__name__} says it is cuttable and so must have a compress_sparse() of its own"
         )
 
+    def follow(self, x: Tensor, choice: Payload, state: State, ctx: Context) -> Payload:
+        """Encode ``x`` at the elements that the leader chose; asked of a led one.
+
+        ``choice`` is the leader's payload without its first tensor. The result ends with it, and of payloads with one
+        choice the first tensors may be summed.
+        """
+        raise ThinwireError(f"{type(self).__name__} says it is led and so must have a follow() of its own")
+
 
 @dataclass(frozen=True)
 class Chain(Compressor):
@@ -160,7 +170,7 @@ class Chain(Compressor):
         then: codes a vector and keeps no state, e.g. ``Quantize(4)``, ``Cast("float16")``.
 
     Raises:
-        ThinwireError: ``then`` needs matrices or keeps a state, or ``first`` learns from sums and ``then`` has none.
+        ThinwireError: ``then`` needs matrices or keeps a state, or ``first`` needs sums and ``then`` has none.
 
     **Wire**: the payload of ``then`` for the values, and the rest of ``first``'s.
 
@@ -177,11 +187,11 @@ class Chain(Compressor):
             raise ThinwireError(
                 f"{type(self.then).__name__} needs matrices or keeps a state; what stands after >> codes a vector"
             )
-        if self.first.learns and not self.then.summable:
+        if (self.first.learns or self.first.led) and not self.then.summable:
             first, then = type(self.first).__name__, type(self.then).__name__
-            raise ThinwireError(f"{first} follows the sum of what is sent, which {then} prevents; use Cast('float16')")
+            raise ThinwireError(f"{first} needs the sum of what is sent, which {then} prevents; use Cast('float16')")
         # what is said of a class elsewhere depends on the parts here
-        for name in ("min_ndim", "period", "cuttable", "learns"):
+        for name in ("min_ndim", "period", "cuttable", "learns", "led"):
             object.__setattr__(self, name, getattr(self.first, name))
         object.__setattr__(self, "summable", self.first.summable and self.then.summable)
 
@@ -217,6 +227,9 @@ class Chain(Compressor):
 
     def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
         return self._code(self.first.compress_sparse(x, like, state, ctx), ctx)
+
+    def follow(self, x: Tensor, choice: Payload, state: State, ctx: Context) -> Payload:
+        return self._code(self.first.follow(x, choice, state, ctx), ctx)
 
     def sampling(self, shape: Sequence[int], ctx: Context) -> Selection | None:
         return self.first.sampling(shape, ctx)

@@ -1,8 +1,10 @@
 """What an exchange costs: bytes that one worker sends, and seconds on a link of given bandwidth and latency.
 
 All-reduce is a ring: ``2 (N-1)`` messages of ``size / N``. All-gather passes every payload to each other worker:
-``N-1`` messages of ``size``. All-to-all sends each other worker its own part: ``N-1`` messages of ``size / N``. The
-alpha-beta model charges ``latency`` for every message and ``1 / bandwidth`` for every byte.
+``N-1`` messages of ``size``. All-to-all sends each other worker its own part: ``N-1`` messages of ``size / N``. A
+broadcast is a chain: each worker but the last passes ``size`` on, and every worker, the source like the others, is
+counted the mean, ``(N-1)/N`` of it. The alpha-beta model charges ``latency`` for every message and ``1 / bandwidth``
+for every byte; what is passed along a chain is under way on all its links at once.
 """
 
 import re
@@ -11,13 +13,14 @@ from typing import Literal, TypeAlias
 
 from thinwire.tensors import ThinwireError
 
-Kind: TypeAlias = Literal["all_reduce", "all_gather", "all_to_all"]
+Kind: TypeAlias = Literal["all_reduce", "all_gather", "all_to_all", "broadcast"]
 UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
 def wire_bytes(kind: Kind, nbytes: float, world: int) -> float:
-    """Bytes that one of ``world`` workers sends to exchange a message of ``nbytes``."""
-    times = {"all_reduce": 2 * (world - 1) / world, "all_gather": world - 1, "all_to_all": (world - 1) / world}
+    """Bytes that one of ``world`` workers sends to exchange a message of ``nbytes``; of a broadcast, the mean."""
+    share = (world - 1) / world
+    times = {"all_reduce": 2 * share, "all_gather": world - 1, "all_to_all": share, "broadcast": share}
     return times[kind] * nbytes
 
 
@@ -59,7 +62,8 @@ class Link:
     def seconds(self, kind: Kind, nbytes: float, world: int) -> float:
         """How long one exchange of a message of ``nbytes`` takes."""
         messages = 2 * (world - 1) if kind == "all_reduce" else world - 1
-        return messages * self.latency + wire_bytes(kind, nbytes, world) * 8 / self.bandwidth
+        through = nbytes * (world > 1) if kind == "broadcast" else wire_bytes(kind, nbytes, world)
+        return messages * self.latency + through * 8 / self.bandwidth
 
     def __str__(self) -> str:
         unit = max((u for u, scale in UNITS.items() if scale <= self.bandwidth), key=UNITS.__getitem__, default="bit")

@@ -73,22 +73,20 @@ def send(
         payloads = [payload for _, payload, _ in asked]
         messages.append(group.pack(payloads, group.head(bucket.units, payloads, used, step), in_place=in_place))
         for piece, (x, _, own) in zip(group.pieces, asked, strict=True):
-            unit = bucket.units[piece.unit]
-            worker.look(unit, x, own)
-            unit.memory.sent(x, own, piece.of_state(worker.local[unit.name].next))
+            group.settle(bucket.units[piece.unit], piece, x, own, worker)
     return Outbox(messages, frozenset(cleared))
 
 
-def route(bucket: Bucket, messages: Sequence[Tensor], collective: Collective) -> list[InFlight]:
+def route(bucket: Bucket, messages: Sequence[Tensor], collective: Collective, step: int) -> list[InFlight]:
     """Start the exchange of every message, and return before it has ended."""
-    return [group.start(message, collective) for group, message in zip(bucket.groups, messages, strict=True)]
+    return [group.start(message, collective, step) for group, message in zip(bucket.groups, messages, strict=True)]
 
 
 @torch.no_grad()
 def relay(
     bucket: Bucket, inbox: Sequence[InFlight], worker: Worker, step: int, collective: Collective
 ) -> list[InFlight]:
-    """Between the halves, once all of the inbox has ended: owners combine what they were sent, and route the mean."""
+    """Between the halves, once the inbox has ended: owners route the mean of it, followers what their leader chose."""
     return [
         group.relay(bucket.units, arrived, worker, step, collective)
         for group, arrived in zip(bucket.groups, inbox, strict=True)

@@ -153,6 +153,8 @@ class Worker:
     kernels: Kernels = REFERENCE
     watch: Watch | None = None
     """A policy's, where it needs to see what is compressed."""
+    held: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """What was asked of units until it is known what of it is sent."""
 
     def look(self, unit: Unit, x: Tensor, own: Decompressed) -> None:
         """Show what is asked of a unit, and what is sent of it, to whoever measures."""
@@ -197,6 +199,10 @@ def resolve(
 
 def compressed_bytes(compressor: Compressor, like: Tensor, world: int, route: Route, second: float) -> float:
     """Bytes a worker sends for a unit of its own, on the route that takes the fewest of those allowed."""
+    if compressor.led:
+        values, *choice = payload_like(compressor, like)
+        chosen = sum(t.nbytes for t in choice)
+        return wire_bytes("broadcast", chosen, world) + wire_bytes("all_reduce", values.nbytes, world)
     nbytes = payload_nbytes(compressor, like)
     gathered = wire_bytes("all_gather", nbytes, world)
     if route == "all_gather" or not compressor.cuttable:
@@ -225,7 +231,7 @@ def set_stage(
     plain_nbytes = sum(payload_nbytes(unit.method_compressor, unit.like) for unit in units if not unit.compressed)
     extra = wire_bytes("all_gather", plain_nbytes, world) - wire_bytes("all_reduce", plain_nbytes, world)
     small = plain_nbytes <= GATHER_BYTES and (route == "two_phase" or extra <= EXTRA_BYTES)  # there it costs no more
-    compresses = any(not unit.method_compressor.summable for unit in units)
+    compresses = any(not (unit.method_compressor.summable or unit.method_compressor.led) for unit in units)
     for unit in units:
         unit.gathered = compresses and small and not unit.compressed
         asked = unit.method_compressor if density is None else unit.method_compressor.with_density(density)
@@ -244,7 +250,7 @@ def set_stage(
                 f"{unit.name} is sent dense{at}: compressed it would be {compressed:,.0f} bytes a worker and step, "
                 f"dense {plain:,.0f}, with {world} workers"
             )
-        elif route != "all_gather" and not asked.cuttable:
+        elif route != "all_gather" and not (asked.cuttable or asked.led):
             notes.append(f"{unit.name} takes an all-gather: {type(asked).__name__} can't be cut into pieces")
     return notes
 

@@ -9,6 +9,7 @@ from thinwire.compressors import catalogue
 from thinwire.compressors.blocks import BlockTopK
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.dct import DctTopK
+from thinwire.compressors.led import CLTK
 from thinwire.compressors.lowrank import PowerSGD
 from thinwire.compressors.natural import Natural
 from thinwire.compressors.quantize import QSGD, Quantize
@@ -46,6 +47,8 @@ CASES = [
     TopK(1.0),
     TopK(0.1) >> Cast("float16"),
     TopK(0.03, selection="sampled") >> Quantize(4),
+    CLTK(0.05),
+    CLTK(0.1) >> Cast("float16"),
     RandK(0.05),
     RandK(0.3, scaled=False),
     RandK(0.4, shared=False),

@@ -177,7 +177,7 @@ def test_other_bad_input():
         PowerSGD(1, -1.0)
     with pytest.raises(ThinwireError, match="PowerSGD is biased, and NoMemory forgets"):
         Rule(PowerSGD(1), NoMemory())
-    with pytest.raises(ThinwireError, match="PowerSGD follows the sum of what is sent"):
+    with pytest.raises(ThinwireError, match="PowerSGD needs the sum of what is sent"):
         PowerSGD(1) >> thinwire.TopK(0.1)
 
 

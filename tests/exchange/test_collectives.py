@@ -28,6 +28,11 @@ def contract(collectives):
             flight.future.wait()
             mine = torch.arange(c.rank * nbytes, (c.rank + 1) * nbytes, dtype=torch.uint8)
             assert torch.equal(flight.answer(), torch.stack([mine + 3 * rank for rank in range(world)]))
+        source = world - 1
+        flights = [c.broadcast(m.clone(), source) for c, m in zip(collectives, messages, strict=True)]
+        for flight in flights:
+            flight.future.wait()
+            assert torch.equal(flight.answer(), torch.arange(nbytes, dtype=torch.uint8) + source)
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         flights = [c.all_reduce(torch.arange(5, dtype=dtype) + c.rank) for c in collectives]
         for flight in flights:
@@ -35,7 +40,8 @@ def contract(collectives):
             assert torch.equal(flight.result, world * torch.arange(5, dtype=dtype) + sum(range(world)))
     for c in collectives:
         gathered, reduced = (world - 1) * 1009, 2 * (world - 1) / world * 5 * (4 + 8 + 2 + 2)
-        assert c.sent == pytest.approx(2 * gathered + reduced), "all-to-all sends what an all-gather of a row does"
+        passed_on = (world - 1) / world * 1009
+        assert c.sent == pytest.approx(2 * gathered + reduced + passed_on), "all-to-all sends what a gathered row does"
         c.exchange_text("same")
     return True
 

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 import thinwire
 from tests.engines.models import batch, build, flat_parameters, loss_of, simulated
 from tests.engines.test_ddp import SMALL_BUCKETS, close
-from thinwire import ThinwireError, cast, dense, dgc, topk
+from thinwire import ThinwireError, cast, dense, dgc, scalecom, topk
 from thinwire.exchange.collectives import ProcessGroup
 from thinwire.exchange.nodes import Nodes, groups_of
 
@@ -27,12 +27,15 @@ def _contract(rank):
         last = nodes.all_to_all(torch.stack([mine + 10 * nodes.rank, mine + 10 * nodes.rank + 1])).last(30)
         last.future.wait()
         assert torch.equal(last.answer(), torch.stack([mine + nodes.rank, mine + 10 + nodes.rank]))
+        last = nodes.broadcast(mine + nodes.rank, 1).last(30)
+        last.future.wait()
+        assert torch.equal(last.answer(), mine + 1)
     for shape in ((3, 5), (1,), (40,)):
         last = nodes.all_reduce(torch.full(shape, 1.5 + nodes.rank)).last(30)
         last.future.wait()
         assert torch.equal(last.answer(), torch.full(shape, 4.0))
     assert nodes.any_inside([rank == 1, False, True], mine, 30) == [rank < 2, False, True]
-    assert 1032 <= nodes.sent <= 1200, "half of every message, padded; an all-reduce of two sends one message"
+    assert 1290 <= nodes.sent <= 1470, "half of every message, padded; an all-reduce of two sends one message"
     assert nodes.sent_inside > nodes.sent
     nodes.close()
     return True
@@ -61,7 +64,9 @@ def _train(rank, method, options, how, steps=12, **attach):
 
 
 @pytest.mark.parametrize("how", ["number", "mesh"])
-@pytest.mark.parametrize("method", [dense(), topk(0.05), dgc(0.02, route="two_phase"), dgc(0.02, clip=1.0)], ids=str)
+@pytest.mark.parametrize(
+    "method", [dense(), topk(0.05), dgc(0.02, route="two_phase"), dgc(0.02, clip=1.0), scalecom(0.05)], ids=str
+)
 def test_two_nodes_of_two(world4, method, how):
     options = {} if how == "number" else SMALL_BUCKETS
     results = world4.run(_train, method, options, how)

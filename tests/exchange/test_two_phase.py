@@ -24,8 +24,8 @@ def units_of(method, world, shapes=SHAPES, dtype=torch.float64, device="cpu"):
     return units
 
 
-def journey(method, world, steps):
-    """The means of all steps and what the workers hold, for random gradients."""
+def journey(method, world, steps, heads=None):
+    """The means of all steps and what the workers hold, for random gradients; ``heads`` is 1 where they are summed."""
     units = units_of(method, world)
     bucket = plan_bucket(units, world, Routing(method.route, method.second))
     assert bucket.relays
@@ -41,13 +41,13 @@ def journey(method, world, steps):
                 u = worker.local[unit.name].now.get("momentum")
                 asked[unit.name] = asked[unit.name] + grad + (0 if u is None else unit.memory.momentum * u)
             outbox = pipeline.send(bucket, grads, worker, step, [True] * len(units))
-            inboxes.append(pipeline.route(bucket, outbox.messages, peer))
+            inboxes.append(pipeline.route(bucket, outbox.messages, peer, step))
         inboxes = [pipeline.relay(bucket, i, w, step, p) for i, w, p in zip(inboxes, workers, peers, strict=True)]
         results = []
         for inbox in inboxes:
             outs = [torch.full_like(unit.param, torch.nan) for unit in units]
             verdict = pipeline.receive(bucket, inbox, outs, 0, step)[0]
-            assert verdict.used.shape == verdict.bad.shape == (world, len(bucket.groups[0].units))
+            assert verdict.used.shape == verdict.bad.shape == (heads or world, len(bucket.groups[0].units))
             assert verdict.used.all()
             assert not verdict.bad.any()
             results.append(outs)

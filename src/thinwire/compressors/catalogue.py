@@ -9,6 +9,7 @@ from typing import Any, cast
 from thinwire.compressors.blocks import BlockTopK
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.dct import DctTopK
+from thinwire.compressors.led import CLTK
 from thinwire.compressors.lowrank import PowerSGD
 from thinwire.compressors.natural import Natural
 from thinwire.compressors.quantize import QSGD, Quantize
@@ -34,6 +35,7 @@ COMPRESSORS: dict[str, type[Compressor]] = {
     "scaled": Scaled,
     "powersgd": PowerSGD,
     "topk": TopK,
+    "cltk": CLTK,
     "randk": RandK,
     "threshold": Threshold,
     "sidco": SIDCo,

@@ -95,7 +95,7 @@ class Flight:
             arrived.future.wait()  # raises what the exchange raised; all have ended, or on CUDA have been enqueued
         self.row.exchange_seconds += time.perf_counter() - self.started
         for arrived in self.inbox:
-            for tensor in (arrived.result, arrived.heads):
+            for tensor in (arrived.result, arrived.brought):
                 if tensor is not None and tensor.is_cuda:
                     tensor.record_stream(torch.cuda.current_stream(tensor.device))
         with Stopwatch(self.row, "receive_seconds"):

@@ -225,6 +225,7 @@ class Dispatcher:
                 [flight.bucket for flight in waiting],
                 [flight.outbox.messages for flight in waiting],
                 session.collective,
+                session.step,
             )
         self.joined += len(waiting) - 1
         for flight, inbox in zip(waiting, inboxes, strict=True):

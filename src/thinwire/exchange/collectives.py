@@ -1,8 +1,8 @@
 """Who performs a collective: a process group, the simulator's workers, or either of them over an emulated link.
 
-A collective only carries bytes. It is started by ``all_reduce``, ``all_gather`` or ``all_to_all`` and answers at once
-with an ``InFlight``; nothing is ever started from the callback of another, since gloo runs callbacks in an order that
-differs between ranks.
+A collective only carries bytes. It is started by ``all_reduce``, ``all_gather``, ``all_to_all`` or ``broadcast`` and
+answers at once with an ``InFlight``; nothing is ever started from the callback of another, since gloo runs callbacks
+in an order that differs between ranks.
 """
 
 import atexit
@@ -45,14 +45,14 @@ class InFlight:
     """A started collective: ``result`` holds the answer once ``future`` has completed.
 
     An all-reduce answers the sum, like the message; an all-gather uint8 ``[world, nbytes]``, an all-to-all the same
-    with a row for this rank from each.
+    with a row for this rank from each; a broadcast the source's message.
     """
 
     future: Future
     result: Tensor
     work: Any = None
-    heads: Tensor | None = None
-    """Of all senders, where an earlier stage has brought them."""
+    brought: Tensor | None = None
+    """What the stages before have left for the one after, or for whoever opens the answer."""
     columns: tuple[int, int] | None = None
     """Which part of the rows, where several messages travelled together."""
     then: "Callable[[], InFlight] | None" = None
@@ -71,7 +71,7 @@ class InFlight:
             return self
         self.wait(timeout)
         self.future.wait()
-        return replace(self.then(), heads=self.heads, columns=self.columns).last(timeout)
+        return replace(self.then(), brought=self.brought, columns=self.columns).last(timeout)
 
     def wait(self, timeout: float) -> None:
         """Wait for the network, at most ``timeout`` seconds; a CUDA backend has a watchdog of its own for that.
@@ -109,6 +109,10 @@ class Collective(Protocol):
 
     def all_to_all(self, message: Tensor) -> InFlight:
         """Row r of the uint8 ``message`` ``[world, nbytes]`` goes to rank r; all have the same size."""
+        ...
+
+    def broadcast(self, message: Tensor, source: int) -> InFlight:
+        """The uint8 ``message`` ``[nbytes]`` of rank ``source`` to all; those of the others may be overwritten."""
         ...
 
     @property
@@ -211,6 +215,12 @@ class ProcessGroup(OneLevel):
         self.sent += wire_bytes("all_to_all", message.nbytes, self.world)
         return InFlight(work.get_future(), received, work)
 
+    def broadcast(self, message: Tensor, source: int) -> InFlight:
+        root = dist.get_global_rank(self.group, source)
+        work = cast(Any, dist.broadcast(message, root, group=self.group, async_op=True))
+        self.sent += wire_bytes("broadcast", message.nbytes, self.world)
+        return InFlight(work.get_future(), message, work)
+
     def exchange_text(self, text: str) -> list[str]:
         texts: list[str] = [""] * self.world
         dist.all_gather_object(texts, text, group=self.group)
@@ -306,6 +316,10 @@ class Local(OneLevel):
         self.sent += wire_bytes("all_to_all", message.nbytes, self.world)
         met = self._meet(message, (self.world, *message.shape), _stack)
         return replace(met, result=met.result[:, self.rank])
+
+    def broadcast(self, message: Tensor, source: int) -> InFlight:
+        self.sent += wire_bytes("broadcast", message.nbytes, self.world)
+        return self._meet(message, message.shape, lambda messages, out: out.copy_(messages[source]))
 
     def _meet(
         self, message: Tensor, shape: Sequence[int], combine: Callable[[list[Tensor], Tensor], object]

@@ -12,7 +12,7 @@ from torch import Tensor
 from thinwire.core import Compressor, Payload, State
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.link import Kind, wire_bytes
-from thinwire.tensors import flat
+from thinwire.tensors import Decompressed, flat
 from thinwire.units import Unit, Worker
 from thinwire.wire import head
 from thinwire.wire.layout import Layout
@@ -38,6 +38,12 @@ class Piece:
         return name if self.run is None else f"{name}[{self.run[0]}:{self.run[1]}]"
 
 
+def remember(unit: Unit, piece: Piece, x: Tensor, own: Decompressed, worker: Worker) -> None:
+    """Prepare what is left of a piece for the next step: ``x`` was asked, and ``own`` is what the receivers get."""
+    worker.look(unit, x, own)
+    unit.memory.sent(x, own, piece.of_state(worker.local[unit.name].next))
+
+
 @dataclass(frozen=True)
 class Group(ABC):
     """The units of a bucket that share one message, and the pieces that they are compressed in."""
@@ -51,7 +57,7 @@ class Group(ABC):
     """Whether the message says what was used and what was bad; nothing is at stake where nothing is remembered."""
 
     relays: ClassVar[bool] = False
-    """Whether what arrives is only a stage: owners add it up and send it on."""
+    """Whether what arrives is only a stage, after which ranks send once more."""
 
     @cached_property
     def by_unit(self) -> dict[int, list[tuple[int, Piece]]]:
@@ -78,8 +84,12 @@ class Group(ABC):
     def pack(self, payloads: Sequence[Payload], head: Sequence[Payload], *, in_place: bool) -> Tensor:
         """The message of one rank: the payloads of the pieces, and the head. ``in_place`` allows a view of them."""
 
+    def settle(self, unit: Unit, piece: Piece, x: Tensor, own: Decompressed, worker: Worker) -> None:
+        """Before the exchange starts: here a rank knows by itself what of ``x`` the receivers will get."""
+        remember(unit, piece, x, own, worker)
+
     @abstractmethod
-    def start(self, message: Tensor, collective: Collective) -> InFlight:
+    def start(self, message: Tensor, collective: Collective, step: int) -> InFlight:
         """Start the exchange."""
 
     def packer(self, unit: Unit) -> Compressor:
@@ -120,7 +130,7 @@ class Whole(Group):
     def pack(self, payloads: Sequence[Payload], head: Sequence[Payload], *, in_place: bool) -> Tensor:
         return self.layout.pack([*payloads, *head], in_place=in_place)
 
-    def start(self, message: Tensor, collective: Collective) -> InFlight:
+    def start(self, message: Tensor, collective: Collective, step: int) -> InFlight:
         if self.kind == "all_gather":
             return collective.all_gather(message)
         # scaled before, as DDP does, so that the sum can't overflow

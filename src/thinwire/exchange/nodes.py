@@ -99,6 +99,11 @@ class Nodes:
             self.between.all_to_all(self._part(message)), self.world, lambda rows: rows[:, :nbytes]
         )
 
+    def broadcast(self, message: Tensor, source: int) -> InFlight:
+        nbytes = message.numel()
+        part = self._part(message.view(1, -1)).view(-1)
+        return self._then_inside(self.between.broadcast(part, source), 1, lambda rows: rows[0, :nbytes])
+
     def _part(self, rows: Tensor) -> Tensor:
         """This rank's columns of uint8 ``[rows, nbytes]``, padded."""
         width = -(-rows.shape[1] // (self.lanes * ROW_ALIGNMENT)) * ROW_ALIGNMENT

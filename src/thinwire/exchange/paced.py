@@ -43,6 +43,9 @@ class Paced(OneLevel):
     def all_to_all(self, message: Tensor) -> InFlight:
         return self._pace("all_to_all", message.nbytes, self.inner.all_to_all(message))
 
+    def broadcast(self, message: Tensor, source: int) -> InFlight:
+        return self._pace("broadcast", message.nbytes, self.inner.broadcast(message, source))
+
     def exchange_text(self, text: str) -> list[str]:
         return self.inner.exchange_text(text)
 

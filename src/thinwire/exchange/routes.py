@@ -3,7 +3,7 @@
 Payloads that can be summed take one all-reduce, all others one all-gather, or two phases; so a bucket needs one
 message, or two where it holds both. Where a method compresses, and the summable payloads of the whole model (biases,
 norms) are small, they take the way of the compressed ones: that saves a round trip, and does not depend on how the
-model is cut into buckets.
+model is cut into buckets. Payloads whose elements a leader chooses take a broadcast of the choice, and an all-reduce.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from torch import Tensor
 from thinwire.core import Payload
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.exchange.groups import Group, Piece, Whole
+from thinwire.exchange.led import Led
 from thinwire.exchange.two_phase import two_phase
 from thinwire.link import Kind, Link
 from thinwire.policy.plan import Route
@@ -71,9 +72,12 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
     """Sort the units of a bucket into messages, of the shapes that they have at this step."""
     payloads = [payload_like(unit.compressor, unit.like, step) for unit in units]
     summed: dict[torch.dtype, list[int]] = {}
+    led: dict[torch.dtype, list[int]] = {}
     gathered: list[int] = []
     for i, unit in enumerate(units):
-        if unit.compressor.summable and not unit.gathered:
+        if unit.compressor.led:
+            led.setdefault(payloads[i][0].dtype, []).append(i)
+        elif unit.compressor.summable and not unit.gathered:
             summed.setdefault(payloads[i][0].dtype, []).append(i)
         else:
             gathered.append(i)
@@ -87,6 +91,12 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
         layout = Layout([*(payloads[i] for i in chosen), *heads], ROW_ALIGNMENT if kind == "all_gather" else 1)
         return Whole(kind, tuple(chosen), tuple(map(Piece, chosen)), dtype, bool(heads), layout)
 
+    def following(chosen: list[int], dtype: torch.dtype) -> Led:
+        heads = head_of(chosen, dtype)
+        values = Layout([*(payloads[i][:1] for i in chosen), *heads], 1)
+        choices = Layout([payloads[i][1:] for i in chosen])
+        return Led("broadcast", tuple(chosen), tuple(map(Piece, chosen)), dtype, bool(heads), choices, values)
+
     def in_pieces(chosen: list[int]) -> Group:
         return two_phase(units, chosen, head_of(chosen, torch.uint8), routing.second, world)
 
@@ -98,7 +108,8 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
         if routing.route == "two_phase" or seconds(owned, routing, world) < seconds(gathering, routing, world):
             gathering = owned
     summing = [whole("all_reduce", chosen, dtype) for dtype, chosen in summed.items()]
-    return Bucket(tuple(units), (*gathering, *summing))
+    leading = [following(chosen, dtype) for dtype, chosen in led.items()]
+    return Bucket(tuple(units), (*gathering, *summing, *leading))
 
 
 def seconds(groups: Sequence[Group], routing: Routing, world: int) -> float:
@@ -109,12 +120,12 @@ def seconds(groups: Sequence[Group], routing: Routing, world: int) -> float:
 
 
 def route_together(
-    buckets: Sequence[Bucket], messages: Sequence[Sequence[Tensor]], collective: Collective
+    buckets: Sequence[Bucket], messages: Sequence[Sequence[Tensor]], collective: Collective, step: int
 ) -> list[list[InFlight]]:
     """``pipeline.route`` for several buckets, whose gathered messages travel in one, which saves latency."""
     if len(buckets) == 1:
         groups = zip(buckets[0].groups, messages[0], strict=True)
-        return [[group.start(message, collective) for group, message in groups]]
+        return [[group.start(message, collective, step) for group, message in groups]]
     ends = accumulate(message.numel() for [message] in messages)
     joint = collective.all_gather(torch.cat([message for [message] in messages]))
     return [[replace(joint, columns=columns)] for columns in pairwise((0, *ends))]

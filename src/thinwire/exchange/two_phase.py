@@ -95,7 +95,7 @@ class TwoPhase(Group):
             self.first.fill(message[owner], owner, [*(next(rest) for _ in pieces), *head])
         return message
 
-    def start(self, message: Tensor, collective: Collective) -> InFlight:
+    def start(self, message: Tensor, collective: Collective, step: int) -> InFlight:
         return collective.all_to_all(message)
 
     def relay(
@@ -110,7 +110,7 @@ class TwoPhase(Group):
         message = received.new_zeros(self.second.nbytes)
         self.second.fill(message, worker.rank, means)
         heads = torch.stack([payloads[-1][0] for payloads in rows]) if self.has_head else None
-        return replace(collective.all_gather(message), heads=heads)
+        return replace(collective.all_gather(message), brought=heads)
 
     def _pass_on(self, unit: Unit, piece: Piece, payloads: Sequence[Payload], worker: Worker, step: int) -> Payload:
         """The owner's part: add what all ranks sent of a piece, compress the mean, and keep what that leaves."""
@@ -137,7 +137,7 @@ class TwoPhase(Group):
 
     def opened(self, arrived: InFlight) -> tuple[list[tuple[int, list[Payload]]], Tensor | None]:
         rows = zip(self.second.layouts, arrived.answer(), strict=True)
-        return [(len(self.owned), [payload for layout, row in rows for payload in layout.unpack(row)])], arrived.heads
+        return [(len(self.owned), [payload for layout, row in rows for payload in layout.unpack(row)])], arrived.brought
 
     @property
     def stages(self) -> Sequence[tuple[Kind, int]]:

@@ -6,7 +6,7 @@ from thinwire.methods.feedback import econtrol, ef14, ef21, ef21_bc, ef21_pp, ef
 from thinwire.methods.lean import lean
 from thinwire.methods.lowrank import powersgd
 from thinwire.methods.quantized import ef_sign, maxmin, natural, qsgd, signsgd, terngrad
-from thinwire.methods.sparsified import decoupled_momentum, randk, sidco
+from thinwire.methods.sparsified import decoupled_momentum, randk, scalecom, sidco
 
 __all__ = [
     "IDENTITY",
@@ -30,6 +30,7 @@ __all__ = [
     "powersgd",
     "qsgd",
     "randk",
+    "scalecom",
     "sidco",
     "signsgd",
     "terngrad",

@@ -4,6 +4,7 @@ from typing import Literal
 
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.dct import DctTopK
+from thinwire.compressors.led import CLTK
 from thinwire.compressors.random import RandK
 from thinwire.compressors.sidco import SIDCo
 from thinwire.core import Compressor
@@ -79,6 +80,34 @@ def sidco(
     """
     rules = (Rule(SIDCo(density, fit=fit, values=values), ErrorFeedback(state), min_ndim=2), IDENTITY)
     return Method("sidco", rules, warmup=warmup, route=route)
+
+
+def scalecom(density: float, *, warmup: Warmup | None = None, state: StateDtype = "float32") -> Method:
+    """ScaleCom: Top-k with error feedback, of which one worker, each in its turn, makes the choice for all.
+
+    Works best where workers ask for similar things, as with large batches.
+
+    Args:
+        density: kept / total of each parameter, in (0, 1].
+        warmup: densities of the first steps; the paper sends dense in the first epochs.
+        state: what the residual is kept in, see ``thinwire.ErrorFeedback``.
+
+    Raises:
+        ThinwireError: a value outside its range.
+
+    **Wire**: k indices by a broadcast and k values by an all-reduce, about ``(N-1)/N * density * n * 9.5`` bytes at any
+    world size.
+
+    Example:
+        >>> scalecom(0.01).rules[0].compressor.led
+        True
+
+    Source: C. Chen et al., "ScaleCom: Scalable Sparsified Gradient Compression for Communication-Efficient Distributed
+    Training", 2020, arXiv:2104.11125, algorithm 1.
+
+    Departures: no low-pass filter of the residual, which is the paper's for ``beta = 1``.
+    """
+    return Method("scalecom", (Rule(CLTK(density), ErrorFeedback(state), min_ndim=2), IDENTITY), warmup=warmup)
 
 
 def decoupled_momentum(

@@ -87,7 +87,7 @@ class SimulatedWorkers:
             reached = [before or now for before, now in zip(reached, used, strict=True)]
             with Stopwatch(session.row, "send_seconds"):
                 outbox = pipeline.send(bucket, grads, worker, session.step, used)
-            inboxes.append(pipeline.route(bucket, outbox.messages, peer))
+            inboxes.append(pipeline.route(bucket, outbox.messages, peer, session.step))
         if len(self.peers) > 1:
             self._restore(kept)
         if bucket.relays:
