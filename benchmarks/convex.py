@@ -113,7 +113,7 @@ def train(
     look: Callable[[int, Tensor, Tensor], object],
     generator: np.random.Generator | None = None,
 ) -> None:
-    """``look(step, x, g)`` sees parameters and gradients before each step; ``generator`` is for mini-batches, None exact gradients.
+    """``look(step, x, g)`` sees parameters and gradients before each step; a ``generator`` draws mini-batches.
 
     Memories are elementwise, so all workers are the rows of one tensor.
     """
