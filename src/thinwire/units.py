@@ -55,7 +55,7 @@ class Unit:
     @property
     def mirrored(self) -> Set[str]:
         """What both parts of its memory's state have."""
-        return self.memory.init(self.like).keys() & self.memory.init_shared(self.like).keys()
+        return mirrored(self.memory, self.like)
 
     def grad_like(self, grad: Tensor) -> Tensor:
         """``grad`` with the strides of the parameter, which is how DDP lays it out in its buckets."""
@@ -133,6 +133,11 @@ class Worker:
     local: dict[str, TwoCopies] = field(default_factory=dict[str, TwoCopies])
     probe: Probe | None = None
     kernels: Kernels = REFERENCE
+
+
+def mirrored(memory: Memory, like: Tensor) -> Set[str]:
+    """What both parts of a memory's state have, for which ``like`` may be a meta tensor."""
+    return memory.init(like).keys() & memory.init_shared(like).keys()
 
 
 def payload_like(compressor: Compressor, like: Tensor, step: int = 0) -> Payload:
