@@ -59,7 +59,7 @@ class Unit:
     @property
     def mirrored(self) -> Set[str]:
         """What both parts of its memory's state have."""
-        return self.memory.init(self.like).keys() & self.memory.init_shared(self.like).keys()
+        return mirrored(self.memory, self.like)
 
     @property
     def exact(self) -> bool:
@@ -162,6 +162,11 @@ class Worker:
             self.probe.look(x, own)
         if self.watch is not None:
             self.watch.look(unit.name, x)
+
+
+def mirrored(memory: Memory, like: Tensor) -> Set[str]:
+    """What both parts of a memory's state have, for which ``like`` may be a meta tensor."""
+    return memory.init(like).keys() & memory.init_shared(like).keys()
 
 
 def payload_like(compressor: Compressor, like: Tensor, step: int = 0) -> Payload:
