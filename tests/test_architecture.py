@@ -8,7 +8,7 @@ import thinwire
 SOURCE = Path(thinwire.__file__).parent
 FLOORS = [
     ["tensors", "_version"],
-    ["core"],
+    ["core", "sharding"],
     ["link", "memories", "wire", "report"],
     ["kernels"],
     ["compressors"],

@@ -9,7 +9,7 @@ from thinwire._version import __version__
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.sparse import TopK
 from thinwire.core import Compressor, Memory
-from thinwire.engines.ddp import attach
+from thinwire.engines.attach import attach
 from thinwire.link import Link
 from thinwire.memories.feedback import ErrorFeedback, NoMemory
 from thinwire.memories.momentum import Momentum, MomentumCorrection

@@ -5,9 +5,11 @@ The state is a dict of tensors, ints and strings, so ``torch.load(weights_only=T
     version, world, step, installed_at    ints
     method                                the method in JSON
     rank                                  tensor [world], a DTensor of which each rank holds its own number
+    shard                                 tensor [shards], the same along the other axis, where the model is sharded
     plan      {unit: JSON of its shape, compressor, memory and keys in local}
-    local     {unit: {key: tensor [world, *shape]}}    a DTensor of which each rank holds its row
-    shared    {unit: {key: tensor [*shape]}}           equal on all ranks
+    local     {unit: {key: tensor [world, *shape]}}    a DTensor of which each rank holds its row, or its shard of it
+    shared    {unit: {key: tensor [*shape]}}           equal on all ranks; where the model is sharded, sharded alike,
+                                                       and what a compressor keeps [shards, *its shape]
 
 Rows are DTensors since ``torch.distributed.checkpoint`` takes plain tensors of equal names for copies of each other: it
 would save one rank's residual and give it to all.
@@ -31,14 +33,15 @@ from torch.distributed.tensor import DTensor
 from thinwire.compressors import catalogue
 from thinwire.compressors.cast import DTYPES
 from thinwire.core import State
+from thinwire.sharding import cut, place
 from thinwire.tensors import ThinwireError, flat, float_at_least_32, norm
 from thinwire.units import Unit, Worker
 
 VERSION = 1
 OnWorldChange: TypeAlias = Literal["error", "fold", "reset"]
 _load: Callable[..., None] = cast(Any, dcp).load
-Rows: TypeAlias = Callable[[Tensor], Tensor]
-"""From this rank's tensor to the one of which it is a row."""
+Form: TypeAlias = Callable[..., Tensor]
+"""From this rank's tensor, and the parameter that it is like, to the one of which it is a part."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +54,52 @@ class Restored:
     shared: dict[str, State]
     notes: list[str]
 
-    def fingerprint(self) -> str:
+    def clock(self) -> str:
         """What must be the same on all ranks."""
+        return f"step {self.step}, method since {self.installed_at}"
+
+    def fingerprint(self) -> str:
+        """What must be the same on all replicas."""
         digest = hashlib.sha256()
         for state in self.shared.values():
             for key in sorted(state):
                 digest.update(flat(state[key].cpu()).contiguous().view(torch.uint8).numpy().tobytes())
-        return f"step {self.step}, method since {self.installed_at}, shared state {digest.hexdigest()[:16]}"
+        return f"{self.clock()}, shared state {digest.hexdigest()[:16]}"
 
 
-def save(units: Sequence[Unit], worker: Worker, rows: Rows, clock: Mapping[str, int], method: str) -> dict[str, Any]:
-    """The state of one rank. Everything is copied: what loads in place writes into these tensors."""
+def save(
+    units: Sequence[Unit],
+    worker: Worker,
+    rows: Form,
+    clock: Mapping[str, int],
+    method: str,
+    shared: Form = lambda tensor, like=None: tensor,
+) -> dict[str, Any]:
+    """The state of one rank. Everything is copied: what loads in place writes into these tensors.
+
+    Args:
+        rows, shared: of the collective.
+    """
+    shard, shards = place(units[0].param)
     return {
         "version": VERSION,
         **clock,
         "method": method,
         "plan": {unit.name: plan_of(unit, worker.local[unit.name].now) for unit in units},
         "rank": rows(torch.tensor(float(worker.rank))),
-        "local": {u.name: {key: rows(t.clone()) for key, t in worker.local[u.name].now.items()} for u in units},
-        "shared": {unit.name: {key: t.clone() for key, t in unit.shared.now.items()} for unit in units},
+        **({"shard": shared(torch.tensor(float(shard)))} if shards > 1 else {}),
+        "local": {
+            u.name: {key: rows(t.clone(), u.param) for key, t in worker.local[u.name].now.items()} for u in units
+        },
+        "shared": {
+            unit.name: {
+                key: shared(
+                    t.clone(), unit.param if t.shape == unit.own.shape and key not in unit.init_packed() else None
+                )
+                for key, t in unit.shared.now.items()
+            }
+            for unit in units
+        },
     }
 
 
@@ -121,6 +151,7 @@ def restore(
             raise ThinwireError(
                 f"this is the state of rank {saver:g}, and rank {rank} loads it; every rank has its own"
             )
+    _check_shard(state, units)
     plan, local, shared = (_mapping(state, key) for key in ("plan", "local", "shared"))
     for other in states:
         _check_plan(_mapping(other, "plan"), units)
@@ -149,11 +180,12 @@ def restore(
         gain = _gain(plan[unit.name], unit)
         fresh = unit.fresh_local().now
         new_local[unit.name] = _fit(mine, fresh, gain, unit, notes)
-        begun = unit.fresh_shared().now
+        begun, packed = unit.fresh_shared().now, unit.init_packed()
         both = {
-            key: _plain(value, unit, key, begun[key].shape if key in begun else None)
+            key: _shared(value, unit, key, begun[key].shape if key in begun else unit.own.shape, key in packed)
             for key, value in _mapping(shared, unit.name).items()
         }
+        both = {key: value for key, value in both.items() if value is not None}
         new_shared[unit.name] = _fit(both, begun, None, unit, notes)
     return Restored(*clock, new_local, new_shared, notes)
 
@@ -253,7 +285,27 @@ def _check_keys(plan: str, saved: Mapping[str, Any], unit: Unit) -> None:
 
 
 def _row(value: Any, unit: Unit, key: str, rank: int, world: int) -> Tensor:
-    return _plain(_rows(value, f"{unit.name}: {key}", tuple(unit.param.shape), rank, world), unit, key)
+    what = f"{unit.name}: {key}"
+    return _plain(_rows(_cut(_tensor(value, what), unit, 1), what, tuple(unit.own.shape), rank, world), unit, key)
+
+
+def _cut(tensor: Tensor, unit: Unit, leading: int = 0) -> Tensor:
+    """What this rank holds of a tensor that is all of it, as one read from a folder is."""
+    whole = tuple(tensor.shape[leading:]) == tuple(unit.param.shape)
+    return cut(tensor, unit.param, leading) if whole else tensor
+
+
+def _shared(value: Any, unit: Unit, key: str, shape: torch.Size, packed: bool) -> Tensor | None:
+    """What is equal on all replicas; None where it was kept for other shards than these."""
+    tensor = _tensor(value, f"{unit.name}: {key}")
+    shard, shards = place(unit.param)
+    if not packed and shape == unit.own.shape:
+        tensor = _cut(tensor, unit)
+    elif tensor.ndim > len(shape) and tensor.shape[1:] == shape:
+        if tensor.shape[0] not in (1, shards):
+            return None
+        tensor = tensor[shard if tensor.shape[0] == shards else 0]
+    return _plain(tensor, unit, key, shape)
 
 
 def _rows(value: Any, what: str, shape: tuple[int, ...], rank: int, world: int) -> Tensor:
@@ -262,6 +314,13 @@ def _rows(value: Any, what: str, shape: tuple[int, ...], rank: int, world: int) 
     if tensor.ndim == 0 or tensor.shape[0] not in (1, world) or tuple(tensor.shape[1:]) != shape:
         raise ThinwireError(f"{what} in the checkpoint is of shape {tuple(tensor.shape)}, not of {(world, *shape)}")
     return tensor[rank if tensor.shape[0] == world else 0]
+
+
+def _check_shard(state: Mapping[str, Any], units: Sequence[Unit]) -> None:
+    shard, shards = place(units[0].param)
+    saved = _tensor(state["shard"], "shard") if "shard" in state else torch.zeros(0)
+    if saved.numel() == 1 and shards > 1 and float(saved) != shard:
+        raise ThinwireError(f"this is the state of shard {float(saved):g}, and shard {shard} loads it")
 
 
 def _check_ranks(states: Sequence[Mapping[str, Any]], world: int) -> None:
@@ -278,7 +337,8 @@ def _mean_row(states: Sequence[Mapping[str, Any]], unit: Unit, key: str, world: 
     """The mean over all rows, which keeps the mean pending update whoever holds it."""
     values = [_mapping(_mapping(state, "local"), unit.name).get(key) for state in states]
     parts = [_tensor(value, f"{unit.name}: {key}") for value in values]
-    shape = tuple(unit.param.shape)
+    parts = [_cut(part, unit, 1) if part.ndim else part for part in parts]
+    shape = tuple(unit.own.shape)
     if sum(part.shape[0] if part.ndim else 0 for part in parts) != world or any(p.shape[1:] != shape for p in parts):
         raise ThinwireError(f"{unit.name}: the checkpoint's {key} is not {world} rows of shape {shape}; it is damaged")
     stacked = torch.cat(parts)
@@ -286,12 +346,12 @@ def _mean_row(states: Sequence[Mapping[str, Any]], unit: Unit, key: str, world: 
 
 
 def _plain(value: Any, unit: Unit, key: str, shape: torch.Size | None = None) -> Tensor:
-    tensor, expected = _tensor(value, f"{unit.name}: {key}"), unit.param.shape if shape is None else shape
+    tensor, expected = _tensor(value, f"{unit.name}: {key}"), unit.own.shape if shape is None else shape
     if tensor.shape != expected:
         raise ThinwireError(
             f"{unit.name}: the checkpoint's {key} is of shape {tuple(tensor.shape)}, not of {tuple(expected)}"
         )
-    like = unit.param if expected == unit.param.shape else tensor  # what is like the parameter lies as it does
+    like = unit.own if expected == unit.own.shape else tensor  # what is like the parameter lies as it does
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 

@@ -138,7 +138,7 @@ def receive(
                     packer.commit(senders[0][1][j], part, known, new, Context(seed, step, piece.key(unit.name), 0))
             if poison is not None:
                 flat(mean)[:1].add_(poison)
-            grad = unit.memory.receive(mean, unit.param, unit.shared.now, unit.shared.next)
+            grad = unit.memory.receive(mean, unit.own, unit.shared.now, unit.shared.next)
             if unit.memory.stateful and loss_scale != 1.0:
                 grad.mul_(loss_scale)
             if grad is not out:

@@ -16,6 +16,7 @@ from thinwire.core import NOWHERE, Absorbed, Compressor, Context, Kernels, Memor
 from thinwire.kernels.reference import REFERENCE
 from thinwire.link import wire_bytes
 from thinwire.policy.plan import Method, Route
+from thinwire.sharding import own
 from thinwire.tensors import Decompressed, is_dense
 
 DENSE = Cast()
@@ -43,9 +44,14 @@ class Unit:
     seed: int = 0
 
     @property
+    def own(self) -> Tensor:
+        """What this rank holds of the parameter, and what is compressed."""
+        return own(self.param)
+
+    @property
     def like(self) -> Tensor:
         """A meta tensor with the shape, strides and dtype of what is compressed."""
-        return torch.empty_like(self.param, device="meta", dtype=self.memory.dtype(self.param.dtype))
+        return torch.empty_like(self.own, device="meta", dtype=self.memory.dtype(self.param.dtype))
 
     @property
     def compressed(self) -> bool:
@@ -54,9 +60,10 @@ class Unit:
 
     def grad_like(self, grad: Tensor) -> Tensor:
         """``grad`` with the strides of the parameter, which is how DDP lays it out in its buckets."""
-        if grad.stride() == self.param.stride() or not is_dense(self.param):
+        param = self.own
+        if grad.stride() == param.stride() or not is_dense(param):
             return grad
-        return grad.as_strided(self.param.shape, self.param.stride(), grad.storage_offset())
+        return grad.as_strided(param.shape, param.stride(), grad.storage_offset())
 
     def fresh_local(self) -> "TwoCopies":
         """One rank's state before the first step."""
@@ -71,11 +78,11 @@ class Unit:
         return self.method_compressor.init(self._blank(), Context(self.seed, 0, self.name, 0))
 
     def _blank(self) -> Tensor:
-        return torch.empty_like(self.param, dtype=self.memory.dtype(self.param.dtype))
+        return torch.empty_like(self.own, dtype=self.memory.dtype(self.param.dtype))
 
     def describe(self) -> str:
         """One line that must be the same on all ranks."""
-        shape = f"shape {tuple(self.param.shape)}, strides {self.param.stride()}, {self.param.dtype}"
+        shape = f"shape {tuple(self.param.shape)}, strides {self.own.stride()}, {self.param.dtype}"
         return f"{shape}, {catalogue.to_json(self.method_compressor)}, {catalogue.to_json(self.memory)}"
 
 
