@@ -105,7 +105,7 @@ def train(
     for step in range(steps):
         for part in range(accumulate):
             model.set_requires_gradient_sync(part == accumulate - 1)
-            loss_of(run, data(rank, step * accumulate + part), spare=spare).backward()
+            (loss_of(run, data(rank, step * accumulate + part), spare=spare) / accumulate).backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         opt.step()

@@ -24,8 +24,10 @@ from thinwire.units import Worker
 class Engine(Protocol):
     """Where gradients come from."""
 
-    talk: Talk
-    """All ranks of the model."""
+    @property
+    def talk(self) -> Talk:
+        """All ranks of the model."""
+        ...
 
     def exchanged(self, method: Method) -> list[tuple[str, Tensor]]:
         """The parameters whose gradients are exchanged, if nothing is in the way.

@@ -6,6 +6,7 @@ all of them, so an error raised there keeps its type.
 
 import contextlib
 from collections.abc import Generator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -139,9 +140,8 @@ class Departures:
         by_name = {u.name: g for bucket, grads, *_ in self.held for u, g in zip(bucket.units, grads, strict=True)}
         ordered = [by_name[unit.name] for unit in session.units if unit.name in by_name]
         with self.side_stream(self.held[0][2]):
-            together = session.collective
-            whole = lambda norm: together.norm_beside(norm, session.timeout)  # noqa: E731
-            clip(ordered, threshold * session.loss_scale, together.world, whole)
+            whole = partial(session.collective.norm_beside, timeout=session.timeout)
+            clip(ordered, threshold * session.loss_scale, session.collective.world, whole)
         for bucket, grads, buffer, used, done in self.held:
             exchanged = self._exchange(session, bucket, grads, buffer, used)
             exchanged.then(lambda exchanged, done=done: settle(done, exchanged))
