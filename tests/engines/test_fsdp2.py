@@ -83,16 +83,17 @@ METHODS = {
     "dgc-clip": {"method": dgc(0.02, clip=0.1)},
     "topk": {"method": topk(0.01), "optimizer": "adamw"},
     "two-phase": {"method": topk(0.05, route="two_phase"), "optimizer": "adamw"},
-    "both": {"method": topk(0.05), "reduce_scatter": EightBits(), "compiled": True},
+    "both": {"method": topk(0.05), "reduce_scatter": EightBits()},
 }
 
 
 def test_compression_between_replicas(world4):
-    results = ran(world4, (2, 2), *({"steps": 50, **options} for options in METHODS.values()))
-    for _, facts in results:
+    steps = {name: 50 if name in ("dgc", "topk") else 5 for name in METHODS}
+    results = ran(world4, (2, 2), *({"steps": steps[name], **options} for name, options in METHODS.items()))
+    for (_, facts), number in zip(results, steps.values(), strict=True):
         assert facts["wire_bytes"] < facts["dense_bytes"]
         assert facts["error"] > 0
-        assert facts["step"] == 50
+        assert facts["step"] == number
     assert results[4][1]["inside_bytes"] <= 0.27 * results[4][1]["inside_dense_bytes"]
 
 
@@ -189,7 +190,7 @@ def _whole_run(rank, shape, name, folder):
             wire.load(f"{folder}/dcp")
         if how == "file":
             wire.load_state_dict(torch.load(f"{folder}/{rank}.pt", weights_only=False))
-            with pytest.raises(ThinwireError, match="ranks differ|state of rank|state of shard"):
+            with pytest.raises(ThinwireError, match=r"ranks differ|state of rank|state of shard"):
                 wire.load_state_dict(torch.load(f"{folder}/{rank ^ 1}.pt", weights_only=False))
         _steps(rank, model, optimizer, 7, 12)
         ends.append(whole(model))
