@@ -35,7 +35,7 @@ def test_snippets(world2):
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "engines.md").read_text(), re.DOTALL)
     assert len(snippets) == 2
     for code in snippets:
-        (one, (sent, plain)), (other, _) = world2.run(_snippet, code)
+        (one, (sent, plain)), (other, _) = world2.run(_snippet, code, timeout=120.0)
         assert torch.equal(one, other)
         assert sent < plain / 3
 

@@ -185,7 +185,7 @@ def _whole_run(rank, shape, name, folder):
         state = {"model": model.state_dict(), **({"wire": wire} if how == "dcp" else {})}
         dcp.load(state, checkpoint_id=f"{folder}/dcp")
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state_of_optimizer)
+        optimizer.load_state_dict(copy.deepcopy(state_of_optimizer))
         if how == "folder":
             wire.load(f"{folder}/dcp")
         if how == "file":
