@@ -49,6 +49,8 @@ THINWIRE: dict[str, Callable[[], thinwire.Method]] = {
     "dgc_two_phase": lambda: thinwire.dgc(0.001, route="two_phase"),
     "topk": lambda: thinwire.topk(0.001),
     "cast": thinwire.cast,
+    "thinwire_powersgd1": lambda: thinwire.powersgd(1),
+    "thinwire_powersgd4": lambda: thinwire.powersgd(4),
 }
 """One line for each method of thinwire that is to be measured."""
 

@@ -27,8 +27,11 @@ CASES = {
     "dgc_two_phase_2": {"route": "two_phase", "second": 2.0},
     "dgc_int4_two_phase": {"values": "int4", "route": "two_phase"},
     "dgc_int4_two_phase_2": {"values": "int4", "route": "two_phase", "second": 2.0},
+    "dgc_two_phase_x4": {"route": "two_phase", "density": 0.004},
+    "dgc_two_phase_x8": {"route": "two_phase", "density": 0.008},
     "dgc_int4_two_phase_x4": {"values": "int4", "route": "two_phase", "density": 0.004},
     "dgc_int4_two_phase_2_x4": {"values": "int4", "route": "two_phase", "second": 2.0, "density": 0.004},
+    "dgc_int4_two_phase_x8": {"values": "int4", "route": "two_phase", "density": 0.008},
     "dgc_bf16_state": {"state": "bfloat16"},
 }
 

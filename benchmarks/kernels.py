@@ -15,10 +15,11 @@ import torch
 from benchmarks.figures import spread
 from thinwire import MomentumCorrection, TopK
 from thinwire._version import __version__
-from thinwire.core import Context, Kernels, State
+from thinwire.core import Context, State
 from thinwire.exchange.groups import Piece
 from thinwire.kernels.cpu import Cpu
 from thinwire.kernels.reference import REFERENCE
+from thinwire.loops import Kernels
 from thinwire.report.results import Row, meta, write
 from thinwire.selecting import select
 from thinwire.units import TwoCopies, Unit, Worker
@@ -47,10 +48,10 @@ class Case:
 
     def run(self) -> None:
         ctx = Context(0, self.step, "w", 0, self.worker.kernels)
-        chosen = select([self.unit], [Piece(0)], [self.grad], self.worker, [ctx], 1.0)[0]
+        found = select([self.unit], [Piece(0)], [self.grad], self.worker, [ctx], 1.0)[0]
         local: TwoCopies = self.worker.local["w"]
         x = local.next["residual"]
-        payload = self.unit.compressor.encode(chosen, x[chosen], x.numel(), ctx)
+        payload = self.unit.compressor.encode(*found, x.numel(), ctx)
         self.unit.memory.sent(x, self.unit.compressor.decompress(payload, x, {}, ctx), local.next)
         for _ in range(DECODED):  # the gradient is clear: what arrives is added
             self.unit.compressor.decompress(payload, self.grad, {}, ctx).add_to(self.grad)

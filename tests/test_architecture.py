@@ -8,18 +8,19 @@ import thinwire
 SOURCE = Path(thinwire.__file__).parent
 FLOORS = [
     ["tensors", "_version"],
+    ["loops"],
     ["core", "sharding"],
-    ["link", "memories", "wire", "report"],
+    ["link", "memories", "theory", "wire", "report"],
     ["kernels"],
     ["compressors"],
-    ["policy"],
+    ["policy", "untrusted"],
     ["units", "methods"],
     ["exchange", "clipping"],
     ["selecting"],
-    ["optimizers", "pipeline", "checkpoint"],
+    ["optimizers", "optim", "pipeline", "checkpoint"],
     ["succession", "transaction"],
     ["session"],
-    ["engines", "sim"],
+    ["engines", "sim", "lgreco"],
     ["__init__"],
     ["demo"],
     ["cli"],
@@ -77,7 +78,12 @@ def test_core_needs_no_extra():
 
 def test_public_names():
     assert sorted(thinwire.__all__) == [
-        "Cast", "Compressor", "ErrorFeedback", "Link", "Memory", "Method", "Momentum", "MomentumCorrection", "NoMemory",
-        "Rule", "Session", "Simulation", "ThinwireError", "TopK", "Warmup", "__version__", "attach", "cast", "dense",
-        "dgc", "simulate", "topk",
+        "BlockTopK", "Cast", "CompressedMomentum", "Compressor", "DctTopK", "DecoupledMomentum", "EControl", "EF21",
+        "ErrorFeedback", "LGreCo", "Link", "MajorityVote", "Memory", "Method", "Momentum", "MomentumCorrection",
+        "Natural", "NoMemory", "OneBitAdam", "OneBitLamb", "PowerSGD", "QSGD", "Quantize", "RandK", "Rule", "SIDCo",
+        "Scaled", "Session", "Sign", "Simulation", "SteadyFeedback", "TernGrad", "ThinwireError", "Threshold", "TopK",
+        "Warmup", "ZeroOneAdam", "__version__", "attach", "cast", "decoupled_momentum", "dense", "dgc", "econtrol",
+        "ef14", "ef21", "ef21_bc", "ef21_pp", "ef21_sgdm", "ef21_w", "ef_sign", "lean", "maxmin", "natural",
+        "onebit_adam", "onebit_lamb", "powersgd", "qsgd", "randk", "sidco", "signsgd", "simulate", "terngrad", "topk",
+        "zeroone_adam",
     ]  # fmt: skip

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from benchmarks import convex
+
 
 def run(tmp_path, *command):
     """What ``python -m benchmarks.*`` wrote, as {(case, metric): value}."""
@@ -68,3 +71,35 @@ def test_convergence(tmp_path):
     figures = run(tmp_path, "benchmarks.convergence", *options)
     assert 0 < figures["dgc_int4", "wire_bytes"] < figures["dense", "wire_bytes"]
     assert figures["dgc_int4", "heldout_loss"] != figures["dense", "heldout_loss"]
+
+
+def test_onebit(tmp_path):
+    options = ["--steps", "8", "--seeds", "1", "--width", "16", "--length", "16", "--workers", "2"]
+    figures = run(tmp_path, "benchmarks.onebit", *options)
+    assert figures["adam", "ratio"] < 1.1
+    for case in ("onebit_adam", "zeroone_adam"):
+        assert 1.0 < figures[case, "heldout_loss"] < 6.0
+    assert figures["onebit_adam", "ratio_compressed"] > 5
+
+
+def test_convex(tmp_path):
+    options = ["--sets", "synthetic", "--rounds", "60", "--steps", "40", "--multiples", "16"]
+    options += ["--uneven", "synthetic", "--stochastic", "synthetic", "--plot", str(tmp_path / "out.png")]
+    figures = run(tmp_path, "benchmarks.convex", *options)
+    assert (
+        0 < figures["exact/synthetic/16x/ef21", "grad_norm2_60"] < figures["exact/synthetic/16x/ef14", "grad_norm2_60"]
+    )
+    assert figures["stochastic/synthetic/4x/ef21_sgdm", "grad_norm2"] > 0
+    assert figures["uneven/synthetic/ef21_w", "grad_norm2_end"] < figures["uneven/synthetic/ef21", "grad_norm2_end"]
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_convex_on_phishing():
+    """EF21 converges where error feedback stalls: the data is beside the repository, or this is skipped."""
+    data = convex.load("phishing", Path(__file__).parents[2] / "shared" / "data")
+    if data is None:
+        pytest.skip("../shared/data/libsvm_phishing.npz is not there")
+    problem = convex.Problem.of(*data)
+    assert problem.step(1) == pytest.approx(0.020161, rel=1e-4)
+    assert convex.exact(problem, "ef21", 1, 16.0, 600)[-1] < 1e-8
+    assert convex.exact(problem, "ef14", 1, 16.0, 600)[-1] > 1e-6

@@ -99,16 +99,25 @@ def _indexed(optimizer):
     return {str(k): dict(v) for k, v in optimizer.state_dict()["state"].items()}
 
 
-@pytest.mark.parametrize("with_dcp", [True, False], ids=["dcp", "torch.save"])
-@pytest.mark.parametrize("name", METHODS)
-def test_resume_is_bit_exact(world2, tmp_path, name, with_dcp):
-    whole = world2.run(unbroken, name)
-    before = world2.run(first_half, name, tmp_path, with_dcp)
-    fresh = World(2)  # new processes
+@pytest.fixture(scope="module")
+def resumed_in_new_processes(world2, tmp_path_factory):
+    """Of every method and way of saving: the unbroken run, the first half, and the second in other processes."""
+    cases = {(name, way): tmp_path_factory.mktemp(f"{name}-{way}") for name in METHODS for way in (True, False)}
+    whole = {name: world2.run(unbroken, name) for name in METHODS}
+    before = {case: world2.run(first_half, case[0], folder, case[1]) for case, folder in cases.items()}
+    fresh = World(2)
     try:
-        after = fresh.run(second_half, name, tmp_path, with_dcp)
+        after = {case: fresh.run(second_half, case[0], folder, case[1]) for case, folder in cases.items()}
     finally:
         fresh.stop()
+    return whole, before, after
+
+
+@pytest.mark.parametrize("with_dcp", [True, False], ids=["dcp", "torch.save"])
+@pytest.mark.parametrize("name", METHODS)
+def test_resume_is_bit_exact(resumed_in_new_processes, name, with_dcp):
+    whole, before, after = resumed_in_new_processes
+    whole, before, after = whole[name], before[name, with_dcp], after[name, with_dcp]
     for (losses, parameters, ratio), (a, pending), (b, resumed) in zip(whole, before, after, strict=True):
         assert a + b == losses
         assert torch.equal(resumed, parameters)
@@ -136,8 +145,9 @@ def resized(rank, folder, on_world_change, saved):
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 2), (2, 8), (3, 4)])
-def test_another_world_size(tmp_path, old, new):
-    worlds = {size: World(size) for size in (old, new)}
+def test_another_world_size(world2, world4, tmp_path, old, new):
+    started = {size: World(size) for size in {old, new} - {2, 4}}
+    worlds = {2: world2, 4: world4, **started}
     try:
         saved = worlds[old].run(first_half, "dgc", tmp_path, True)
         for answer in worlds[new].run(resized, tmp_path, "error", "dcp"):
@@ -153,7 +163,7 @@ def test_another_world_size(tmp_path, old, new):
         assert all(float(p.abs().max()) == 0 for p in pending.values())
         assert any("a mean pending update of norm" in note and "was dropped" in note for note in notes)
     finally:
-        for world in worlds.values():
+        for world in started.values():
             world.stop()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import thinwire
+from thinwire.core import NOWHERE
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,8 +34,19 @@ def test_the_diff(world2):
         assert ratio > 300
 
 
+def test_from_deepspeed(world2):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "from-deepspeed.md").read_text(), re.DOTALL)[1]
+    for report in world2.run(_readme, code):
+        assert "the variance is frozen after 10 steps" in report
+
+
 def test_examples_in_docstrings():
-    names = {"torch": torch, "thinwire": thinwire, **{name: getattr(thinwire, name) for name in thinwire.__all__}}
+    names = {
+        "torch": torch,
+        "thinwire": thinwire,
+        "NOWHERE": NOWHERE,
+        **{name: getattr(thinwire, name) for name in thinwire.__all__},
+    }
     tried = 0
     for module in pkgutil.walk_packages(thinwire.__path__, "thinwire."):
         if not module.name.endswith("__main__"):

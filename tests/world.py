@@ -29,7 +29,7 @@ class World:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, fn, *args, timeout: float = 40.0) -> list:
+    def run(self, fn, *args, timeout: float = 60.0) -> list:
         if not self.processes or not all(process.is_alive() for process in self.processes):
             self.stop()
             self.start()

@@ -9,12 +9,13 @@ is what a receiver reconstructs from one payload, in a form that can be added wi
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol, TypeAlias, TypeVar
+from typing import ClassVar, TypeAlias, TypeVar
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from thinwire.loops import Accumulation, Kernels, Selection
 from thinwire.tensors import Decompressed, Sparse, ThinwireError
 
 Payload: TypeAlias = tuple[Tensor, ...]
@@ -27,91 +28,6 @@ D = TypeVar("D", bound="Memory")
 
 
 @dataclass(frozen=True)
-class Accumulation:
-    """How a memory adds a gradient to what it holds, as far as a kernel needs to know.
-
-    ``u' = m u + s g``, ``v' = v + u'``; with Nesterov ``u' = m (u + s g)``, ``v' = v + u' + s g``; without a momentum
-    ``v' = v + s g``. ``s`` is 1 / loss scale, and each operation is rounded to float32.
-    """
-
-    momentum: float | None
-    nesterov: bool = False
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One contiguous range of one unit, to be accumulated and looked through: 1-D tensors ``[n]``.
-
-    ``grad`` has any floating dtype and is set to zero; the states are float32 or bfloat16, all alike.
-    """
-
-    rule: Accumulation
-    grad: Tensor
-    old_residual: Tensor
-    new_residual: Tensor
-    old_momentum: Tensor | None
-    new_momentum: Tensor | None
-    scale: float = 1.0
-
-
-class Selection(Protocol):
-    """Which elements are sent, where a threshold that is known beforehand decides it."""
-
-    @property
-    def start(self) -> int: ...
-    @property
-    def stride(self) -> int: ...
-    @property
-    def run(self) -> int: ...
-
-    def threshold(self, sampled: Tensor) -> Tensor:
-        """The threshold, a scalar, from the magnitudes of ``run`` elements at every ``stride``-th from ``start`` on."""
-        ...
-
-    def settle(self, x: Tensor, chosen: Tensor, threshold: Tensor) -> Tensor:
-        """What is sent of ``x`` ``[n]``, from the ascending indices of what is not below the threshold."""
-        ...
-
-
-class Kernels(Protocol):
-    """The loops in which the time goes. All implementations give the same bits as plain PyTorch."""
-
-    name: str
-
-    def runs(self, work: Pass) -> bool:
-        """Whether this dtype and device can be taken."""
-        ...
-
-    def sample(self, work: Pass, start: int, stride: int, run: int) -> Tensor:
-        """``|v'|`` before the pass itself, in any order: ``run`` elements at every ``stride``-th from ``start`` on.
-
-        The last run is left out where it would reach beyond the end. Writes nothing.
-        """
-        ...
-
-    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Tensor]:
-        """Write the new states, clear the gradients; answers the ascending int64 indices of ``|v'| >= threshold``.
-
-        Thresholds are scalars of the state's dtype and device.
-
-        NaN is not below any threshold.
-        """
-        ...
-
-    def encode_indices(self, indices: Tensor, n: int) -> Tensor:
-        """``wire.elias_fano.encode``."""
-        ...
-
-    def decode_indices(self, packed: Tensor, k: int, n: int) -> Tensor:
-        """``wire.elias_fano.decode``."""
-        ...
-
-    def close(self) -> None:
-        """Let go of threads."""
-        ...
-
-
-@dataclass(frozen=True)
 class Context:
     """Where and when something is compressed; all randomness is a function of it, so none is checkpointed."""
 
@@ -121,6 +37,9 @@ class Context:
     rank: int
     kernels: Kernels | None = field(default=None, compare=False, repr=False)
     """Which loops to use; None for plain PyTorch. The result is the same."""
+
+    exact: bool = field(default=False, compare=False)
+    """Whether all of what is asked arrives, as in a dense stage; only the sender is told."""
 
     def draw(self, bound: int) -> int:
         """An integer in [0, bound), the same on every machine for equal contexts."""
@@ -150,6 +69,8 @@ class Compressor(ABC):
     """Whether any run of a tensor's elements can be compressed on its own, and a sum of such runs once more."""
     period: ClassVar[int] = 1
     """After how many steps the shapes of a payload repeat; they may depend on ``step % period``."""
+    learns: ClassVar[bool] = False
+    """Whether its state follows the mean of all payloads, which only a sum gives."""
 
     @property
     def needs_feedback(self) -> bool:
@@ -165,6 +86,14 @@ class Compressor(ABC):
 
     def variance(self, n: int) -> float | None:
         """``omega`` with ``E C(x) = x``, ``E||x - C(x)||^2 <= omega ||x||^2`` for n elements; None if it is biased."""
+        return None
+
+    def declines(self, shape: Sequence[int]) -> str | None:
+        """Why tensors of this shape are passed on to the plan's next rule; None where they are taken."""
+        return None if len(shape) >= self.min_ndim else f"fewer than {self.min_ndim} dimensions"
+
+    def losses(self, x: Tensor, family: Sequence["Compressor"]) -> list[float] | None:
+        """``||x - C(x)||^2`` for each C that differs from this in hyper-parameters alone; None if only trying tells."""
         return None
 
     def __rshift__(self, then: "Compressor") -> "Chain":
@@ -231,7 +160,7 @@ class Chain(Compressor):
         then: codes a vector and keeps no state, e.g. ``Quantize(4)``, ``Cast("float16")``.
 
     Raises:
-        ThinwireError: ``then`` needs matrices, or keeps a state.
+        ThinwireError: ``then`` needs matrices or keeps a state, or ``first`` learns from sums and ``then`` has none.
 
     **Wire**: the payload of ``then`` for the values, and the rest of ``first``'s.
 
@@ -248,8 +177,11 @@ class Chain(Compressor):
             raise ThinwireError(
                 f"{type(self.then).__name__} needs matrices or keeps a state; what stands after >> codes a vector"
             )
+        if self.first.learns and not self.then.summable:
+            first, then = type(self.first).__name__, type(self.then).__name__
+            raise ThinwireError(f"{first} follows the sum of what is sent, which {then} prevents; use Cast('float16')")
         # what is said of a class elsewhere depends on the parts here
-        for name in ("min_ndim", "period", "cuttable"):
+        for name in ("min_ndim", "period", "cuttable", "learns"):
             object.__setattr__(self, name, getattr(self.first, name))
         object.__setattr__(self, "summable", self.first.summable and self.then.summable)
 
@@ -264,6 +196,9 @@ class Chain(Compressor):
     def variance(self, n: int) -> float | None:
         kept, coded = self.first.variance(n), self.then.variance(n)
         return None if kept is None or coded is None else (1.0 + kept) * (1.0 + coded) - 1.0
+
+    def declines(self, shape: Sequence[int]) -> str | None:
+        return self.first.declines(shape)
 
     def init(self, like: Tensor, ctx: Context) -> State:
         return self.first.init(like, ctx)
@@ -321,7 +256,10 @@ class Memory(ABC):
 
     The *local* state differs between ranks and is written on the sending side alone; the *shared* state is the
     same on every rank and is written on the receiving side alone. Each write reads ``old``, what the last finished
-    step left, and fills ``new``, which counts only once the optimizer has stepped.
+    step left, and fills ``new``, which counts only once the optimizer has stepped. A key that both parts have is
+    mirrored: the shared tensor is the mean over ranks of the local ones, so one is never kept without the other, and
+    what is asked is a difference, to which nothing that is pending may be added. ``compensate`` also finds the shared
+    state in ``old``, under what the local one has of the same name.
     """
 
     stateful: ClassVar[bool] = True
@@ -332,6 +270,12 @@ class Memory(ABC):
 
     feeds_back: ClassVar[bool] = False
     """Whether what was not sent comes back, which needs a compressor that contracts."""
+
+    gives: ClassVar[str] = "gradient"
+    """What the optimizer gets as ``grad``; it must be one that takes that."""
+
+    derived: ClassVar[frozenset[str]] = frozenset()
+    """What of the state follows from the optimizer's, and so is in no checkpoint."""
 
     @property
     def accumulation(self) -> Accumulation | None:
@@ -370,8 +314,8 @@ class Memory(ABC):
     def returned(self, rest: Decompressed, new: State) -> None:  # noqa: B027
         """Take in, with the residual, what came back unsent: ``rest`` of all that ranks sent to this one to pass on."""
 
-    def receive(self, mean: Tensor, param: Tensor, old: State, new: State) -> Tensor:
-        """From the mean over ranks (may be overwritten) to the gradient for the optimizer."""
+    def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
+        """From the mean over ranks (may be overwritten) to the gradient for the optimizer; ``ctx.rank`` is 0."""
         return mean
 
     def absorb(self: D, settings: Absorbed) -> D:

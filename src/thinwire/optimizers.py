@@ -148,14 +148,20 @@ def averaged_buffer(unit: Unit, workers: Sequence[Worker], collective: Collectiv
     parts = [unit.memory.give_buffer(worker.local[unit.name].now, unit.shared.now) for worker in workers]
     shared = parts[0][1]
     if local := [part for part, _ in parts if part is not None]:
-        buffer = torch.stack(local).sum(0).mul_(1.0 / collective.world)
-        if len(workers) < collective.world:
-            arrived = collective.all_reduce(buffer).last(timeout)
-            arrived.wait(timeout)
-            arrived.future.wait()
-            buffer = arrived.answer()
+        buffer = averaged(local, collective, timeout)
         shared = buffer if shared is None else buffer + shared
     return shared
+
+
+def averaged(local: Sequence[Tensor], collective: Collective, timeout: float) -> Tensor:
+    """The mean over all ranks, of which the tensors of those in this process are given. A collective call."""
+    mean = torch.stack(list(local)).sum(0).mul_(1.0 / collective.world)
+    if len(local) < collective.world:
+        arrived = collective.all_reduce(mean).last(timeout)
+        arrived.wait(timeout)
+        arrived.future.wait()
+        mean = arrived.answer()
+    return mean
 
 
 def check(optimizer: torch.optim.Optimizer | None, method: str) -> torch.optim.SGD:

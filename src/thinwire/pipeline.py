@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinwire.core import Context, Kernels
+from thinwire.core import Context
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.exchange.routes import Bucket
 from thinwire.kernels.reference import REFERENCE
+from thinwire.loops import Kernels
 from thinwire.selecting import ask, select
 from thinwire.tensors import flat, float_at_least_32
 from thinwire.units import Unit, Worker
@@ -58,7 +59,8 @@ def send(
     for group in bucket.groups:
         named = [(piece, bucket.units[piece.unit], grads[piece.unit]) for piece in group.pieces]
         contexts = [
-            Context(worker.seed, step, piece.key(unit.name), worker.rank, worker.kernels) for piece, unit, _ in named
+            Context(worker.seed, step, piece.key(unit.name), worker.rank, worker.kernels, unit.exact)
+            for piece, unit, _ in named
         ]
         selected = select(bucket.units, group.pieces, grads, worker, contexts, 1.0 / loss_scale)
         cleared |= {i for i, pieces in group.by_unit.items() if selected.keys() >= {j for j, _ in pieces}}
@@ -72,8 +74,7 @@ def send(
         messages.append(group.pack(payloads, group.head(bucket.units, payloads, used, step), in_place=in_place))
         for piece, (x, _, own) in zip(group.pieces, asked, strict=True):
             unit = bucket.units[piece.unit]
-            if worker.probe is not None and unit.compressed:
-                worker.probe.look(x, own)
+            worker.look(unit, x, own)
             unit.memory.sent(x, own, piece.of_state(worker.local[unit.name].next))
     return Outbox(messages, frozenset(cleared))
 
@@ -138,7 +139,10 @@ def receive(
                     packer.commit(senders[0][1][j], part, known, new, Context(seed, step, piece.key(unit.name), 0))
             if poison is not None:
                 flat(mean)[:1].add_(poison)
-            grad = unit.memory.receive(mean, unit.own, unit.shared.now, unit.shared.next)
+            ctx = Context(seed, step, unit.name, 0, kernels)
+            grad = unit.memory.receive(mean, unit.own, unit.shared.now, unit.shared.next, ctx)
+            if (carried := unit.shared.now.get("carried")) is not None:  # the mean that an earlier method left
+                grad.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
             if unit.memory.stateful and loss_scale != 1.0:
                 grad.mul_(loss_scale)
             if grad is not out:

@@ -1,12 +1,14 @@
 """What is asked and what is sent of each piece; in one pass over memory where a threshold chooses the elements."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from thinwire.core import Context, Kernels, Pass, Payload, Selection
+from thinwire.core import Context, Payload
 from thinwire.exchange.groups import Piece
+from thinwire.loops import Found, Kernels, Pass, Selection
 from thinwire.tensors import Decompressed, flat
 from thinwire.units import Unit, Worker
 
@@ -18,7 +20,7 @@ def select(
     worker: Worker,
     contexts: Sequence[Context],
     scale: float,
-) -> dict[int, Tensor]:
+) -> dict[int, Found]:
     """Do what the memories and the selections of these pieces do, as far as a kernel can, for all of them together.
 
     Args:
@@ -26,8 +28,8 @@ def select(
         contexts: of the pieces.
 
     Returns:
-        For each piece that was done: the ascending indices that are sent. Its next state is written, what is asked
-        is the new residual, and its gradient has been cleared.
+        For each piece that was done: what is sent, ascending. Its next state is written, what is asked is the new
+        residual, and its gradient has been cleared.
     """
     works: dict[int, Pass] = {}
     selections: dict[int, Selection] = {}
@@ -40,8 +42,8 @@ def select(
     thresholds = [s.threshold(worker.kernels.sample(works[j], s.start, s.stride, s.run)) for j, s in selections.items()]
     found = worker.kernels.accumulate(list(works.values()), thresholds)
     return {
-        j: selections[j].settle(works[j].new_residual, chosen, threshold)
-        for j, chosen, threshold in zip(works, found, thresholds, strict=True)
+        j: selections[j].settle(there, threshold, partial(worker.kernels.look, works[j].new_residual))
+        for j, there, threshold in zip(works, found, thresholds, strict=True)
     }
 
 
@@ -55,8 +57,10 @@ def rehearse(units: Sequence[Unit], kernels: Kernels) -> None:
             work = Pass(rule, torch.zeros(65, dtype=grad, device=device), v, new_v, *momentum)
             if kernels.runs(work):
                 threshold = kernels.sample(work, 0, 4, 2).amax().to(state)
-                found = kernels.accumulate([work], [threshold])[0]
+                kernels.accumulate([work], [threshold])
+                found, values = kernels.look(new_v, threshold)
                 kernels.decode_indices(kernels.encode_indices(found, 65), 65, 65)
+                kernels.add(torch.zeros_like(new_v), found, values, 1.0)
 
 
 def _pass(unit: Unit, piece: Piece, grad: Tensor, worker: Worker, scale: float) -> Pass | None:
@@ -73,7 +77,7 @@ def _pass(unit: Unit, piece: Piece, grad: Tensor, worker: Worker, scale: float) 
 
 
 def ask(
-    unit: Unit, piece: Piece, grad: Tensor, worker: Worker, ctx: Context, chosen: Tensor | None, loss_scale: float
+    unit: Unit, piece: Piece, grad: Tensor, worker: Worker, ctx: Context, chosen: Found | None, loss_scale: float
 ) -> tuple[Tensor, Payload, Decompressed]:
     """Of one piece: what is to be sent, what is sent, and what the receivers will make of it.
 
@@ -84,9 +88,9 @@ def ask(
     now, new, known = (piece.of_state(state) for state in (local.now, local.next, unit.shared.now))
     if chosen is not None:
         x = new["residual"]
-        payload = unit.compressor.encode(chosen, flat(x)[chosen], x.numel(), ctx)
+        payload = unit.compressor.encode(*chosen, x.numel(), ctx)
     else:
-        x = unit.memory.compensate(piece.of(grad), piece.of(unit.own), now, new, 1.0 / loss_scale, ctx)
+        x = unit.memory.compensate(piece.of(grad), piece.of(unit.own), known | now, new, 1.0 / loss_scale, ctx)
         if (carried := now.get("carried")) is not None:  # the residual that an earlier method left
             x.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
         payload = unit.compressor.compress(x, known, ctx)

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,30 +17,24 @@ from torch import Tensor
 
 from thinwire import checkpoint
 from thinwire._version import __version__
-from thinwire.core import Kernels
 from thinwire.exchange.collectives import TIMEOUT, Collective
 from thinwire.exchange.cost import measure
 from thinwire.exchange.routes import Bucket, Routing, plan_bucket
 from thinwire.link import wire_bytes
+from thinwire.loops import Kernels
+from thinwire.optim.joint import Joint
 from thinwire.optimizers import Handover, check_optimizer, log, release_optimizer
 from thinwire.policy.plan import Method
 from thinwire.report.ledger import Ledger, StepRow
 from thinwire.selecting import rehearse
 from thinwire.succession import agree, hand_on
 from thinwire.tensors import ThinwireError, norm
-from thinwire.transaction import OnNonfinite, Transaction
-from thinwire.units import Probe, Unit, Worker, resolve, set_stage
+from thinwire.transaction import OnNonfinite, Scaler, Transaction
+from thinwire.units import Probe, Unit, Worker, carry, resolve, set_stage
 
 PROBE_EVERY = 100
 JOIN_BYTES = 2**14
 """Gathered messages of fewer bytes wait for the next bucket's."""
-
-
-class Scaler(Protocol):
-    """What a session asks of ``torch.amp.GradScaler``."""
-
-    def get_scale(self) -> float: ...
-    def is_enabled(self) -> bool: ...
 
 
 class Policy(Protocol):
@@ -47,7 +42,6 @@ class Policy(Protocol):
 
     def after_step(self, session: "Session") -> None:
         """The optimizer has stepped, on all ranks; ``session.set_method`` may be called if all of them do."""
-        ...
 
 
 class Session:
@@ -92,6 +86,7 @@ class Session:
         self.timeout = timeout
         self.policy = policy
         self.loss_scale = 1.0
+        self.joint = Joint(optimizer)
         self.cleanup = contextlib.ExitStack()
         """What detach() undoes; engines add to it."""
         self._handover: Handover | None = None
@@ -126,7 +121,8 @@ class Session:
             handover = None
         elif handover is None:
             handover = Handover(self.optimizer, method.name, dict(self.named))
-        return resolve(self.named, method, handover.settings if handover else {}, self.seed), handover
+        settings = self.joint.agree(method, self.named) | (handover.settings if handover else {})
+        return resolve(self.named, method, settings, self.seed), handover
 
     def _install(self, method: Method) -> None:
         try:
@@ -145,6 +141,7 @@ class Session:
             self._say(handover.take(units, self.workers))
         rehearse(units, self.workers[0].kernels)
         self.method, self.units, self._handover = method, units, handover
+        self.joint.hold(attached=True)
         self._take_link()
         self.by_param = {id(unit.param): unit for unit in units}
         self._guard_carried()
@@ -164,7 +161,9 @@ class Session:
 
     def _stage(self, step: int) -> float | None:
         """The density of that step; None where it is the method's own."""
-        return self.method.warmup.density(max(0, step - self._installed_at)) if self.method.warmup else None
+        asked = self.joint.density(step - self.step)
+        warmup = self.method.warmup if asked is None else None
+        return warmup.density(max(0, step - self._installed_at)) if warmup else asked
 
     def _check_clocks(self) -> None:
         """Around a change of stage ranks that are not at the same step would send messages of different sizes.
@@ -188,8 +187,9 @@ class Session:
 
     def _describe(self, method: Method, units: Sequence[Unit]) -> list[tuple[str, str]]:
         described = [(f"unit {unit.name!r}", unit.describe()) for unit in units]
-        rest = (("method", method.to_json()), ("seed", str(self.seed)), ("step", str(self.step)))
-        return [("thinwire", __version__), *described, *rest, ("link", repr(self.collective.link))]
+        rest = {"seed": self.seed, "step": self.step, "optimizer": self.joint.rule(), "link": self.collective.link}
+        texts = [("method", method.to_json()), *((key, str(value)) for key, value in rest.items())]
+        return [("thinwire", __version__), *described, *texts]
 
     def set_method(self, method: Method) -> None:
         """Change the method between two steps, on all ranks at once. A collective call.
@@ -232,6 +232,7 @@ class Session:
         pending = [state["residual"] for state in states if "residual" in state]
         if pending:
             self.ledger.note(f"step {self.step}: detached; a residual of norm {float(norm(pending)):.3g} was dropped")
+        self.joint.hold(attached=False)
         release_optimizer(self.optimizer, self)
         self.cleanup.close()
         self.collective.close()
@@ -251,6 +252,7 @@ class Session:
         """
         if self._handover is not None:
             self._handover.check_untouched()
+        self.joint.check()
 
     def bucket(self, params: Sequence[Tensor]) -> Bucket:
         """The bucket of these parameters, planned once for each composition and warm-up stage."""
@@ -279,6 +281,7 @@ class Session:
         self.loss_scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
         self._check_clocks()
         self._set_stage()
+        self.joint.begin(self._density, self.units, self.workers)
         self.workers[0].probe = Probe() if self.step % PROBE_EVERY == 0 else None
 
     def count(self, bucket: Bucket) -> None:
@@ -300,12 +303,10 @@ class Session:
             row.error = probe.error
         self.ledger.add(row)
         guarded = bad is not None or any(unit.guarded for unit in self.units)
-        self.transaction.end(self.step, self._beside if guarded else list, bool(bad))
+        beside = partial(self.collective.any_beside, timeout=self.timeout) if guarded else list
+        self.transaction.end(self.step, beside, bool(bad))
         if self.optimizer is None:
             self._commit()
-
-    def _beside(self, flags: Sequence[bool]) -> Sequence[bool]:
-        return self.collective.any_beside(flags, self.timeout)
 
     def _before_optimizer(self, _: torch.optim.Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self.transaction.before_optimizer(self.units, args, kwargs)
@@ -318,7 +319,8 @@ class Session:
         """The optimizer has stepped."""
         self.transaction.commit(self.units, self.workers)
         self.step += 1
-        if self._carrying and not self._carries():
+        self.joint.tell(self.ledger, self.step)
+        if self._carrying and not carry(self.units, self.workers):
             self._carrying = False
             for unit in self.units:
                 unit.guarded = any(rule.memory.stateful for rule in self.method.rules)
@@ -326,12 +328,9 @@ class Session:
         if self.policy is not None:
             self.policy.after_step(self)
 
-    def _carries(self) -> bool:
-        return any("carried" in state.now for worker in self.workers for state in worker.local.values())
-
     def _guard_carried(self) -> None:
         """While a residual without a home is carried, a method that remembers nothing needs the heads too."""
-        self._carrying = self._carries()
+        self._carrying = carry(self.units, self.workers)
         for unit in self.units:
             unit.guarded = unit.guarded or self._carrying
 
@@ -376,6 +375,7 @@ class Session:
         for unit in self.units:
             self.workers[0].local[unit.name].now = restored.local[unit.name]
             unit.shared.now = restored.shared[unit.name]
+        self.joint.hold(attached=True)
         for note in restored.notes:
             self.ledger.note(note)
         self._guard_carried()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from thinwire.core import State
 from thinwire.exchange.collectives import Collective, Talk
-from thinwire.optimizers import averaged_buffer
+from thinwire.optimizers import averaged, averaged_buffer
 from thinwire.tensors import ThinwireError
 from thinwire.units import TwoCopies, Unit, Worker
 
@@ -29,17 +29,25 @@ def agree(talk: Talk, lines: Sequence[tuple[str, str]]) -> None:
 
 
 def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: Collective, timeout: float) -> None:
-    """Give a unit the state of its predecessor, as far as it has a place for it. A collective call."""
+    """Give a unit the state of its predecessor, as far as it has a place for it. A collective call.
+
+    What is mirrored passes in both parts or in none. A residual that could only be added to a difference is averaged
+    over the ranks instead, and added to what the next step receives.
+    """
     was = [worker.local.get(new.name, TwoCopies()) for worker in workers]
     for worker in workers:
         worker.local[new.name] = new.fresh_local()
     if old is None:
         return
     gain = old.memory.residual_gain / new.memory.residual_gain
+    packed, alone = new.init_packed(), old.mirrored ^ new.mirrored
     for worker, state in zip(workers, was, strict=True):
-        _keep(state.now, worker.local[new.name].now, gain)
-    packed = new.init_packed()
-    _keep({key: value for key, value in old.shared.now.items() if key not in packed}, new.shared.now)
+        _keep({k: v for k, v in state.now.items() if k not in alone}, worker.local[new.name].now, gain)
+    _keep({k: v for k, v in old.shared.now.items() if k not in (alone | packed.keys())}, new.shared.now)
+    carried = [worker.local[new.name].now.pop("carried") for worker in workers if _settles(new, worker)]
+    if carried:
+        mean = averaged(carried, collective, timeout)
+        new.shared.now["carried"] = new.shared.now["carried"] + mean if "carried" in new.shared.now else mean
     for key, value in new.method_compressor.inherit(old.shared.now, packed).items():
         new.shared.now[key], new.shared.next[key] = value.clone(), value.clone()
     same = set(old.shared.now) == set(new.shared.now) and set(was[0].now) == set(workers[0].local[new.name].now)
@@ -53,10 +61,17 @@ def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: 
             new.memory.take_buffer(buffer, worker.local[new.name].now, new.shared.now)
 
 
+def _settles(unit: Unit, worker: Worker) -> bool:
+    """Whether something pending can't be added to what this unit asks."""
+    return bool(unit.mirrored) and "carried" in worker.local[unit.name].now
+
+
 def _keep(old: State, new: State, residual_gain: float = 1.0) -> None:
     """Fill ``new`` with what ``old`` has of it; a residual that it has no place for is carried to the next step."""
     for key, value in old.items():
         kept = key if key in new else "carried" if key in ("residual", "carried") else None
         if kept is not None:
             value = value * residual_gain if key in ("residual", "carried") and residual_gain != 1.0 else value
+            if kept == "carried" and kept in new:
+                value = value + new[kept]
             new[kept] = value.to(new[kept].dtype) if kept in new else value

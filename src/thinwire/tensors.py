@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -45,6 +45,14 @@ def norm(tensors: Iterable[Tensor]) -> Tensor:
         own = cast(Tensor, torch.linalg.vector_norm(x, dtype=float_at_least_32(x.dtype)))
         each.append(own.to(each[0].device) if each else own)
     return torch.stack(each).square().sum().sqrt()
+
+
+class Adds(Protocol):
+    """What adds a few elements to many; the kernels do."""
+
+    def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
+        """``out[indices] += alpha * values``, one after the other, for ``out`` of one dimension."""
+        ...
 
 
 class Decompressed(ABC):
@@ -99,6 +107,7 @@ class Sparse(Decompressed):
     indices: Tensor  # [k]
     values: Tensor  # [k]
     density: float
+    kernels: Adds | None = None
 
     def write_to(self, out: Tensor, alpha: float = 1.0) -> None:
         out.zero_()
@@ -106,13 +115,22 @@ class Sparse(Decompressed):
 
     def add_to(self, out: Tensor, alpha: float = 1.0) -> None:
         values = self.values.to(out.dtype)
-        flat(out).index_add_(0, self.indices, values, alpha=alpha)
+        if self.kernels is not None:
+            self.kernels.add(flat(out), self.indices, values, alpha)
+        else:
+            flat(out).index_add_(0, self.indices, values, alpha=alpha)
 
     def clear(self, out: Tensor) -> None:
         flat(out).index_fill_(0, self.indices, 0.0)
 
     def entries(self) -> tuple[Tensor, Tensor]:
         return self.indices, self.values
+
+    def dense(self, like: Tensor) -> Tensor:
+        """Every element of it, in a tensor like ``like``, of which no values are read."""
+        out = torch.empty_like(like, device=self.values.device)
+        self.write_to(out)
+        return out
 
 
 def float_at_least_32(dtype: torch.dtype) -> torch.dtype:

@@ -4,7 +4,7 @@ Where any rank's gradient was not finite, or the optimizer skips the step, what 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 
@@ -15,6 +15,13 @@ from thinwire.units import Unit, Worker
 from thinwire.wire.head import CLOCK
 
 OnNonfinite: TypeAlias = Literal["skip", "raise"]
+
+
+class Scaler(Protocol):
+    """What a session asks of ``torch.amp.GradScaler``."""
+
+    def get_scale(self) -> float: ...
+    def is_enabled(self) -> bool: ...
 
 
 class Transaction:

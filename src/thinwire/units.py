@@ -4,20 +4,22 @@ A unit is what is compressed at once; here, one parameter. Everything is keyed b
 rebuild nor a restart changes.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from thinwire.compressors import catalogue
 from thinwire.compressors.cast import Cast
-from thinwire.core import NOWHERE, Absorbed, Compressor, Context, Kernels, Memory, Payload, State
+from thinwire.core import NOWHERE, Absorbed, Compressor, Context, Memory, Payload, State
 from thinwire.kernels.reference import REFERENCE
 from thinwire.link import wire_bytes
+from thinwire.loops import Kernels
 from thinwire.policy.plan import Method, Route
 from thinwire.sharding import own
-from thinwire.tensors import Decompressed, is_dense
+from thinwire.tensors import Decompressed, flat, is_dense, norm
 
 DENSE = Cast()
 GATHER_BYTES = 2**20
@@ -42,6 +44,8 @@ class Unit:
     gathered: bool = False
     """Whether its payload is gathered although it could be summed."""
     seed: int = 0
+    declined: str | None = None
+    """Why an earlier rule that was written for it does not count."""
 
     @property
     def own(self) -> Tensor:
@@ -57,6 +61,16 @@ class Unit:
     def compressed(self) -> bool:
         """Whether the method compresses this unit, be it sent dense for now or not."""
         return self.method_compressor != DENSE
+
+    @property
+    def mirrored(self) -> Set[str]:
+        """What both parts of its memory's state have."""
+        return self.memory.init(self.like).keys() & self.memory.init_shared(self.like).keys()
+
+    @property
+    def exact(self) -> bool:
+        """Whether what is asked arrives as it is."""
+        return self.compressor == DENSE
 
     def grad_like(self, grad: Tensor) -> Tensor:
         """``grad`` with the strides of the parameter, which is how DDP lays it out in its buckets."""
@@ -108,22 +122,31 @@ class TwoCopies:
 
 @dataclass
 class Probe:
-    """Measures what compression loses; it costs a pass over what it looks at, so it looks at few steps."""
+    """Measures what compression loses; it reads all that it looks at once, so it looks at few steps."""
 
     lost: list[Tensor] = field(default_factory=list[Tensor])
     asked: list[Tensor] = field(default_factory=list[Tensor])
 
     def look(self, x: Tensor, own: Decompressed) -> None:
-        rest = x.clone()
-        own.add_to(rest, alpha=-1.0)
-        self.lost.append(rest.double().square().sum())
-        self.asked.append(x.double().square().sum())
+        indices, values = own.entries()
+        before = flat(x)[indices].double()
+        asked = norm([x]).double().square()
+        self.asked.append(asked)
+        self.lost.append(asked - before.square().sum() + (before - values).square().sum())
 
     @property
     def error(self) -> float | None:
         """``||x - sent||² / ||x||²`` over all that was looked at."""
         asked = sum(float(a) for a in self.asked)
         return sum(float(e) for e in self.lost) / asked if asked else None
+
+
+class Watch(Protocol):
+    """Looks at what a worker is asked to send; it must neither change nor keep it."""
+
+    def look(self, name: str, x: Tensor) -> None:
+        """``x`` is what the compressor of the unit of this name is given."""
+        ...
 
 
 @dataclass
@@ -135,6 +158,21 @@ class Worker:
     local: dict[str, TwoCopies] = field(default_factory=dict[str, TwoCopies])
     probe: Probe | None = None
     kernels: Kernels = REFERENCE
+    watch: Watch | None = None
+    """A policy's, where it needs to see what is compressed."""
+
+    def look(self, unit: Unit, x: Tensor, own: Decompressed) -> None:
+        """Show what is asked of a unit, and what is sent of it, to whoever measures."""
+        if self.probe is not None and unit.compressed:
+            self.probe.look(x, own)
+        if self.watch is not None:
+            self.watch.look(unit.name, x)
+
+
+def carry(units: Sequence[Unit], workers: Sequence[Worker]) -> bool:
+    """Whether an earlier method left something that waits for the next step."""
+    local = (state for worker in workers for state in worker.local.values())
+    return any("carried" in state.now for state in (*local, *(unit.shared for unit in units)))
 
 
 def payload_like(compressor: Compressor, like: Tensor, step: int = 0) -> Payload:
@@ -159,9 +197,12 @@ def resolve(
     units: list[Unit] = []
     guarded = any(rule.memory.stateful for rule in method.rules)
     for name, param in named:
-        rule = method.rule(name, param.shape, param.numel())
+        rule, declined = method.choice(name, param.shape, param.numel())
         memory = rule.memory.absorb(settings[name]) if name in settings else rule.memory
-        unit = Unit(name, param, rule.compressor, memory, method_compressor=rule.compressor, guarded=guarded, seed=seed)
+        unit = Unit(
+            name, param, rule.compressor, memory, method_compressor=rule.compressor, guarded=guarded, seed=seed,
+            declined=declined,
+        )  # fmt: skip
         unit.shared = unit.fresh_shared()
         units.append(unit)
     return units
@@ -186,9 +227,14 @@ def set_stage(
         route, second: of the method.
 
     Returns:
-        Notes for the ledger: what is sent dense because compressed it would be more bytes.
+        Notes for the ledger: what goes by another rule than it was meant for, and what is sent dense because compressed
+        it would be more bytes.
     """
-    notes: list[str] = []
+    declined: dict[str, list[str]] = {}
+    for unit in units:
+        if unit.declined is not None:
+            declined.setdefault(unit.declined, []).append(unit.name)
+    notes = [f"{_listed(names)}: {reason}; the plan's next rule counts" for reason, names in declined.items()]
     plain_nbytes = sum(payload_nbytes(unit.method_compressor, unit.like) for unit in units if not unit.compressed)
     extra = wire_bytes("all_gather", plain_nbytes, world) - wire_bytes("all_reduce", plain_nbytes, world)
     small = plain_nbytes <= GATHER_BYTES and (route == "two_phase" or extra <= EXTRA_BYTES)  # there it costs no more
@@ -214,3 +260,8 @@ def set_stage(
         elif route != "all_gather" and not asked.cuttable:
             notes.append(f"{unit.name} takes an all-gather: {type(asked).__name__} can't be cut into pieces")
     return notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(names[:2]) + more

@@ -4,12 +4,15 @@ import torch
 
 from thinwire.compressors.select import Sampling, largest
 from thinwire.core import Context
+from thinwire.kernels.reference import REFERENCE
 
 CTX = Context(seed=0, step=0, unit="w", rank=0)
 
 
 def by_threshold(magnitude, k, row, ctx, **options):
-    return Sampling.plan(magnitude.numel(), k, row, ctx, **options).select(magnitude)
+    chosen, values = Sampling.plan(magnitude.numel(), k, row, ctx, **options).select(magnitude, REFERENCE)
+    assert torch.equal(values.nan_to_num(), magnitude[chosen].nan_to_num())
+    return chosen
 
 
 def oracle(magnitude: torch.Tensor, k: int) -> list[int]:

@@ -31,7 +31,7 @@ def batch(worker: int, step: int, size: int = 6) -> torch.Tensor:
 
 
 def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return (model(x) - x.mean((2, 3)) @ torch.ones(3, 4)).square().mean()
+    return (model(x) - x.mean((2, 3)) @ torch.ones(3, 4, dtype=x.dtype)).square().mean()
 
 
 def build(seed: int = 0, **sgd) -> tuple[Net, torch.optim.SGD]:

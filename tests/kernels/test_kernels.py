@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from thinwire import ErrorFeedback, MomentumCorrection, ThinwireError, TopK
-from thinwire.core import Accumulation, Context, Pass
+from thinwire.core import Context
 from thinwire.exchange.groups import Piece
 from thinwire.kernels.choose import choose
 from thinwire.kernels.reference import BLOCK, CHUNK, REFERENCE
+from thinwire.loops import Accumulation, Pass
 from thinwire.selecting import select
 from thinwire.tensors import flat
 from thinwire.units import Unit, Worker
@@ -79,7 +80,7 @@ def test_a_pass_leaves_what_float64_says_and_the_same_bits(kernels, rule, state,
         m = rule.momentum or 0.0
         expected = v + (g + m * (u + g) if rule.nesterov else m * u + g)
         picked = kernels.sample(work, 1, 3, 2) if n > 2 else torch.empty(0)
-        found = kernels.accumulate([work], [level(0.7, state)])[0]
+        found, values = kernels.accumulate([work], [level(0.7, state)])[0]
         assert not work.grad.any(), "the gradient is not cleared"
         torch.testing.assert_close(
             work.new_residual.double(), expected, rtol=1e-2 if state == torch.bfloat16 else 1e-6, atol=1e-6
@@ -87,8 +88,11 @@ def test_a_pass_leaves_what_float64_says_and_the_same_bits(kernels, rule, state,
         where = [first + i for first in range(1, n - 1, 3) for i in (0, 1)]
         assert torch.equal(picked.float().sort().values, work.new_residual[where].abs().float().sort().values)
         assert found.tolist() == (~(work.new_residual.abs() < level(0.7, state))).nonzero().flatten().tolist()
-        assert torch.equal(found, REFERENCE.accumulate([other], [level(0.7, state)])[0])
+        assert torch.equal(values, work.new_residual[found])
+        assert torch.equal(found, REFERENCE.accumulate([other], [level(0.7, state)])[0][0])
         assert torch.equal(work.new_residual, other.new_residual)
+        for a, b in zip(kernels.look(work.new_residual, level(0.7, state)), (found, values), strict=True):
+            assert torch.equal(a, b)
         if work.new_momentum is not None:
             assert torch.equal(work.new_momentum, other.new_momentum)
 
@@ -102,9 +106,12 @@ def test_hostile_values_and_thresholds(kernels, kind, threshold):
     for work, other, mine, theirs in zip(
         works, others, found, REFERENCE.accumulate(others, [level(threshold)] * len(works)), strict=True
     ):
-        assert torch.equal(mine, theirs)
+        again_found = kernels.look(work.new_residual, level(threshold))
+        for indices, values in (theirs, again_found):
+            assert torch.equal(mine[0], indices)
+            assert same(mine[1], values)
         assert same(work.new_residual, other.new_residual)
-        assert mine.numel() >= int(work.new_residual.isnan().sum()), "NaN must be seen"
+        assert mine[0].numel() >= int(work.new_residual.isnan().sum()), "NaN must be seen"
 
 
 def test_many_threads_and_unaligned_parts(kernels):
@@ -116,10 +123,11 @@ def test_many_threads_and_unaligned_parts(kernels):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        found = kernels.accumulate([work], [level(2.0)])[0]
+        found, values = kernels.accumulate([work], [level(2.0)])[0]
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found, REFERENCE.accumulate([other], [level(2.0)])[0])
+    assert torch.equal(found, REFERENCE.accumulate([other], [level(2.0)])[0][0])
+    assert torch.equal(values, work.new_residual[found])
     assert torch.equal(work.new_residual, other.new_residual)
     assert torch.equal(work.new_momentum, other.new_momentum)
     assert whole.grad[:3].abs().min() > 0, "wrote outside its range"
@@ -134,6 +142,18 @@ def test_indices_are_the_same_bytes(kernels, n):
         packed = kernels.encode_indices(indices, n)
         assert torch.equal(packed, elias_fano.encode(indices, n))
         assert torch.equal(kernels.decode_indices(packed, k, n), indices)
+
+
+@pytest.mark.parametrize("alpha", [1.0, -1.0, 1 / 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_adding_is_index_add(kernels, alpha, dtype):
+    out, values = torch.randn(1000).to(dtype), torch.randn(300).to(dtype)
+    indices = torch.randint(0, 1000, (300,)).sort().values
+    expected = out.clone().index_add_(0, indices, values, alpha=alpha)
+    kernels.add(out, indices, values, alpha)
+    assert torch.equal(out, expected)
+    with pytest.raises(IndexError):
+        kernels.add(out, torch.tensor([1000]), values[:1], alpha)
 
 
 @pytest.mark.parametrize("memory", [ErrorFeedback(), MomentumCorrection(0.9), MomentumCorrection(0.9, nesterov=True)])
@@ -154,9 +174,9 @@ def test_select_is_compensate_and_compress(kernels, memory, shape):
         x = memory.compensate(grad.clone(), param, plain.now, plain.next)
         expected = compressor.compress(x, {}, ctx)
         assert 0 < sum(t.nbytes for t in expected) < 0.1 * grad.nbytes
-        chosen = select([unit], [Piece(0)], [grad], worker, [ctx], 1.0)[0]
-        new = worker.local["w"].next
-        payload = compressor.encode(chosen, flat(new["residual"])[chosen], grad.numel(), ctx)
+        chosen, values = select([unit], [Piece(0)], [grad], worker, [ctx], 1.0)[0]
+        assert torch.equal(values, flat(worker.local["w"].next["residual"])[chosen])
+        payload = compressor.encode(chosen, values, grad.numel(), ctx)
         assert all(torch.equal(a, b) for a, b in zip(payload, expected, strict=True))
         for local in (plain, worker.local["w"]):
             memory.sent(local.next["residual"], compressor.decompress(payload, x, {}, ctx), local.next)

@@ -6,19 +6,56 @@ A new compressor is one file and one row here.
 from dataclasses import fields
 from typing import Any, cast
 
+from thinwire.compressors.blocks import BlockTopK
 from thinwire.compressors.cast import Cast
+from thinwire.compressors.dct import DctTopK
+from thinwire.compressors.lowrank import PowerSGD
+from thinwire.compressors.natural import Natural
+from thinwire.compressors.quantize import QSGD, Quantize
+from thinwire.compressors.random import RandK
+from thinwire.compressors.scaled import Scaled
+from thinwire.compressors.sidco import SIDCo
+from thinwire.compressors.sign import Sign
 from thinwire.compressors.sparse import TopK
+from thinwire.compressors.ternary import TernGrad
+from thinwire.compressors.threshold import Threshold
 from thinwire.core import Chain, Compressor, Memory
+from thinwire.memories.adam import CompressedMomentum, SteadyFeedback
+from thinwire.memories.demo import DecoupledMomentum
 from thinwire.memories.feedback import ErrorFeedback, NoMemory
 from thinwire.memories.momentum import Momentum, MomentumCorrection
+from thinwire.memories.shifted import EF21, EControl
+from thinwire.memories.vote import MajorityVote
 from thinwire.tensors import ThinwireError
 
-COMPRESSORS: dict[str, type[Compressor]] = {"cast": Cast, "chain": Chain, "topk": TopK}
+COMPRESSORS: dict[str, type[Compressor]] = {
+    "cast": Cast,
+    "chain": Chain,
+    "scaled": Scaled,
+    "powersgd": PowerSGD,
+    "topk": TopK,
+    "randk": RandK,
+    "threshold": Threshold,
+    "sidco": SIDCo,
+    "block_topk": BlockTopK,
+    "dct_topk": DctTopK,
+    "qsgd": QSGD,
+    "quantize": Quantize,
+    "terngrad": TernGrad,
+    "natural": Natural,
+    "sign": Sign,
+}
 MEMORIES: dict[str, type[Memory]] = {
     "none": NoMemory,
     "error_feedback": ErrorFeedback,
     "momentum_correction": MomentumCorrection,
     "momentum": Momentum,
+    "majority_vote": MajorityVote,
+    "decoupled_momentum": DecoupledMomentum,
+    "ef21": EF21,
+    "econtrol": EControl,
+    "compressed_momentum": CompressedMomentum,
+    "steady_feedback": SteadyFeedback,
 }
 
 

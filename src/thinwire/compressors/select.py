@@ -5,12 +5,13 @@ result depends on no sort algorithm. Nothing is ever cut off by position.
 
 Source: Y. Lin et al., "Deep Gradient Compression", 2018, arXiv:1712.01887, section 5 (hierarchical sampling).
 
-Departures: the sample holds at least 100 elements above the threshold, where the reference code is content with
-10; it starts at another element in each step; and when the threshold lets too many through, the largest of them
-are kept, where the reference code keeps the first.
+Departures: the sample holds at least 80 elements above the threshold, where the reference code is content with
+10; it starts at another element in each step; the threshold is one that a quarter more than k elements should pass,
+so that k of them nearly always do; and of those that do the largest are kept, where the reference code keeps the first.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from thinwire.core import Context
 from thinwire.kernels.reference import runs
+from thinwire.loops import Found, Kernels
 
-SAMPLED_ABOVE = 100
-"""A sample must hold this many elements above the threshold: the selected count then spreads by 10 %."""
+SAMPLED_AMONG = 64
+"""A sample must hold this many of the k largest."""
+MARGIN = 1.25
+"""How many elements should pass, in k: their number spreads by 11 %, and too few cost another look at all of them."""
 RUN = 8
-"""Elements of a sample that stand side by side: they come from memory together."""
+"""Elements of a sample that stand side by side, in one line of the cache: they come from memory together."""
 EXACT_BELOW = 100_000
 """Elements below which an exact selection is as cheap."""
 
@@ -53,15 +57,31 @@ def largest(magnitude: Tensor, k: int) -> Tensor:
     return torch.cat([candidates[above], ties]).sort().values
 
 
+def largest_of_each(magnitude: Tensor, k: int) -> Tensor:
+    """Ascending flat indices, int64 ``[rows * k]``, of the k largest of each row of ``magnitude`` ``[rows, n]``."""
+    rows, n = magnitude.shape
+    if k >= n or not rows:
+        return torch.arange(rows * min(k, n), device=magnitude.device)
+    magnitude = magnitude.nan_to_num(math.inf, math.inf)
+    threshold = torch.topk(magnitude, k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    chosen = magnitude >= threshold
+    if int(chosen.count_nonzero()) > rows * k:
+        above = magnitude > threshold
+        ties = chosen & ~above
+        left = k - above.sum(1, keepdim=True)
+        chosen = above | (ties & (ties.cumsum(1) <= left))
+    return chosen.view(-1).nonzero().view(-1)
+
+
 def sample_size(n: int, density: float, ratio: float) -> int:
-    return max(math.ceil(ratio * n), math.ceil(SAMPLED_ABOVE / density))
+    return max(math.ceil(ratio * n), math.ceil(SAMPLED_AMONG / density))
 
 
 @dataclass(frozen=True)
 class Sampling:
     """About the ``k`` largest magnitudes, by a threshold that is read off ``run`` elements in ``stride``.
 
-    The threshold is the ``rank``-th largest of the sample. Where more than k pass it, the k largest of them stay;
+    The threshold is the ``rank``-th largest of the sample. Of those that pass it the k largest stay;
     where fewer than ``lower * k`` do, it is multiplied by ``lower`` and tried again, at most ``attempts`` times.
     """
 
@@ -78,36 +98,40 @@ class Sampling:
         """The sample of one tensor of ``n`` elements at one step.
 
         Args:
-            row: elements in the tensor's last dimension; the stride shares no factor with it.
+            row: elements in the tensor's last dimension; the stride, in runs, shares no factor with it.
             ratio: smallest share of the elements to sample.
         """
         density = k / n
         size = sample_size(n, density, ratio)
         run = RUN if n // size >= RUN else 1
-        stride = max(1, run * n // size)
+        stride = max(1, n // size)  # in runs, which thus stand at multiples of their own length
         while math.gcd(stride, row) > 1:
             stride -= 1
-        start = ctx.draw(stride)
+        start = ctx.draw(stride) * run
+        stride *= run
         sampled = run * len(range(start, n - run + 1, stride))
-        return Sampling(k, start, stride, run, max(1, math.ceil(density * sampled)), lower, attempts)
+        return Sampling(k, start, stride, run, min(sampled, math.ceil(MARGIN * density * sampled)), lower, attempts)
 
     def threshold(self, sampled: Tensor) -> Tensor:
         """The threshold, a scalar, from the magnitudes that were sampled."""
         info = torch.finfo(sampled.dtype)
         return smallest_of(sampled, self.rank).clamp_(min=info.smallest_normal * info.eps)  # what is 0 is not sent
 
-    def settle(self, x: Tensor, chosen: Tensor, threshold: Tensor) -> Tensor:
-        """Ascending indices, int64 ``[at most k]``, where ``chosen`` are those of ``x`` not below ``threshold``."""
+    def settle(self, found: Found, threshold: Tensor, look: Callable[[Tensor], Found]) -> Found:
+        """At most k elements, where ``found`` is what is not below ``threshold``."""
         for _ in range(self.attempts):
             lowered = threshold * self.lower
-            if chosen.numel() >= self.lower * self.k or bool(lowered == threshold):  # as low as it can be, or infinite
+            if found[0].numel() >= self.lower * self.k or bool(lowered == threshold):  # as low as can be, or infinite
                 break
             threshold = lowered
-            chosen = at_least(x.abs(), threshold)
-        return chosen if chosen.numel() <= self.k else chosen[largest(x[chosen].abs(), self.k)]
+            found = look(threshold)
+        indices, values = found
+        if indices.numel() <= self.k:
+            return found
+        kept = largest(values.abs(), self.k)
+        return indices[kept], values[kept]
 
-    def select(self, x: Tensor) -> Tensor:
-        """Ascending indices, int64 ``[at most k]``, of about the k largest of ``x`` ``[n]``."""
-        magnitude = x.abs()
-        threshold = self.threshold(runs(magnitude, self.start, self.stride, self.run))
-        return self.settle(x, at_least(magnitude, threshold), threshold)
+    def select(self, x: Tensor, kernels: Kernels) -> Found:
+        """At most k elements: about the k largest of ``x`` ``[n]``."""
+        threshold = self.threshold(runs(x, self.start, self.stride, self.run).abs_())
+        return self.settle(kernels.look(x, threshold), threshold, lambda lower: kernels.look(x, lower))

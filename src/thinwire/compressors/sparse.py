@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from thinwire.compressors.cast import DTYPES, dtype_named
 from thinwire.compressors.select import EXACT_BELOW, Sampling, largest, sample_size
 from thinwire.core import Compressor, Context, Payload, State
 from thinwire.kernels.reference import REFERENCE
+from thinwire.loops import Found
 from thinwire.tensors import Decompressed, Sparse, ThinwireError, flat
 from thinwire.wire import elias_fano
 from thinwire.wire import values as codes
@@ -93,6 +94,15 @@ class TopK(Compressor):
         """Elements sent of a tensor of n."""
         return min(n, math.ceil(self.density * n))
 
+    def losses(self, x: Tensor, family: Sequence[Compressor]) -> list[float] | None:
+        """The tails of one sort, where values are sent as they are."""
+        alike = cast("Sequence[TopK]", family)
+        if any(one.values is not None for one in alike):
+            return None
+        squares = flat(x).double().square()
+        tails = torch.nn.functional.pad(squares.sort().values.cumsum(0), (1, 0))  # ascending: of the n-k smallest
+        return [float(tails[x.numel() - one.k(x.numel())]) for one in alike]
+
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         n, k = x.numel(), self.k(x.numel())
         if x.is_meta:
@@ -101,8 +111,7 @@ class TopK(Compressor):
                 scales, packed = codes.sizes(self.values, k)
                 return x.new_empty(scales, dtype=torch.float32), x.new_empty(packed, dtype=torch.uint8), indices
             return x.new_empty(k, dtype=dtype_named(self.values, x.dtype)), indices
-        chosen = self._select(x, k, ctx)
-        return self.encode(chosen, flat(x)[chosen], n, ctx)
+        return self.encode(*self._select(flat(x), x.shape, k, ctx), n, ctx)
 
     def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
         """The payload that says ``values`` ``[m]`` stand at ``chosen``, int64 ``[m]`` ascending, ``m <= k``, of n."""
@@ -131,11 +140,12 @@ class TopK(Compressor):
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         n, k = like.numel(), self.k(like.numel())
         indices = (ctx.kernels or REFERENCE).decode_indices(payload[-1], k, n)
-        if self.values not in codes.CODES:
-            return Sparse(indices, payload[0], self.density)
-        restored = codes.decode(payload[0], payload[1], self.values, k)
-        restored[1:].masked_fill_(indices[1:] == indices[:-1], 0.0)
-        return Sparse(indices, restored, self.density)
+        values = payload[0]
+        if self.values in codes.CODES:
+            values = codes.decode(payload[0], payload[1], self.values, k)
+        # what fills a message is 0, also where a code, or what stands after >>, has no 0
+        values = values.index_fill(0, (indices[1:] == indices[:-1]).nonzero().view(-1) + 1, 0.0)
+        return Sparse(indices, values, self.density, ctx.kernels)
 
     def sampling(self, shape: Sequence[int], ctx: Context) -> Sampling | None:
         n = math.prod(shape)
@@ -146,6 +156,9 @@ class TopK(Compressor):
         row = shape[-1] if shape else 1
         return Sampling.plan(n, k, row, ctx, ratio=self.sample_ratio, lower=self.lower, attempts=self.attempts)
 
-    def _select(self, x: Tensor, k: int, ctx: Context) -> Tensor:
-        sampling = self.sampling(x.shape, ctx)
-        return largest(flat(x).abs(), k) if sampling is None else sampling.select(flat(x))
+    def _select(self, x: Tensor, shape: Sequence[int], k: int, ctx: Context) -> Found:
+        sampling = self.sampling(shape, ctx)
+        if sampling is not None:
+            return sampling.select(x, ctx.kernels or REFERENCE)
+        chosen = largest(x.abs(), k)
+        return chosen, x[chosen]

@@ -1,16 +1,21 @@
-"""Real text that comes with every CPython: the help topics of pydoc, as characters."""
+"""Real text, as characters: the help topics of pydoc, which come with every CPython, or any file."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from thinwire.tensors import ThinwireError
+
 HELD_OUT_EVERY = 10
+SHORTEST = 10_000
+"""Characters that a file must have."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Characters as int64, split by topic into what is trained on and what is held out."""
+    """Characters as int64, split into what is trained on and what is held out."""
 
     train: Tensor  # [characters]
     held_out: Tensor
@@ -28,17 +33,36 @@ class Text:
         return self.held_out[starts.unsqueeze(1) + torch.arange(length + 1)]
 
 
+def read(path: str | Path) -> Text:
+    """A UTF-8 file, e.g. tiny Shakespeare; its last tenth is held out.
+
+    Raises:
+        ThinwireError: it is too short to learn from, or can't be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ThinwireError(f"no text can be read from {path}: {error}") from error
+    if len(text) < SHORTEST:
+        raise ThinwireError(f"{path} has {len(text)} characters; training needs {SHORTEST:,} at least")
+    end = len(text) - len(text) // HELD_OUT_EVERY
+    return _encoded(text[:end], text[end:])
+
+
 def load() -> Text:
     """The help topics; every tenth is held out."""
     from pydoc_data.topics import topics  # pyright: ignore[reportUnknownVariableType, reportMissingModuleSource]
 
     texts: list[str] = [topics[key] for key in sorted(topics)]  # pyright: ignore[reportUnknownVariableType]
-    vocabulary = "".join(sorted(set("".join(texts))))
-    code = {character: i for i, character in enumerate(vocabulary)}
-
-    def encode(chosen: list[str]) -> Tensor:
-        return torch.tensor([code[character] for character in "\n".join(chosen)])
-
-    held_out = texts[::HELD_OUT_EVERY]
     train = [text for i, text in enumerate(texts) if i % HELD_OUT_EVERY]
-    return Text(encode(train), encode(held_out), vocabulary)
+    return _encoded("\n".join(train), "\n".join(texts[::HELD_OUT_EVERY]))
+
+
+def _encoded(train: str, held_out: str) -> Text:
+    vocabulary = "".join(sorted(set(train) | set(held_out)))
+    code = {character: i for i, character in enumerate(vocabulary)}
+    return Text(
+        torch.tensor([code[character] for character in train]),
+        torch.tensor([code[character] for character in held_out]),
+        vocabulary,
+    )

@@ -14,10 +14,10 @@ from thinwire.exchange.collectives import TIMEOUT, Collective, Talk
 from thinwire.kernels.choose import Choice, choose
 from thinwire.link import Link
 from thinwire.policy.plan import Method, Rule
-from thinwire.session import Policy, Scaler, Session
+from thinwire.session import Policy, Session
 from thinwire.succession import agree
 from thinwire.tensors import ThinwireError
-from thinwire.transaction import OnNonfinite
+from thinwire.transaction import OnNonfinite, Scaler
 from thinwire.units import Worker
 
 

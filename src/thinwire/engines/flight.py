@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from thinwire import pipeline
-from thinwire.core import Kernels
 from thinwire.exchange.collectives import Collective, Future, InFlight, in_future
 from thinwire.exchange.routes import Bucket
+from thinwire.loops import Kernels
 from thinwire.pipeline import Outbox, Verdict
 from thinwire.report.ledger import StepRow, Stopwatch
 from thinwire.units import Worker

@@ -24,24 +24,58 @@ def lowest_bit(_: Any, word: Any) -> Any:
     return _types.int64(_types.uint64), generate
 
 
+@_intrinsic
+def count_bits(_: Any, word: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.ctpop(args[0])
+
+    return _types.int64(_types.uint64), generate
+
+
 @_njit(nogil=True)
-def positions(masks: Any) -> Any:
-    """Where bits are set, ascending."""
+def found(masks: Any, x: Any, offset: int) -> Any:
+    """Where bits are set, ascending, from ``offset`` on; and what ``x`` ``[n]`` holds there."""
     one = numpy.uint64(1)
     count = 0
     for word in masks:
-        while word:
-            word &= word - one
-            count += 1
-    out = numpy.empty(count, numpy.int64)
+        count += count_bits(word)
+    indices, values = numpy.empty(count, numpy.int64), numpy.empty(count, x.dtype)
     at = 0
     for i in range(masks.size):
         word = masks[i]
         while word:
-            out[at] = i * 64 + lowest_bit(word)
+            place = offset + i * 64 + lowest_bit(word)
+            indices[at], values[at] = place, x[place]
             word &= word - one
             at += 1
-    return out
+    return indices, values
+
+
+@_njit(nogil=True)
+def above(x: Any, least: int, masks: Any) -> None:
+    """A mask for each 64 elements of magnitudes not below ``least``; both are bits, NaN above infinity."""
+    sign = (1 << (8 * x.itemsize - 1)) - 1
+    for i in range(masks.size):
+        block = x[i * 64 : i * 64 + 64]
+        hot = 0
+        for j in range(block.size):
+            hot |= (block[j] & sign) >= least
+        word = numpy.uint64(0)
+        if hot:  # few are
+            for j in range(block.size):
+                word |= numpy.uint64((block[j] & sign) >= least) << numpy.uint64(j)
+        masks[i] = word
+
+
+@_njit(nogil=True)
+def add(out: Any, indices: Any, values: Any, alpha: float) -> None:
+    """``out[indices] += alpha * values``, in order."""
+    a = numpy.float32(alpha)
+    for j in range(indices.size):
+        i = indices[j]
+        if i < 0 or i >= out.size:
+            raise IndexError("an index lies outside of the tensor")
+        out[i] += a * values[j]
 
 
 @_njit(nogil=True)

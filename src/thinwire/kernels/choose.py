@@ -6,8 +6,8 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from thinwire.core import Kernels
 from thinwire.kernels.reference import REFERENCE
+from thinwire.loops import Kernels
 from thinwire.tensors import ThinwireError
 
 Choice: TypeAlias = Literal["auto", "reference", "cpu", "cuda"]

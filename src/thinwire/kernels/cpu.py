@@ -1,22 +1,23 @@
 """The kernels for CPUs, compiled by numba (``pip install thinwire[cpu]``): one pass over memory, on several threads.
 
 A pass leaves a word of 64 bits for each block of 64 elements, whose bits are what reaches the threshold. So nothing
-is allocated for a number of elements that nobody knows, and a second walk over 1/32 of the memory finds them.
+is allocated for a number of elements that nobody knows; a second walk, over these words, finds them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import cast
+from typing import Any, TypeAlias, cast
 
 import numba
 import numpy
 import torch
 from torch import Tensor
 
-from thinwire.core import Pass
 from thinwire.kernels import bits, blocks
+from thinwire.kernels.reference import REFERENCE
+from thinwire.loops import Found, Pass
 from thinwire.wire import elias_fano
 
 BLOCK = blocks.BLOCK
@@ -26,6 +27,9 @@ AHEAD = 3072
 """Bytes of state to fetch ahead where several threads share the memory."""
 STATES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 GRADS = STATES | {torch.float16: "float16"}
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+Part: TypeAlias = Callable[[], tuple[Any, Any]]
+"""A part of a pass; answers the indices and the bits of what it found."""
 
 
 def _kind(work: Pass) -> str:
@@ -53,7 +57,7 @@ class Cpu:
         pick(*addresses, start, stride, run, work.rule.momentum or 0.0, work.scale, out)
         return torch.from_numpy(out)
 
-    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Tensor]:
+    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Found]:
         counts = [-(-work.grad.numel() // BLOCK) for work in works]
         *firsts, total = accumulate(counts, initial=0)
         if self._masks.size < total:
@@ -61,31 +65,42 @@ class Cpu:
         threads = max(1, min(torch.get_num_threads(), total // MIN_BLOCKS))
         ahead = AHEAD if threads > 1 else 0
         cuts = [total * t // threads for t in range(threads + 1)]
-        shares = [
-            [
-                self._part(work, threshold, first, max(low - first, 0), min(high - first, count), ahead)
-                for work, threshold, first, count in zip(works, thresholds, firsts, counts, strict=True)
+        shares: list[dict[int, Part]] = [
+            {
+                i: self._part(work, threshold, first, max(low - first, 0), min(high - first, count), ahead)
+                for i, (work, threshold, first, count) in enumerate(zip(works, thresholds, firsts, counts, strict=True))
                 if low < first + count and first < high
-            ]
+            }
             for low, high in pairwise(cuts)
         ]
-        self._run_all([partial(_run, share) for share in shares])
+        done = self._run_all([partial(_run, share) for share in shares])
         return [
-            torch.from_numpy(bits.positions(self._masks[first : first + count]))
-            for first, count in zip(firsts, counts, strict=True)
+            joined([found[i] for found in done if i in found], work.new_residual.dtype) for i, work in enumerate(works)
         ]
 
-    def _run_all(self, shares: Sequence[Callable[[], None]]) -> None:
+    def look(self, x: Tensor, threshold: Tensor) -> Found:
+        if x.dtype not in BITS:
+            return REFERENCE.look(x, threshold)
+        masks = numpy.empty(-(-x.numel() // BLOCK), numpy.uint64)
+        as_bits = x.view(BITS[x.dtype]).numpy()
+        bits.above(as_bits, int(threshold.view(BITS[x.dtype])), masks)
+        return joined([bits.found(masks, as_bits, 0)], x.dtype)
+
+    def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
+        if out.dtype == torch.float32:
+            bits.add(out.numpy(), indices.numpy(), values.numpy(), alpha)
+        else:
+            out.index_add_(0, indices, values, alpha=alpha)
+
+    def _run_all(self, shares: Sequence[Callable[[], dict[int, Any]]]) -> list[dict[int, Any]]:
         """One on this thread, the others beside it."""
         if len(shares) > 1 and (self._pool is None or self._threads < len(shares)):
             self.close()
             self._pool, self._threads = ThreadPoolExecutor(len(shares) - 1, "thinwire-kernels"), len(shares)
         others = [cast(ThreadPoolExecutor, self._pool).submit(share) for share in shares[1:]]
-        shares[0]()
-        for other in others:
-            other.result()
+        return [shares[0](), *(other.result() for other in others)]
 
-    def _part(self, work: Pass, threshold: Tensor, first: int, low: int, high: int, ahead: int) -> Callable[[], None]:
+    def _part(self, work: Pass, threshold: Tensor, first: int, low: int, high: int, ahead: int) -> Part:
         """Blocks ``low`` to ``high`` of a pass, whose first block has word ``first``."""
         n = work.grad.numel()
         v, new_v = work.old_residual, work.new_residual
@@ -97,8 +112,13 @@ class Cpu:
         run = blocks.compiled_pass(_kind(work), GRADS[work.grad.dtype], STATES[new_v.dtype], aligned, ahead)
         count = min(n, high * BLOCK) - low * BLOCK
         masks = self._masks[first + low : first + high]
-        least = float(threshold)
-        return lambda: run(*addresses, count, work.rule.momentum or 0.0, work.scale, least, masks)
+        least, as_bits = float(threshold), new_v.view(BITS[new_v.dtype]).numpy()
+
+        def part() -> tuple[Any, Any]:
+            run(*addresses, count, work.rule.momentum or 0.0, work.scale, least, masks)
+            return bits.found(masks, as_bits, low * BLOCK)
+
+        return part
 
     def encode_indices(self, indices: Tensor, n: int) -> Tensor:
         k = indices.numel()
@@ -118,6 +138,12 @@ class Cpu:
             self._pool = None
 
 
-def _run(parts: Sequence[Callable[[], None]]) -> None:
-    for part in parts:
-        part()
+def _run(parts: Mapping[int, Part]) -> dict[int, Any]:
+    return {i: part() for i, part in parts.items()}
+
+
+def joined(parts: Sequence[tuple[Any, Any]], dtype: torch.dtype) -> Found:
+    """What was found, part after part."""
+    each = [torch.from_numpy(indices) for indices, _ in parts], [torch.from_numpy(as_bits) for _, as_bits in parts]
+    indices, values = (some[0] if len(some) == 1 else torch.cat(some or [torch.empty(0)]) for some in each)
+    return indices.long(), values.view(dtype)

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thinwire.core import Pass
 from thinwire.kernels.reference import BLOCK, Reference, within
+from thinwire.loops import Found, Pass
 
 _tl: Any = tl
 _jit: Any = cast(Any, triton).jit
@@ -85,10 +85,10 @@ class Cuda(Reference):
         there = work.grad.is_cuda or INTERPRETED
         return there and work.grad.dtype in GRADS and work.new_residual.dtype in STATES
 
-    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Tensor]:
+    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Found]:
         return [self._pass(work, threshold) for work, threshold in zip(works, thresholds, strict=True)]
 
-    def _pass(self, work: Pass, threshold: Tensor) -> Tensor:
+    def _pass(self, work: Pass, threshold: Tensor) -> Found:
         n, new_v = work.grad.numel(), work.new_residual
         blocks = -(-n // BLOCK)
         maxima = torch.empty(blocks, dtype=torch.int32, device=work.grad.device)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from thinwire.core import Pass
+from thinwire.loops import Found, Pass
 from thinwire.memories.feedback import accumulate
 from thinwire.wire import elias_fano
 
@@ -35,29 +35,28 @@ class Reference:
         accumulate(work.rule, work.scale, runs(work.grad, start, stride, run), old, new, u, new_u)
         return new.abs_()
 
-    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Tensor]:
+    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Found]:
         return [self._one(work, threshold) for work, threshold in zip(works, thresholds, strict=True)]
 
-    def _one(self, work: Pass, threshold: Tensor) -> Tensor:
-        n = work.grad.numel()
-        # elsewhere a launch costs more than the cache gives
-        chunk = CHUNK if work.grad.device.type == "cpu" else max(BLOCK, n)
-        maxima = work.grad.new_empty(-(-n // BLOCK), dtype=work.new_residual.dtype)
-        magnitude = torch.empty(min(n, chunk), dtype=work.new_residual.dtype, device=work.grad.device)
-        states = (work.old_residual, work.new_residual, work.old_momentum, work.new_momentum)
-
-        def chunks(x: Tensor | None, size: int = chunk) -> Iterable[Any]:
-            return repeat(None) if x is None else cast(Any, x).split(size)
-
-        for grad, largest, v, new_v, u, new_u in zip(
-            chunks(work.grad), chunks(maxima, chunk // BLOCK), *map(chunks, states), strict=False
+    def _one(self, work: Pass, threshold: Tensor) -> Found:
+        maxima = Maxima(work.new_residual)
+        old, new_u, grads = (chunks(x) for x in (work.old_residual, work.new_momentum, work.grad))
+        for grad, v, new_v, u, w in zip(
+            grads, old, chunks(work.new_residual), chunks(work.old_momentum), new_u, strict=False
         ):
-            accumulate(work.rule, work.scale, grad, v, new_v, u, new_u)
+            accumulate(work.rule, work.scale, grad, v, new_v, u, w)
             grad.zero_()
-            whole = grad.numel() // BLOCK
-            seen = torch.abs(new_v, out=magnitude[: grad.numel()])[: whole * BLOCK]
-            torch.amax(seen.view(whole, BLOCK), dim=1, out=largest[:whole])
-        return within(work.new_residual, maxima, threshold)
+            maxima.of(new_v)
+        return within(work.new_residual, maxima.found, threshold)
+
+    def look(self, x: Tensor, threshold: Tensor) -> Found:
+        maxima = Maxima(x)
+        for part in chunks(x):
+            maxima.of(part)
+        return within(x, maxima.found, threshold)
+
+    def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
+        out.index_add_(0, indices, values, alpha=alpha)
 
     def encode_indices(self, indices: Tensor, n: int) -> Tensor:
         return elias_fano.encode(indices, n)
@@ -70,22 +69,48 @@ class Reference:
 
 
 def runs(x: Tensor, start: int, stride: int, run: int) -> Tensor:
-    """``run`` elements of ``x`` ``[n]`` at every ``stride``-th from ``start`` on, all first ones first."""
-    last = x.numel() - run
-    return torch.cat([x[start + i : last + i + 1 : stride] for i in range(run)])
+    """A copy of ``run`` elements of ``x`` ``[n]`` at every ``stride``-th from ``start`` on."""
+    count = len(range(start, x.numel() - run + 1, stride))
+    some = x.as_strided((count, run), (stride, 1), x.storage_offset() + start)
+    return some.clone(memory_format=torch.contiguous_format).view(-1)
 
 
-def within(x: Tensor, maxima: Tensor, threshold: Tensor) -> Tensor:
-    """Ascending indices of ``|x|`` not below the threshold, given the maximum of each block; NaN is not below."""
+def chunks(x: Tensor | None) -> Iterable[Any]:
+    if x is None:
+        return repeat(None)
+    # elsewhere a launch costs more than the cache gives
+    return cast(Any, x).split(CHUNK if x.device.type == "cpu" else max(BLOCK, x.numel()))
+
+
+class Maxima:
+    """The largest magnitude of each whole block of ``x`` ``[n]``, chunk after chunk."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.found = x.new_empty(x.numel() // BLOCK)
+        self._room = x.new_empty(0)
+        self._at = 0
+
+    def of(self, part: Tensor) -> None:
+        whole = part.numel() // BLOCK
+        if self._room.numel() < whole * BLOCK:
+            self._room = part.new_empty(whole * BLOCK)
+        magnitude = torch.abs(part[: whole * BLOCK], out=self._room[: whole * BLOCK])
+        torch.amax(magnitude.view(whole, BLOCK), dim=1, out=self.found[self._at : self._at + whole])
+        self._at += whole
+
+
+def within(x: Tensor, maxima: Tensor, threshold: Tensor) -> Found:
+    """Where ``|x|`` is not below the threshold, given the maximum of each whole block; NaN is not below."""
     whole = x.numel() // BLOCK
     hot = maxima[:whole].lt(threshold).logical_not_().nonzero().view(-1)
     rows = x[: whole * BLOCK].view(whole, BLOCK).index_select(0, hot)
-    row, column = rows.abs_().lt(threshold).logical_not_().nonzero().unbind(1)
-    found = hot[row] * BLOCK + column
-    if whole == maxima.numel():
-        return found
-    rest = x[whole * BLOCK :].abs().lt(threshold).logical_not_().nonzero().view(-1)
-    return torch.cat([found, rest + whole * BLOCK])
+    row, column = rows.abs().lt(threshold).logical_not_().nonzero().unbind(1)
+    indices, values = hot[row] * BLOCK + column, rows[row, column]
+    if whole * BLOCK == x.numel():
+        return indices, values
+    end = x[whole * BLOCK :]
+    rest = end.abs().lt(threshold).logical_not_().nonzero().view(-1)
+    return torch.cat([indices, rest + whole * BLOCK]), torch.cat([values, end[rest]])
 
 
 REFERENCE = Reference()

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from thinwire.core import NOWHERE, Accumulation, Context, Memory, State
+from thinwire.core import NOWHERE, Context, Memory, State
+from thinwire.loops import Accumulation
 from thinwire.tensors import Decompressed, ThinwireError, float_at_least_32
 
 StateDtype: TypeAlias = Literal["float32", "bfloat16"]
@@ -18,6 +19,11 @@ StateDtype: TypeAlias = Literal["float32", "bfloat16"]
 
 def zeros(like: Tensor) -> Tensor:
     return torch.zeros_like(like, memory_format=torch.preserve_format)
+
+
+def signs(x: Tensor) -> Tensor:
+    """``x = sign(x)``, in place; NaN, which tells a loss scaler to skip, stays."""
+    return torch.where(x.isnan(), x, x.sign(), out=x)
 
 
 def accumulate(
@@ -70,6 +76,7 @@ class ErrorFeedback(Memory):
     arXiv:1809.07599, algorithm 1.
 
     Args:
+        decay: in (0, 1], what the residual is multiplied by before a gradient is added; 1 loses nothing.
         state: ``"bfloat16"`` halves the state; what is smaller than 1/256 of the residual is then rounded away.
 
     Departures: the learning rate multiplies what is received, not what is remembered, so that any optimizer
@@ -79,13 +86,16 @@ class ErrorFeedback(Memory):
     feeds_back: ClassVar[bool] = True
 
     state: StateDtype = "float32"
+    decay: float = 1.0
 
     def __post_init__(self) -> None:
         check_state(self.state)
+        if not 0.0 < self.decay <= 1.0:
+            raise ThinwireError(f"decay is {self.decay}; it multiplies the residual and must be in (0, 1], e.g. 0.999")
 
     @property
-    def accumulation(self) -> Accumulation:
-        return Accumulation(None)
+    def accumulation(self) -> Accumulation | None:
+        return Accumulation(None) if self.decay == 1.0 else None
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return torch.bfloat16 if self.state == "bfloat16" else float_at_least_32(grad)
@@ -96,7 +106,10 @@ class ErrorFeedback(Memory):
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
     ) -> Tensor:
-        accumulate(self.accumulation, scale, grad, old["residual"], new["residual"])
+        held = old["residual"]
+        if self.decay != 1.0:
+            held = held.to(float_at_least_32(held.dtype)) * self.decay
+        accumulate(Accumulation(None), scale, grad, held, new["residual"])
         return new["residual"]
 
     def sent(self, x: Tensor, own: Decompressed, new: State) -> None:

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from thinwire.core import NOWHERE, Absorbed, Accumulation, Context, Memory, State
+from thinwire.core import NOWHERE, Absorbed, Context, Memory, State
+from thinwire.loops import Accumulation
 from thinwire.memories.feedback import StateDtype, accumulate, check_state, zeros
 from thinwire.tensors import Decompressed, ThinwireError, float_at_least_32
 
@@ -97,7 +98,7 @@ class MomentumCorrection(Memory):
     def returned(self, rest: Decompressed, new: State) -> None:
         rest.add_to(new["residual"])
 
-    def receive(self, mean: Tensor, param: Tensor, old: State, new: State) -> Tensor:
+    def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
         if not self.weight_decay or self.decay == "local":
             return mean
         if self.decay == "decoupled":
@@ -145,7 +146,7 @@ class Momentum(Memory):
     ) -> Tensor:
         return grad if scale == 1.0 else grad.mul_(scale)
 
-    def receive(self, mean: Tensor, param: Tensor, old: State, new: State) -> Tensor:
+    def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
         decoupled = self.decay == "decoupled"
         if self.weight_decay and not decoupled:
             mean.add_(param, alpha=self.weight_decay)

@@ -43,9 +43,9 @@ class Rule:
                 f"without bound; use Scaled({kind}(...)), more bits or smaller buckets, or NoMemory()"
             )
 
-    def fits(self, name: str, shape: Sequence[int], numel: int) -> bool:
-        ndim = max(self.min_ndim, self.compressor.min_ndim)
-        return len(shape) >= ndim and numel >= self.min_numel and fnmatchcase(name, self.match)
+    def means(self, name: str, shape: Sequence[int], numel: int) -> bool:
+        """Whether the rule is written for such a parameter; its compressor may decline it all the same."""
+        return len(shape) >= self.min_ndim and numel >= self.min_numel and fnmatchcase(name, self.match)
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,17 @@ class Method:
 
     def rule(self, name: str, shape: Sequence[int], numel: int) -> Rule:
         """The first rule that fits."""
+        return self.choice(name, shape, numel)[0]
+
+    def choice(self, name: str, shape: Sequence[int], numel: int) -> tuple[Rule, str | None]:
+        """The first rule that fits, and why the compressor of one before it declined, if one did."""
+        reason: str | None = None
         for rule in self.rules:
-            if rule.fits(name, shape, numel):
-                return rule
+            if rule.means(name, shape, numel):
+                why = rule.compressor.declines(shape)
+                if why is None:
+                    return rule, reason
+                reason = f"{type(rule.compressor).__name__} left it: {why}"
         raise ThinwireError(
             f"no rule of {self.name} fits parameter {name!r} of shape {tuple(shape)}; "
             "end the rules with Rule(Cast(), NoMemory())"

@@ -1,0 +1,118 @@
+"""Writes docs/methods.md from the catalogue and the recipes: ``python -m benchmarks.methods_page > docs/methods.md``.
+
+What a method sends and whose idea it is stand in its docstring (**Wire**, Source); what it remembers, and whether it
+contracts or is unbiased, is asked of the code.
+"""
+
+import inspect
+import re
+
+import torch
+
+from thinwire import methods
+from thinwire.compressors import catalogue
+from thinwire.core import Compressor
+from thinwire.policy.plan import Method
+from thinwire.units import payload_nbytes
+
+ELEMENTS = (1024, 1024)
+ARGUMENTS = {"compressor": 0.01, "density": 0.01, "rank": 4, "bits_per_parameter": 0.1}
+"""For recipes that have no default."""
+
+TEMPLATE = """# Methods
+
+Made by `python -m benchmarks.methods_page > docs/methods.md`; change the docstrings, not this file.
+
+## Which one should I use
+
+Measurements decide; none are quoted here yet.
+
+## Recipes
+
+For a parameter of 1024 x 1024 in float32. *Bits* are those of one rank's message, per element of the parameter.
+*State* is float32 words per parameter, on each rank, kept twice so that a step can be taken back.
+
+| recipe | bits | what it sends | state | contracts, or unbiased | all-reduced | two phases | paper |
+|---|---:|---|---:|---|---|---|---|
+{recipes}
+
+## Compressors
+
+| compressor | what it does | what it sends | paper |
+|---|---|---|---|
+{compressors}
+
+## Memories
+
+| memory | what it does | state | paper |
+|---|---|---|---|
+{memories}
+"""
+
+
+def first_sentence(thing: object) -> str:
+    text = " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
+    return re.split(r"(?<=[.:])\s", text)[0].rstrip(":")
+
+
+def section(thing: object, name: str) -> str:
+    """The paragraph of a docstring that begins with this word; empty where there is none."""
+    for paragraph in (inspect.getdoc(thing) or "").split("\n\n"):
+        for found in re.finditer(rf"(?m)^(?:\*\*)?{name}(?:\*\*)?: ", paragraph):
+            return " ".join(paragraph[found.end() :].split())
+    return ""
+
+
+def cell(text: str) -> str:
+    return (text or "-").replace("``", "`").replace("|", "\\|")
+
+
+def example(recipe: object) -> Method:
+    """The recipe with its defaults."""
+    parameters = inspect.signature(recipe).parameters.values()
+    return recipe(
+        **{p.name: ARGUMENTS[p.name] for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+    )
+
+
+def kind(compressor: Compressor, n: int) -> str:
+    omega, alpha = compressor.variance(n), compressor.contraction(n)
+    if omega == 0.0:
+        return "exact"
+    if omega is not None:
+        return f"unbiased, ω = {omega:.3g}"
+    return "unknown" if alpha is None else f"contracts, α = {alpha:.2g}" if alpha else "neither"
+
+
+def recipe_row(name: str) -> str:
+    recipe = getattr(methods, name)
+    rule = example(recipe).rule("weight", ELEMENTS, 1024 * 1024)
+    like = torch.zeros(ELEMENTS)
+    n = like.numel()
+    states = [rule.memory.init(like), rule.memory.init_shared(like)]
+    words = sum(x.numel() for state in states for x in state.values()) / n
+    bits = 8 * payload_nbytes(rule.compressor, like.to("meta")) / n
+    yes = {True: "yes", False: "no"}
+    cells = [f"`{name}`", f"{bits:.3g}", cell(section(recipe, "Wire")), f"{words:g}", kind(rule.compressor, n)]
+    cells += [yes[rule.compressor.summable], yes[rule.compressor.cuttable], cell(section(recipe, "Source"))]
+    return f"| {' | '.join(cells)} |"
+
+
+def page() -> str:
+    recipes = [name for name in sorted(methods.__all__) if inspect.isfunction(getattr(methods, name))]
+    parts = [
+        f"| `{row.__name__}` | {cell(first_sentence(row))} | {cell(section(row, 'Wire'))} "
+        f"| {cell(section(row, 'Source'))} |"
+        for row in catalogue.COMPRESSORS.values()
+    ]
+    memories = [
+        f"| `{row.__name__}` | {cell(first_sentence(row))} | {cell(section(row, 'State'))} "
+        f"| {cell(section(row, 'Source'))} |"
+        for row in catalogue.MEMORIES.values()
+    ]
+    tables = {"recipes": map(recipe_row, recipes), "compressors": parts, "memories": memories}
+    return TEMPLATE.format(**{name: "\n".join(rows) for name, rows in tables.items()})
+
+
+if __name__ == "__main__":
+    print(page(), end="")

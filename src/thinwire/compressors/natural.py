@@ -1,0 +1,69 @@
+"""Natural compression: every element becomes a power of two."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from thinwire.compressors.buckets import as_float32
+from thinwire.core import Compressor, Context, Payload, State
+from thinwire.tensors import Decompressed, Dense, Sparse, flat
+from thinwire.wire.bitpack import pack_bits, unpack_bits
+
+MANTISSA = 23
+"""Bits of a float32 below its exponent."""
+
+
+@dataclass(frozen=True)
+class Natural(Compressor):
+    """Rounds every element at random to one of the two powers of two beside it; unbiased, ``omega = 1/8``.
+
+    With ``2^e <= |x| < 2^(e+1)``: to ``2^(e+1)`` with probability ``|x| / 2^e - 1``, else to ``2^e``. Powers of two
+    and 0 stay as they are.
+
+    **Wire**: 9 bits an element, a sign and the exponent of a float32; and a float32 that says whether all was finite.
+
+    Example:
+        >>> x = torch.tensor([0.0, 0.25, -8.0])
+        >>> Natural().decompress(Natural().compress(x, {}, NOWHERE), x, {}, NOWHERE).entries()[1]
+        tensor([ 0.0000,  0.2500, -8.0000])
+
+    Source: S. Horvath, C. Ho, L. Horvath, A. Sahu, M. Canini, P. Richtarik, "Natural Compression for Distributed Deep
+    Learning", 2019, arXiv:1905.10988, definition 1.
+
+    Departures: none in the range of float32's exponent, of which nothing is cut away; what is beyond the largest power
+    of two of its dtype becomes that, and below 2^-126 the neighbours are 0 and 2^-126.
+    """
+
+    cuttable: ClassVar[bool] = True
+
+    def variance(self, n: int) -> float:
+        return 0.125
+
+    def contraction(self, n: int) -> float:
+        return 0.875
+
+    def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
+        n = x.numel()
+        if x.is_meta:
+            exponents, signs = (x.new_empty(size, dtype=torch.uint8) for size in (n, -(-n // 8)))
+            return x.new_empty(1, dtype=torch.float32), exponents, signs
+        y = as_float32(flat(x))
+        finite = torch.where(y.isfinite().all(), 0.0, torch.nan).view(1)
+        largest = 2.0 ** min(127, math.frexp(torch.finfo(x.dtype).max)[1] - 1)
+        bits = y.clamp(-largest, largest).view(torch.int32)
+        luck = torch.randint(2**MANTISSA, (n,), dtype=torch.int32, generator=ctx.generator()).to(x.device)
+        up = (bits & (2**MANTISSA - 1)) > luck
+        exponents = ((bits >> MANTISSA) & 0xFF) + up
+        return finite, exponents.to(torch.uint8), pack_bits((y < 0).to(torch.uint8))
+
+    def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
+        finite, exponents, signs = payload
+        powers = (exponents.int() << MANTISSA).view(torch.float32)
+        negative = unpack_bits(signs)[: like.numel()] > 0
+        return Dense(torch.where(negative, -powers, powers).add_(finite))
+
+    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
+        return self.compress(x.dense(like), state, ctx)

@@ -1,0 +1,182 @@
+"""SIDCo: a threshold from a distribution that is fitted to the magnitudes, without sorting them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+
+from thinwire.compressors.sparse import TopK
+from thinwire.compressors.threshold import bounded
+from thinwire.core import Compressor, Context, Payload, State
+from thinwire.tensors import Decompressed, Sparse, ThinwireError, flat
+
+FIRST = 0.25
+"""The share of the elements that the first of several stages lets through."""
+CLOSE = 0.2
+"""Relative error of the count that is good enough."""
+
+
+def exponential(a: Tensor, q: float) -> float:
+    """The magnitude that a share q of ``a`` exceeds, were it exponential."""
+    return -float(a.mean(dtype=torch.float64)) * math.log(q)
+
+
+def pareto(a: Tensor, q: float) -> float:
+    """The same for a generalised Pareto distribution, from its mean and variance."""
+    mean = float(a.mean(dtype=torch.float64))
+    variance = float(torch.square(a.double() - mean).mean())
+    ratio = mean * mean / variance if variance > 0.0 else 1.0
+    shape, scale = (ratio - 1.0) / 2.0, mean * (ratio + 1.0) / 2.0
+    return -scale * math.log(q) if abs(shape) < 1e-6 else scale * -math.expm1(shape * math.log(q)) / shape
+
+
+def gamma(a: Tensor, q: float) -> float:
+    """The same for a gamma distribution, from its mean and mean logarithm."""
+    some = a[a > 0].double()
+    mean, share = float(a.mean(dtype=torch.float64)), some.numel() / max(a.numel(), 1)
+    z = math.log(float(some.mean())) - float(some.log().mean()) if some.numel() else 0.0
+    if not 1e-9 < z < math.inf or q >= share:
+        return exponential(a, q)
+    shape = (3.0 - z + math.sqrt((z - 3.0) ** 2 + 24.0 * z)) / (12.0 * z)
+    low, high = 0.0, 1.0
+    tail = _tail(shape)
+    while tail(high) > q / share:
+        high *= 2.0
+    for _ in range(50):
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if tail(middle) > q / share else (low, middle)
+    return mean / share / shape * high
+
+
+def _tail(shape: float) -> Callable[[float], float]:
+    alpha = torch.tensor(shape, dtype=torch.float64)
+    return lambda t: float(cast(Tensor, torch.special.gammaincc(alpha, torch.tensor(t, dtype=torch.float64))))
+
+
+FITS: dict[str, tuple[Callable[[Tensor, float], float], Callable[[Tensor, float], float]]] = {
+    "exponential": (exponential, exponential),
+    "gamma": (gamma, pareto),
+    "pareto": (pareto, pareto),
+}
+"""What the first stage fits, and what the later ones do."""
+
+
+def peeled(head: Tensor, floor: float, q: float, stages: int, fit: Callable[[Tensor, float], float]) -> float:
+    """The threshold above which a share ``q^stages`` of ``head`` stands, all above ``floor``: a fit to each tail."""
+    for _ in range(stages):
+        if head.numel() < 2:
+            break
+        floor = float(head.min())
+        floor += fit(head - floor, q)
+        head = head[head > floor]
+    return floor
+
+
+@dataclass(frozen=True)
+class SIDCo(Compressor):
+    """About the ``k = ceil(density * n)`` largest magnitudes, by a threshold that is fitted to them, in O(n).
+
+    Exponential: ``tau = -mean ln p``. For small p the fit is repeated on the tail: a first stage at 1/4, then
+    M - 1 stages of ``q = (4 p)^(1/(M-1))`` on what exceeds the one before ("peaks over threshold").
+
+    Args:
+        density: kept / total, in (0, 1].
+        stages: M, at least 1; None for the fewest that come within 20 % of k, up to ``ceil(log2(1 / density))``.
+        fit: ``"exponential"``, ``"gamma"`` (then Pareto) or ``"pareto"``.
+        values: see ``thinwire.TopK``.
+
+    Raises:
+        ThinwireError: a value outside its range.
+
+    **Wire**: that of ``TopK(density)``: never more than k are sent, of too many the largest; at least one is.
+
+    Example:
+        >>> payload = SIDCo(0.01).compress(torch.randn(20_000), {}, NOWHERE)
+        >>> 160 < payload[0].count_nonzero() <= 200
+        tensor(True)
+
+    Source: A. Abdelmoniem, A. Elzanaty, M. Alouini, M. Canini, "An Efficient Statistical-based Gradient Compression
+    Technique for Distributed Training Systems", 2021, arXiv:2101.10761, algorithm 1.
+
+    Departures: the number of stages is found anew in every call, from the counts, where the reference adapts it every
+    five calls; so nothing is remembered. Zeros are left out of the logarithms. The capacity, of k.
+    """
+
+    cuttable: ClassVar[bool] = True
+
+    density: float
+    stages: int | None = None
+    fit: Literal["exponential", "gamma", "pareto"] = "exponential"
+    values: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.stages is not None and self.stages < 1:
+            raise ThinwireError(f"stages is {self.stages}; it must be at least 1, or None to adapt it")
+        if self.fit not in FITS:
+            raise ThinwireError(f"fit is {self.fit!r}; choose one of {', '.join(FITS)}")
+        self.packer()
+
+    def packer(self) -> TopK:
+        """What turns a selection into a payload, and back."""
+        return TopK(self.density, self.values)
+
+    def with_density(self, density: float) -> "SIDCo":
+        return replace(self, density=max(density, self.density))
+
+    def denser(self, factor: float) -> "SIDCo":
+        return replace(self, density=min(1.0, factor * self.density))
+
+    @property
+    def needs_feedback(self) -> bool:
+        return self.density < 1.0
+
+    def contraction(self, n: int) -> float:
+        return 1.0 / (2 * max(n, 1))  # the largest is sent
+
+    def threshold(self, magnitude: Tensor, p: float) -> float:
+        """The threshold that about a share ``p`` of ``magnitude`` reaches."""
+        if p >= 1.0:
+            return 0.0
+        first, later = FITS[self.fit]
+        most = max(1, math.ceil(-math.log2(p))) if self.stages is None else self.stages
+        fewest = 1 if self.stages is None or p >= FIRST else self.stages
+        best, miss = math.inf, math.inf
+        head, floor = magnitude, 0.0
+        for stages in range(fewest, most + 1):
+            if stages == 1 or p >= FIRST:
+                tau = first(magnitude, p)
+            else:
+                if head is magnitude:
+                    floor = first(magnitude, FIRST)
+                    head = magnitude[magnitude > floor]
+                tau = peeled(head, floor, (p / FIRST) ** (1.0 / (stages - 1)), stages - 1, later)
+            count = int((magnitude >= tau).count_nonzero()) / magnitude.numel()
+            off = abs(math.log(max(count, 1e-300) / p))
+            best, miss = (tau, off) if off < miss else (best, miss)
+            if miss <= math.log1p(CLOSE):
+                break
+        return best
+
+    def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
+        if x.is_meta:
+            return self.packer().compress(x, state, ctx)
+        chosen = self._chosen(flat(x).abs(), x.numel())
+        return self.packer().encode(chosen, flat(x)[chosen], x.numel(), ctx)
+
+    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
+        chosen = self._chosen(x.values.abs(), like.numel())
+        return self.packer().encode(x.indices[chosen], x.values[chosen].to(like.dtype), like.numel(), ctx)
+
+    def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
+        return self.packer().decompress(payload, like, state, ctx)
+
+    def _chosen(self, magnitude: Tensor, n: int) -> Tensor:
+        """Ascending indices of the magnitudes ``[m]`` that are sent, of a tensor of n elements."""
+        k, m = self.packer().k(n), magnitude.numel()
+        if m == 0:
+            return magnitude.new_empty(0, dtype=torch.int64)
+        tau = self.threshold(magnitude, min(1.0, k / m)) if magnitude.isfinite().all() else 0.0  # NaN goes first
+        return bounded(magnitude, tau, k)

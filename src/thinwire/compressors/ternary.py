@@ -1,0 +1,80 @@
+"""TernGrad: every element becomes -1, 0 or 1, times one scale."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from thinwire.compressors.buckets import as_float32, l2, scale_of
+from thinwire.core import Compressor, Context, Payload, State
+from thinwire.tensors import Decompressed, Dense, Sparse, ThinwireError, flat
+from thinwire.wire.bitpack import pack_trits, unpack_trits
+
+
+@dataclass(frozen=True)
+class TernGrad(Compressor):
+    """Sends the sign of every element with a probability that grows with its magnitude, and one scale a tensor.
+
+    ``y = clamp(x, -c, c)`` with ``c = clip * rms(x)``; ``s = max |y|``; sent is ``s sign(y) Bernoulli(|y| / s)``.
+    Unbiased without clipping, ``omega = (sqrt(n) - 1) / 2``. Clipping is biased, by 0.24 % of the energy of normal data
+    at 2.5, and cuts the variance of a million of them from 2.8 to 1.0.
+
+    Args:
+        clip: in root mean squares of the tensor; None for no clipping.
+
+    Raises:
+        ThinwireError: ``clip`` is not above 0.
+
+    **Wire**: 1.6 bits an element (five in a byte), and a float32.
+
+    Example:
+        >>> x = torch.tensor([2.0, -2.0, 0.0])
+        >>> payload = TernGrad().compress(x, {}, NOWHERE)
+        >>> TernGrad().decompress(payload, x, {}, NOWHERE).write_to(out := torch.empty(3)); out
+        tensor([ 2., -2.,  0.])
+
+    Source: W. Wen, C. Xu, F. Yan, C. Wu, Y. Wang, Y. Chen, H. Li, "TernGrad: Ternary Gradients to Reduce Communication
+    in Distributed Deep Learning", 2017, arXiv:1705.07878, algorithm 1 and section 3.2.
+
+    Departures: the deviation is that from 0 and not from the mean, so that a tensor of equal elements (one element,
+    even) is not clipped to nothing. Scales are not shared between workers, which would take another collective.
+    """
+
+    cuttable: ClassVar[bool] = True
+
+    clip: float | None = 2.5
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and not self.clip > 0.0:
+            raise ThinwireError(f"clip is {self.clip}; it counts root mean squares and must be above 0, or None")
+
+    def variance(self, n: int) -> float | None:
+        return (math.sqrt(max(n, 1)) - 1.0) / 2.0 + 1e-6 if self.clip is None else None
+
+    def contraction(self, n: int) -> float:
+        return 0.0 if (omega := self.variance(n)) is None else max(0.0, 1.0 - omega)
+
+    def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
+        n = x.numel()
+        if x.is_meta:
+            return x.new_empty(1, dtype=torch.float32), x.new_empty(-(-n // 5), dtype=torch.uint8)
+        y = as_float32(flat(x))
+        magnitude = y.abs()
+        scale = magnitude.amax(0, keepdim=True) if n else y.new_zeros(1)
+        if self.clip is not None and n:
+            rms = l2(y.view(1, -1)) / math.sqrt(n)
+            scale = scale.double().minimum(self.clip * rms)
+        scale = scale_of(scale)
+        luck = torch.rand(n, generator=ctx.generator()).to(x.device)
+        sent = luck * scale < magnitude
+        return scale, pack_trits(torch.where(y < 0, 2, 1).to(torch.uint8).mul_(sent & (magnitude > 0)))
+
+    def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
+        scale, packed = payload
+        table = torch.cat([torch.zeros_like(scale), scale, -scale])
+        return Dense(table[unpack_trits(packed)[: like.numel()].int()])
+
+    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
+        return self.compress(x.dense(like), state, ctx)

@@ -1,0 +1,96 @@
+"""What is not below a threshold: hard thresholds, with a capacity that fixes the size of a message."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from thinwire.compressors.select import at_least, largest
+from thinwire.compressors.sparse import TopK
+from thinwire.core import Compressor, Context, Payload, State
+from thinwire.tensors import Decompressed, Sparse, ThinwireError, flat
+
+
+def bounded(magnitude: Tensor, threshold: float, k: int) -> Tensor:
+    """Ascending indices of ``magnitude`` ``[n]`` not below ``threshold``: of them the k largest, and at least one."""
+    chosen = at_least(magnitude, torch.tensor(threshold, dtype=torch.float64).to(magnitude))
+    if chosen.numel() > k:
+        return chosen[largest(magnitude[chosen], k)]
+    return chosen if chosen.numel() else largest(magnitude, min(k, 1))
+
+
+@dataclass(frozen=True)
+class Threshold(Compressor):
+    """Sends the elements whose magnitude is not below a threshold: at least one, and at most a capacity.
+
+    ``decompress(compress(x))_j = x_j`` where ``|x_j| >= threshold``, 0 elsewhere; so
+    ``max_j |x_j - C(x)_j| < threshold`` while no more than ``k = ceil(capacity * n)`` reach it. Where more do, the k
+    largest are sent.
+
+    Args:
+        threshold: above 0, in the units of the gradient, without a loss scale.
+        capacity: largest share of the elements that is sent, in (0, 1]; it fixes the size of the message.
+        values: see ``thinwire.TopK``.
+
+    Raises:
+        ThinwireError: a value outside its range.
+
+    **Wire**: that of ``TopK(capacity)``, however many reach the threshold.
+
+    Example:
+        >>> x = torch.tensor([0.5, -3.0, 1.0, 2.0])
+        >>> Threshold(2.5, capacity=0.5).decompress(
+        ...     Threshold(2.5, capacity=0.5).compress(x, {}, NOWHERE), x, {}, NOWHERE).write_to(out := torch.empty(4))
+        >>> out
+        tensor([ 0., -3.,  0.,  0.])
+
+    Source: A. Aji, K. Heafield, "Sparse Communication for Distributed Gradient Descent", 2017, arXiv:1704.05021;
+    N. Strom, "Scalable distributed DNN training using commodity GPU cloud computing", 2015.
+
+    Departures: the capacity, since a collective needs one size on all ranks.
+    """
+
+    cuttable: ClassVar[bool] = True
+
+    threshold: float
+    capacity: float
+    values: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.threshold > 0.0:
+            raise ThinwireError(f"threshold is {self.threshold}; it must be above 0; TopK(density) needs none")
+        if not 0.0 < self.capacity <= 1.0:
+            raise ThinwireError(f"capacity is {self.capacity}; it is the most kept/total and must be in (0, 1]")
+        self.packer()
+
+    def packer(self) -> TopK:
+        """What turns a selection into a payload, and back."""
+        return TopK(self.capacity, self.values)
+
+    def with_density(self, density: float) -> "Threshold":
+        return replace(self, capacity=max(density, self.capacity))
+
+    def denser(self, factor: float) -> "Threshold":
+        return replace(self, capacity=min(1.0, factor * self.capacity))
+
+    @property
+    def needs_feedback(self) -> bool:
+        return True
+
+    def contraction(self, n: int) -> float:
+        return 1.0 / (2 * max(n, 1))  # the largest is sent
+
+    def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
+        if x.is_meta:
+            return self.packer().compress(x, state, ctx)
+        flattened = flat(x)
+        chosen = bounded(flattened.abs(), self.threshold, self.packer().k(x.numel()))
+        return self.packer().encode(chosen, flattened[chosen], x.numel(), ctx)
+
+    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
+        chosen = bounded(x.values.abs(), self.threshold, self.packer().k(like.numel()))
+        return self.packer().encode(x.indices[chosen], x.values[chosen].to(like.dtype), like.numel(), ctx)
+
+    def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
+        return self.packer().decompress(payload, like, state, ctx)

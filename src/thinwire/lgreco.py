@@ -1,0 +1,246 @@
+"""L-GreCo: a policy that chooses for every parameter how strongly it is compressed, beside the path.
+
+It looks at what the compressors are given, tabulates what each candidate would lose of it, and changes the method.
+"""
+
+import glob
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+import torch
+from torch import Tensor
+
+from thinwire.core import Compressor, Context
+from thinwire.exchange.cost import measure
+from thinwire.link import Kind, Link, wire_bytes
+from thinwire.policy.allocate import improve, total
+from thinwire.policy.plan import Method, Rule
+from thinwire.session import Session
+from thinwire.tensors import ThinwireError
+from thinwire.units import DENSE, Unit, Worker, payload_nbytes
+
+Objective: TypeAlias = Literal["bytes", "seconds"]
+Error: TypeAlias = Literal["l2", "l2sq"]
+Rows: TypeAlias = "dict[str, list[float]]"
+
+FAMILIES: dict[str, Callable[[Any], Sequence[float]]] = {
+    "rank": lambda rank: range(max(1, rank // 2), 2 * rank + 1),
+    "density": lambda density: [min(1.0, density * 10 ** (j / 10)) for j in range(-10, 11)],
+    "bits": lambda bits: range(2, 9),
+}
+"""The grid of a hyper-parameter, around the value that it has."""
+
+
+def family(compressor: Compressor) -> list[Compressor]:
+    """The same compressor, more and less lossy: ranks of half to twice its own, densities of a tenth to ten times, 2
+    to 8 bits; of a chain, what its first part allows.
+
+    Example:
+        >>> [one.rank for one in family(PowerSGD(4))]
+        [2, 3, 4, 5, 6, 7, 8]
+    """
+    for one in fields(cast(Any, compressor)):
+        value = getattr(compressor, one.name)
+        if one.name in FAMILIES and value is not None:
+            return [replace(cast(Any, compressor), **{one.name: v}) for v in FAMILIES[one.name](value)]
+        if isinstance(value, Compressor):
+            return [replace(cast(Any, compressor), **{one.name: v}) for v in family(value)]
+    return [compressor]
+
+
+@dataclass
+class Snapshot:
+    """The mean of what one worker was asked to send, unit by unit: one word an element while it looks."""
+
+    names: frozenset[str]
+    sums: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    counts: dict[str, int] = field(default_factory=dict[str, int])
+
+    def look(self, name: str, x: Tensor) -> None:
+        if name in self.names:
+            if name in self.sums:
+                self.sums[name] += x
+            else:
+                self.sums[name] = x.clone()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def mean(self, name: str) -> Tensor:
+        return self.sums[name] / self.counts[name]
+
+
+@dataclass
+class LGreCo:
+    """Every ``every`` steps, the plan of the fewest bytes that loses no more than the method as it was attached.
+
+    ``minimise sum cost_l(q_l)  with  sum E_l(q_l) <= slack * sum E_l(default)``, ``E = ||A - C(A)||``, where A is the
+    mean of what a worker's compressor was given in the last ``looks`` steps. Each worker makes a table of its own;
+    tables are averaged, so all ranks find the same plan. Residuals are kept.
+
+    Args:
+        candidates: compressors to choose from, of one family or several; None for ``family`` of each unit's own.
+            Dense is always one.
+        every: steps between plans, more than ``looks``; the first is made after a warm-up.
+        looks: steps that are averaged.
+        objective: ``"bytes"`` that a worker sends, or ``"seconds"`` of the link, each unit as a message of its own.
+        error: ``"l2"`` sums norms over parameters, as the paper's code does; ``"l2sq"`` sums their squares.
+        slack: how much of the uniform plan's error is allowed, above 0.
+        resolution: see ``thinwire.policy.allocate``.
+
+    Raises:
+        ThinwireError: a value outside its range.
+
+    **Wire**: the tables, as text: some 20 bytes for each parameter and candidate, once a plan; the ledger tells.
+
+    Example:
+        >>> LGreCo(candidates=[TopK(0.001), TopK(0.01), PowerSGD(2)], every=500).objective
+        'bytes'
+
+    Source: M. Alimohammadi, I. Markov, E. Frantar, D. Alistarh, "L-GreCo: Layerwise-Adaptive Gradient Compression for
+    Efficient and Accurate Deep Learning", MLSys 2024, arXiv:2210.17357.
+
+    Departures: errors are averaged over all ranks, where the paper plans from rank 0's gradients; the uniform plan is
+    kept where rounding would lose to it; a new rank keeps the directions found so far.
+    """
+
+    candidates: Sequence[Compressor] | None = None
+    every: int = 1000
+    looks: int = 10
+    objective: Objective = "bytes"
+    error: Error = "l2"
+    slack: float = 1.0
+    resolution: int = 10_000
+    seconds: float = field(default=0.0, init=False)
+    """Spent on plans so far."""
+    plan: dict[str, Compressor] = field(default_factory=dict[str, Compressor], init=False)
+    """The last one."""
+
+    def __post_init__(self) -> None:
+        if self.objective not in get_args(Objective):
+            raise ThinwireError(f"objective is {self.objective!r}; choose 'bytes' or 'seconds'")
+        if self.error not in get_args(Error):
+            raise ThinwireError(f"error is {self.error!r}; choose 'l2' or 'l2sq'")
+        if not 0 < self.looks < self.every:
+            raise ThinwireError(f"looks is {self.looks} and every {self.every}; they must be 0 < looks < every")
+        if (
+            not 0.0 < self.slack < math.inf
+            or self.resolution < 1
+            or (self.candidates is not None and not self.candidates)
+        ):
+            raise ThinwireError(
+                f"slack is {self.slack}, resolution {self.resolution}, candidates {self.candidates}; slack must be "
+                "above 0, resolution at least 1, and candidates not empty"
+            )
+        self._base: Method | None = None
+        self._link: Link | None = None
+
+    def after_step(self, session: Session) -> None:
+        """See ``thinwire.session.Policy``. A collective call at every ``every``-th step."""
+        if self._base is None:
+            self._base = session.method
+        warm = self._base.warmup.length if self._base.warmup else 0
+        phase = session.step % self.every
+        if phase == 0 and all(worker.watch is not None for worker in session.workers) and session.step > warm:
+            self._replan(session, self._base)
+        for worker in session.workers:
+            if phase < self.every - self.looks or session.step < warm:
+                worker.watch = None
+            elif worker.watch is None:
+                worker.watch = Snapshot(frozenset(unit.name for unit in self._units(session)))
+
+    def _units(self, session: Session) -> list[Unit]:
+        """Those that the method compressed before there was a plan."""
+        return [unit for unit in session.units if self._rule(unit).compressor != DENSE]
+
+    def _rule(self, unit: Unit) -> Rule:
+        return cast(Method, self._base).rule(unit.name, unit.param.shape, unit.param.numel())
+
+    def _replan(self, session: Session, base: Method) -> None:
+        started = time.perf_counter()
+        seen = [cast(Snapshot, worker.watch) for worker in session.workers]
+        units = [unit for unit in self._units(session) if all(unit.name in one.sums for one in seen)]
+        options = {unit.name: self._options(unit) for unit in units}
+        own = [self._table(worker, units, options, session) for worker in session.workers]
+        texts = session.collective.exchange_text(json.dumps(own))
+        tables = own if len(own) > 1 else [cast(Rows, table) for text in texts for table in json.loads(text)]
+        known = [unit for unit in units if all(unit.name in table for table in tables)]
+        errors = [[math.fsum(e) / len(e) for e in zip(*(t[unit.name] for t in tables), strict=True)] for unit in known]
+        costs = [[self._cost(session, unit, option) for option in options[unit.name]] for unit in known]
+        uniform = [options[unit.name].index(self._rule(unit).compressor) for unit in known]
+        if not all(math.isfinite(e) for row in errors for e in row) or not known:
+            session.ledger.note(f"step {session.step}: no new plan, since what was looked at is not finite")
+            return
+        chosen = improve(costs, errors, uniform, self.slack, self.resolution)
+        self.plan = {unit.name: options[unit.name][q] for unit, q in zip(known, chosen, strict=True)}
+        rules = (Rule(one, self._rule(unit).memory, glob.escape(unit.name)) for unit, one in self._planned(known))
+        method = replace(base, rules=(*rules, *base.rules), warmup=None)
+        spent = time.perf_counter() - started
+        self.seconds += spent
+        session.ledger.note(
+            f"step {session.step}: L-GreCo plans {total(costs, chosen):,.6g} {self.objective} a step where uniform "
+            f"takes {total(costs, uniform):,.6g}, losing {total(errors, chosen):.4g}, not {total(errors, uniform):.4g} "
+            f"({digest(method)}; {spent:.2f} s, {len(texts[0]):,} bytes to each rank): "
+            + ", ".join(f"{name} {choice!r}" for name, choice in self.plan.items())
+        )
+        if method.rules != session.method.rules:
+            session.set_method(method)
+
+    def _planned(self, units: Iterable[Unit]) -> list[tuple[Unit, Compressor]]:
+        return [(unit, self.plan[unit.name]) for unit in units]
+
+    def _options(self, unit: Unit) -> list[Compressor]:
+        """The candidates of one unit, each once; its own and dense among them."""
+        own = self._rule(unit).compressor
+        offered = family(own) if self.candidates is None else self.candidates
+        fitting = [one for one in offered if one.declines(unit.param.shape) is None]
+        return list(dict.fromkeys([own, *fitting, DENSE]))
+
+    def _table(
+        self, worker: Worker, units: Sequence[Unit], options: dict[str, list[Compressor]], session: Session
+    ) -> Rows:
+        found: Rows = {}
+        for unit in units:
+            ctx = Context(session.seed, session.step, unit.name, worker.rank, worker.kernels)
+            squares = losses(cast(Snapshot, worker.watch).mean(unit.name), options[unit.name], ctx)
+            found[unit.name] = [float(f"{e if self.error == 'l2sq' else math.sqrt(e):.6g}") for e in squares]
+        return found
+
+    def _cost(self, session: Session, unit: Unit, option: Compressor) -> float:
+        kind: Kind = "all_reduce" if option.summable else "all_gather"
+        nbytes, world = payload_nbytes(option, unit.like), session.collective.world
+        if self.objective == "bytes":
+            return wire_bytes(kind, nbytes, world) if world > 1 else nbytes
+        if self._link is None:
+            link = session.collective.link
+            self._link = link or measure(session.collective, session.timeout, unit.param.device)
+        return self._link.seconds(kind, nbytes, world)
+
+
+@torch.no_grad()
+def losses(x: Tensor, options: Sequence[Compressor], ctx: Context) -> list[float]:
+    """``||x - C(x)||^2`` of each; a family that knows a shortcut takes it, any other is tried."""
+    found: dict[int, float] = {}
+    kinds: dict[type[Compressor], list[int]] = {}
+    for j, option in enumerate(options):
+        kinds.setdefault(type(option), []).append(j)
+    for members in kinds.values():
+        alike = [options[j] for j in members]
+        known = alike[0].losses(x, alike)
+        found |= zip(members, known if known is not None else [tried(one, x, ctx) for one in alike], strict=True)
+    return [found[j] for j in range(len(options))]
+
+
+def tried(compressor: Compressor, x: Tensor, ctx: Context) -> float:
+    """``||x - C(x)||^2``, by compressing."""
+    state, rest = compressor.init(x, ctx), x.clone()
+    compressor.decompress(compressor.compress(x, state, ctx), x, state, ctx).add_to(rest, alpha=-1.0)
+    return float(rest.double().square().sum())
+
+
+def digest(method: Method) -> str:
+    """A short name of a plan, the same on all ranks that hold it."""
+    return hashlib.sha256(method.to_json().encode()).hexdigest()[:12]

@@ -1,0 +1,214 @@
+"""What a session asks of an optimizer that is part of a method, and the rule by which a variance is frozen.
+
+Such an optimizer has one clock for all parameters, counts the steps that it has really made, and keeps it in its
+``param_groups``, so that its own checkpoint carries it.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from thinwire.core import Absorbed
+from thinwire.tensors import ThinwireError, float_at_least_32
+
+FreezeStep: TypeAlias = int | Literal["auto"] | None
+"""Dense steps before the variance is frozen; by the ratio test; or never."""
+SETTLED = 0.96
+"""The variance has settled when the smaller of two looks at its l1 norm is this share of the larger."""
+UNKNOWN = 0.0
+"""The density of an exchange that is not decided yet; no real one is 0."""
+
+
+class Partner(torch.optim.Optimizer):
+    """An optimizer that decides, with the session, how its gradients are exchanged.
+
+    All of it must be the same on all ranks: it follows from the steps made and from what all ranks received.
+    """
+
+    takes: ClassVar[str]
+    """What it wants as ``grad``: what a memory says that it ``gives``."""
+    recipe: ClassVar[str]
+    """The method that gives it."""
+    attached: bool = False
+
+    def __init__(self, params: ParamsT, lr: float, betas: tuple[float, float], eps: float, **rest: Any) -> None:
+        check(lr, betas, eps, rest.get("weight_decay", 0.0))
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "steps": 0, **rest})
+        self.notes: list[str] = []
+        """What the ledger is to say."""
+
+    @abstractmethod
+    def density(self, ahead: int = 0) -> float | None:
+        """Of the exchange ``ahead`` steps from the next: 1 for dense, None for the method's own, or ``UNKNOWN``."""
+
+    @abstractmethod
+    def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Step one parameter."""
+
+    def live(self, param: Tensor) -> Tensor | None:
+        """1 where an element of ``param`` takes part in the exchange and 0 where it does not; None for all of it."""
+        return None
+
+    def settings(self) -> dict[int, Absorbed]:
+        """What the memory does for the optimizer, by the parameter's id."""
+        return {id(p): Absorbed() for group in self.param_groups for p in group["params"]}
+
+    def rule(self) -> str:
+        """One line that must be the same on all ranks."""
+        return f"{type(self).__name__} at step {self.steps}"
+
+    @property
+    def steps(self) -> int:
+        """How many it has made."""
+        return self.param_groups[0]["steps"]
+
+    def after(self) -> None:
+        """A step has been made."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Step all parameters that have a gradient; where none has, nothing happens, and no time passes.
+
+        Raises:
+            ThinwireError: no method is attached to this optimizer, or a closure is given.
+        """
+        if closure is not None:
+            raise ThinwireError("step(closure) runs backward inside the step; call backward first, then step()")
+        if not self.attached:
+            raise ThinwireError(
+                f"{type(self).__name__} steps with what {self.recipe} hands it, and nothing is attached; call "
+                f"thinwire.attach(ddp, {self.recipe}, optimizer=optimizer) before the first backward"
+            )
+        work = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for param, group in work:
+            self.update(param, param.grad, self.state[param], group)
+        if work:
+            for group in self.param_groups:
+                group["steps"] += 1
+            self.after()
+
+    def variances(self) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
+        """Each variance there is, with the state it stands in and its group."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if "exp_avg_sq" in (state := self.state.get(param, {})):
+                    yield state["exp_avg_sq"], state, group
+
+
+class Freezing(Partner):
+    """One that exchanges densely until its variance is frozen, by step or by the ratio test, and compressed after.
+
+    The ratio test looks every ``1 / (1 - beta2)`` steps at ``||v / (1 - beta2^t)||_1`` over all parameters, and freezes
+    when it has changed by less than 4 % while the learning rate has not grown.
+    """
+
+    takes: ClassVar[str] = "momentum"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        freeze_step: FreezeStep,
+        bias_correction: bool,
+        **rest: Any,
+    ) -> None:
+        if freeze_step is not None and freeze_step != "auto" and not (type(freeze_step) is int and freeze_step >= 1):
+            raise ThinwireError(
+                f"freeze_step is {freeze_step!r}; give a number of steps from 1 on (15 to 25 % of the training, not "
+                "less than the learning rate's warm-up), 'auto', or None for never"
+            )
+        rest |= {"weight_decay": weight_decay, "freeze_step": freeze_step, "bias_correction": bias_correction}
+        super().__init__(params, lr, betas, eps, **rest, frozen_at=None, looked=None)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the variance stays as it is from now on."""
+        return self.param_groups[0]["frozen_at"] is not None
+
+    def rule(self) -> str:
+        group = self.param_groups[0]
+        return f"{super().rule()}, freeze_step {group['freeze_step']!r}, frozen at {group['frozen_at']}"
+
+    def settings(self) -> dict[int, Absorbed]:
+        return {id(p): Absorbed(group["betas"][0]) for group in self.param_groups for p in group["params"]}
+
+    def density(self, ahead: int = 0) -> float | None:
+        group = self.param_groups[0]
+        end = group["freeze_step"] if group["frozen_at"] is None else group["frozen_at"]
+        if end == "auto":  # there may have been a decision in between, or there may be one
+            looks = (self.steps + max(ahead, 0)) % self._every == 0 and self.steps + ahead > 0
+            return UNKNOWN if ahead and looks else 1.0
+        return 1.0 if end is None or self.steps + ahead < end else None
+
+    @property
+    def _every(self) -> int:
+        return max(1, round(1.0 / (1.0 - self.param_groups[0]["betas"][1])))
+
+    def live(self, param: Tensor) -> Tensor | None:
+        if not self.frozen:
+            return None
+        v = self.state.get(param, {}).get("exp_avg_sq")
+        if v is None:
+            return torch.zeros_like(param, dtype=torch.bfloat16)
+        return None if bool(v.all()) else (v != 0).to(torch.bfloat16)
+
+    def after(self) -> None:
+        group = self.param_groups[0]
+        if self.frozen:
+            return
+        if group["freeze_step"] == self.steps:
+            self._freeze("as it was told")
+        elif group["freeze_step"] == "auto" and self.steps % self._every == 0:
+            sizes = [
+                float(v.sum(dtype=torch.float64)) / (1.0 - own["betas"][1] ** float(state["step"]))
+                for v, state, own in self.variances()
+            ]
+            now, lr = sum(sizes), float(group["lr"])
+            before, lr_before = group["looked"] or (0.0, 0.0)
+            if min(before, now) >= SETTLED * max(before, now) > 0.0 and lr <= lr_before:
+                self._freeze(f"it was {now:.4g} in the l1 norm, and {before:.4g} {self._every} steps before")
+            for each in self.param_groups:
+                each["looked"] = [now, lr]
+
+    def _freeze(self, why: str) -> None:
+        for group in self.param_groups:
+            group["frozen_at"] = self.steps
+        dead = sum(int((v == 0).sum()) for v, _, _ in self.variances())
+        left_out = f"; {dead:,} elements whose variance is 0 are left out from here on" if dead else ""
+        self.notes.append(f"the variance is frozen after {self.steps} steps ({why}){left_out}")
+
+    def recovered(self, m: Tensor, state: dict[str, Any], beta1: float) -> Tensor:
+        """The mean gradient that led from the last momentum to this one."""
+        return m.to(state["exp_avg"].dtype).sub(state["exp_avg"], alpha=beta1).div_(1.0 - beta1)
+
+
+def fresh(state: dict[str, Any], param: Tensor, *names: str) -> None:
+    """Fill the state of a parameter that has none: zeros, in float32 at least."""
+    if not state:
+        dtype = float_at_least_32(param.dtype)
+        state["step"] = torch.tensor(0.0)
+        for name in names:
+            state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def check(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    if not float(lr) >= 0.0:
+        raise ThinwireError(f"lr is {lr}; it must not be negative")
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ThinwireError(f"betas are {betas}; both must be in [0, 1), e.g. (0.9, 0.999)")
+    if not eps > 0.0:
+        raise ThinwireError(f"eps is {eps}; it must be above 0, e.g. 1e-8")
+    if not weight_decay >= 0.0:
+        raise ThinwireError(f"weight_decay is {weight_decay}; it must not be negative")
+
+
+def takes(optimizer: torch.optim.Optimizer | None) -> str:
+    """What it wants as ``grad``."""
+    return cast(str, getattr(optimizer, "takes", "gradient"))

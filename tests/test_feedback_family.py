@@ -1,0 +1,394 @@
+"""Error feedback and its relatives: equalities between them, what they conserve, and real runs."""
+
+import math
+
+import pytest
+import torch
+
+import thinwire
+from tests.engines.models import build, simulated, train_ddp
+from thinwire import EF21, EControl, ErrorFeedback, MomentumCorrection, ThinwireError, TopK, theory
+from thinwire.checkpoint import restore, save
+from thinwire.compressors.cast import Cast
+from thinwire.core import NOWHERE, Context
+from thinwire.methods import econtrol, ef14, ef21, ef21_bc, ef21_pp, ef21_sgdm, ef21_w
+from thinwire.policy.plan import Method
+from thinwire.sim.workers import SimulatedWorkers
+from thinwire.units import TwoCopies
+
+WORKERS, D, K = 3, 24, 4
+EXACT = {"rtol": 0.0, "atol": 1e-12}
+TOP = TopK(K / D)
+RECIPES = {
+    "ef14": ef14(0.1),
+    "ef14-decay": ef14(0.1, decay=0.9),
+    "ef21": ef21(0.1, warmup=thinwire.Warmup(1, (1.0,))),
+    "ef21_sgdm": ef21_sgdm(0.1),
+    "ef21_w": ef21_w(0.1),
+    "ef21_pp": ef21_pp(0.1, participation=0.5),
+    "ef21_bc": ef21_bc(0.1, 0.3),
+    "econtrol": econtrol(0.1),
+    "econtrol-two-phase": econtrol(0.1, route="two_phase"),
+    "ef21-two-phase": ef21(0.1, route="two_phase"),
+}
+
+
+class Quadratic:
+    """Workers that pull towards different points, in float64, with noise; memories and compressor by hand."""
+
+    def __init__(self, memory, compressor=TOP, lr=0.05, noise=0.3):
+        self.memory, self.compressor, self.lr, self.noise = memory, compressor, lr, noise
+        generator = torch.Generator().manual_seed(1)
+        self.targets = torch.randn(WORKERS, D, generator=generator, dtype=torch.float64)
+        self.x = torch.zeros(D, dtype=torch.float64)
+        self.local = [TwoCopies.of(memory.init(self.x)) for _ in range(WORKERS)]
+        self.shared = TwoCopies.of(memory.init_shared(self.x))
+        self.asked = torch.zeros_like(self.x)  # sum over steps of lr * mean gradient
+        self.step = 0
+
+    def gradient(self, worker):
+        generator = torch.Generator().manual_seed(100 * self.step + worker)
+        return self.x - self.targets[worker] + self.noise * torch.randn(D, generator=generator, dtype=torch.float64)
+
+    def run(self, steps, look=lambda *_: None):
+        xs = []
+        for _ in range(steps):
+            mean = torch.zeros_like(self.x)
+            for i, state in enumerate(self.local):
+                ctx, g = Context(0, self.step, "w", i), self.gradient(i)
+                self.asked += self.lr / WORKERS * g
+                x = self.memory.compensate(g, self.x, state.now, state.next, ctx=ctx)
+                own = self.compressor.decompress(self.compressor.compress(x, {}, ctx), x, {}, ctx)
+                before = x.clone()
+                self.memory.sent(x, own, state.next)
+                own.add_to(mean, 1.0 / WORKERS)
+                look(i, g, before, own, state)
+            h = self.memory.receive(mean, self.x, self.shared.now, self.shared.next, Context(0, self.step, "w", 0))
+            for state in (*self.local, self.shared):
+                state.commit()
+            self.x = self.x - self.lr * h
+            self.step += 1
+            xs.append(self.x)
+        return torch.stack(xs)
+
+    def mean(self, key):
+        return torch.stack([state.now[key] for state in self.local]).mean(0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (EControl(0.0), EF21()),
+        (EF21(1.0), EF21()),
+        (EF21(participation=1.0), EF21()),
+        (EF21(downlink=Cast()), EF21()),
+        (MomentumCorrection(masking=False), ErrorFeedback()),
+        (MomentumCorrection(), ErrorFeedback()),
+    ],
+    ids=["econtrol", "sgdm", "pp", "bc", "dgc", "dgc-masking"],
+)
+def test_special_cases_are_equal(one, other):
+    torch.testing.assert_close(Quadratic(one).run(60), Quadratic(other).run(60), **EXACT)
+
+
+def test_a_weighted_ef21_is_ef21():
+    """EF21-W by its definition, with weights of any size; equal ones give the same bits."""
+    for weights, tolerance in ((torch.ones(WORKERS) / WORKERS, 0.0), (torch.tensor([0.2, 0.5, 0.3]), 1e-12)):
+        plain, x = Quadratic(EF21()), torch.zeros(D, dtype=torch.float64)
+        scale = (weights.double() * WORKERS)[:, None]
+        h = torch.zeros(WORKERS, D, dtype=torch.float64)
+        weighted = Quadratic(EF21())
+        for _ in range(60):
+            weighted.x = x
+            wanted = torch.stack([weighted.gradient(i) for i in range(WORKERS)]) / scale - h
+            for i, row in enumerate(wanted):
+                TOP.decompress(TOP.compress(row, {}, NOWHERE), row, {}, NOWHERE).add_to(h[i])
+            x = x - 0.05 * (scale * h).mean(0)
+            weighted.step += 1
+            torch.testing.assert_close(plain.run(1)[0], x, rtol=0.0, atol=max(tolerance, 1e-14))
+
+
+@pytest.mark.parametrize(
+    "memory", [ErrorFeedback(), EF21(), EF21(downlink=TopK(1.0)), EControl(0.0)], ids=["ef14", "ef21", "bc", "econtrol"]
+)
+def test_without_loss_it_is_sgd(memory):
+    run = Quadratic(memory, TopK(1.0))
+    run.run(40)
+    torch.testing.assert_close(run.x, -run.asked, **EXACT)
+
+
+def test_without_loss_sgdm_is_momentum_sgd():
+    run, velocity = Quadratic(EF21(0.1), TopK(1.0)), torch.zeros(D, dtype=torch.float64)
+    for _ in range(40):
+        g = torch.stack([run.gradient(i) for i in range(WORKERS)]).mean(0)
+        velocity = 0.9 * velocity + g
+        expected = run.x - 0.1 * run.lr * velocity
+        torch.testing.assert_close(run.run(1)[0], expected, **EXACT)
+
+
+@pytest.mark.parametrize("memory", [ErrorFeedback(), EControl(K / D), EControl(0.5 * K / D)], ids=str)
+def test_the_virtual_iterate_is_sgd(memory):
+    run = Quadratic(memory)
+    run.run(80)
+    pending = run.mean("residual")
+    assert pending.abs().max() > 0
+    torch.testing.assert_close(run.x - run.lr * pending, -run.asked, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "memory", [EF21(), EF21(0.2), EF21(0.5, 0.5), EF21(downlink=TopK(0.3)), EControl(K / D)], ids=str
+)
+def test_estimates_telescope_and_their_mean_is_shared(memory):
+    total = torch.zeros(WORKERS, D, dtype=torch.float64)
+    run = Quadratic(memory)
+    run.run(80, lambda i, g, x, own, state: own.add_to(total[i]))
+    torch.testing.assert_close(torch.stack([s.now["estimate"] for s in run.local]), total, **EXACT)
+    torch.testing.assert_close(run.shared.now["estimate"], run.mean("estimate"), **EXACT)
+
+
+def test_every_step_contracts_and_frozen_parameters_are_reached():
+    def contracts(i, g, x, own, state):
+        left = (state.next["estimate"] - g).square().sum()
+        assert left <= (1 - K / D) * x.square().sum() * (1 + 1e-12)
+
+    Quadratic(EF21()).run(30, contracts)
+    still = Quadratic(EF21(), lr=0.0, noise=0.0)
+    still.run(math.ceil(D / K))
+    torch.testing.assert_close(still.shared.now["estimate"], -still.targets.mean(0), **EXACT)
+
+
+def test_the_worked_example_of_econtrol():
+    memory, g = EControl(0.5), torch.tensor([2.0, 1.0])
+    state, sent, errors = TwoCopies.of(memory.init(g)), [], []
+    for _ in range(3):
+        x = memory.compensate(g, g, state.now, state.next)
+        payload = TopK(0.5).compress(x, {}, NOWHERE)
+        own = TopK(0.5).decompress(payload, x, {}, NOWHERE)
+        own.write_to(out := torch.empty(2))
+        memory.sent(x, own, state.next)
+        state.commit()
+        sent.append(out.tolist())
+        errors.append(state.now["residual"].tolist())
+    assert sent == [[2.0, 0.0], [0.0, 1.5], [0.0, -0.25]]
+    assert errors == [[0.0, 1.0], [0.0, 0.5], [0.0, 0.25]]
+
+
+def test_who_is_absent_changes_nothing():
+    memory = EF21(0.5, participation=0.5)
+    coins = [[memory.present(Context(0, step, unit, 1)) for unit in ("a", "b[0:9]")] for step in range(400)]
+    assert all(a == b for a, b in coins), "one coin for all parameters"
+    assert 150 < sum(a for a, _ in coins) < 250
+    seen = set()
+
+    def look(i, g, x, own, state):
+        here = memory.present(Context(0, run.step, "w", i))
+        seen.add(here)
+        if not here:
+            assert x.count_nonzero() == 0
+            assert all(torch.equal(state.now[key], state.next[key]) for key in state.now)
+
+    run = Quadratic(memory)
+    run.run(20, look)
+    assert seen == {True, False}
+
+
+def test_decay_shrinks_the_residual():
+    memory, g = ErrorFeedback(decay=0.5), torch.tensor([0.0, 1.0])
+    assert memory.accumulation is None
+    new = memory.init(g)
+    assert memory.compensate(g, g, {"residual": torch.tensor([4.0, 2.0])}, new).tolist() == [2.0, 2.0]
+
+
+def trained(rank, name):
+    parameters, wire = train_ddp(rank, RECIPES[name], 4, sgd={"momentum": 0.0}, kernels="reference")
+    local = {unit: state.now for unit, state in wire.workers[0].local.items()}
+    shared = {unit.name: unit.shared.now for unit in wire.units}
+    wire.detach()
+    return parameters, wire.ledger.rows, local, shared
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_real_run_equals_the_simulated_one(world2, name):
+    torch.set_num_threads(1)
+    (parameters, rows, local, shared), (others, _, other, _) = world2.run(trained, name)
+    expected, result = simulated(RECIPES[name], 2, 4, sgd={"momentum": 0.0})
+    assert torch.equal(parameters, others)
+    assert torch.equal(parameters, expected)
+    assert [row.wire_bytes for row in rows] == [row.wire_bytes for row in result.ledger.rows]
+    assert 0 < rows[-1].compressed_wire_bytes < 0.6 * rows[-1].compressed_dense_bytes
+    assert (rows[0].error > 0) == (RECIPES[name].warmup is None), "its warm-up is a dense step"
+    for unit, state in shared.items():
+        for key in state.keys() & local[unit].keys():
+            mean = (local[unit][key] + other[unit][key]) / 2
+            torch.testing.assert_close(mean, state[key], rtol=1e-5, atol=1e-6)
+
+
+def start(method, workers=4):
+    param = torch.nn.Parameter(torch.zeros(8, 30))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    return param, SimulatedWorkers(torch.nn.ParameterList([param]), method, optimizer, workers)
+
+
+def advance(param, sim, steps):
+    targets = torch.randn(len(sim.peers), *param.shape, generator=torch.Generator().manual_seed(2))
+    for _ in range(steps):
+        sim.step(lambda worker: (param - targets[worker]).square().sum() / 2)
+
+
+def states_of(sim):
+    return [worker.local["0"].now for worker in sim.session.workers], sim.session.units[0].shared.now
+
+
+def assert_mirrored(sim):
+    local, shared = states_of(sim)
+    torch.testing.assert_close(torch.stack([s["estimate"] for s in local]).mean(0), shared["estimate"])
+    assert shared["estimate"].abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["ef21_sgdm", "econtrol", "ef21_bc"])
+@pytest.mark.parametrize("way", ["fold", "reset"])
+def test_another_world_size_keeps_what_is_shared(name, way):
+    param, sim = start(RECIPES[name])
+    advance(param, sim, 12)
+    unit = sim.session.units[0]
+    clock = {"world": 4, "step": 12, "installed_at": 0}
+    saved = [save([unit], w, lambda t, like=None: t.unsqueeze(0), clock, RECIPES[name].to_json()) for w in sim.session.workers]
+    param, small = start(RECIPES[name], 2)
+    restored = restore(saved, small.session.units, 0, 2, way)
+    local, shared = restored.local["0"], restored.shared["0"]
+    torch.testing.assert_close(local["estimate"], shared["estimate"])
+    assert torch.equal(shared["estimate"], unit.shared.now["estimate"])
+    if "residual" in local:
+        assert (local["residual"].abs().max() > 0) == (way == "fold")
+    # under a method that mirrors nothing, and from one
+    _, other = start(ef14(0.1), 2)
+    found = restore(saved, other.session.units, 0, 2, way)
+    assert found.shared["0"] == {}
+    assert set(found.local["0"]) == {"residual"}
+    assert any("estimate has no place" in note for note in found.notes)
+
+
+def test_a_checkpoint_of_another_method_takes_no_residual_for_a_difference():
+    param, sim = start(ef14(0.1), 1)
+    advance(param, sim, 5)
+    clock = {"world": 1, "step": 5, "installed_at": 0}
+    saved = save(sim.session.units, sim.session.workers[0], lambda t, like=None: t.unsqueeze(0), clock, ef14(0.1).to_json())
+    found = restore(saved, start(ef21(0.1), 1)[1].session.units, 0, 1, "error")
+    assert found.local["0"]["estimate"].count_nonzero() == found.shared["0"]["estimate"].count_nonzero() == 0
+    assert any("residual has no place in the present method and was dropped" in note for note in found.notes)
+
+
+def test_change_in_mid_run_keeps_estimates_or_drops_both():
+    param, sim = start(ef21(0.1))
+    advance(param, sim, 6)
+    for method in (ef21_sgdm(0.1), econtrol(0.1), ef21_bc(0.1, 0.5)):
+        sim.session.set_method(method)
+        assert_mirrored(sim)
+        advance(param, sim, 3)
+        assert_mirrored(sim)
+    sim.session.set_method(ef14(0.1))
+    assert [set(state) for state in states_of(sim)[0]] == [{"residual"}] * 4
+    assert states_of(sim)[1] == {}
+    advance(param, sim, 3)
+
+
+def test_a_residual_that_meets_differences_is_delivered_once():
+    param, sim = start(ef14(0.1))
+    advance(param, sim, 5)
+    pending = torch.stack([state["residual"] for state in states_of(sim)[0]]).mean(0)
+    assert pending.abs().max() > 0
+    sim.session.set_method(ef21(0.1))
+    before = param.detach().clone()
+    advance(param, sim, 1)
+    sent = (before - param.detach()) / 0.1
+    torch.testing.assert_close(sent - states_of(sim)[1]["estimate"], pending)
+    assert "carried" not in states_of(sim)[1]
+    assert_mirrored(sim)
+
+
+def test_ranks_that_change_method_together_deliver_the_residual(world2):
+    for kept, left in world2.run(_switch):
+        assert kept
+        assert left
+
+
+def _switch(rank):
+    from torch.nn.parallel import DistributedDataParallel
+
+    from tests.engines.models import batch, loss_of
+
+    model, optimizer = build(momentum=0.0)
+    ddp = DistributedDataParallel(model)
+    wire = thinwire.attach(ddp, ef14(0.1), optimizer=optimizer, kernels="reference")
+    for step, method in enumerate([None, ef21(0.1), None]):
+        if method is not None:
+            wire.set_method(method)
+            kept = all("carried" in u.shared.now for u in wire.units if u.compressed)
+        optimizer.zero_grad()
+        loss_of(ddp, batch(rank, step)).backward()
+        optimizer.step()
+    left = not any("carried" in u.shared.now for u in wire.units)
+    wire.detach()
+    return kept, left
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EF21(0.0), r"eta is 0.0.*\(0, 1\]"),
+        (lambda: EF21(float("nan")), "eta is nan"),
+        (lambda: EF21(participation=1.5), "participation is 1.5"),
+        (lambda: EControl(-0.1), r"eta is -0.1.*\[0, 1\]"),
+        (lambda: EControl(2.0), "eta is 2.0"),
+        (lambda: ErrorFeedback(decay=0.0), "decay is 0.0"),
+        (lambda: ef21(1.5), "density is 1.5"),
+        (lambda: ef21_bc(0.1, Growing()), "Growing may lose more"),
+        (lambda: ef21(Growing()), "Growing may lose more"),
+        (lambda: econtrol(Growing(None)), "give econtrol an eta"),
+        (lambda: theory.xi(0.0), "alpha is 0.0"),
+        (lambda: theory.ef21_step(0.0, [1.0], 0.1), "must be above 0"),
+        (lambda: theory.ef21_step(1.0, [1.0], 0.1, "harmonic"), "mean is 'harmonic'"),
+        (lambda: theory.ef21_pp_step(1.0, [1.0], 0.1, 0.0), "participation is 0.0"),
+        (lambda: theory.logistic_smoothness(torch.ones(0, 3)), "at least one example"),
+    ],
+)
+def test_out_of_range(make, message):
+    with pytest.raises(ThinwireError, match=message):
+        make()
+
+
+class Growing(Cast):
+    """Says that it may lose more than it is given, or that nothing is known."""
+
+    def __init__(self, alpha=0.0):
+        super().__init__()
+        object.__setattr__(self, "alpha", alpha)
+
+    def contraction(self, n):
+        return self.alpha
+
+
+def test_an_unknown_option_is_an_error():
+    with pytest.raises(TypeError, match="colour"):
+        ef21(0.1, colour="red")
+    kept = ef21(0.1, keep_dense=["*.bias"], clip=1.0)
+    assert (kept.clip, kept.rules[0].match) == (1.0, "*.bias")
+    assert Method.from_json(ef21_bc(0.1, 0.5).to_json()) == ef21_bc(0.1, 0.5)
+
+
+def test_steps_of_the_theory():
+    each = [1.0, 2.0, 3.0]
+    assert theory.xi(1e-6) == pytest.approx(2e6, rel=1e-2)
+    assert theory.ef21_step(2.0, each, 1.0) == 0.5
+    assert theory.ef21_step(2.0, each, 0.01, "arithmetic") > theory.ef21_step(2.0, each, 0.01)
+    for alpha in (1e-6, 1e-3, 0.5, 1.0):
+        found = [theory.ef21_pp_step(2.0, each, alpha, p) for p in (0.1, 0.5, 1.0)]
+        assert 0 < found[0] < found[1] < found[2] < math.inf
+    a, r = torch.randn(50, 7, dtype=torch.float64), 0.1
+    x = torch.zeros(7, dtype=torch.float64)
+
+    def loss(x):
+        return (1 + torch.exp(-(a @ x))).log().mean() + r * (x * x / (1 + x * x)).sum()
+
+    hessian = torch.autograd.functional.hessian(loss, x)
+    assert torch.linalg.eigvalsh(hessian)[-1].item() == pytest.approx(theory.logistic_smoothness(a, r))

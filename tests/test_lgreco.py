@@ -1,0 +1,96 @@
+"""L-GreCo: plans of all ranks alike, at the uniform plan's error and fewer bytes; residuals are kept."""
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import thinwire
+from tests.engines.models import batch, build, flat_parameters, loss_of
+from thinwire import LGreCo, PowerSGD, ThinwireError, TopK, Warmup, powersgd, topk
+from thinwire.core import Context
+from thinwire.lgreco import digest, family, losses, tried
+
+MIXED = [*family(TopK(0.05)), *family(PowerSGD(2)), TopK(0.1, values="int4")]
+
+
+def _planned(rank, method, options):
+    model, optimizer = build()
+    policy = LGreCo(every=6, looks=3, **options)
+    wire = thinwire.attach(ddp := DistributedDataParallel(model), method, optimizer=optimizer, policy=policy)
+    kept = True
+    for step in range(14):
+        before = {name: two.next["residual"] for name, two in wire.workers[0].local.items() if "residual" in two.next}
+        optimizer.zero_grad()
+        loss_of(ddp, batch(rank, step)).backward()
+        optimizer.step()
+        kept &= all(torch.equal(wire.workers[0].local[name].now["residual"], r) for name, r in before.items())
+    facts = digest(wire.method), wire.ledger.notes, [row.wire_bytes for row in wire.ledger.rows], kept
+    wire.detach()
+    return flat_parameters(model), facts
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(topk(0.05), {}), (powersgd(2), {"error": "l2sq"}), (topk(0.05), {"candidates": MIXED})],
+    ids=["topk", "powersgd", "mixed"],
+)
+def test_ranks_plan_alike(world2, method, options):
+    (a, (plan, notes, sent, kept)), (b, (other, *_)) = world2.run(_planned, method, options)
+    assert torch.equal(a, b)
+    assert plan == other != digest(method)
+    assert kept
+    planned = [note for note in notes if "L-GreCo plans" in note]
+    assert len(planned) == 2
+    assert "first.weight" in planned[0]
+    torch.set_num_threads(1)
+    model, optimizer = build()
+    result = thinwire.simulate(
+        model, method, optimizer=optimizer, batches=batch, loss=loss_of, workers=2, steps=14,
+        policy=LGreCo(every=6, looks=3, **options),
+    )  # fmt: skip
+    assert torch.equal(flat_parameters(model), a), "simulator = real run"
+    assert result.ledger.dense_bytes > result.ledger.wire_bytes
+    assert result.ledger.rows[0].error > 0
+    assert max(sent[8:]) < max(sent[:6])
+
+
+def test_one_candidate_changes_nothing():
+    ends = []
+    for policy in (None, LGreCo([TopK(0.05)], every=5, looks=2)):
+        model, optimizer = build()
+        options = {"batches": batch, "loss": loss_of, "workers": 2, "steps": 12, "policy": policy}
+        thinwire.simulate(model, topk(0.05, warmup=Warmup(3, (0.5,))), optimizer=optimizer, **options)
+        ends.append(flat_parameters(model))
+    assert torch.equal(*ends)
+    assert set(policy.plan.values()) == {TopK(0.05)}
+
+
+def test_shortcuts_are_what_trying_tells():
+    x, ctx = torch.randn(40, 30).pow(3), Context(0, 0, "w", 0)
+    for options in (family(TopK(0.03)), [TopK(0.1, values="int4"), TopK(1.0), TopK(0.01)]):
+        assert losses(x, options, ctx) == pytest.approx([tried(one, x, ctx) for one in options], rel=1e-5, abs=1e-9)
+
+
+def test_families():
+    assert [one.rank for one in family(PowerSGD(1))] == [1, 2]
+    densities = [one.density for one in family(TopK(0.01))]
+    assert (min(densities), max(densities)) == pytest.approx((0.001, 0.1))
+    assert len(family(TopK(0.5) >> thinwire.Cast("float16"))) == 21
+    assert family(thinwire.Cast("float16")) == [thinwire.Cast("float16")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "joules"}, "objective is 'joules'"),
+        ({"error": "l3"}, "error is 'l3'"),
+        ({"every": 10}, "looks is 10 and every 10"),
+        ({"looks": 0}, "looks is 0"),
+        ({"slack": 0.0}, "slack is 0.0"),
+        ({"resolution": 0}, "resolution 0"),
+        ({"candidates": []}, r"candidates \[\]"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ThinwireError, match=message):
+        LGreCo(**options)
