@@ -1,8 +1,5 @@
 """Small models and training loops for FSDP2."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -10,33 +7,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import thinwire
-from thinwire.core import Compressor
-from thinwire.tensors import Dense, flat
-
-
-@dataclass(frozen=True)
-class EightBits(Compressor):
-    """An unbiased quantiser in 8 bits, with a scale for every 64 elements."""
-
-    cuttable: ClassVar[bool] = True
-    bucket: int = 64
-
-    def variance(self, n):
-        return 0.01 * self.bucket
-
-    def compress(self, x, state, ctx):
-        n = x.numel()
-        padded = torch.nn.functional.pad(flat(x).float(), (0, -n % self.bucket)).view(-1, self.bucket)
-        scale = padded.abs().amax(1)
-        levels = padded / (scale.clamp(min=1e-30) / 127).unsqueeze(1)
-        noise = 0.0 if x.is_meta else torch.rand(levels.shape, generator=ctx.generator())
-        codes = (levels + noise).floor().clamp(-127, 127).to(torch.int8)
-        return scale + 0 * padded.sum(1), codes.view(-1)[:n].clone()
-
-    def decompress(self, payload, like, state, ctx):
-        scale, codes = payload
-        spread = (scale / 127).repeat_interleave(self.bucket)[: codes.numel()]
-        return Dense(codes.float() * spread)
 
 
 class Net(nn.Module):
