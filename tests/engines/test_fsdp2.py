@@ -70,7 +70,7 @@ def test_eight_bits_of_reduce_scatter(world2, options):
     assert 0 < (short[0] - exact[0]).abs().max() < 0.1
     assert short[1]["inside_bytes"] <= 0.27 * short[1]["inside_dense_bytes"]
     assert exact[1]["inside_bytes"] == exact[1]["inside_dense_bytes"]
-    assert "| ratio of the reduce-scatter to fp32           | 3." in short[1]["report"]
+    assert "| ratio of the reduce-scatter to fp32           | 4.0" in short[1]["report"]
 
 
 def test_a_reduce_scatter_that_remembers(world2):
