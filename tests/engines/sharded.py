@@ -53,6 +53,8 @@ def build(mesh, optimizer="sgd", seed: int = 0):
     params = [p for p in model.parameters() if p.requires_grad]
     if optimizer == "adamw":
         return model, torch.optim.AdamW(params, lr=0.01)
+    if optimizer == "1-bit":
+        return model, thinwire.OneBitAdam(params, lr=0.01, freeze_step=2)
     return model, torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-3)
 
 

@@ -13,7 +13,21 @@ import thinwire
 from tests.engines.models import build as build_ddp
 from tests.engines.models import flat_parameters, train_ddp
 from tests.engines.sharded import build, data, loss_of, mesh_of, train, whole
-from thinwire import QSGD, Cast, ErrorFeedback, NoMemory, Rule, ThinwireError, dense, dgc, topk
+from thinwire import (
+    QSGD,
+    Cast,
+    ErrorFeedback,
+    LGreCo,
+    NoMemory,
+    Rule,
+    ThinwireError,
+    dense,
+    dgc,
+    ef21,
+    onebit_adam,
+    powersgd,
+    topk,
+)
 from thinwire.engines.fsdp2 import check_method
 from thinwire.sharding import own
 
@@ -86,17 +100,24 @@ METHODS = {
     "topk": {"method": topk(0.01), "optimizer": "adamw"},
     "two-phase": {"method": topk(0.05, route="two_phase"), "optimizer": "adamw"},
     "both": {"method": topk(0.05), "reduce_scatter": QSGD(8)},
+    "ef21": {"method": ef21(0.05)},
+    "powersgd": {"method": powersgd(2)},
+    "1-bit": {"method": onebit_adam(), "optimizer": "1-bit"},
+    "planned": {"method": topk(0.05), "policy": LGreCo(every=4, looks=2)},
 }
 
 
 def test_compression_between_replicas(world4):
-    steps = {name: 10 if name in ("dgc", "topk") else 3 for name in METHODS}
+    steps = {name: 3 if name in ("dgc-clip", "two-phase", "both") else 10 for name in METHODS}
     results = ran(world4, (2, 2), *({"steps": steps[name], **options} for name, options in METHODS.items()))
-    for (_, facts), number in zip(results, steps.values(), strict=True):
+    found = {name: facts for name, (_, facts) in zip(METHODS, results, strict=True)}
+    for name, facts in found.items():
         assert facts["wire_bytes"] < facts["dense_bytes"]
-        assert facts["error"] > 0
-        assert facts["step"] == number
-    assert results[4][1]["inside_bytes"] <= 0.27 * results[4][1]["inside_dense_bytes"]
+        assert (facts["error"] > 0) != (name == "1-bit"), "which begins with a dense step"
+        assert facts["step"] == steps[name]
+    assert found["both"]["inside_bytes"] <= 0.27 * found["both"]["inside_dense_bytes"]
+    assert any("the variance is frozen" in note for note in found["1-bit"]["notes"])
+    assert sum("L-GreCo plans" in note for note in found["planned"]["notes"]) == 2
 
 
 def _conserves(rank, method):
