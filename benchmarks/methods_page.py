@@ -11,12 +11,20 @@ import torch
 
 from thinwire import methods
 from thinwire.compressors import catalogue
+from thinwire.compressors.sparse import TopK
 from thinwire.core import Compressor
 from thinwire.policy.plan import Method
 from thinwire.units import payload_nbytes
 
 ELEMENTS = (1024, 1024)
-ARGUMENTS = {"compressor": 0.01, "density": 0.01, "rank": 4, "bits_per_parameter": 0.1}
+ARGUMENTS = {
+    "compressor": 0.01,
+    "downlink": TopK(0.05),
+    "participation": 0.5,
+    "density": 0.01,
+    "rank": 4,
+    "bits_per_parameter": 0.1,
+}
 """For recipes that have no default."""
 
 TEMPLATE = """# Methods
@@ -25,7 +33,17 @@ Made by `python -m benchmarks.methods_page > docs/methods.md`; change the docstr
 
 ## Which one should I use
 
-Measurements decide; none are quoted here yet.
+What has been measured so far, on small models and short runs; `benchmarks/results/` has the tables.
+
+- **Momentum SGD**: `lean(bits_per_parameter)`, which is DGC with 4-bit values and without masking. At the same bytes it ended
+  below `dgc()` as published at all three budgets of a first scan (`frontier_cpu2_202611.md`: one model, one seed).
+- **Many workers**: `route="two_phase"`, at 4 to 8 times the density: what a worker sends does not grow with their number. With 8
+  workers and 4-bit values it ended below the all-gather with 30 to 37 % of its bytes (`convergence_cpu2_202611.md`).
+- **Every other optimizer**: `topk(0.01, values="int4")`; or `onebit_adam()` with its own optimizer. Neither has been compared
+  with dense AdamW over a full schedule here.
+- **Few samples a step, and data that differs between workers**: `ef21_sgdm`. Among methods that send one element in 68 its floor
+  was the lowest, within 4 times that of SGD without compression (`convex_cpu2_202611.md`).
+- **A link faster than your backward pass**: `dense()`.
 
 ## Recipes
 

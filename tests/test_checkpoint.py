@@ -380,11 +380,12 @@ def test_a_residual_that_overflows_in_the_units_of_the_present_memory_is_refused
         restore(state, session.units, 0, 1, "error")
 
 
-def test_nothing_is_pending_in_the_shared_state():
-    session, state = _changed("shared.w", {"carried": torch.ones(6, 5)})
+def test_only_what_is_carried_is_pending_in_the_shared_state():
+    session, state = _changed("shared.w", {"carried": torch.ones(6, 5), "residual": torch.ones(6, 5)})
     restored = restore(state, session.units, 0, 1, "error")
-    assert restored.shared["w"] == {}
-    assert any("carried has no place" in note for note in restored.notes)
+    assert list(restored.shared["w"]) == ["carried"]
+    assert torch.equal(restored.local["w"]["residual"], state["local"]["w"]["residual"][0])
+    assert any("residual has no place" in note for note in restored.notes)
 
 
 @pytest.mark.parametrize("ranks", [(0, 0), (0,), (0, 1, 1)])

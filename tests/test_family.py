@@ -15,6 +15,7 @@ from tests.engines.test_ddp import _conserves, trained
 from thinwire.compressors import catalogue
 from thinwire.core import NOWHERE, Absorbed
 from thinwire.policy.plan import Method, Rule
+from thinwire.units import payload_nbytes
 
 RECIPES = {
     "qsgd": thinwire.qsgd(4),
@@ -31,6 +32,8 @@ RECIPES = {
     "randk-private": thinwire.randk(0.05, shared=False),
     "sidco": thinwire.sidco(0.02),
     "demo": thinwire.decoupled_momentum(),
+    "lean": thinwire.lean(0.5),
+    "lean-any-optimizer": thinwire.lean(0.5, momentum=False),
 }
 PLAIN = {"momentum": 0.0, "lr": 0.001}
 """For what answers signs, and for noise that momentum would amplify."""
@@ -135,6 +138,17 @@ def test_a_vote_counts_sides_alone():
 def test_bad_hyper_parameters(make, says):
     with pytest.raises(thinwire.ThinwireError, match=says):
         make()
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.06, 0.3])
+def test_lean_spends_its_budget(budget):
+    rule = thinwire.lean(budget).rule("weight", (1024, 1024), 2**20)
+    spent = 8 * payload_nbytes(rule.compressor, torch.empty(1024, 1024, device="meta")) / 2**20
+    assert 0.97 * budget < spent < 1.01 * budget
+    assert not rule.memory.masking
+    for wrong in (0.0, -1.0, float("nan"), 40.0):
+        with pytest.raises(thinwire.ThinwireError, match=f"bits_per_parameter is {wrong}"):
+            thinwire.lean(wrong)
 
 
 def test_an_unbiased_compressor_is_remembered_when_scaled():

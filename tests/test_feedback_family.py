@@ -271,6 +271,20 @@ def test_another_world_size_keeps_what_is_shared(name, way):
     assert any("estimate has no place" in note for note in found.notes)
 
 
+def test_a_checkpoint_that_lost_one_half_of_the_estimates_loses_the_other():
+    param, sim = start(ef21(0.1), 1)
+    advance(param, sim, 5)
+    clock = {"world": 1, "step": 5, "installed_at": 0}
+    saved = save(sim.session.units, sim.session.workers[0], lambda t: t.unsqueeze(0), clock, ef21(0.1).to_json())
+    whole = restore(saved, sim.session.units, 0, 1, "error")
+    assert torch.equal(whole.shared["0"]["estimate"], whole.local["0"]["estimate"])
+    assert whole.notes == []
+    saved["shared"]["0"] = {}
+    half = restore(saved, sim.session.units, 0, 1, "error")
+    assert half.local["0"]["estimate"].count_nonzero() == 0
+    assert any("estimate has no place" in note for note in half.notes)
+
+
 def test_a_checkpoint_of_another_method_takes_no_residual_for_a_difference():
     param, sim = start(ef14(0.1), 1)
     advance(param, sim, 5)

@@ -30,10 +30,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from thinwire.compressors import catalogue
-from thinwire.core import State
+from thinwire.core import Memory, State
 from thinwire.sharding import cut, place
 from thinwire.tensors import ThinwireError, flat, float_at_least_32, norm
-from thinwire.units import Unit, Worker
+from thinwire.units import Unit, Worker, mirrored
 from thinwire.untrusted import read_integer, read_mapping, read_tensor, shown
 
 VERSION = 1
@@ -186,7 +186,8 @@ def restore(
                     size = float(norm([mine["residual"]]))
                     notes.append(f"{unit.name}: a mean pending update of norm {size:.3g} was dropped")
                 mine = {key: value for key, value in mine.items() if key not in ("residual", "carried")}
-        gain = _gain(plan[unit.name], unit)
+        was = _memory(plan[unit.name], unit)
+        gain = was.residual_gain / unit.memory.residual_gain
         fresh, begun = unit.fresh_local().now, unit.fresh_shared().now
         packed = unit.init_packed()
         both = {
@@ -194,7 +195,8 @@ def restore(
             for key, value in read_mapping(shared, unit.name).items()
         }
         both = {key: value for key, value in both.items() if value is not None}
-        alone = (mine.keys() & both.keys() - {"carried"}) ^ unit.mirrored
+        before = mirrored(was, unit.like)
+        alone = (before | unit.mirrored) - (before & unit.mirrored & mine.keys() & both.keys())
         if unit.mirrored:  # what is asked is a difference, to which nothing pending can be added
             alone |= {"carried", *({"residual"} - fresh.keys())}
         for key in alone & mine.keys():
@@ -267,13 +269,12 @@ def _without(state: State, keys: Set[str]) -> State:
     return {key: value for key, value in state.items() if key not in keys}
 
 
-def _gain(plan: Any, unit: Unit) -> float:
-    """From the units of the saved residual to those of the present memory."""
+def _memory(plan: Any, unit: Unit) -> Memory:
+    """The memory that was saved."""
     try:
-        saved = catalogue.from_json(json.loads(plan)["memory"], catalogue.MEMORIES)
+        return catalogue.from_json(json.loads(plan)["memory"], catalogue.MEMORIES)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ThinwireError(f"{unit.name}: the checkpoint's plan can't be read: {error!r}") from error
-    return saved.residual_gain / unit.memory.residual_gain
 
 
 def _check_plan(plan: Mapping[str, Any], units: Sequence[Unit]) -> None:

@@ -65,7 +65,7 @@ class Unit:
     @property
     def mirrored(self) -> Set[str]:
         """What both parts of its memory's state have."""
-        return self.memory.init(self.like).keys() & self.memory.init_shared(self.like).keys()
+        return mirrored(self.memory, self.like)
 
     @property
     def exact(self) -> bool:
@@ -173,6 +173,11 @@ def carry(units: Sequence[Unit], workers: Sequence[Worker]) -> bool:
     """Whether an earlier method left something that waits for the next step."""
     local = (state for worker in workers for state in worker.local.values())
     return any("carried" in state.now for state in (*local, *(unit.shared for unit in units)))
+
+
+def mirrored(memory: Memory, like: Tensor) -> Set[str]:
+    """What both parts of a memory's state have, for which ``like`` may be a meta tensor."""
+    return memory.init(like).keys() & memory.init_shared(like).keys()
 
 
 def payload_like(compressor: Compressor, like: Tensor, step: int = 0) -> Payload:
