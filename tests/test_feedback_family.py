@@ -275,7 +275,9 @@ def test_a_checkpoint_that_lost_one_half_of_the_estimates_loses_the_other():
     param, sim = start(ef21(0.1), 1)
     advance(param, sim, 5)
     clock = {"world": 1, "step": 5, "installed_at": 0}
-    saved = save(sim.session.units, sim.session.workers[0], lambda t: t.unsqueeze(0), clock, ef21(0.1).to_json())
+    saved = save(
+        sim.session.units, sim.session.workers[0], lambda t, like=None: t.unsqueeze(0), clock, ef21(0.1).to_json()
+    )
     whole = restore(saved, sim.session.units, 0, 1, "error")
     assert torch.equal(whole.shared["0"]["estimate"], whole.local["0"]["estimate"])
     assert whole.notes == []
