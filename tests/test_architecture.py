@@ -9,11 +9,11 @@ SOURCE = Path(thinwire.__file__).parent
 FLOORS = [
     ["tensors", "_version"],
     ["loops"],
-    ["core"],
+    ["core", "sharding"],
     ["link", "memories", "theory", "wire", "report"],
     ["kernels"],
     ["compressors"],
-    ["policy"],
+    ["policy", "untrusted"],
     ["units", "methods"],
     ["exchange", "clipping"],
     ["selecting"],

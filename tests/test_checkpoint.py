@@ -292,7 +292,11 @@ def _one_rank():
     weight = torch.nn.Parameter(torch.randn(6, 5))
     session = Session([("w", weight)], dgc(0.1), Local.of(1)[0], torch.optim.SGD([weight], lr=0.1, momentum=0.9))
     state = save(
-        session.units, session.workers[0], lambda t: t.unsqueeze(0), {"world": 1, "step": 3, "installed_at": 0}, "m"
+        session.units,
+        session.workers[0],
+        lambda t, like=None: t.unsqueeze(0),
+        {"world": 1, "step": 3, "installed_at": 0},
+        "m",
     )
     return session, state
 

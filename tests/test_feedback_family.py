@@ -252,7 +252,10 @@ def test_another_world_size_keeps_what_is_shared(name, way):
     advance(param, sim, 12)
     unit = sim.session.units[0]
     clock = {"world": 4, "step": 12, "installed_at": 0}
-    saved = [save([unit], w, lambda t: t.unsqueeze(0), clock, RECIPES[name].to_json()) for w in sim.session.workers]
+    saved = [
+        save([unit], w, lambda t, like=None: t.unsqueeze(0), clock, RECIPES[name].to_json())
+        for w in sim.session.workers
+    ]
     param, small = start(RECIPES[name], 2)
     restored = restore(saved, small.session.units, 0, 2, way)
     local, shared = restored.local["0"], restored.shared["0"]
@@ -272,7 +275,9 @@ def test_a_checkpoint_that_lost_one_half_of_the_estimates_loses_the_other():
     param, sim = start(ef21(0.1), 1)
     advance(param, sim, 5)
     clock = {"world": 1, "step": 5, "installed_at": 0}
-    saved = save(sim.session.units, sim.session.workers[0], lambda t: t.unsqueeze(0), clock, ef21(0.1).to_json())
+    saved = save(
+        sim.session.units, sim.session.workers[0], lambda t, like=None: t.unsqueeze(0), clock, ef21(0.1).to_json()
+    )
     whole = restore(saved, sim.session.units, 0, 1, "error")
     assert torch.equal(whole.shared["0"]["estimate"], whole.local["0"]["estimate"])
     assert whole.notes == []
@@ -286,7 +291,9 @@ def test_a_checkpoint_of_another_method_takes_no_residual_for_a_difference():
     param, sim = start(ef14(0.1), 1)
     advance(param, sim, 5)
     clock = {"world": 1, "step": 5, "installed_at": 0}
-    saved = save(sim.session.units, sim.session.workers[0], lambda t: t.unsqueeze(0), clock, ef14(0.1).to_json())
+    saved = save(
+        sim.session.units, sim.session.workers[0], lambda t, like=None: t.unsqueeze(0), clock, ef14(0.1).to_json()
+    )
     found = restore(saved, start(ef21(0.1), 1)[1].session.units, 0, 1, "error")
     assert found.local["0"]["estimate"].count_nonzero() == found.shared["0"]["estimate"].count_nonzero() == 0
     assert any("residual has no place in the present method and was dropped" in note for note in found.notes)

@@ -21,7 +21,7 @@ from thinwire.compressors.sparse import TopK
 from thinwire.compressors.ternary import TernGrad
 from thinwire.compressors.threshold import Threshold
 from thinwire.core import Compressor, Memory
-from thinwire.engines.ddp import attach
+from thinwire.engines.attach import attach
 from thinwire.lgreco import LGreCo
 from thinwire.link import Link
 from thinwire.memories.adam import CompressedMomentum, SteadyFeedback

@@ -5,9 +5,11 @@ The state is a dict of tensors, ints and strings, so ``torch.load(weights_only=T
     version, world, step, installed_at    ints
     method                                the method in JSON
     rank                                  tensor [world], a DTensor of which each rank holds its own number
+    shard                                 tensor [shards], the same along the other axis, where the model is sharded
     plan      {unit: JSON of its shape, compressor, memory and keys in local}
-    local     {unit: {key: tensor [world, *shape]}}    a DTensor of which each rank holds its row
-    shared    {unit: {key: tensor [*shape]}}           equal on all ranks
+    local     {unit: {key: tensor [world, *shape]}}    a DTensor of which each rank holds its row, or its shard of it
+    shared    {unit: {key: tensor [*shape]}}           equal on all ranks; where the model is sharded, sharded alike,
+                                                       and what a compressor keeps [shards, *its shape]
 
 Rows are DTensors since ``torch.distributed.checkpoint`` takes plain tensors of equal names for copies of each other: it
 would save one rank's residual and give it to all.
@@ -26,19 +28,19 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.tensor import DTensor
 
 from thinwire.compressors import catalogue
-from thinwire.compressors.cast import DTYPES
 from thinwire.core import Memory, State
+from thinwire.sharding import cut, place
 from thinwire.tensors import ThinwireError, flat, float_at_least_32, norm
 from thinwire.units import Unit, Worker, mirrored
+from thinwire.untrusted import read_integer, read_mapping, read_tensor, shown
 
 VERSION = 1
 OnWorldChange: TypeAlias = Literal["error", "fold", "reset"]
 _load: Callable[..., None] = cast(Any, dcp).load
-Rows: TypeAlias = Callable[[Tensor], Tensor]
-"""From this rank's tensor to the one of which it is a row."""
+Form: TypeAlias = Callable[..., Tensor]
+"""From this rank's tensor, and the parameter that it is like, to the one of which it is a part."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,34 @@ class Restored:
     shared: dict[str, State]
     notes: list[str]
 
-    def fingerprint(self) -> str:
+    def clock(self) -> str:
         """What must be the same on all ranks."""
+        return f"step {self.step}, method since {self.installed_at}"
+
+    def fingerprint(self) -> str:
+        """What must be the same on all replicas."""
         digest = hashlib.sha256()
         for state in self.shared.values():
             for key in sorted(state):
                 digest.update(flat(state[key].cpu()).contiguous().view(torch.uint8).numpy().tobytes())
-        return f"step {self.step}, method since {self.installed_at}, shared state {digest.hexdigest()[:16]}"
+        return f"{self.clock()}, shared state {digest.hexdigest()[:16]}"
 
 
-def save(units: Sequence[Unit], worker: Worker, rows: Rows, clock: Mapping[str, int], method: str) -> dict[str, Any]:
-    """The state of one rank. Everything is copied: what loads in place writes into these tensors."""
+def save(
+    units: Sequence[Unit],
+    worker: Worker,
+    rows: Form,
+    clock: Mapping[str, int],
+    method: str,
+    shared: Form | None = None,
+) -> dict[str, Any]:
+    """The state of one rank. Everything is copied: what loads in place writes into these tensors.
+
+    Args:
+        rows, shared: of the collective.
+    """
+    shard, shards = place(units[0].param)
+    shared = shared or _as_it_is
     local = {unit.name: _saved(unit, worker.local[unit.name].now) for unit in units}
     return {
         "version": VERSION,
@@ -69,13 +88,28 @@ def save(units: Sequence[Unit], worker: Worker, rows: Rows, clock: Mapping[str, 
         "method": method,
         "plan": {unit.name: plan_of(unit, local[unit.name]) for unit in units},
         "rank": rows(torch.tensor(float(worker.rank))),
-        "local": {name: {key: rows(t.clone()) for key, t in state.items()} for name, state in local.items()},
-        "shared": {u.name: {key: t.clone() for key, t in _saved(u, u.shared.now).items()} for u in units},
+        **({"shard": shared(torch.tensor(float(shard)))} if shards > 1 else {}),
+        "local": {
+            unit.name: {key: rows(t.clone(), unit.param) for key, t in local[unit.name].items()} for unit in units
+        },
+        "shared": {
+            unit.name: {key: shared(t.clone(), _like(unit, key, t)) for key, t in _saved(unit, unit.shared.now).items()}
+            for unit in units
+        },
     }
 
 
 def _saved(unit: Unit, state: State) -> State:
     return {key: value for key, value in state.items() if key not in unit.memory.derived}
+
+
+def _like(unit: Unit, key: str, value: Tensor) -> Tensor | None:
+    """The parameter, where this is cut as it is; not what a compressor keeps."""
+    return unit.param if value.shape == unit.own.shape and key not in unit.init_packed() else None
+
+
+def _as_it_is(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    return tensor
 
 
 def plan_of(unit: Unit, local: State) -> str:
@@ -104,12 +138,12 @@ def restore(
         raise ThinwireError(f"on_world_change is {on_world_change!r}; choose 'error', 'fold' or 'reset'")
     states = [given] if isinstance(given, Mapping) else given
     if not isinstance(states, Sequence) or not states or not all(isinstance(s, Mapping) for s in states):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ThinwireError(f"a checkpoint is a dict, or a list of those of all ranks, not {_shown(given)}")
+        raise ThinwireError(f"a checkpoint is a dict, or a list of those of all ranks, not {shown(given)}")
     state = states[rank] if len(states) == world and len(states) > 1 else states[0]
-    saved_world = _integer(state, "world", 1)
-    if (version := _integer(state, "version", 1)) != VERSION:
+    saved_world = read_integer(state, "world", 1)
+    if (version := read_integer(state, "version", 1)) != VERSION:
         raise ThinwireError(f"the checkpoint has version {version}; this thinwire reads version {VERSION}")
-    clock = _integer(state, "step", 0), _integer(state, "installed_at", 0)
+    clock = read_integer(state, "step", 0), read_integer(state, "installed_at", 0)
     if saved_world != world and on_world_change == "error":
         raise ThinwireError(
             f"the checkpoint was saved by {saved_world} workers, and {world} load it; choose on_world_change='fold' to "
@@ -126,11 +160,12 @@ def restore(
             raise ThinwireError(
                 f"this is the state of rank {saver:g}, and rank {rank} loads it; every rank has its own"
             )
-    plan, local, shared = (_mapping(state, key) for key in ("plan", "local", "shared"))
+    _check_shard(state, units)
+    plan, local, shared = (read_mapping(state, key) for key in ("plan", "local", "shared"))
     for other in states:
-        _check_plan(_mapping(other, "plan"), units)
-        theirs = [_integer(other, key, 0) for key in ("version", "world", "step", "installed_at")]
-        if theirs != [version, saved_world, *clock] or _mapping(other, "plan") != plan:
+        _check_plan(read_mapping(other, "plan"), units)
+        theirs = [read_integer(other, key, 0) for key in ("version", "world", "step", "installed_at")]
+        if theirs != [version, saved_world, *clock] or read_mapping(other, "plan") != plan:
             raise ThinwireError(
                 f"the states are not of one checkpoint: one is of step {clock[0]}, another of {theirs[2]}"
             )
@@ -140,7 +175,7 @@ def restore(
     new_local: dict[str, State] = {}
     new_shared: dict[str, State] = {}
     for unit in units:
-        saved = _mapping(local, unit.name)
+        saved = read_mapping(local, unit.name)
         _check_keys(plan[unit.name], saved, unit)
         if saved_world == world:
             mine = {key: _row(value, unit, key, rank, saved_world) for key, value in saved.items()}
@@ -154,10 +189,12 @@ def restore(
         was = _memory(plan[unit.name], unit)
         gain = was.residual_gain / unit.memory.residual_gain
         fresh, begun = unit.fresh_local().now, unit.fresh_shared().now
+        packed = unit.init_packed()
         both = {
-            key: _plain(value, unit, key, begun[key].shape if key in begun else None)
-            for key, value in _mapping(shared, unit.name).items()
+            key: _shared(value, unit, key, begun[key].shape if key in begun else unit.own.shape, key in packed)
+            for key, value in read_mapping(shared, unit.name).items()
         }
+        both = {key: value for key, value in both.items() if value is not None}
         before = mirrored(was, unit.like)
         alone = (before | unit.mirrored) - (before & unit.mirrored & mine.keys() & both.keys())
         if unit.mirrored:  # what is asked is a difference, to which nothing pending can be added
@@ -247,7 +284,7 @@ def _check_plan(plan: Mapping[str, Any], units: Sequence[Unit]) -> None:
             raise ThinwireError(f"the checkpoint has no unit {unit.name!r} (of shape {shape}); it is of another model")
         if not isinstance(plan[unit.name], str) or f'"shape": {shape}' not in plan[unit.name]:
             raise ThinwireError(
-                f"unit {unit.name!r} has shape {shape} here, and {_shown(plan[unit.name], 200)} in the checkpoint"
+                f"unit {unit.name!r} has shape {shape} here, and {shown(plan[unit.name], 200)} in the checkpoint"
             )
     if extra := [name for name in plan if name not in {unit.name for unit in units}]:
         raise ThinwireError(f"the checkpoint has a unit {extra[0]!r} that the model has not")
@@ -267,20 +304,47 @@ def _check_keys(plan: str, saved: Mapping[str, Any], unit: Unit) -> None:
 
 
 def _row(value: Any, unit: Unit, key: str, rank: int, world: int) -> Tensor:
-    return _plain(_rows(value, f"{unit.name}: {key}", tuple(unit.param.shape), rank, world), unit, key)
+    what = f"{unit.name}: {key}"
+    return _plain(_rows(_cut(read_tensor(value, what), unit, 1), what, tuple(unit.own.shape), rank, world), unit, key)
+
+
+def _cut(tensor: Tensor, unit: Unit, leading: int = 0) -> Tensor:
+    """What this rank holds of a tensor that is all of it, as one read from a folder is."""
+    whole = tuple(tensor.shape[leading:]) == tuple(unit.param.shape)
+    return cut(tensor, unit.param, leading) if whole else tensor
+
+
+def _shared(value: Any, unit: Unit, key: str, shape: torch.Size, packed: bool) -> Tensor | None:
+    """What is equal on all replicas; None where it was kept for other shards than these."""
+    tensor = read_tensor(value, f"{unit.name}: {key}")
+    shard, shards = place(unit.param)
+    if not packed and shape == unit.own.shape:
+        tensor = _cut(tensor, unit)
+    elif tensor.ndim > len(shape) and tensor.shape[1:] == shape:
+        if tensor.shape[0] not in (1, shards):
+            return None
+        tensor = tensor[shard if tensor.shape[0] == shards else 0]
+    return _plain(tensor, unit, key, shape)
 
 
 def _rows(value: Any, what: str, shape: tuple[int, ...], rank: int, world: int) -> Tensor:
     """This rank's row, from a DTensor, from that row alone or from all rows."""
-    tensor = _tensor(value, what)
+    tensor = read_tensor(value, what)
     if tensor.ndim == 0 or tensor.shape[0] not in (1, world) or tuple(tensor.shape[1:]) != shape:
         raise ThinwireError(f"{what} in the checkpoint is of shape {tuple(tensor.shape)}, not of {(world, *shape)}")
     return tensor[rank if tensor.shape[0] == world else 0]
 
 
+def _check_shard(state: Mapping[str, Any], units: Sequence[Unit]) -> None:
+    shard, shards = place(units[0].param)
+    saved = read_tensor(state["shard"], "shard") if "shard" in state else torch.zeros(0)
+    if saved.numel() == 1 and shards > 1 and float(saved) != shard:
+        raise ThinwireError(f"this is the state of shard {float(saved):g}, and shard {shard} loads it")
+
+
 def _check_ranks(states: Sequence[Mapping[str, Any]], world: int) -> None:
     """The mean of all ranks' rows needs each of them, once."""
-    ranks = torch.cat([_tensor(state.get("rank"), "rank").flatten() for state in states])
+    ranks = torch.cat([read_tensor(state.get("rank"), "rank").flatten() for state in states])
     if len(ranks) != world or ranks.sort().values.tolist() != list(range(world)):
         raise ThinwireError(
             f"the states of all {world} ranks, each once, are needed to change the world size, and {len(ranks)} are "
@@ -290,9 +354,10 @@ def _check_ranks(states: Sequence[Mapping[str, Any]], world: int) -> None:
 
 def _mean_row(states: Sequence[Mapping[str, Any]], unit: Unit, key: str, world: int) -> Tensor:
     """The mean over all rows, which keeps the mean pending update whoever holds it."""
-    values = [_mapping(_mapping(state, "local"), unit.name).get(key) for state in states]
-    parts = [_tensor(value, f"{unit.name}: {key}") for value in values]
-    shape = tuple(unit.param.shape)
+    values = [read_mapping(read_mapping(state, "local"), unit.name).get(key) for state in states]
+    parts = [read_tensor(value, f"{unit.name}: {key}") for value in values]
+    parts = [_cut(part, unit, 1) if part.ndim else part for part in parts]
+    shape = tuple(unit.own.shape)
     if sum(part.shape[0] if part.ndim else 0 for part in parts) != world or any(p.shape[1:] != shape for p in parts):
         raise ThinwireError(f"{unit.name}: the checkpoint's {key} is not {world} rows of shape {shape}; it is damaged")
     stacked = torch.cat(parts)
@@ -300,48 +365,10 @@ def _mean_row(states: Sequence[Mapping[str, Any]], unit: Unit, key: str, world: 
 
 
 def _plain(value: Any, unit: Unit, key: str, shape: torch.Size | None = None) -> Tensor:
-    tensor, expected = _tensor(value, f"{unit.name}: {key}"), unit.param.shape if shape is None else shape
+    tensor, expected = read_tensor(value, f"{unit.name}: {key}"), unit.own.shape if shape is None else shape
     if tensor.shape != expected:
         raise ThinwireError(
             f"{unit.name}: the checkpoint's {key} is of shape {tuple(tensor.shape)}, not of {tuple(expected)}"
         )
-    like = unit.param if expected == unit.param.shape else tensor  # what is like the parameter lies as it does
+    like = unit.own if expected == unit.own.shape else tensor  # what is like the parameter lies as it does
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-
-
-def _tensor(value: Any, what: str) -> Tensor:
-    """An ordinary tensor of a floating dtype; a DTensor's own part."""
-    tensor: Any = value.to_local() if isinstance(value, DTensor) else value
-    ordinary = (
-        isinstance(tensor, Tensor) and tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested)
-    )
-    if not ordinary or type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.dtype not in DTYPES.values():
-        kind = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ThinwireError(f"{what} in the checkpoint is {kind}, not a tensor of {', '.join(DTYPES)}")
-    if tensor.nbytes > tensor.untyped_storage().nbytes():  # one number, said to be a million
-        raise ThinwireError(
-            f"{what} in the checkpoint is of shape {tuple(tensor.shape)}, with less in it; it is damaged"
-        )
-    return tensor.detach()
-
-
-def _mapping(state: Any, key: str) -> Mapping[str, Any]:
-    value = state.get(key) if isinstance(state, Mapping) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    if not isinstance(value, Mapping):
-        raise ThinwireError(f"the checkpoint has no {key!r}; it is damaged, or not of thinwire")
-    if wrong := [name for name in cast(Mapping[Any, Any], value) if not isinstance(name, str)]:
-        raise ThinwireError(f"the checkpoint's {key!r} has {_shown(wrong[0])} where a name should be; it is damaged")
-    return cast(Mapping[str, Any], value)
-
-
-def _integer(state: Any, key: str, least: int) -> int:
-    value: object = cast(Mapping[Any, Any], state).get(key) if isinstance(state, Mapping) else None
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**62:
-        raise ThinwireError(f"the checkpoint's {key} is {_shown(value)}, not a number from {least} on; it is damaged")
-    return value
-
-
-def _shown(value: object, length: int = 40) -> str:
-    """The start of it, where that can be printed: not an int of 5,000 digits, nor a list nested as deep."""
-    small = value is None or isinstance(value, (str, float)) or (isinstance(value, int) and abs(value) < 2**128)
-    return str(value)[:length] if small else type(value).__name__

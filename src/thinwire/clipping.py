@@ -1,7 +1,7 @@
 """Local gradient clipping."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,12 +10,17 @@ from thinwire.tensors import norm
 
 
 @torch.no_grad()
-def clip(grads: Sequence[Tensor], threshold: float, world: int) -> None:
+def clip(
+    grads: Sequence[Tensor], threshold: float, world: int, whole: Callable[[Tensor], Tensor] = lambda own: own
+) -> None:
     """Scale one rank's gradients, in place, to a norm of at most ``threshold * sqrt(world)``.
 
     With independent noise, the mean of N gradients has 1 / sqrt(N) of their norm, so this is as strong as clipping
     the mean at ``threshold``. (DGC's paper has ``threshold / sqrt(N)``, for gradients that are divided by N before.)
+
+    Args:
+        whole: from the norm of these gradients to that of the whole model's, where they are a part of it.
     """
-    scale = (threshold * math.sqrt(world) / (norm(grads) + 1e-6)).clamp(max=1.0)
+    scale = (threshold * math.sqrt(world) / (whole(norm(grads)) + 1e-6)).clamp(max=1.0)
     for grad in grads:
         grad.mul_(scale.to(grad.device))

@@ -94,7 +94,7 @@ class LGreCo:
     Raises:
         ThinwireError: a value outside its range.
 
-    **Wire**: the tables, as text: some 20 bytes for each parameter and candidate, once a plan; the ledger tells.
+    **Wire**: the tables, as text: some 30 bytes for each parameter and candidate, once a plan; the ledger tells.
 
     Example:
         >>> LGreCo(candidates=[TopK(0.001), TopK(0.01), PowerSGD(2)], every=500).objective
@@ -165,11 +165,13 @@ class LGreCo:
         units = [unit for unit in self._units(session) if all(unit.name in one.sums for one in seen)]
         options = {unit.name: self._options(unit) for unit in units}
         own = [self._table(worker, units, options, session) for worker in session.workers]
-        texts = session.collective.exchange_text(json.dumps(own))
-        tables = own if len(own) > 1 else [cast(Rows, table) for text in texts for table in json.loads(text)]
+        paid = {unit.name: [self._cost(session, unit, option) for option in options[unit.name]] for unit in units}
+        texts = session.collective.everyone.exchange_text(json.dumps([own, paid]))
+        said: list[tuple[list[Rows], Rows]] = [json.loads(text) for text in texts]
+        tables = own if len(own) > 1 else [table for theirs, _ in said for table in theirs]
         known = [unit for unit in units if all(unit.name in table for table in tables)]
-        errors = [[math.fsum(e) / len(e) for e in zip(*(t[unit.name] for t in tables), strict=True)] for unit in known]
-        costs = [[self._cost(session, unit, option) for option in options[unit.name]] for unit in known]
+        errors = [mean_row(table[unit.name] for table in tables) for unit in known]
+        costs = [mean_row(theirs[unit.name] for _, theirs in said) for unit in known]  # shards may differ in size
         uniform = [options[unit.name].index(self._rule(unit).compressor) for unit in known]
         if not all(math.isfinite(e) for row in errors for e in row) or not known:
             session.ledger.note(f"step {session.step}: no new plan, since what was looked at is not finite")
@@ -218,6 +220,10 @@ class LGreCo:
             link = session.collective.link
             self._link = link or measure(session.collective, session.timeout, unit.param.device)
         return self._link.seconds(kind, nbytes, world)
+
+
+def mean_row(rows: Iterable[Sequence[float]]) -> list[float]:
+    return [math.fsum(column) / len(column) for column in zip(*rows, strict=True)]
 
 
 @torch.no_grad()

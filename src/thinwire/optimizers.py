@@ -11,6 +11,7 @@ from torch import Tensor
 
 from thinwire.core import Absorbed
 from thinwire.exchange.collectives import Collective
+from thinwire.sharding import own, wrapped
 from thinwire.tensors import ThinwireError
 from thinwire.units import Unit, Worker
 
@@ -54,7 +55,7 @@ class Handover:
             buffer = self.optimizer.state.get(unit.param, {}).pop("momentum_buffer", None)
             if buffer is not None:
                 for worker in workers:
-                    unit.memory.take_buffer(buffer, worker.local[unit.name].now, unit.shared.now)
+                    unit.memory.take_buffer(own(buffer), worker.local[unit.name].now, unit.shared.now)
         self.handles = [
             self.optimizer.register_state_dict_post_hook(self._complete),
             self.optimizer.register_load_state_dict_post_hook(self._retake),
@@ -72,7 +73,8 @@ class Handover:
         for unit in units:
             buffer = averaged_buffer(unit, workers, collective, timeout)
             if buffer is not None:
-                self.optimizer.state[unit.param]["momentum_buffer"] = buffer.to(unit.param.dtype, copy=True)
+                buffer = buffer.to(unit.param.dtype, copy=True)
+                self.optimizer.state[unit.param]["momentum_buffer"] = wrapped(buffer, unit.param)
         self.release()
 
     def release(self) -> None:

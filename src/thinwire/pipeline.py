@@ -138,7 +138,7 @@ def receive(
             if poison is not None:
                 flat(mean)[:1].add_(poison)
             ctx = Context(seed, step, unit.name, 0, kernels)
-            grad = unit.memory.receive(mean, unit.param, unit.shared.now, unit.shared.next, ctx)
+            grad = unit.memory.receive(mean, unit.own, unit.shared.now, unit.shared.next, ctx)
             if (carried := unit.shared.now.get("carried")) is not None:  # the mean that an earlier method left
                 grad.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
             if unit.memory.stateful and loss_scale != 1.0:

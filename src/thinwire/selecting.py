@@ -35,7 +35,7 @@ def select(
     selections: dict[int, Selection] = {}
     for j, (piece, ctx) in enumerate(zip(pieces, contexts, strict=True)):
         unit = units[piece.unit]
-        selection = unit.compressor.sampling(piece.of(unit.param).shape, ctx)
+        selection = unit.compressor.sampling(piece.of(unit.own).shape, ctx)
         work = None if selection is None else _pass(unit, piece, grads[piece.unit], worker, scale)
         if selection is not None and work is not None and worker.kernels.runs(work):
             works[j], selections[j] = work, selection
@@ -90,7 +90,7 @@ def ask(
         x = new["residual"]
         payload = unit.compressor.encode(*chosen, x.numel(), ctx)
     else:
-        x = unit.memory.compensate(piece.of(grad), piece.of(unit.param), known | now, new, 1.0 / loss_scale, ctx)
+        x = unit.memory.compensate(piece.of(grad), piece.of(unit.own), known | now, new, 1.0 / loss_scale, ctx)
         if (carried := now.get("carried")) is not None:  # the residual that an earlier method left
             x.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
         payload = unit.compressor.compress(x, known, ctx)

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ from thinwire.selecting import rehearse
 from thinwire.succession import agree, hand_on
 from thinwire.tensors import ThinwireError, norm
 from thinwire.transaction import OnNonfinite, Scaler, Transaction
-from thinwire.units import Probe, Unit, Worker, resolve, set_stage
+from thinwire.units import Probe, Unit, Worker, carry, resolve, set_stage
 
 PROBE_EVERY = 100
 JOIN_BYTES = 2**14
@@ -127,9 +128,9 @@ class Session:
         try:
             units, handover = self._prepare(method)
         except ThinwireError as error:  # the other ranks must hear of it, or they would wait for ever
-            agree(self.collective, [("error", str(error))])
+            agree(self.collective.everyone, [("error", str(error))])
             raise
-        agree(self.collective, self._describe(method, units))
+        agree(self.collective.everyone, self._describe(method, units))
         self.transaction.void()
         if self._handover is not None and handover is None:
             self._handover.give_back(self.units, self.workers, self.collective, self.timeout)
@@ -171,7 +172,7 @@ class Session:
             ThinwireError: there are such ranks.
         """
         if len({self._stage(self.step + i) for i in (-1, 0, 1)}) > 1:
-            texts = self.collective.exchange_text(str(self.step))
+            texts = self.collective.everyone.exchange_text(str(self.step))
             self.transaction.compare([int(text) for text in texts], self.step)
 
     def _set_stage(self) -> None:
@@ -186,7 +187,7 @@ class Session:
 
     def _describe(self, method: Method, units: Sequence[Unit]) -> list[tuple[str, str]]:
         described = [(f"unit {unit.name!r}", unit.describe()) for unit in units]
-        rest = {"seed": self.seed, "step": self.step, "link": self.collective.link, "optimizer": self.joint.rule()}
+        rest = {"seed": self.seed, "step": self.step, "optimizer": self.joint.rule(), "link": self.collective.link}
         texts = [("method", method.to_json()), *((key, str(value)) for key, value in rest.items())]
         return [("thinwire", __version__), *described, *texts]
 
@@ -289,19 +290,21 @@ class Session:
         share = 1 / self.collective.lanes
         row.compressed_wire_bytes += bucket.wire_bytes(world)[1] * share
         for i, unit in enumerate(bucket.units):
-            plain = wire_bytes("all_reduce", unit.param.numel() * 4, world) * share
+            plain = wire_bytes("all_reduce", unit.own.numel() * 4, world) * share
             row.dense_bytes += plain
             row.compressed_dense_bytes += plain if i in bucket.lossy else 0.0
 
-    def end_step(self) -> None:
-        """After the last bucket of a step has arrived."""
+    def end_step(self, bad: bool | None = None) -> None:
+        """After the last bucket has arrived; ``bad``: whether what the engine itself remembers was not finite."""
         row = self.row
         row.wire_bytes = self.collective.sent - self._sent_before[0]
         row.inside_bytes = self.collective.sent_inside - self._sent_before[1]
         if (probe := self.workers[0].probe) is not None:
             row.error = probe.error
         self.ledger.add(row)
-        self.transaction.end(self.step)
+        guarded = bad is not None or any(unit.guarded for unit in self.units)
+        beside = partial(self.collective.any_beside, timeout=self.timeout) if guarded else list
+        self.transaction.end(self.step, beside, bool(bad))
         if self.optimizer is None:
             self._commit()
 
@@ -317,7 +320,7 @@ class Session:
         self.transaction.commit(self.units, self.workers)
         self.step += 1
         self.joint.tell(self.ledger, self.step)
-        if self._carrying and not self._carries():
+        if self._carrying and not carry(self.units, self.workers):
             self._carrying = False
             for unit in self.units:
                 unit.guarded = any(rule.memory.stateful for rule in self.method.rules)
@@ -325,13 +328,9 @@ class Session:
         if self.policy is not None:
             self.policy.after_step(self)
 
-    def _carries(self) -> bool:
-        local = [state for worker in self.workers for state in worker.local.values()]
-        return any("carried" in state.now for state in (*local, *(unit.shared for unit in self.units)))
-
     def _guard_carried(self) -> None:
         """While a residual without a home is carried, a method that remembers nothing needs the heads too."""
-        self._carrying = self._carries()
+        self._carrying = carry(self.units, self.workers)
         for unit in self.units:
             unit.guarded = unit.guarded or self._carrying
 
@@ -343,10 +342,10 @@ class Session:
         With ``torch.distributed.checkpoint`` the session goes in beside the model, ``dcp.save({"wire": wire, ...})``;
         with ``torch.save`` every rank writes a file of its own.
         """
-        everyone = self.collective.everyone
-        clock = {"world": everyone.world, "step": self.step, "installed_at": self._installed_at}
-        worker = replace(self.workers[0], rank=everyone.rank)
-        return checkpoint.save(self.units, worker, everyone.rows, clock, self.method.to_json())
+        keepers = self.collective.keepers
+        clock = {"world": keepers.world, "step": self.step, "installed_at": self._installed_at}
+        worker = replace(self.workers[0], rank=keepers.rank)
+        return checkpoint.save(self.units, worker, keepers.rows, clock, self.method.to_json(), keepers.shared)
 
     def load_state_dict(
         self,
@@ -363,12 +362,13 @@ class Session:
         Raises:
             ThinwireError: the checkpoint is damaged, of another model, rank or world size, or not one on all ranks.
         """
-        rank, world = self.collective.everyone.rank, self.collective.everyone.world
+        rank, world = self.collective.keepers.rank, self.collective.keepers.world
         try:
             restored = checkpoint.restore(state, self.units, rank, world, on_world_change)
         except ThinwireError as error:  # all ranks load, or none
-            agree(self.collective, [("checkpoint", str(error))])
+            agree(self.collective.everyone, [("checkpoint", str(error))])
             raise
+        agree(self.collective.everyone, [("checkpoint", restored.clock())])
         agree(self.collective, [("checkpoint", restored.fingerprint())])
         self.transaction.void()
         self.step, self._installed_at = restored.step, restored.installed_at

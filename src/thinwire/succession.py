@@ -4,22 +4,22 @@ import hashlib
 from collections.abc import Sequence
 
 from thinwire.core import State
-from thinwire.exchange.collectives import Collective
+from thinwire.exchange.collectives import Collective, Talk
 from thinwire.optimizers import averaged, averaged_buffer
 from thinwire.tensors import ThinwireError
 from thinwire.units import TwoCopies, Unit, Worker
 
 
-def agree(collective: Collective, lines: Sequence[tuple[str, str]]) -> None:
+def agree(talk: Talk, lines: Sequence[tuple[str, str]]) -> None:
     """Compare what the ranks ask for, and name the first difference. A collective call.
 
     Raises:
         ThinwireError: they ask for different things.
     """
     mine = hashlib.sha256(repr(lines).encode()).hexdigest()
-    if len(set(collective.exchange_text(mine))) == 1:
+    if len(set(talk.exchange_text(mine))) == 1:
         return
-    ranks = [text.split("\n") for text in collective.exchange_text("\n".join(f"{k}: {v}" for k, v in lines))]
+    ranks = [text.split("\n") for text in talk.exchange_text("\n".join(f"{k}: {v}" for k, v in lines))]
     for line in range(max(map(len, ranks))):
         said = [rank[line] if line < len(rank) else "nothing" for rank in ranks]
         if other := next((r for r in range(len(said)) if said[r] != said[0]), None):

@@ -3,7 +3,7 @@
 Where any rank's gradient was not finite, or the optimizer skips the step, what was prepared is void on all ranks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -59,20 +59,33 @@ class Transaction:
         self._idle += 1
         return self._idle
 
-    def end(self, step: int) -> None:
+    def end(self, step: int, beside: Callable[[Sequence[bool]], Sequence[bool]] = list, bad: bool = False) -> None:
         """All of it has arrived.
+
+        Args:
+            beside: whether each is so on any rank with another part of the model, from what is so on this one.
+            bad: whether something was not finite of which no message tells.
 
         Raises:
             ThinwireError: the ranks are not at the same step.
         """
         self.pending = True
+        clocks: Sequence[int] = ()
         for verdict in self.verdicts:
             found = torch.stack([(verdict.clocks != verdict.clocks[0]).any(), verdict.bad.any()]).cpu()  # one wait
             if bool(found[0]):
-                near = [step + (int(c) - step + CLOCK // 2) % CLOCK - CLOCK // 2 for c in verdict.clocks]
-                self.compare(near, step)
+                clocks = [step + (int(c) - step + CLOCK // 2) % CLOCK - CLOCK // 2 for c in verdict.clocks]
+                break
             if bool(found[1]):
                 self._fail(verdict, step)
+        if bad and not self.failed:
+            self._complain(f"step {step}: a gradient is not finite before it is reduced")
+        parted, failed = beside((bool(clocks), self.failed))
+        if parted:
+            self.compare(clocks, step)
+            self._part(f"step {step}: the step clocks of the ranks of another shard have parted")
+        if failed and not self.failed:
+            self._complain(f"step {step}: the gradient of another shard is not finite")
 
     def compare(self, clocks: Sequence[int], step: int) -> None:
         """Look at the steps that all ranks are at.
@@ -82,22 +95,30 @@ class Transaction:
         """
         other = next((rank for rank, clock in enumerate(clocks) if clock != clocks[0]), None)
         if other is not None:
-            self.pending = self.failed = True
-            self._complaint = (
+            self._part(
                 f"step {step}: the step clocks of the ranks have parted: rank 0 is at step {clocks[0]}, rank {other} "
-                f"at {clocks[other]}. Some ranks called optimizer.step() where others did not, so their weights differ "
-                "too. Restart from the last checkpoint, and call optimizer.step() on all ranks or on none"
+                f"at {clocks[other]}"
             )
-            raise ThinwireError(self._complaint)
+
+    def _part(self, what: str) -> None:
+        self.pending = self.failed = True
+        self._complaint = (
+            f"{what}. Some ranks called optimizer.step() where others did not, so their weights differ too. Restart "
+            "from the last checkpoint, and call optimizer.step() on all ranks or on none"
+        )
+        raise ThinwireError(self._complaint)
 
     def _fail(self, verdict: Verdict, step: int) -> None:
         if self.failed:  # said of another message already
             return
-        self.ledger.skipped += 1
         sender, unit = (int(i) for i in verdict.bad.nonzero()[0])
         rank = f"rank {sender}" if verdict.bad.shape[0] > 1 else "some rank"
+        self._complain(f"step {step}: the gradient of {verdict.units[unit].name} is not finite on {rank}")
+
+    def _complain(self, complaint: str) -> None:
+        self.ledger.skipped += 1
         self.failed = True
-        self._complaint = f"step {step}: the gradient of {verdict.units[unit].name} is not finite on {rank}"
+        self._complaint = complaint
         self.ledger.note(f"{self._complaint}; skipped on all ranks")
 
     def before_optimizer(self, units: Sequence[Unit], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

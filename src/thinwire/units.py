@@ -18,7 +18,8 @@ from thinwire.kernels.reference import REFERENCE
 from thinwire.link import wire_bytes
 from thinwire.loops import Kernels
 from thinwire.policy.plan import Method, Route
-from thinwire.tensors import Decompressed, flat, is_dense, norm
+from thinwire.sharding import own
+from thinwire.tensors import Decompressed, flat, is_dense
 
 DENSE = Cast()
 GATHER_BYTES = 2**20
@@ -47,9 +48,14 @@ class Unit:
     """Why an earlier rule that was written for it does not count."""
 
     @property
+    def own(self) -> Tensor:
+        """What this rank holds of the parameter, and what is compressed."""
+        return own(self.param)
+
+    @property
     def like(self) -> Tensor:
         """A meta tensor with the shape, strides and dtype of what is compressed."""
-        return torch.empty_like(self.param, device="meta", dtype=self.memory.dtype(self.param.dtype))
+        return torch.empty_like(self.own, device="meta", dtype=self.memory.dtype(self.param.dtype))
 
     @property
     def compressed(self) -> bool:
@@ -68,9 +74,10 @@ class Unit:
 
     def grad_like(self, grad: Tensor) -> Tensor:
         """``grad`` with the strides of the parameter, which is how DDP lays it out in its buckets."""
-        if grad.stride() == self.param.stride() or not is_dense(self.param):
+        param = self.own
+        if grad.stride() == param.stride() or not is_dense(param):
             return grad
-        return grad.as_strided(self.param.shape, self.param.stride(), grad.storage_offset())
+        return grad.as_strided(param.shape, param.stride(), grad.storage_offset())
 
     def fresh_local(self) -> "TwoCopies":
         """One rank's state before the first step."""
@@ -85,11 +92,11 @@ class Unit:
         return self.method_compressor.init(self._blank(), Context(self.seed, 0, self.name, 0))
 
     def _blank(self) -> Tensor:
-        return torch.empty_like(self.param, dtype=self.memory.dtype(self.param.dtype))
+        return torch.empty_like(self.own, dtype=self.memory.dtype(self.param.dtype))
 
     def describe(self) -> str:
         """One line that must be the same on all ranks."""
-        shape = f"shape {tuple(self.param.shape)}, strides {self.param.stride()}, {self.param.dtype}"
+        shape = f"shape {tuple(self.param.shape)}, strides {self.own.stride()}, {self.param.dtype}"
         return f"{shape}, {catalogue.to_json(self.method_compressor)}, {catalogue.to_json(self.memory)}"
 
 
@@ -123,7 +130,7 @@ class Probe:
     def look(self, x: Tensor, own: Decompressed) -> None:
         indices, values = own.entries()
         before = flat(x)[indices].double()
-        asked = norm([x]).double().square()
+        asked = flat(x).double().square().sum()  # as below, so that what loses nothing loses exactly 0
         self.asked.append(asked)
         self.lost.append(asked - before.square().sum() + (before - values).square().sum())
 
@@ -162,6 +169,12 @@ class Worker:
             self.probe.look(x, own)
         if self.watch is not None:
             self.watch.look(unit.name, x)
+
+
+def carry(units: Sequence[Unit], workers: Sequence[Worker]) -> bool:
+    """Whether an earlier method left something that waits for the next step."""
+    local = (state for worker in workers for state in worker.local.values())
+    return any("carried" in state.now for state in (*local, *(unit.shared for unit in units)))
 
 
 def mirrored(memory: Memory, like: Tensor) -> Set[str]:

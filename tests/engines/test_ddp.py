@@ -450,7 +450,7 @@ def _bad(rank, what):
         ("no optimizer", r"pass optimizer="),
         ("other parameters", r"parameter 'conv.weight' is not in the optimizer"),
         ("dampening", r"dampening=0.5"),
-        ("no ddp", r"takes a DistributedDataParallel, not Net; wrap the model first"),
+        ("no ddp", r"takes a DistributedDataParallel or .*, not Net; wrap the model first"),
         ("slot", r"communication hook of this DDP model is taken"),
         ("twice", r"topk is attached to this model"),
         ("replaced", r"parameter 'first.weight' was replaced"),

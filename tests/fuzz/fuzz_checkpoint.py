@@ -59,7 +59,9 @@ def saved(made: Session, world: int) -> list[dict]:
     for rank in range(world):
         made.workers[0].rank = rank
         states.append(
-            checkpoint.save(made.units, made.workers[0], lambda t: t.unsqueeze(0), clock, made.method.to_json())
+            checkpoint.save(
+                made.units, made.workers[0], lambda t, like=None: t.unsqueeze(0), clock, made.method.to_json()
+            )
         )
     return states
 

@@ -225,7 +225,7 @@ def test_another_world_size_keeps_what_is_pending():
     clock = {"world": 2, "step": 5, "installed_at": 0}
     session = sim.session
     states = [
-        checkpoint.save(session.units, worker, lambda t: t.unsqueeze(0), clock, session.method.to_json())
+        checkpoint.save(session.units, worker, lambda t, like=None: t.unsqueeze(0), clock, session.method.to_json())
         for worker in session.workers
     ]
     restored = checkpoint.restore(states, session.units, 0, 1, "fold")

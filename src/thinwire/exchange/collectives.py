@@ -83,15 +83,24 @@ class InFlight:
             self.work.wait(timedelta(seconds=timeout))
 
 
-class Collective(Protocol):
-    """The only thing that talks. ``sent`` counts the bytes that this worker has sent."""
+class Talk(Protocol):
+    """Some ranks that say things to each other."""
 
-    @property
-    def label(self) -> str: ...
     @property
     def rank(self) -> int: ...
     @property
     def world(self) -> int: ...
+
+    def exchange_text(self, text: str) -> list[str]:
+        """The text of every rank, for control traffic; it waits, and is not counted."""
+        ...
+
+
+class Collective(Talk, Protocol):
+    """The only thing that exchanges. ``sent`` counts the bytes that this worker has sent."""
+
+    @property
+    def label(self) -> str: ...
     @property
     def sent(self) -> float: ...
     @property
@@ -116,8 +125,13 @@ class Collective(Protocol):
         ...
 
     @property
-    def everyone(self) -> "Collective":
-        """Of all ranks one by one: for control traffic and checkpoints."""
+    def everyone(self) -> Talk:
+        """All ranks of the model, one by one."""
+        ...
+
+    @property
+    def keepers(self) -> "Collective":
+        """Of those that have a row of their own in a checkpoint."""
         ...
 
     @property
@@ -138,12 +152,20 @@ class Collective(Protocol):
         """Whether any rank that shares messages has used each; waits."""
         ...
 
-    def exchange_text(self, text: str) -> list[str]:
-        """The text of every rank, for control traffic; it waits, and is not counted."""
+    def any_beside(self, flags: Sequence[bool], timeout: float) -> list[bool]:
+        """Whether each is so on any rank that holds another part of the same model; waits."""
         ...
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """The tensor of shape ``[world, *shape]`` of which this rank's is a row."""
+    def norm_beside(self, norm: Tensor, timeout: float) -> Tensor:
+        """The norm over all parts of the model, from that over this rank's; waits."""
+        ...
+
+    def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        """The tensor of shape ``[world, *shape]`` of which this rank's is a row; ``like`` tells how it is sharded."""
+        ...
+
+    def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        """What is equal on all ranks, but where ``like`` is sharded; without ``like`` every part has one of its own."""
         ...
 
     def lost(self) -> list[int]:
@@ -165,11 +187,24 @@ class OneLevel:
     def everyone(self) -> Any:
         return self
 
+    @property
+    def keepers(self) -> Any:
+        return self
+
     def mean_inside(self, gradients: Tensor, timeout: float) -> None:
         pass
 
     def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
         return list(used)
+
+    def any_beside(self, flags: Sequence[bool], timeout: float) -> list[bool]:
+        return list(flags)
+
+    def norm_beside(self, norm: Tensor, timeout: float) -> Tensor:
+        return norm
+
+    def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        return tensor
 
 
 @atexit.register
@@ -226,7 +261,7 @@ class ProcessGroup(OneLevel):
         dist.all_gather_object(texts, text, group=self.group)
         return texts
 
-    def rows(self, tensor: Tensor) -> Tensor:
+    def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
         if self._mesh is None:
             self._mesh = DeviceMesh.from_group(self.group, tensor.device.type)
         return DTensor.from_local(tensor.unsqueeze(0).contiguous(), self._mesh, [Shard(0)], run_check=False)
@@ -343,7 +378,7 @@ class Local(OneLevel):
     def exchange_text(self, text: str) -> list[str]:
         return [text] * self.world
 
-    def rows(self, tensor: Tensor) -> Tensor:
+    def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
         raise ThinwireError("a simulation has no checkpoints; save the model")
 
     def lost(self) -> list[int]:

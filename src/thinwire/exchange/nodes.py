@@ -67,6 +67,10 @@ class Nodes:
         self.link = link and Link(link.bandwidth * self.lanes, link.latency)
 
     @property
+    def keepers(self) -> Collective:
+        return self.everyone
+
+    @property
     def sent(self) -> float:
         return self.between.sent
 
@@ -125,8 +129,17 @@ class Nodes:
     def exchange_text(self, text: str) -> list[str]:
         return self.everyone.exchange_text(text)
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        return self.everyone.rows(tensor)
+    def any_beside(self, flags: Sequence[bool], timeout: float) -> list[bool]:
+        return list(flags)
+
+    def norm_beside(self, norm: Tensor, timeout: float) -> Tensor:
+        return norm
+
+    def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        return self.everyone.rows(tensor, like)
+
+    def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        return tensor
 
     def lost(self) -> list[int]:
         return self.everyone.lost()

@@ -49,8 +49,8 @@ class Paced(OneLevel):
     def exchange_text(self, text: str) -> list[str]:
         return self.inner.exchange_text(text)
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        return self.inner.rows(tensor)
+    def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        return self.inner.rows(tensor, like)
 
     def lost(self) -> list[int]:
         return self.inner.lost()

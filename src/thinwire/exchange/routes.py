@@ -102,7 +102,7 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
 
     gathering: list[Group] = [whole("all_gather", gathered, torch.uint8)] if gathered else []
     cuttable = [i for i in gathered if units[i].compressor.cuttable]
-    if routing.route != "all_gather" and any(units[i].param.numel() for i in cuttable):
+    if routing.route != "all_gather" and any(units[i].own.numel() for i in cuttable):
         rest = [i for i in gathered if i not in cuttable]
         owned = [in_pieces(cuttable), *([whole("all_gather", rest, torch.uint8)] if rest else [])]
         if routing.route == "two_phase" or seconds(owned, routing, world) < seconds(gathering, routing, world):

@@ -43,7 +43,7 @@ def cut(units: Sequence[Unit], chosen: Sequence[int], world: int) -> list[list[P
     nbytes = {i: payload_nbytes(units[i].compressor, units[i].like) for i in chosen}
     total, before, owner = sum(nbytes.values()), 0, 0  # bytes of all units, and of those before this one
     for i in sorted((i for i in chosen if nbytes[i]), key=lambda i: units[i].name):
-        n, start = units[i].param.numel(), 0
+        n, start = units[i].own.numel(), 0
         while start < n:
             end = (owner + 1) * total // world - before  # of this owner's run, in bytes of this unit
             stop = min(n, max(start, end * n // nbytes[i]))

@@ -9,6 +9,7 @@ from thinwire.core import Absorbed
 from thinwire.optim.partner import Partner, takes
 from thinwire.policy.plan import Method
 from thinwire.report.ledger import Ledger
+from thinwire.sharding import own
 from thinwire.tensors import ThinwireError
 from thinwire.units import Unit, Worker
 
@@ -73,6 +74,7 @@ class Joint:
         self.marked = density
         for unit in units:
             live = self.partner.live(unit.param) if "live" in unit.memory.derived else None
+            live = None if live is None else own(live)
             for state in (unit.shared, *(worker.local[unit.name] for worker in workers)):
                 for copy in (state.now, state.next):
                     copy.pop("live", None)

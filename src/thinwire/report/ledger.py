@@ -21,7 +21,8 @@ class StepRow:
     dense_bytes: float = 0.0  # what dense fp32 would have sent
     compressed_wire_bytes: float = 0.0  # of the units that the method compresses
     compressed_dense_bytes: float = 0.0
-    inside_bytes: float = 0.0  # to the ranks of the same node, which are not among the wire bytes
+    inside_bytes: float = 0.0  # inside a node, or along the shard axis, which are not among the wire bytes
+    inside_dense_bytes: float = 0.0  # what fp32 would have sent along the shard axis
     send_seconds: float = 0.0
     exchange_seconds: float = 0.0  # from the start of each exchange to its end, summed over buckets
     receive_seconds: float = 0.0
@@ -96,8 +97,12 @@ class Ledger:
             ("decompress, ms", f"{statistics.median(row.receive_seconds for row in last) * 1e3:.2f}"),
         ]
         if any(row.inside_bytes for row in last):
-            inside = statistics.median(row.inside_bytes for row in last)
-            lines.append(("bytes inside the node per step and rank", f"{inside:,.0f}"))
+            sharded = any(row.inside_dense_bytes for row in last)
+            what = "of the reduce-scatter" if sharded else "inside the node"
+            lines.append((f"bytes {what} per step and rank", f"{statistics.median(r.inside_bytes for r in last):,.0f}"))
+            if sharded:
+                ratio = _median_ratio((row.inside_dense_bytes, row.inside_bytes) for row in last)
+                lines.append(("ratio of the reduce-scatter to fp32", f"{ratio:,.1f}"))
         if errors := [row.error for row in self.rows if row.error is not None]:
             lines.append(("relative error of one step (residual energy)", f"{errors[-1]:.4f}"))
         width = max(len(name) for name, _ in lines)

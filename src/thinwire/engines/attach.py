@@ -1,0 +1,147 @@
+"""``attach``: the one line. It finds out what the model is wrapped in; ``ddp.py`` and ``fsdp2.py`` know the rest."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from thinwire.core import Compressor
+from thinwire.engines.ddp import Ddp
+from thinwire.engines.fsdp2 import Fsdp2, is_fsdp1, is_fsdp2
+from thinwire.exchange.collectives import TIMEOUT, Collective, Talk
+from thinwire.kernels.choose import Choice, choose
+from thinwire.link import Link
+from thinwire.policy.plan import Method, Rule
+from thinwire.session import Policy, Session
+from thinwire.succession import agree
+from thinwire.tensors import ThinwireError
+from thinwire.transaction import OnNonfinite, Scaler
+from thinwire.units import Worker
+
+
+class Engine(Protocol):
+    """Where gradients come from."""
+
+    @property
+    def talk(self) -> Talk:
+        """All ranks of the model."""
+        ...
+
+    def exchanged(self, method: Method) -> list[tuple[str, Tensor]]:
+        """The parameters whose gradients are exchanged, if nothing is in the way.
+
+        Raises:
+            ThinwireError: something is; nothing has been changed.
+        """
+        ...
+
+    def collective(self, link: Link | None) -> Collective:
+        """Who exchanges them. A collective call."""
+        ...
+
+    def install(self, session: Session) -> None:
+        """Pass the gradients through the session from now on."""
+        ...
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int = 0,
+    link: Link | str | None = None,
+    scaler: Scaler | None = None,
+    on_nonfinite: OnNonfinite = "skip",
+    timeout: float = TIMEOUT,
+    kernels: Choice = "auto",
+    nodes: int | DeviceMesh | None = None,
+    replicate: DeviceMesh | None = None,
+    reduce_scatter: Compressor | Rule | None = None,
+    policy: Policy | None = None,
+) -> Session:
+    """Exchange the gradients of a DDP or FSDP2 model by ``method``. A collective call: all ranks make it alike.
+
+    Args:
+        model: a ``DistributedDataParallel``, or one whose parts went through ``fully_shard`` on a mesh of one
+            dimension; on gloo or NCCL; before the first step or between any two.
+        method: ``thinwire.dgc()``, ``thinwire.topk()``, ``thinwire.cast()``, ``thinwire.dense()`` or one of your own.
+        optimizer: required by all methods that remember anything (dgc, topk): what a step changes there is final only
+            when the optimizer steps. With dgc, ``momentum``, ``nesterov`` and ``weight_decay`` move from it into the
+            memory, with its momentum buffers, until ``detach()``.
+        seed: of all randomness; equal on all ranks.
+        link: emulate a link of this speed, e.g. ``"100mbit"``; for experiments on one machine.
+        scaler: the ``GradScaler`` of a mixed-precision run, so that residuals are kept without its scale.
+        on_nonfinite: a gradient that is not finite on any rank makes all ranks skip the step ("skip"), or raise when
+            the optimizer is about to step ("raise"). With a scaler, the scaler skips. It concerns methods that remember
+            something; ``dense()`` and ``cast()`` pass on what they get, as DDP does.
+        timeout: seconds after which an exchange that a rank does not join is an error. A rank that only evaluates or
+            saves for longer than this needs more. On NCCL it is the process group's own timeout that counts.
+        kernels: the loops that compress: "reference" is plain PyTorch, "cpu" needs ``thinwire[cpu]``, "auto" takes the
+            fastest there is; the ledger names it. All give the same bits.
+        nodes: (DDP) compress between nodes only. The ranks of a node, which follow each other, as a number; or a
+            ``DeviceMesh`` of two dimensions, between nodes and inside. Ranks of a node average their gradients and are
+            one worker together; the ledger's wire bytes are those between nodes. ``link`` is then that between nodes.
+        replicate: (FSDP2) the mesh, of one dimension, over the replicas of each shard: the reduce-scattered gradients
+            are exchanged over it by ``method``, and residuals have the size of a shard. None for no replicas.
+        reduce_scatter: (FSDP2) how gradients travel between the ranks that a parameter is sharded over, e.g.
+            ``thinwire.QSGD(8)``; None for PyTorch's own. A ``Rule(compressor, ErrorFeedback())`` remembers what it
+            lost, at the cost of two unsharded gradients a rank, which is what FSDP2 saves.
+        policy: changes the method while it trains, e.g. ``thinwire.LGreCo``.
+
+    Returns:
+        The session: ``report()``, ``set_method()``, ``detach()``, and ``ledger``.
+
+    Raises:
+        ThinwireError: the model is neither, its hook slot is taken, its optimizer does not fit the method, ranks ask
+            for different things, or a compressed parameter has sparse gradients. Nothing has been changed then.
+
+    Example::
+
+        ddp = DistributedDataParallel(model)
+        wire = thinwire.attach(ddp, thinwire.dgc(density=0.001), optimizer=optimizer)
+
+        fully_shard(model, mesh=mesh["shard"])
+        wire = thinwire.attach(model, thinwire.topk(0.01), optimizer=optimizer, replicate=mesh["replicate"])
+    """
+    engine: Engine
+    if isinstance(model, DistributedDataParallel):
+        if replicate is not None or reduce_scatter is not None:
+            raise ThinwireError("replicate= and reduce_scatter= are for FSDP2; a DDP model has no shards")
+        engine = Ddp(model, nodes)
+    elif is_fsdp2(model):
+        if nodes is not None:
+            raise ThinwireError(
+                "nodes= is for DDP; with FSDP2, shard inside a node and pass replicate=, the mesh between nodes"
+            )
+        engine = Fsdp2(model, replicate, reduce_scatter, optimizer is not None)
+    elif is_fsdp1(model):
+        raise ThinwireError(
+            "FullyShardedDataParallel (FSDP1) is not supported; replace it by torch.distributed.fsdp.fully_shard(model)"
+        )
+    else:
+        raise ThinwireError(
+            f"attach() takes a DistributedDataParallel or a model that went through fully_shard, not "
+            f"{type(model).__name__}; wrap the model first"
+        )
+    try:
+        named = engine.exchanged(method)
+        wire = Link.parse(link) if isinstance(link, str) else link
+        chosen, note = choose(kernels, named[0][1].device)
+    except ThinwireError as error:  # the other ranks must hear of it, or they would wait for ever
+        agree(engine.talk, [("error", str(error))])
+        raise
+    said = (("nodes", str(nodes)), ("replicate", str(replicate is not None)), ("reduce_scatter", repr(reduce_scatter)))
+    agree(engine.talk, [("error", "none"), *said])
+    collective = engine.collective(wire)
+    try:
+        worker = Worker(collective.rank, seed, kernels=chosen)
+        session = Session(named, method, collective, optimizer, seed, [worker], scaler, on_nonfinite, timeout, policy)
+    except ThinwireError:
+        collective.close()
+        raise
+    session.use_kernels(chosen, note)
+    engine.install(session)
+    return session

@@ -1,0 +1,204 @@
+"""FSDP2 (``fully_shard``): what is checked and set up; ``shards.py`` has what passes through.
+
+What was observed of FSDP2 and shaped it:
+
+* With native HSDP the all-reduce over replicas is its own. So the model is sharded over one dimension, and the exchange
+  between replicas is ours: it begins where FSDP2 has reduce-scattered a gradient.
+* There it calls the hooks of ``Tensor.register_post_accumulate_grad_hook`` of the sharded parameter, after the division
+  and the cast. The hook of ``set_all_reduce_hook`` is called a moment before, with a flat buffer and no word of which
+  parameters lie in it, or where. So the former are used: a unit is a parameter's shard, by the parameter's name.
+* What replaces the reduce-scatter can never be taken back (there is no getter), so it stays and does what FSDP2 does.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from thinwire.core import NOWHERE, Compressor
+from thinwire.engines.scatter import Scatter
+from thinwire.engines.shards import Owned, Shards
+from thinwire.exchange.collectives import Collective, Local, ProcessGroup
+from thinwire.exchange.mesh import BothAxes, Mesh
+from thinwire.exchange.paced import Paced
+from thinwire.link import Link
+from thinwire.memories.feedback import NoMemory
+from thinwire.policy.plan import Method, Rule
+from thinwire.session import Session
+from thinwire.sharding import own, shard_dim
+from thinwire.tensors import ThinwireError
+from thinwire.units import DENSE
+
+ONE_LINE = (
+    'shard over one dimension, fully_shard(module, mesh=mesh["shard"]) instead of fully_shard(module, mesh=mesh), and '
+    'pass replicate=mesh["replicate"] to attach()'
+)
+
+
+def is_fsdp2(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def is_fsdp1(model: nn.Module) -> bool:
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+
+
+class Fsdp2:
+    """One FSDP2 model, about to be attached to.
+
+    Args:
+        replicate, reduce_scatter: see ``thinwire.attach``.
+        steps: whether there is an optimizer whose steps can be followed.
+
+    Raises:
+        ThinwireError: it is sharded in a way that leaves nothing to exchange, or on meshes that don't fit.
+    """
+
+    def __init__(
+        self, model: nn.Module, replicate: DeviceMesh | None, reduce_scatter: Compressor | Rule | None, steps: bool
+    ) -> None:
+        self.model, self.steps = model, steps
+        named: list[tuple[str, nn.Module]] = [*model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
+        self.modules = [(name, module) for name, module in named if isinstance(module, FSDPModule)]
+        for _, module in self.modules:
+            module.reshard()  # after an evaluation the parameters of the root are still whole
+        self.owned = _owned(model, self.modules)
+        self.shards = _shards([owned.param for owned in self.owned])
+        if replicate is not None and replicate.ndim != 1:
+            raise ThinwireError(f"replicate is a mesh of {replicate.ndim} dimensions; it must have one: {ONE_LINE}")
+        self.group = replicate.get_group() if replicate is not None else None
+        self.replicas: Collective = ProcessGroup(self.group) if self.group is not None else Local.of(1)[0]
+        self.talk = BothAxes(self.replicas, self.shards)
+        self.scatter = Rule(reduce_scatter, NoMemory()) if isinstance(reduce_scatter, Compressor) else reduce_scatter
+
+    def exchanged(self, method: Method) -> list[tuple[str, Tensor]]:
+        if self.group is None and any(r.compressor != DENSE or r.memory.stateful for r in method.rules):
+            raise ThinwireError(
+                f"{method.name} has nothing to compress: a model without replicas only has a reduce-scatter; pass "
+                "replicate= the mesh over its replicas, or thinwire.dense() and reduce_scatter= a compressor"
+            )
+        for _, module in self.modules:
+            if (shards := _attached.get(cast(nn.Module, module))) is not None and shards.session is not None:
+                name = shards.session.method.name
+                raise ThinwireError(f"{name} is attached to this model; call wire.set_method(), or wire.detach() first")
+        if meta := [owned.name for owned in self.owned if own(owned.param).is_meta]:
+            raise ThinwireError(f"parameter {meta[0]!r} is on the meta device; initialise the model, then attach")
+        if self.scatter is not None:
+            self._check_scatter(self.scatter)
+        return [(owned.name, owned.param) for owned in self.owned]
+
+    def _check_scatter(self, rule: Rule) -> None:
+        compressor, kind = rule.compressor, type(rule.compressor).__name__
+        if compressor.min_ndim or compressor.period != 1 or compressor.init(torch.zeros(1), NOWHERE):
+            raise ThinwireError(
+                f"reduce_scatter={kind} needs matrices, keeps a state or changes its shapes; a reduce-scatter carries "
+                "flat gradients: use one like thinwire.QSGD(8) or thinwire.Cast('bfloat16')"
+            )
+        if rule.memory.absorbs:
+            raise ThinwireError(
+                f"reduce_scatter with {type(rule.memory).__name__}: an optimizer's momentum can't move into what every "
+                "rank remembers of the whole gradient; use NoMemory(), or ErrorFeedback()"
+            )
+        if rule.memory.stateful and not self.steps:
+            raise ThinwireError(
+                "reduce_scatter remembers what it lost, which is final when the optimizer steps; pass optimizer="
+            )
+        needed = {"set_custom_reduce_scatter": "2.9", "set_force_sum_reduction_for_comms": "2.9"}
+        if rule.memory.stateful:  # its residual has the size of the buffer, which must not change
+            needed["set_reduce_scatter_unused_params"] = "2.13"
+        for method, since in needed.items():
+            check_method(self.modules[0][1], method, since)
+
+    def collective(self, link: Link | None) -> Collective:
+        replicas = Paced(self.replicas, link) if link else self.replicas
+        return Mesh(replicas, self.shards, self.group, own(self.owned[0].param).device)
+
+    def install(self, session: Session) -> None:
+        shards = Shards(self.model, self.owned, exchanges=self.group is not None, shards=self.shards)
+        for name, module in self.modules:
+            _attached[cast(nn.Module, module)] = shards
+            if self.scatter is not None:
+                self._replace_reduce_scatter(shards, name, module)
+        shards.install(session)
+        if self.scatter is not None and self.scatter.memory.stateful:
+            session.ledger.note(
+                f"the reduce-scatter remembers what it lost: {shards.memory_bytes(self.scatter):,} bytes on this rank, "
+                "as two unsharded gradients; a checkpoint does not hold them"
+            )
+
+    def _replace_reduce_scatter(self, shards: Shards, name: str, module: FSDPModule) -> None:
+        assert self.scatter is not None
+        scatter = Scatter(shards, name, self.scatter)
+        shards.scatters.append(scatter)
+        try:
+            module.set_custom_reduce_scatter(cast(Any, scatter))
+        except ValueError as error:
+            raise ThinwireError(f"{name or 'the model'}: {error}") from error
+        module.set_force_sum_reduction_for_comms(True)
+        if hasattr(module, "set_reduce_scatter_unused_params"):
+            module.set_reduce_scatter_unused_params(True, recurse=False)
+
+
+_attached: WeakKeyDictionary[nn.Module, Shards] = WeakKeyDictionary()
+
+
+def check_method(module: object, name: str, since: str) -> None:
+    """Raises a ``ThinwireError`` that names the versions where FSDP2 has no such method yet."""
+    if not hasattr(module, name):
+        raise ThinwireError(
+            f"this needs FSDPModule.{name}(), which came with torch {since}; here is {torch.__version__}: upgrade "
+            "it, or leave the reduce-scatter to PyTorch (and compress between replicas), or use a compressor without a "
+            "memory"
+        )
+
+
+def _owned(model: nn.Module, modules: Sequence[tuple[str, Any]]) -> list[Owned]:
+    """The sharded parameters that require a gradient, with the number of the module that they travel with."""
+    numbers = {name: number for number, (name, _) in enumerate(modules)}
+    owned: list[Owned] = []
+    for name, param in model.named_parameters():
+        if not param.requires_grad or not isinstance(param, DTensor):  # what FSDP2 ignores, it does not average either
+            continue
+        path, _, leaf = name.rpartition(".")
+        above = path
+        while above not in numbers and above:
+            above = above.rpartition(".")[0]
+        clean = name.replace("_orig_mod.", "")  # what torch.compile puts in
+        owned.append(Owned(clean, param, model.get_submodule(path), leaf, numbers.get(above, 0)))
+    if not owned:
+        raise ThinwireError("the model has no sharded parameter that requires a gradient; there is nothing to exchange")
+    return owned
+
+
+def _shards(params: list[Tensor]) -> ProcessGroup:
+    """The ranks that the parameters are sharded over."""
+    meshes: list[DeviceMesh] = [cast(DTensor, param).device_mesh for param in params]
+    for param, mesh in zip(params, meshes, strict=True):
+        placements = cast(DTensor, param).placements
+        if mesh.ndim == 2 and placements[0].is_replicate():
+            raise ThinwireError(
+                "the model is sharded on a mesh of 2 dimensions (native HSDP), where PyTorch's own all-reduce averages "
+                f"the replicas; {ONE_LINE}"
+            )
+        if mesh.ndim != 1 or shard_dim(param) is None:
+            raise ThinwireError(
+                f"the parameters are {placements} on a mesh of {mesh.ndim} dimensions; they must be sharded over one: "
+                f"{ONE_LINE}"
+            )
+        if own(param).device.type != mesh.device_type and not own(param).is_meta:
+            raise ThinwireError(
+                f"parameters are kept on {own(param).device.type} and gathered on {mesh.device_type}; offloading is "
+                "not supported: leave out CPUOffloadPolicy"
+            )
+    if len({tuple(dist.get_process_group_ranks(mesh.get_group())) for mesh in meshes}) > 1:
+        raise ThinwireError(
+            "the parameters are sharded over several meshes; thinwire can follow one only: shard all of them "
+            "over the same ranks"
+        )
+    return ProcessGroup(meshes[0].get_group())

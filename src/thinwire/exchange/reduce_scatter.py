@@ -1,0 +1,60 @@
+"""A reduce-scatter whose messages are compressed: an all-to-all, and a sum in float32 by the rank that keeps it.
+
+Nothing is rounded twice: what a rank sends to another is compressed once, and its own part is added as it is.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from thinwire.core import Compressor, Context, Memory, State
+from thinwire.exchange.collectives import Collective
+from thinwire.tensors import float_at_least_32
+from thinwire.units import payload_like
+from thinwire.wire.layout import Layout
+
+
+@torch.no_grad()
+def reduce_scatter(
+    rows: Tensor,
+    out: Tensor,
+    compressor: Compressor,
+    memory: Memory,
+    states: Sequence[tuple[State, State]],
+    collective: Collective,
+    context: Callable[[int, int], Context],
+    scale: float,
+    timeout: float,
+) -> None:
+    """``out`` = the sum over the ranks of their row for this one. A collective call; it waits.
+
+    Args:
+        rows: of this rank, ``[world, n]``; row r is for rank r. They may be overwritten.
+        out: ``[n]``.
+        states: for each row, what the memory remembers: (old, new); the own one is not used.
+        context: of what a rank (first) sends to another (second).
+        scale: 1 / loss scale, for a memory that remembers.
+
+    **Wire**: ``(N-1) / N`` of the payloads of all rows, where fp32 takes ``4 (N-1) / N`` bytes an element.
+    """
+    world, rank = collective.world, collective.rank
+    layout = Layout([payload_like(compressor, rows[0].to("meta", memory.dtype(rows.dtype)))])
+    message = torch.zeros(world, layout.nbytes, dtype=torch.uint8, device=rows.device)
+    for r, (row, (old, new)) in enumerate(zip(rows, states, strict=True)):
+        if r != rank:
+            ctx = context(rank, r)
+            x = memory.compensate(row, row, old, new, scale, ctx)
+            payload = compressor.compress(x, {}, ctx)
+            memory.sent(x, compressor.decompress(payload, x, {}, ctx), new)
+            message[r] = layout.pack([payload])
+    arrived = collective.all_to_all(message)
+    total = rows[rank].to(float_at_least_32(rows.dtype))
+    like = torch.empty_like(total, dtype=memory.dtype(rows.dtype))
+    arrived.wait(timeout)
+    arrived.future.wait()
+    back = 1.0 / scale if memory.stateful else 1.0
+    for r, received in enumerate(arrived.answer()):
+        if r != rank:
+            compressor.decompress(layout.unpack(received)[0], like, {}, context(r, rank)).add_to(total, back)
+    out.copy_(total)
