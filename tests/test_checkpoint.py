@@ -15,7 +15,7 @@ from tests.engines.models import batch, build, flat_parameters, loss_of
 from tests.world import World
 from thinwire import ThinwireError, Warmup, dense, dgc, topk
 from thinwire.checkpoint import restore, save
-from thinwire.exchange.collectives import Local
+from thinwire.exchange.local import Local
 from thinwire.session import Session
 
 METHODS = {

@@ -17,7 +17,8 @@ import thinwire
 from tests.engines.models import batch, build, loss_of, train_ddp
 from tests.world import free_port
 from thinwire import ThinwireError, dgc, topk
-from thinwire.exchange.collectives import Local, exchange_failed
+from thinwire.exchange.collectives import exchange_failed
+from thinwire.exchange.local import Local
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,7 +68,7 @@ def unbroken(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("repeat", range(int(os.environ.get("THINWIRE_KILLS", "2"))))
+@pytest.mark.parametrize("repeat", range(int(os.environ.get("THINWIRE_KILLS", "1"))))
 def test_a_killed_rank_is_named_nobody_hangs_and_a_restart_goes_on(unbroken, tmp_path, repeat):
     # not in the first two steps nor right after a checkpoint, where others may be in a collective that is not ours
     step = random.Random(repeat).choice([step for step in range(2, STEPS) if step % EVERY])

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from thinwire import Link, ThinwireError
-from thinwire.exchange.collectives import Local, ProcessGroup
+from thinwire.exchange.collectives import ProcessGroup
+from thinwire.exchange.local import Local
 from thinwire.exchange.paced import Paced
 
 

@@ -7,7 +7,7 @@ from tests.engines.models import simulated
 from thinwire import Link, Method, ThinwireError, Warmup, dgc, pipeline, topk
 from thinwire.compressors.sparse import TopK
 from thinwire.core import Absorbed, Context
-from thinwire.exchange.collectives import Local
+from thinwire.exchange.local import Local
 from thinwire.exchange.routes import Routing, plan_bucket
 from thinwire.exchange.two_phase import added, cut, without
 from thinwire.units import Worker, resolve, set_stage

@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=["thinwire.checkpoint", "thinwire.compre
     from thinwire import checkpoint
 
 from thinwire import ThinwireError, dgc, topk
-from thinwire.exchange.collectives import Local
+from thinwire.exchange.local import Local
 from thinwire.session import Session
 
 WORLDS = (1, 2, 3, 4)

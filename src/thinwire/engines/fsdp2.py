@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor
 from thinwire.core import NOWHERE, Compressor
 from thinwire.engines.scatter import Scatter
 from thinwire.engines.shards import Owned, Shards
-from thinwire.exchange.collectives import Collective, Local, ProcessGroup
+from thinwire.exchange.collectives import Collective, ProcessGroup
+from thinwire.exchange.local import Local
 from thinwire.exchange.mesh import BothAxes, Mesh
 from thinwire.exchange.paced import Paced
 from thinwire.link import Link

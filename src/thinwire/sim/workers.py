@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from thinwire import pipeline
 from thinwire.clipping import clip
-from thinwire.exchange.collectives import InFlight, Local
+from thinwire.exchange.collectives import InFlight
+from thinwire.exchange.local import Local
 from thinwire.kernels.choose import Choice, choose
 from thinwire.policy.plan import Method
 from thinwire.report.ledger import Ledger, Stopwatch
