@@ -1,6 +1,6 @@
 """The loops in which the time goes: what a kernel is asked to do, in plain PyTorch, on the CPU or on CUDA."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -48,12 +48,12 @@ class Selection(Protocol):
     @property
     def run(self) -> int: ...
 
-    def threshold(self, sampled: Tensor) -> Tensor:
+    def threshold(self, sampled: Tensor, kernels: "Kernels") -> Tensor:
         """The threshold, a scalar, from the magnitudes of ``run`` elements at every ``stride``-th from ``start`` on."""
         ...
 
-    def settle(self, found: Found, threshold: Tensor, look: Callable[[Tensor], Found]) -> Found:
-        """What is sent, where ``found`` is what is not below the threshold; ``look`` finds it for another one."""
+    def settle(self, found: Found, threshold: Tensor, x: Tensor, kernels: "Kernels") -> Found:
+        """What is sent of ``x`` ``[n]``, where ``found`` is what is not below the threshold."""
         ...
 
 
@@ -82,6 +82,10 @@ class Kernels(Protocol):
 
     def look(self, x: Tensor, threshold: Tensor) -> Found:
         """Where ``|x|``, of one dimension, is not below the threshold."""
+        ...
+
+    def kth(self, magnitude: Tensor, k: int) -> Tensor:
+        """The k-th largest of ``magnitude`` ``[n]``, a scalar; 1 <= k <= n, and NaN is as large as infinity."""
         ...
 
     def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:

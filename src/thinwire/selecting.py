@@ -1,7 +1,6 @@
 """What is asked and what is sent of each piece; in one pass over memory where a threshold chooses the elements."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,10 +38,13 @@ def select(
         work = None if selection is None else _pass(unit, piece, grads[piece.unit], worker, scale)
         if selection is not None and work is not None and worker.kernels.runs(work):
             works[j], selections[j] = work, selection
-    thresholds = [s.threshold(worker.kernels.sample(works[j], s.start, s.stride, s.run)) for j, s in selections.items()]
-    found = worker.kernels.accumulate(list(works.values()), thresholds)
+    kernels = worker.kernels
+    thresholds = [
+        s.threshold(kernels.sample(works[j], s.start, s.stride, s.run), kernels) for j, s in selections.items()
+    ]
+    found = kernels.accumulate(list(works.values()), thresholds)
     return {
-        j: selections[j].settle(there, threshold, partial(worker.kernels.look, works[j].new_residual))
+        j: selections[j].settle(there, threshold, works[j].new_residual, kernels)
         for j, there, threshold in zip(works, found, thresholds, strict=True)
     }
 
@@ -60,6 +62,7 @@ def rehearse(units: Sequence[Unit], kernels: Kernels) -> None:
                 kernels.accumulate([work], [threshold])
                 found, values = kernels.look(new_v, threshold)
                 kernels.decode_indices(kernels.encode_indices(found, 65), 65, 65)
+                kernels.kth(values.abs(), 1)
                 kernels.add(torch.zeros_like(new_v), found, values, 1.0)
 
 

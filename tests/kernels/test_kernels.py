@@ -144,6 +144,16 @@ def test_indices_are_the_same_bytes(kernels, n):
         assert torch.equal(kernels.decode_indices(packed, k, n), indices)
 
 
+@pytest.mark.parametrize("kind", ["normal", "equal", "zero", "denormal", "not finite"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kth_is_what_sorting_says(kernels, kind, dtype):
+    for n in (1, 2, 63, 1000):
+        magnitude = hostile(n, kind).abs().to(dtype)
+        ordered = magnitude.nan_to_num(INF, INF).sort(descending=True).values
+        for k in {1, 2, n // 3, n} & set(range(1, n + 1)):
+            assert torch.equal(kernels.kth(magnitude, k), ordered[k - 1])
+
+
 @pytest.mark.parametrize("alpha", [1.0, -1.0, 1 / 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_adding_is_index_add(kernels, alpha, dtype):

@@ -11,14 +11,13 @@ so that k of them nearly always do; and of those that do the largest are kept, w
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from thinwire.core import Context
-from thinwire.kernels.reference import runs
+from thinwire.kernels.reference import REFERENCE, runs
 from thinwire.loops import Found, Kernels
 
 SAMPLED_AMONG = 64
@@ -31,24 +30,19 @@ EXACT_BELOW = 100_000
 """Elements below which an exact selection is as cheap."""
 
 
-def smallest_of(magnitude: Tensor, k: int) -> Tensor:
-    """The k-th largest magnitude, with NaN as large as infinity."""
-    return torch.topk(magnitude, k, sorted=False).values.nan_to_num(math.inf, math.inf).min()
-
-
 def at_least(magnitude: Tensor, threshold: Tensor) -> Tensor:
     """Ascending indices of what is not below the threshold; NaN is not, so that it is sent and seen."""
     return magnitude.lt(threshold).logical_not_().nonzero().view(-1)
 
 
-def largest(magnitude: Tensor, k: int) -> Tensor:
+def largest(magnitude: Tensor, k: int, kernels: Kernels = REFERENCE) -> Tensor:
     """Ascending indices, int64 ``[min(k, n)]``, of the k largest of ``magnitude`` ``[n]``."""
     n = magnitude.numel()
     if k >= n:
         return torch.arange(n, device=magnitude.device)
     if k == 0:
         return torch.empty(0, dtype=torch.int64, device=magnitude.device)
-    threshold = smallest_of(magnitude, k)
+    threshold = kernels.kth(magnitude, k)
     candidates = at_least(magnitude, threshold)
     if candidates.numel() == k:
         return candidates
@@ -112,26 +106,26 @@ class Sampling:
         sampled = run * len(range(start, n - run + 1, stride))
         return Sampling(k, start, stride, run, min(sampled, math.ceil(MARGIN * density * sampled)), lower, attempts)
 
-    def threshold(self, sampled: Tensor) -> Tensor:
+    def threshold(self, sampled: Tensor, kernels: Kernels) -> Tensor:
         """The threshold, a scalar, from the magnitudes that were sampled."""
         info = torch.finfo(sampled.dtype)
-        return smallest_of(sampled, self.rank).clamp_(min=info.smallest_normal * info.eps)  # what is 0 is not sent
+        return kernels.kth(sampled, self.rank).clamp_(min=info.smallest_normal * info.eps)  # what is 0 is not sent
 
-    def settle(self, found: Found, threshold: Tensor, look: Callable[[Tensor], Found]) -> Found:
-        """At most k elements, where ``found`` is what is not below ``threshold``."""
+    def settle(self, found: Found, threshold: Tensor, x: Tensor, kernels: Kernels) -> Found:
+        """At most k elements, where ``found`` is what of ``x`` is not below ``threshold``."""
         for _ in range(self.attempts):
             lowered = threshold * self.lower
             if found[0].numel() >= self.lower * self.k or bool(lowered == threshold):  # as low as can be, or infinite
                 break
             threshold = lowered
-            found = look(threshold)
+            found = kernels.look(x, threshold)
         indices, values = found
         if indices.numel() <= self.k:
             return found
-        kept = largest(values.abs(), self.k)
+        kept = largest(values.abs(), self.k, kernels)
         return indices[kept], values[kept]
 
     def select(self, x: Tensor, kernels: Kernels) -> Found:
         """At most k elements: about the k largest of ``x`` ``[n]``."""
-        threshold = self.threshold(runs(x, self.start, self.stride, self.run).abs_())
-        return self.settle(kernels.look(x, threshold), threshold, lambda lower: kernels.look(x, lower))
+        threshold = self.threshold(runs(x, self.start, self.stride, self.run).abs_(), kernels)
+        return self.settle(kernels.look(x, threshold), threshold, x, kernels)

@@ -52,6 +52,30 @@ def found(masks: Any, x: Any, offset: int) -> Any:
 
 
 @_njit(nogil=True)
+def kth(x: Any, k: int) -> int:
+    """The k-th largest of the bits of float32 that are not negative; NaN counts as infinity.
+
+    A radix select: which 11 bits it begins with, then of those that begin so the next 11, and the last 9.
+    """
+    infinity = 0x7F800000
+    counts = numpy.empty(2048, numpy.int64)
+    start = 0
+    for low, high in ((20, 31), (9, 20), (0, 9)):
+        counts[:] = 0
+        size = (1 << (high - low)) - 1
+        for bits in x:
+            bits = min(bits, infinity)
+            if bits >> high == start >> high:
+                counts[(bits >> low) & size] += 1
+        digit = size
+        while counts[digit] < k:
+            k -= counts[digit]
+            digit -= 1
+        start |= digit << low
+    return start
+
+
+@_njit(nogil=True)
 def above(x: Any, least: int, masks: Any) -> None:
     """A mask for each 64 elements of magnitudes not below ``least``; both are bits, NaN above infinity."""
     sign = (1 << (8 * x.itemsize - 1)) - 1

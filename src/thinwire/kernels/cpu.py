@@ -86,6 +86,12 @@ class Cpu:
         bits.above(as_bits, int(threshold.view(BITS[x.dtype])), masks)
         return joined([bits.found(masks, as_bits, 0)], x.dtype)
 
+    def kth(self, magnitude: Tensor, k: int) -> Tensor:
+        if magnitude.dtype != torch.float32:
+            return REFERENCE.kth(magnitude, k)
+        as_bits = numpy.array(bits.kth(magnitude.view(torch.int32).numpy(), k), numpy.int32)
+        return torch.from_numpy(as_bits).view(torch.float32)
+
     def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
         if out.dtype == torch.float32:
             bits.add(out.numpy(), indices.numpy(), values.numpy(), alpha)

@@ -5,6 +5,7 @@ blocks whose maximum reaches the threshold are looked into, since finding the fe
 (``nonzero``) costs more than the pass itself.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Any, cast
@@ -39,21 +40,24 @@ class Reference:
         return [self._one(work, threshold) for work, threshold in zip(works, thresholds, strict=True)]
 
     def _one(self, work: Pass, threshold: Tensor) -> Found:
-        maxima = Maxima(work.new_residual)
+        search = Search(work.new_residual, threshold)
         old, new_u, grads = (chunks(x) for x in (work.old_residual, work.new_momentum, work.grad))
         for grad, v, new_v, u, w in zip(
             grads, old, chunks(work.new_residual), chunks(work.old_momentum), new_u, strict=False
         ):
             accumulate(work.rule, work.scale, grad, v, new_v, u, w)
             grad.zero_()
-            maxima.of(new_v)
-        return within(work.new_residual, maxima.found, threshold)
+            search.within(new_v)
+        return search.found()
 
     def look(self, x: Tensor, threshold: Tensor) -> Found:
-        maxima = Maxima(x)
+        search = Search(x, threshold)
         for part in chunks(x):
-            maxima.of(part)
-        return within(x, maxima.found, threshold)
+            search.within(part)
+        return search.found()
+
+    def kth(self, magnitude: Tensor, k: int) -> Tensor:
+        return torch.topk(magnitude, k, sorted=False).values.nan_to_num(math.inf, math.inf).min()
 
     def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
         out.index_add_(0, indices, values, alpha=alpha)
@@ -82,30 +86,35 @@ def chunks(x: Tensor | None) -> Iterable[Any]:
     return cast(Any, x).split(CHUNK if x.device.type == "cpu" else max(BLOCK, x.numel()))
 
 
-class Maxima:
-    """The largest magnitude of each whole block of ``x`` ``[n]``, chunk after chunk."""
+class Search:
+    """Where ``|x|`` of ``[n]`` is not below the threshold; chunk after chunk, while each is in the cache."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.found = x.new_empty(x.numel() // BLOCK)
-        self._room = x.new_empty(0)
+    def __init__(self, x: Tensor, threshold: Tensor) -> None:
+        self._threshold = threshold
+        self._room = torch.empty_like(x[:CHUNK] if x.device.type == "cpu" else x)
+        self._found: list[Found] = []
         self._at = 0
 
-    def of(self, part: Tensor) -> None:
-        whole = part.numel() // BLOCK
-        if self._room.numel() < whole * BLOCK:
-            self._room = part.new_empty(whole * BLOCK)
-        magnitude = torch.abs(part[: whole * BLOCK], out=self._room[: whole * BLOCK])
-        torch.amax(magnitude.view(whole, BLOCK), dim=1, out=self.found[self._at : self._at + whole])
-        self._at += whole
+    def within(self, part: Tensor) -> None:
+        whole = part.numel() // BLOCK * BLOCK
+        magnitudes = torch.abs(part[:whole], out=self._room[:whole])
+        indices, values = within(part, magnitudes.view(-1, BLOCK).amax(dim=1), self._threshold)
+        self._found.append((indices.add_(self._at), values))
+        self._at += part.numel()
+
+    def found(self) -> Found:
+        indices, values = zip(*self._found, strict=True)
+        return torch.cat(indices), torch.cat(values)
 
 
 def within(x: Tensor, maxima: Tensor, threshold: Tensor) -> Found:
     """Where ``|x|`` is not below the threshold, given the maximum of each whole block; NaN is not below."""
     whole = x.numel() // BLOCK
     hot = maxima[:whole].lt(threshold).logical_not_().nonzero().view(-1)
-    rows = x[: whole * BLOCK].view(whole, BLOCK).index_select(0, hot)
-    row, column = rows.abs().lt(threshold).logical_not_().nonzero().unbind(1)
-    indices, values = hot[row] * BLOCK + column, rows[row, column]
+    rows = x[: whole * BLOCK].view(whole, BLOCK).index_select(0, hot).view(-1)
+    there = rows.abs().lt(threshold).logical_not_().nonzero().view(-1)
+    indices = hot.index_select(0, there // BLOCK).mul_(BLOCK).add_(there % BLOCK)
+    values = rows.index_select(0, there)
     if whole * BLOCK == x.numel():
         return indices, values
     end = x[whole * BLOCK :]
