@@ -44,10 +44,11 @@ def found(masks: Any, x: Any, offset: int) -> Any:
     for i in range(masks.size):
         word = masks[i]
         while word:
-            place = offset + i * 64 + lowest_bit(word)
-            indices[at], values[at] = place, x[place]
+            indices[at] = offset + i * 64 + lowest_bit(word)
             word &= word - one
             at += 1
+    for at in range(count):  # a loop of its own, so that many of these loads are under way together
+        values[at] = x[indices[at]]
     return indices, values
 
 
