@@ -73,6 +73,20 @@ def test_convergence(tmp_path):
     assert figures["dgc_int4", "heldout_loss"] != figures["dense", "heldout_loss"]
 
 
+def test_convergence_with_adamw(tmp_path):
+    options = ["--model", "transformer", "--cases", "dense", "ef21_sgdm_1%", "--seeds", "1", "--steps", "6"]
+    figures = run(tmp_path, "benchmarks.convergence", *options, "--workers", "2")
+    assert 0 < figures["ef21_sgdm_1%", "wire_bytes"] < figures["dense", "wire_bytes"] / 5
+    assert figures["ef21_sgdm_1%", "heldout_loss"] != figures["dense", "heldout_loss"]
+
+
+def test_sharded(tmp_path):
+    figures = run(tmp_path, "benchmarks.sharded", "--seeds", "1", "--steps", "3", "--width", "16")
+    assert figures["scatter_8", "share_of_gradients"] <= 0.27
+    assert figures["gather_8", "share_of_parameters"] <= 0.27
+    assert figures["scatter_8", "heldout_loss"] != figures["plain", "heldout_loss"]
+
+
 def test_onebit(tmp_path):
     options = ["--steps", "8", "--seeds", "1", "--width", "16", "--length", "16", "--workers", "2"]
     figures = run(tmp_path, "benchmarks.onebit", *options)

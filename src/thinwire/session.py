@@ -6,7 +6,7 @@ A session knows nothing of where gradients come from; engines and the simulator 
 import contextlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -74,17 +74,15 @@ class Session:
         if not timeout > 0:
             raise ThinwireError(f"timeout is {timeout}; it is in seconds and must be above 0")
         self.named = list(named)
-        self.collective = collective
-        self.optimizer = optimizer
-        self.seed = seed
+        self.collective, self.optimizer, self.seed = collective, optimizer, seed
         self.workers = list(workers or [Worker(collective.rank, seed)])
         self.ledger = Ledger(method.name, collective.world, collective.label)
         self.transaction = Transaction(optimizer, self.ledger, on_nonfinite)
         self.step = 0
         self.units: list[Unit] = []
-        self.scaler = scaler
-        self.timeout = timeout
-        self.policy = policy
+        self.scaler, self.timeout, self.policy = scaler, timeout, policy
+        self.fits: Callable[[Method], None] = lambda method: None
+        """Raises what keeps a method from being used with this model; the engine's."""
         self.loss_scale = 1.0
         self.joint = Joint(optimizer)
         self.cleanup = contextlib.ExitStack()
@@ -105,6 +103,7 @@ class Session:
     def _prepare(self, method: Method) -> tuple[list[Unit], Handover | None]:
         """Everything about a method that can fail, before anything is changed."""
         handover = self._handover
+        self.fits(method)
         if self.transaction.pending and not self.transaction.failed:
             raise ThinwireError(
                 "the gradients of the last backward are waiting for optimizer.step(); call it, then change"

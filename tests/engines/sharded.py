@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import thinwire
@@ -43,13 +43,14 @@ def mesh_of(replicas: int, shards: int):
     return init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replicate", "shard"))
 
 
-def build(mesh, optimizer="sgd", seed: int = 0):
+def build(mesh, optimizer="sgd", seed: int = 0, mixed: bool = False):
     """A sharded model and its optimizer; replicas begin alike."""
     torch.manual_seed(seed)
     model = Net()
+    policy = MixedPrecisionPolicy(*((torch.bfloat16, torch.float32) if mixed else ()))
     for block in model.blocks:
-        fully_shard(block, mesh=mesh["shard"])
-    fully_shard(model, mesh=mesh["shard"])
+        fully_shard(block, mesh=mesh["shard"], mp_policy=policy)
+    fully_shard(model, mesh=mesh["shard"], mp_policy=policy)
     params = [p for p in model.parameters() if p.requires_grad]
     if optimizer == "adamw":
         return model, torch.optim.AdamW(params, lr=0.01)
@@ -66,10 +67,20 @@ def whole(model: nn.Module) -> torch.Tensor:
 
 
 def train(
-    rank, mesh, method=None, steps=20, optimizer="sgd", compiled=False, accumulate=1, clip=None, spare=True, **options
+    rank,
+    mesh,
+    method=None,
+    steps=20,
+    optimizer="sgd",
+    compiled=False,
+    accumulate=1,
+    clip=None,
+    spare=True,
+    mixed=False,
+    **options,
 ):
     """All parameters after training, and the session; without a method, plain FSDP2."""
-    model, opt = build(mesh, optimizer)
+    model, opt = build(mesh, optimizer, mixed=mixed)
     if method is not None and mesh.size(0) > 1:
         options.setdefault("replicate", mesh["replicate"])
     wire = thinwire.attach(model, method, optimizer=opt, **options) if method is not None else None

@@ -19,6 +19,7 @@ from thinwire import (
     ErrorFeedback,
     LGreCo,
     NoMemory,
+    Quantize,
     Rule,
     ThinwireError,
     dense,
@@ -43,7 +44,7 @@ def _run(rank, shape, runs):
         facts = {}
         if wire is not None:
             rows = list(wire.ledger.rows)
-            for key in ("wire_bytes", "dense_bytes", "inside_bytes", "inside_dense_bytes"):
+            for key in ("wire_bytes", "dense_bytes", "inside_bytes", "inside_dense_bytes", "gather_bytes", "gather_dense_bytes"):
                 facts[key] = sum(getattr(row, key) for row in rows)
             facts.update(error=rows[0].error, report=wire.report(), step=wire.step, notes=wire.ledger.notes)
             wire.detach()
@@ -74,8 +75,8 @@ def test_identity_is_plain_fsdp2(world2, world4):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, HALF, {"accumulate": 3}, {"clip": 0.1, "optimizer": "adamw"}, {"compiled": True}],
-    ids=["plain", "unused", "accumulation", "clip", "compiled"],
+    [{}, HALF, {"accumulate": 3}, {"clip": 0.1, "optimizer": "adamw"}, {"compiled": True}, {"mixed": True}],
+    ids=["plain", "unused", "accumulation", "clip", "compiled", "mixed"],
 )
 def test_eight_bits_of_reduce_scatter(world2, options):
     plain, exact, short = ran(world2, (1, 2), options, options | EXACT, options | SHORT)
@@ -85,6 +86,21 @@ def test_eight_bits_of_reduce_scatter(world2, options):
     assert short[1]["inside_bytes"] <= 0.27 * short[1]["inside_dense_bytes"]
     assert exact[1]["inside_bytes"] == exact[1]["inside_dense_bytes"]
     assert "| ratio of the reduce-scatter to fp32           | 4.0" in short[1]["report"]
+
+
+def test_four_bits_of_reduce_scatter_and_eight_of_all_gather(world2):
+    gathering = EXACT | {"all_gather": Quantize(8)}
+    four = {"method": dense(), "reduce_scatter": QSGD(4, bucket=64)}
+    runs = ran(world2, (1, 2), EXACT, four, gathering, gathering | {"mixed": True}, EXACT | {"mixed": True})
+    exact, short, gathered, mixed, exact_mixed = runs
+    assert 0 < (short[0] - exact[0]).abs().max() < 0.3
+    assert short[1]["inside_bytes"] <= 0.15 * short[1]["inside_dense_bytes"]
+    for (got, facts), (expected, _) in ((gathered, exact), (mixed, exact_mixed)):
+        assert 0 < (got - expected).abs().max() < 0.1
+        assert 0 < facts["gather_bytes"] <= 0.27 * facts["gather_dense_bytes"]
+        assert facts["inside_bytes"] == facts["inside_dense_bytes"]
+    assert exact[1]["gather_bytes"] == 0
+    assert "| ratio of the all-gather to fp32" in gathered[1]["report"]
 
 
 def test_a_reduce_scatter_that_remembers(world2):
@@ -305,11 +321,17 @@ def _errors(rank):
     refused("same axis", model, dense(), replicate=mesh["shard"])
     refused("nodes", model, dense(), nodes=2)
     refused("biased", model, dense(), reduce_scatter=thinwire.TopK(0.1))
+    refused("zeros", model, dense(), all_gather=thinwire.TopK(0.1))
+    refused("noise", model, dense(), all_gather=QSGD(2))
+    refused("matrices", model, dense(), all_gather=thinwire.PowerSGD(1))
     refused("momentum", model, dense(), reduce_scatter=Rule(QSGD(8), thinwire.Momentum()))
     refused("no optimizer", model, dense(), reduce_scatter=Rule(QSGD(8), ErrorFeedback()))
     refused("ranks differ", model, dense(), reduce_scatter=QSGD(8, bucket=32 + rank))
     wire = thinwire.attach(model, dense(), optimizer=optimizer, reduce_scatter=Rule(QSGD(8), NoMemory()))
     refused("twice", model, dense(), reduce_scatter=QSGD(8))
+    with pytest.raises(ThinwireError) as caught:
+        wire.set_method(topk(0.1))
+    messages["later"] = str(caught.value)
     wire.detach()
     _steps(rank, model, optimizer, 0, 2)  # as plain FSDP2
     with torch.device("meta"):
@@ -331,10 +353,14 @@ def test_errors(world2):
         "same axis": "do not make a mesh",
         "nodes": "nodes= is for DDP",
         "biased": "TopK is biased, and NoMemory forgets",
+        "zeros": "TopK is biased, and NoMemory forgets",
+        "noise": "all_gather=QSGD adds noise of 2",
+        "matrices": "all_gather=PowerSGD needs matrices",
         "momentum": "reduce_scatter with Momentum",
         "no optimizer": "pass optimizer=",
         "ranks differ": "ranks differ: rank 0 has reduce_scatter: QSGD(bits=8, bucket=32, norm='l2')",
         "twice": "dense is attached to this model; call wire.set_method(), or wire.detach() first",
+        "later": "topk has nothing to compress",
         "meta": "on the meta device",
         "ddp": "are for FSDP2",
         "version": f"set_nonsense(), which came with torch 9.9; here is {torch.__version__}",

@@ -1,5 +1,6 @@
 """``attach``: the one line. It finds out what the model is wrapped in; ``ddp.py`` and ``fsdp2.py`` know the rest."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -29,12 +30,17 @@ class Engine(Protocol):
         """All ranks of the model."""
         ...
 
-    def exchanged(self, method: Method) -> list[tuple[str, Tensor]]:
+    def exchanged(self) -> list[tuple[str, Tensor]]:
         """The parameters whose gradients are exchanged, if nothing is in the way.
 
         Raises:
             ThinwireError: something is; nothing has been changed.
         """
+        ...
+
+    @property
+    def fits(self) -> Callable[[Method], None]:
+        """Raises what keeps a method from being used with this model."""
         ...
 
     def collective(self, link: Link | None) -> Collective:
@@ -60,6 +66,7 @@ def attach(
     nodes: int | DeviceMesh | None = None,
     replicate: DeviceMesh | None = None,
     reduce_scatter: Compressor | Rule | None = None,
+    all_gather: Compressor | None = None,
     policy: Policy | None = None,
 ) -> Session:
     """Exchange the gradients of a DDP or FSDP2 model by ``method``. A collective call: all ranks make it alike.
@@ -89,6 +96,8 @@ def attach(
         reduce_scatter: (FSDP2) how gradients travel between the ranks that a parameter is sharded over, e.g.
             ``thinwire.QSGD(8)``; None for PyTorch's own. A ``Rule(compressor, ErrorFeedback())`` remembers what it
             lost, at the cost of two unsharded gradients a rank, which is what FSDP2 saves.
+        all_gather: (FSDP2) how parameters travel between those ranks, e.g. ``thinwire.Quantize(8)``; None for PyTorch's
+            own. The passes then work with rounded weights, and the optimizer with exact ones.
         policy: changes the method while it trains, e.g. ``thinwire.LGreCo``.
 
     Returns:
@@ -108,15 +117,15 @@ def attach(
     """
     engine: Engine
     if isinstance(model, DistributedDataParallel):
-        if replicate is not None or reduce_scatter is not None:
-            raise ThinwireError("replicate= and reduce_scatter= are for FSDP2; a DDP model has no shards")
+        if not (replicate is None and reduce_scatter is None and all_gather is None):
+            raise ThinwireError("replicate=, reduce_scatter= and all_gather= are for FSDP2; a DDP model has no shards")
         engine = Ddp(model, nodes)
     elif is_fsdp2(model):
         if nodes is not None:
             raise ThinwireError(
                 "nodes= is for DDP; with FSDP2, shard inside a node and pass replicate=, the mesh between nodes"
             )
-        engine = Fsdp2(model, replicate, reduce_scatter, optimizer is not None)
+        engine = Fsdp2(model, replicate, reduce_scatter, all_gather, optimizer is not None)
     elif is_fsdp1(model):
         raise ThinwireError(
             "FullyShardedDataParallel (FSDP1) is not supported; replace it by torch.distributed.fsdp.fully_shard(model)"
@@ -127,14 +136,20 @@ def attach(
             f"{type(model).__name__}; wrap the model first"
         )
     try:
-        named = engine.exchanged(method)
+        named = engine.exchanged()
+        engine.fits(method)
         wire = Link.parse(link) if isinstance(link, str) else link
         chosen, note = choose(kernels, named[0][1].device)
     except ThinwireError as error:  # the other ranks must hear of it, or they would wait for ever
         agree(engine.talk, [("error", str(error))])
         raise
-    said = (("nodes", str(nodes)), ("replicate", str(replicate is not None)), ("reduce_scatter", repr(reduce_scatter)))
-    agree(engine.talk, [("error", "none"), *said])
+    said = {
+        "nodes": nodes,
+        "replicate": replicate is not None,
+        "reduce_scatter": reduce_scatter,
+        "all_gather": all_gather,
+    }
+    agree(engine.talk, [("error", "none"), *((key, str(value)) for key, value in said.items())])
     collective = engine.collective(wire)
     try:
         worker = Worker(collective.rank, seed, kernels=chosen)
@@ -142,6 +157,7 @@ def attach(
     except ThinwireError:
         collective.close()
         raise
+    session.fits = engine.fits
     session.use_kernels(chosen, note)
     engine.install(session)
     return session

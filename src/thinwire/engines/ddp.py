@@ -8,6 +8,7 @@ What was observed of DDP and shaped it:
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -36,9 +37,11 @@ class Ddp:
     def __init__(self, ddp: DistributedDataParallel, nodes: int | DeviceMesh | None) -> None:
         self.ddp, self.nodes = ddp, nodes
         self.talk = ProcessGroup(cast(dist.ProcessGroup, ddp.process_group))
+        # the session keeps it, and must not keep the DDP model alive
+        self.fits = partial(_check_sparse, cast(nn.Module, ddp.module))  # pyright: ignore[reportUnknownMemberType]
 
-    def exchanged(self, method: Method) -> list[tuple[str, Tensor]]:
-        return _exchanged(self.ddp, method)
+    def exchanged(self) -> list[tuple[str, Tensor]]:
+        return _exchanged(self.ddp)
 
     def collective(self, link: Link | None) -> Collective:
         levels = groups_of(self.talk, self.nodes) if self.nodes is not None else None
@@ -57,7 +60,7 @@ class Ddp:
 _dispatchers: WeakKeyDictionary[DistributedDataParallel, Dispatcher] = WeakKeyDictionary()
 
 
-def _exchanged(ddp: DistributedDataParallel, method: Method) -> list[tuple[str, Tensor]]:
+def _exchanged(ddp: DistributedDataParallel) -> list[tuple[str, Tensor]]:
     """The parameters whose gradients this DDP exchanges, if nothing is in the way.
 
     Raises:
@@ -81,7 +84,6 @@ def _exchanged(ddp: DistributedDataParallel, method: Method) -> list[tuple[str, 
             "optimizer in backward; DDP has room for one: leave that out, or wrap the model afresh"
         )
     _check_tracked(ddp, named)
-    _check_sparse(module, method)
     return named
 
 

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from thinwire.core import NOWHERE, Compressor
+from thinwire.engines.gather import Gather
 from thinwire.engines.scatter import Scatter
 from thinwire.engines.shards import Owned, Shards
 from thinwire.exchange.collectives import Collective, ProcessGroup
@@ -54,7 +55,7 @@ class Fsdp2:
     """One FSDP2 model, about to be attached to.
 
     Args:
-        replicate, reduce_scatter: see ``thinwire.attach``.
+        replicate, reduce_scatter, all_gather: see ``thinwire.attach``.
         steps: whether there is an optimizer whose steps can be followed.
 
     Raises:
@@ -62,7 +63,12 @@ class Fsdp2:
     """
 
     def __init__(
-        self, model: nn.Module, replicate: DeviceMesh | None, reduce_scatter: Compressor | Rule | None, steps: bool
+        self,
+        model: nn.Module,
+        replicate: DeviceMesh | None,
+        reduce_scatter: Compressor | Rule | None,
+        all_gather: Compressor | None,
+        steps: bool,
     ) -> None:
         self.model, self.steps = model, steps
         named: list[tuple[str, nn.Module]] = [*model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
@@ -77,13 +83,16 @@ class Fsdp2:
         self.replicas: Collective = ProcessGroup(self.group) if self.group is not None else Local.of(1)[0]
         self.talk = BothAxes(self.replicas, self.shards)
         self.scatter = Rule(reduce_scatter, NoMemory()) if isinstance(reduce_scatter, Compressor) else reduce_scatter
+        self.gather = all_gather
 
-    def exchanged(self, method: Method) -> list[tuple[str, Tensor]]:
+    def fits(self, method: Method) -> None:
         if self.group is None and any(r.compressor != DENSE or r.memory.stateful for r in method.rules):
             raise ThinwireError(
                 f"{method.name} has nothing to compress: a model without replicas only has a reduce-scatter; pass "
                 "replicate= the mesh over its replicas, or thinwire.dense() and reduce_scatter= a compressor"
             )
+
+    def exchanged(self) -> list[tuple[str, Tensor]]:
         for _, module in self.modules:
             if (shards := _attached.get(cast(nn.Module, module))) is not None and shards.session is not None:
                 name = shards.session.method.name
@@ -92,15 +101,12 @@ class Fsdp2:
             raise ThinwireError(f"parameter {meta[0]!r} is on the meta device; initialise the model, then attach")
         if self.scatter is not None:
             self._check_scatter(self.scatter)
+        if self.gather is not None:
+            self._check_gather(self.gather)
         return [(owned.name, owned.param) for owned in self.owned]
 
     def _check_scatter(self, rule: Rule) -> None:
-        compressor, kind = rule.compressor, type(rule.compressor).__name__
-        if compressor.min_ndim or compressor.period != 1 or compressor.init(torch.zeros(1), NOWHERE):
-            raise ThinwireError(
-                f"reduce_scatter={kind} needs matrices, keeps a state or changes its shapes; a reduce-scatter carries "
-                "flat gradients: use one like thinwire.QSGD(8) or thinwire.Cast('bfloat16')"
-            )
+        _check_flat("reduce_scatter", "reduce-scatter carries flat gradients", rule.compressor)
         if rule.memory.absorbs:
             raise ThinwireError(
                 f"reduce_scatter with {type(rule.memory).__name__}: an optimizer's momentum can't move into what every "
@@ -116,6 +122,16 @@ class Fsdp2:
         for method, since in needed.items():
             check_method(self.modules[0][1], method, since)
 
+    def _check_gather(self, compressor: Compressor) -> None:
+        _check_flat("all_gather", "all-gather carries flat weights", compressor)
+        Rule(compressor, NoMemory())  # refuses what leaves elements out
+        if (omega := compressor.variance(2**20)) is not None and omega > 1.0:
+            raise ThinwireError(
+                f"all_gather={type(compressor).__name__} adds noise of {omega:.2g} times the energy of the weights; "
+                "the limit is 1: use thinwire.Quantize(8), or more bits"
+            )
+        check_method(self.modules[0][1], "set_custom_all_gather", "2.9")
+
     def collective(self, link: Link | None) -> Collective:
         replicas = Paced(self.replicas, link) if link else self.replicas
         return Mesh(replicas, self.shards, self.group, own(self.owned[0].param).device)
@@ -124,8 +140,11 @@ class Fsdp2:
         shards = Shards(self.model, self.owned, exchanges=self.group is not None, shards=self.shards)
         for name, module in self.modules:
             _attached[cast(nn.Module, module)] = shards
-            if self.scatter is not None:
-                self._replace_reduce_scatter(shards, name, module)
+            session.cleanup.callback(_attached.pop, cast(nn.Module, module), None)
+            try:
+                self._replace(shards, name, module)
+            except ValueError as error:
+                raise ThinwireError(f"{name or 'the model'}: {error}") from error
         shards.install(session)
         if self.scatter is not None and self.scatter.memory.stateful:
             session.ledger.note(
@@ -133,17 +152,24 @@ class Fsdp2:
                 "as two unsharded gradients; a checkpoint does not hold them"
             )
 
-    def _replace_reduce_scatter(self, shards: Shards, name: str, module: FSDPModule) -> None:
-        assert self.scatter is not None
-        scatter = Scatter(shards, name, self.scatter)
-        shards.scatters.append(scatter)
-        try:
+    def _replace(self, shards: Shards, name: str, module: FSDPModule) -> None:
+        if self.gather is not None:
+            module.set_custom_all_gather(cast(Any, Gather(shards, name, self.gather)))
+        if self.scatter is not None:
+            scatter = Scatter(shards, name, self.scatter)
+            shards.scatters.append(scatter)
             module.set_custom_reduce_scatter(cast(Any, scatter))
-        except ValueError as error:
-            raise ThinwireError(f"{name or 'the model'}: {error}") from error
-        module.set_force_sum_reduction_for_comms(True)
-        if hasattr(module, "set_reduce_scatter_unused_params"):
-            module.set_reduce_scatter_unused_params(True, recurse=False)
+            module.set_force_sum_reduction_for_comms(True)
+            if hasattr(module, "set_reduce_scatter_unused_params"):
+                module.set_reduce_scatter_unused_params(True, recurse=False)
+
+
+def _check_flat(argument: str, carries: str, compressor: Compressor) -> None:
+    if compressor.min_ndim or compressor.period != 1 or compressor.init(torch.zeros(1), NOWHERE):
+        raise ThinwireError(
+            f"{argument}={type(compressor).__name__} needs matrices, keeps a state or changes its shapes; the "
+            f"{carries}: use one like thinwire.QSGD(8) or thinwire.Cast('bfloat16')"
+        )
 
 
 _attached: WeakKeyDictionary[nn.Module, Shards] = WeakKeyDictionary()

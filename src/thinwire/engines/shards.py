@@ -54,6 +54,7 @@ class Shards:
         self.model, self.owned, self.exchanges, self.shards = model, owned, exchanges, shards
         self.session: Session | None = None
         self.scatters: list[Scatter] = []
+        self.gathers = 0.0, 0.0  # bytes of all-gathers since the last step, and what fp32 would have sent
         self.by_param = {id(one.param): one for one in owned}
         numbers = sorted({one.module for one in owned}, reverse=True)
         self.buckets = [[one for one in owned if one.module == number] for number in numbers]
@@ -144,6 +145,11 @@ class Shards:
         cast(Mesh, session.collective).sent_inside += sent
         session.row.inside_dense_bytes += wire_bytes("all_to_all", elements * 4, self.shards.world)
 
+    def gathered(self, elements: int, sent: float) -> None:
+        """One all-gather of so many elements of this rank; booked at the end of the next backward pass."""
+        plain = wire_bytes("all_gather", elements * 4, self.shards.world)
+        self.gathers = self.gathers[0] + sent, self.gathers[1] + plain
+
     def _is_there(self, bucket: Sequence[Owned]) -> bool:
         return all(id(one.param) in self.arrived for one in bucket)
 
@@ -176,6 +182,8 @@ class Shards:
         self.overlaps = not self.repeated
         found = [bad for scatter in self.scatters if (bad := scatter.bad()) is not None]
         bad = cast(Mesh, session.collective).any_replica(any(found), session.timeout) if found else None
+        session.row.gather_bytes, session.row.gather_dense_bytes = self.gathers
+        self.gathers = 0.0, 0.0
         session.end_step(bad)
 
     def memory_bytes(self, rule: Rule) -> int:

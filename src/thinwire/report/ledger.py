@@ -23,6 +23,8 @@ class StepRow:
     compressed_dense_bytes: float = 0.0
     inside_bytes: float = 0.0  # inside a node, or along the shard axis, which are not among the wire bytes
     inside_dense_bytes: float = 0.0  # what fp32 would have sent along the shard axis
+    gather_bytes: float = 0.0  # of all-gathers of parameters since the last step, where they are compressed
+    gather_dense_bytes: float = 0.0
     send_seconds: float = 0.0
     exchange_seconds: float = 0.0  # from the start of each exchange to its end, summed over buckets
     receive_seconds: float = 0.0
@@ -103,6 +105,12 @@ class Ledger:
             if sharded:
                 ratio = _median_ratio((row.inside_dense_bytes, row.inside_bytes) for row in last)
                 lines.append(("ratio of the reduce-scatter to fp32", f"{ratio:,.1f}"))
+        if any(row.gather_bytes for row in last):
+            lines.append(
+                ("bytes of the all-gather per step and rank", f"{statistics.median(r.gather_bytes for r in last):,.0f}")
+            )
+            ratio = _median_ratio((row.gather_dense_bytes, row.gather_bytes) for row in last)
+            lines.append(("ratio of the all-gather to fp32", f"{ratio:,.1f}"))
         if errors := [row.error for row in self.rows if row.error is not None]:
             lines.append(("relative error of one step (residual energy)", f"{errors[-1]:.4f}"))
         width = max(len(name) for name, _ in lines)
