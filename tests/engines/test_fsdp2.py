@@ -44,7 +44,9 @@ def _run(rank, shape, runs):
         facts = {}
         if wire is not None:
             rows = list(wire.ledger.rows)
-            for key in ("wire_bytes", "dense_bytes", "inside_bytes", "inside_dense_bytes", "gather_bytes", "gather_dense_bytes"):
+            for key in (f"{what}{plain}_bytes" for what in ("inside", "gather") for plain in ("", "_dense")):
+                facts[key] = sum(getattr(row, key) for row in rows)
+            for key in ("wire_bytes", "dense_bytes"):
                 facts[key] = sum(getattr(row, key) for row in rows)
             facts.update(error=rows[0].error, report=wire.report(), step=wire.step, notes=wire.ledger.notes)
             wire.detach()
