@@ -1,8 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from thinwire.compressors.select import Sampling, largest
+from thinwire.compressors.sidco import SIDCo
 from thinwire.core import Context
 from thinwire.kernels.reference import REFERENCE
 
@@ -72,3 +75,17 @@ def test_what_is_not_finite_is_selected_first_and_never_more_than_k(value, count
     for chosen in (largest(magnitude, 20), by_threshold(magnitude, 20, 1, CTX, ratio=0.01, lower=0.8, attempts=5)):
         assert chosen.numel() <= 20
         assert (~magnitude[chosen].isfinite()).sum() == min(count, chosen.numel())
+
+
+@pytest.mark.parametrize("p", [0.2, 0.01, 0.001])
+def test_one_exponential_stage_meets_the_density_on_laplace_data(p):
+    n, rounds = 20_000, 50
+    exponential = torch.distributions.Exponential(1.0)
+    counts = []
+    for _ in range(rounds):
+        magnitude = exponential.sample((n,))
+        counts.append(int((magnitude >= SIDCo(p, stages=1).threshold(magnitude, p)).count_nonzero()))
+    mean = torch.tensor(counts, dtype=torch.float64)
+    # the mean that is fitted adds its own error to that of the counts
+    expected_spread = (p * (1 - p) * n + n * (p * math.log(p)) ** 2) ** 0.5
+    assert abs(mean.mean() - p * n) < 5 * expected_spread / rounds**0.5

@@ -143,6 +143,48 @@ def test_lamb_follows_the_fresh_variance_slowly():
     assert float(state["coeff"]) > 0
 
 
+def test_lamb_recovers_the_gradient_from_the_momentum(monkeypatch):
+    kind = thinwire.OneBitLamb
+    param = torch.nn.Parameter(torch.ones(40, dtype=torch.float64))
+    optimizer = kind([param], lr=0.1, freeze_step=2)
+    found, recovered = [], kind.recovered
+    monkeypatch.setattr(kind, "recovered", lambda *args: found.append(recovered(*args)) or found[-1])
+    sim = SimulatedWorkers(torch.nn.ParameterList([param]), lossless("x"), optimizer, 2)
+    for _ in range(6):
+        scales = torch.randn(2, 40, dtype=torch.float64)
+        sim.step(lambda worker, scales=scales: (param * scales[worker]).sum())
+        torch.testing.assert_close(found[-1], scales.mean(0), rtol=0, atol=1e-12)
+    assert len(found) == 6
+
+
+def _overflows(rank):
+    """Under a loss scaler, with one step whose loss overflows on rank 1 alone."""
+    model, method, optimizer = build("onebit_adam")
+    ddp, scaler = DistributedDataParallel(model), torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    wire = thinwire.attach(ddp, method, optimizer=optimizer, scaler=scaler)
+    moved = []
+    for step in range(8):
+        before = flat_parameters(model).clone()
+        loss = loss_of(ddp, batch(rank, step)) * (float("inf") if step == 5 and rank == 1 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved.append(not torch.equal(before, flat_parameters(model)))
+    row = wire.ledger.rows[-1]
+    return flat_parameters(model), moved, optimizer.steps, row.wire_bytes / row.dense_bytes, scaler.get_scale()
+
+
+def test_an_overflow_under_a_scaler_skips_on_all_ranks(world2):
+    results = world2.run(_overflows)
+    for parameters, moved, steps, share, scale in results:
+        assert torch.equal(parameters, results[0][0])
+        assert torch.isfinite(parameters).all()
+        assert moved == [step != 5 for step in range(8)]
+        assert (steps, scale) == (7, 2.0**13)
+        assert 0 < share < 0.2
+
+
 def test_a_variance_of_zero_is_left_out():
     param = torch.nn.Parameter(torch.ones(20, 10))
     optimizer = thinwire.OneBitAdam([param], lr=0.1, freeze_step=2)
