@@ -192,6 +192,27 @@ def test_who_is_absent_changes_nothing():
     assert seen == {True, False}
 
 
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_the_filter_keeps_its_share_of_what_was_not_sent(beta):
+    """``e_T - e_0 = beta sum (g - c)``, and what is asked is the residual and the gradient."""
+    memory, compressor = ErrorFeedback(beta=beta), TopK(0.2)
+    old = memory.init(torch.zeros(50, dtype=torch.float64))
+    kept = torch.zeros(50, dtype=torch.float64)
+    for _ in range(20):
+        g = torch.randn(50, dtype=torch.float64)
+        new = {"residual": torch.full_like(g, torch.nan)}
+        x = memory.compensate(2.0 * g, g, old, new, scale=0.5)
+        torch.testing.assert_close(x, old["residual"] + g, rtol=0, atol=1e-12)
+        own = compressor.decompress(compressor.compress(x, {}, NOWHERE), x, {}, NOWHERE)
+        c = torch.zeros_like(g)
+        own.write_to(c)
+        memory.sent(x, own, new)
+        kept += beta * (g - c)
+        old = new
+        torch.testing.assert_close(old["residual"], kept, rtol=0, atol=1e-12)
+    assert kept.norm() > 0
+
+
 def test_decay_shrinks_the_residual():
     memory, g = ErrorFeedback(decay=0.5), torch.tensor([0.0, 1.0])
     assert memory.accumulation is None
@@ -362,6 +383,7 @@ def _switch(rank):
         (lambda: EControl(-0.1), r"eta is -0.1.*\[0, 1\]"),
         (lambda: EControl(2.0), "eta is 2.0"),
         (lambda: ErrorFeedback(decay=0.0), "decay is 0.0"),
+        (lambda: thinwire.scalecom(0.1, beta=1.5), "beta is 1.5"),
         (lambda: ef21(1.5), "density is 1.5"),
         (lambda: ef21_bc(0.1, Growing()), "Growing may lose more"),
         (lambda: ef21(Growing()), "Growing may lose more"),

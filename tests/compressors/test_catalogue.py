@@ -247,6 +247,7 @@ class TestBattery:
         MajorityVote(0.5),
         DecoupledMomentum(0.9, sign=False),
         ErrorFeedback(decay=0.9),
+        ErrorFeedback(beta=0.1),
         EControl(0.1),
         EF21(0.1, 0.5),
         EF21(downlink=TopK(0.1) >> Cast("float16")),

@@ -68,7 +68,7 @@ class NoMemory(Memory):
 class ErrorFeedback(Memory):
     """Adds to every gradient what was left over from the steps before.
 
-    ``x = residual + g``,  ``residual = x - decompress(compress(x))``.
+    ``x = residual + g``,  ``residual = (1 - beta) residual + beta (x - decompress(compress(x)))``, with ``beta`` 1.
     State: one word an element. Works in float32 (float64 for float64 gradients).
 
     Source: F. Seide et al., "1-Bit Stochastic Gradient Descent and its Application to Data-Parallel Distributed
@@ -78,6 +78,8 @@ class ErrorFeedback(Memory):
     Args:
         decay: in (0, 1], what the residual is multiplied by before a gradient is added; 1 loses nothing.
         state: ``"bfloat16"`` halves the state; what is smaller than 1/256 of the residual is then rounded away.
+        beta: in (0, 1]; below 1 it is ScaleCom's low-pass filter, under which only that share of what was not sent is
+            remembered, and only that share of what was sent is taken off.
 
     Departures: the learning rate multiplies what is received, not what is remembered, so that any optimizer
     can follow; after a cut of the learning rate, old residuals count at the new rate.
@@ -87,15 +89,18 @@ class ErrorFeedback(Memory):
 
     state: StateDtype = "float32"
     decay: float = 1.0
+    beta: float = 1.0
 
     def __post_init__(self) -> None:
         check_state(self.state)
+        if not 0.0 < self.beta <= 1.0:
+            raise ThinwireError(f"beta is {self.beta}; it filters what is remembered and must be in (0, 1], e.g. 0.1")
         if not 0.0 < self.decay <= 1.0:
             raise ThinwireError(f"decay is {self.decay}; it multiplies the residual and must be in (0, 1], e.g. 0.999")
 
     @property
     def accumulation(self) -> Accumulation | None:
-        return Accumulation(None) if self.decay == 1.0 else None
+        return Accumulation(None) if self.decay == self.beta == 1.0 else None
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return torch.bfloat16 if self.state == "bfloat16" else float_at_least_32(grad)
@@ -109,14 +114,16 @@ class ErrorFeedback(Memory):
         held = old["residual"]
         if self.decay != 1.0:
             held = held.to(float_at_least_32(held.dtype)) * self.decay
-        accumulate(Accumulation(None), scale, grad, held, new["residual"])
-        return new["residual"]
+        accumulate(Accumulation(None), scale * self.beta, grad, held, new["residual"])
+        if self.beta == 1.0:
+            return new["residual"]
+        return torch.add(held, grad, alpha=scale)
 
     def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
-        own.add_to(x, alpha=-1.0)  # x is new["residual"]
+        own.add_to(new["residual"], alpha=-self.beta)
 
     def returned(self, rest: Decompressed, new: State) -> None:
-        rest.add_to(new["residual"])
+        rest.add_to(new["residual"], alpha=self.beta)
 
 
 def check_state(state: str) -> None:

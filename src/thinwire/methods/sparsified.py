@@ -82,13 +82,17 @@ def sidco(
     return Method("sidco", rules, warmup=warmup, route=route)
 
 
-def scalecom(density: float, *, warmup: Warmup | None = None, state: StateDtype = "float32") -> Method:
+def scalecom(
+    density: float, *, beta: float = 1.0, warmup: Warmup | None = None, state: StateDtype = "float32"
+) -> Method:
     """ScaleCom: Top-k with error feedback, of which one worker, each in its turn, makes the choice for all.
 
     Works best where workers ask for similar things, as with large batches.
 
     Args:
         density: kept / total of each parameter, in (0, 1].
+        beta: of the residual's low-pass filter, in (0, 1]; 1 is none, and the paper takes 0.1 where batch and learning
+            rate are scaled up 8 to 12 times.
         warmup: densities of the first steps; the paper sends dense in the first epochs.
         state: what the residual is kept in, see ``thinwire.ErrorFeedback``.
 
@@ -104,10 +108,9 @@ def scalecom(density: float, *, warmup: Warmup | None = None, state: StateDtype 
 
     Source: C. Chen et al., "ScaleCom: Scalable Sparsified Gradient Compression for Communication-Efficient Distributed
     Training", 2020, arXiv:2104.11125, algorithm 1.
-
-    Departures: no low-pass filter of the residual, which is the paper's for ``beta = 1``.
     """
-    return Method("scalecom", (Rule(CLTK(density), ErrorFeedback(state), min_ndim=2), IDENTITY), warmup=warmup)
+    memory = ErrorFeedback(state, beta=beta)
+    return Method("scalecom", (Rule(CLTK(density), memory, min_ndim=2), IDENTITY), warmup=warmup)
 
 
 def decoupled_momentum(
