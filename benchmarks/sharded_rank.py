@@ -12,18 +12,18 @@ from torch.distributed.fsdp import fully_shard
 
 import thinwire
 from benchmarks.lab import report
-from thinwire import QSGD, ErrorFeedback, Quantize, Rule, dense
+from thinwire import QSGD, Quantize, dense
 from thinwire.demo import text as demo_text
 from thinwire.demo.model import loss_of, transformer
 
 LENGTH, BATCH = 32, 8
 CASES: dict[str, Callable[[], dict[str, Any]] | None] = {
     "plain": None,
-    "scatter_8": lambda: {"reduce_scatter": QSGD(8)},
-    "scatter_4": lambda: {"reduce_scatter": QSGD(4, bucket=64)},
-    "scatter_4_ef": lambda: {"reduce_scatter": Rule(Quantize(4, bucket=64), ErrorFeedback())},
+    "scatter_8": lambda: {"reduce_scatter": Quantize(8, rounding="stochastic")},
+    "scatter_8_qsgd": lambda: {"reduce_scatter": QSGD(8)},
+    "scatter_4": lambda: {"reduce_scatter": Quantize(4, bucket=64, rounding="stochastic")},
     "gather_8": lambda: {"all_gather": Quantize(8)},
-    "both_8": lambda: {"reduce_scatter": QSGD(8), "all_gather": Quantize(8)},
+    "both_8": lambda: {"reduce_scatter": Quantize(8, rounding="stochastic"), "all_gather": Quantize(8)},
 }
 
 

@@ -94,8 +94,9 @@ def attach(
         replicate: (FSDP2) the mesh, of one dimension, over the replicas of each shard: the reduce-scattered gradients
             are exchanged over it by ``method``, and residuals have the size of a shard. None for no replicas.
         reduce_scatter: (FSDP2) how gradients travel between the ranks that a parameter is sharded over, e.g.
-            ``thinwire.QSGD(8)``; None for PyTorch's own. A ``Rule(compressor, ErrorFeedback())`` remembers what it
-            lost, at the cost of two unsharded gradients a rank, which is what FSDP2 saves.
+            ``thinwire.Quantize(8, rounding="stochastic")``; None for PyTorch's own. A ``Rule(compressor,
+            ErrorFeedback())`` remembers what it lost, at the cost of two unsharded gradients a rank, which is what
+            FSDP2 saves.
         all_gather: (FSDP2) how parameters travel between those ranks, e.g. ``thinwire.Quantize(8)``; None for PyTorch's
             own. The passes then work with rounded weights, and the optimizer with exact ones.
         policy: changes the method while it trains, e.g. ``thinwire.LGreCo``.

@@ -168,7 +168,7 @@ def _check_flat(argument: str, carries: str, compressor: Compressor) -> None:
     if compressor.min_ndim or compressor.period != 1 or compressor.init(torch.zeros(1), NOWHERE):
         raise ThinwireError(
             f"{argument}={type(compressor).__name__} needs matrices, keeps a state or changes its shapes; the "
-            f"{carries}: use one like thinwire.QSGD(8) or thinwire.Cast('bfloat16')"
+            f"{carries}: use one like thinwire.Quantize(8) or thinwire.Cast('bfloat16')"
         )
 
 
