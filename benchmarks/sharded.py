@@ -17,13 +17,14 @@ from thinwire.report.results import Row, meta, write
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", help="of sharded_rank.CASES; all by default")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--json")
     args = parser.parse_args()
-    task = {"seeds": args.seeds, "steps": args.steps, "width": args.width}
+    task = {"seeds": args.seeds, "steps": args.steps, "width": args.width, "cases": args.cases}
     found = run_ranks("benchmarks.sharded_rank", task, args.workers, "none", 3600.0)[0]
     rows: list[Row] = []
     print("| case | held-out loss | of each seed | gradients, of fp32's bytes | parameters |\n|---|---|---|---|---|")

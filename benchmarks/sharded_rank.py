@@ -58,7 +58,9 @@ def train(case: str, seed: int, steps: int, width: int) -> dict[str, float]:
 def main(task: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    report({case: [train(case, seed, task["steps"], task["width"]) for seed in range(task["seeds"])] for case in CASES})
+    steps, width = task["steps"], task["width"]
+    chosen = task["cases"] or CASES
+    report({case: [train(case, seed, steps, width) for seed in range(task["seeds"])] for case in chosen})
     dist.barrier()
     dist.destroy_process_group()
 
