@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 def _quiet_and_seeded():
     logging.getLogger("thinwire").setLevel(logging.ERROR)
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # as the ranks of a world, whose sums must be those of a simulator
 
 
 @pytest.fixture(scope="session")

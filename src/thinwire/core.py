@@ -79,6 +79,11 @@ class Compressor(ABC):
         """Whether what it loses must be remembered: with a memory that forgets, training need not converge."""
         return False
 
+    @property
+    def votes(self) -> bool:
+        """Whether all that it sends is on which side of 0 an element is."""
+        return False
+
     def contraction(self, n: int) -> float | None:
         """``alpha`` in (0, 1] with ``E||x - C(x)||^2 <= (1 - alpha) ||x||^2`` for n elements.
 
@@ -289,6 +294,10 @@ class Memory(ABC):
 
     derived: ClassVar[frozenset[str]] = frozenset()
     """What of the state follows from the optimizer's, and so is in no checkpoint."""
+
+    def makes_up_for(self, compressor: "Compressor") -> bool:
+        """Whether training converges under this memory although the compressor is biased."""
+        return self.feeds_back
 
     @property
     def accumulation(self) -> Accumulation | None:

@@ -140,7 +140,7 @@ class Session:
             self._say(handover.take(units, self.workers))
         rehearse(units, self.workers[0].kernels)
         self.method, self.units, self._handover = method, units, handover
-        self.joint.hold(attached=True)
+        self.joint.hold(True, units)
         self._take_link()
         self.by_param = {id(unit.param): unit for unit in units}
         self._guard_carried()
@@ -228,10 +228,11 @@ class Session:
 
     def _leave(self) -> None:
         states = [state.now for worker in self.workers for state in worker.local.values()]
-        pending = [state["residual"] for state in states if "residual" in state]
+        states += [unit.shared.now for unit in self.units]
+        pending = [state[key] for state in states for key in ("residual", "carried") if key in state]
         if pending:
             self.ledger.note(f"step {self.step}: detached; a residual of norm {float(norm(pending)):.3g} was dropped")
-        self.joint.hold(attached=False)
+        self.joint.hold(False, self.units)
         release_optimizer(self.optimizer, self)
         self.cleanup.close()
         self.collective.close()
@@ -374,7 +375,7 @@ class Session:
         for unit in self.units:
             self.workers[0].local[unit.name].now = restored.local[unit.name]
             unit.shared.now = restored.shared[unit.name]
-        self.joint.hold(attached=True)
+        self.joint.hold(True, ())
         for note in restored.notes:
             self.ledger.note(note)
         self._guard_carried()

@@ -69,9 +69,12 @@ def _settles(unit: Unit, worker: Worker) -> bool:
 def _keep(old: State, new: State, residual_gain: float = 1.0) -> None:
     """Fill ``new`` with what ``old`` has of it; a residual that it has no place for is carried to the next step."""
     for key, value in old.items():
-        kept = key if key in new else "carried" if key in ("residual", "carried") else None
+        pending = key in ("residual", "carried")
+        kept = key if key in new else None
+        if pending and kept is None:
+            kept = "residual" if "residual" in new else "carried"
         if kept is not None:
-            value = value * residual_gain if key in ("residual", "carried") and residual_gain != 1.0 else value
-            if kept == "carried" and kept in new:
+            value = value * residual_gain if pending and residual_gain != 1.0 else value
+            if "carried" in (key, kept) and kept in new:
                 value = value + new[kept]
             new[kept] = value.to(new[kept].dtype) if kept in new else value

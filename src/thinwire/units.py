@@ -19,7 +19,7 @@ from thinwire.link import wire_bytes
 from thinwire.loops import Kernels
 from thinwire.policy.plan import Method, Route
 from thinwire.sharding import own
-from thinwire.tensors import Decompressed, flat, is_dense
+from thinwire.tensors import Decompressed, ThinwireError, flat, is_dense
 
 DENSE = Cast()
 GATHER_BYTES = 2**20
@@ -210,9 +210,22 @@ def resolve(
             name, param, rule.compressor, memory, method_compressor=rule.compressor, guarded=guarded, seed=seed,
             declined=declined,
         )  # fmt: skip
+        check_sum(unit)
         unit.shared = unit.fresh_shared()
         units.append(unit)
     return units
+
+
+def check_sum(unit: Unit) -> None:
+    """What keeps count of what it sent, as every rank does of the mean, must be summed as it was sent."""
+    compressor = unit.method_compressor
+    if unit.mirrored and (compressor.summable or compressor.led):
+        dtype = payload_like(compressor, unit.like)[0].dtype
+        if dtype.itemsize < 4:
+            raise ThinwireError(
+                f"{unit.name}: {type(unit.memory).__name__} never makes good what a sum in {dtype} rounds away; leave "
+                "out the cast, or use ErrorFeedback()"
+            )
 
 
 def compressed_bytes(compressor: Compressor, like: Tensor, world: int, route: Route, second: float) -> float:
@@ -253,7 +266,7 @@ def set_stage(
     for unit in units:
         unit.gathered = compresses and small and not unit.compressed
         asked = unit.method_compressor if density is None else unit.method_compressor.with_density(density)
-        if density == 1.0 and unit.compressed and asked == unit.method_compressor:  # it has no density to raise
+        if density == 1.0 and unit.compressed:
             asked = DENSE
         unit.compressor = asked
         if asked.summable:

@@ -157,7 +157,7 @@ class PowerSGD(Compressor):
         return (matrix.to(wide) @ state["right"],)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        if not state:
+        if self.rank >= min(as_matrix(like).shape):
             return Dense(payload[0])
         return LowRank(state["left"], payload[0]) if ctx.step % 2 else LowRank(payload[0], state["right"])
 

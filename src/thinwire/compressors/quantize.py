@@ -114,7 +114,7 @@ class Quantize(Compressor):
 
     Args:
         bits: of each element, 1 to 8.
-        bucket: elements that share a minimum and a maximum.
+        bucket: elements that share a minimum and a maximum; 256 is safe under error feedback from 4 bits on.
         rounding: ``"nearest"``, which has half the error, but a bias: from 4 bits on CGX trains without feedback,
             below a memory is required; or ``"stochastic"``.
 
@@ -139,7 +139,7 @@ class Quantize(Compressor):
     cuttable: ClassVar[bool] = True
 
     bits: int
-    bucket: int = 512
+    bucket: int = 256
     rounding: Literal["nearest", "stochastic"] = "nearest"
 
     def __post_init__(self) -> None:

@@ -59,6 +59,10 @@ class Sign(Compressor):
     def needs_feedback(self) -> bool:
         return True
 
+    @property
+    def votes(self) -> bool:
+        return self.scale == "none"
+
     def contraction(self, n: int) -> float:
         return 1.0 / max(1, min(n, self.block)) if self.scale == "l1" else 0.0
 

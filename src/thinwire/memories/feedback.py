@@ -117,7 +117,7 @@ class ErrorFeedback(Memory):
         accumulate(Accumulation(None), scale * self.beta, grad, held, new["residual"])
         if self.beta == 1.0:
             return new["residual"]
-        return torch.add(held, grad, alpha=scale)
+        return torch.add(held, grad, alpha=scale).to(self.dtype(grad.dtype))
 
     def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
         own.add_to(new["residual"], alpha=-self.beta)

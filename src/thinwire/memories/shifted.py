@@ -91,8 +91,8 @@ class EF21(Memory):
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
     ) -> Tensor:
         if not self.present(ctx):
-            for key, value in old.items():
-                new[key].copy_(value)
+            for key, value in new.items():  # ``old`` holds what is shared too
+                value.copy_(old[key])
             return torch.zeros_like(old["estimate"])
         new["estimate"].copy_(old["estimate"])  # sent() adds to it
         if self.eta == 1.0:

@@ -6,12 +6,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.core import NOWHERE, Context, Memory, State
+from thinwire.core import NOWHERE, Compressor, Context, Memory, State
 from thinwire.memories.feedback import signs, zeros
 from thinwire.tensors import ThinwireError, float_at_least_32
 
 TIE = 1e-5
-"""What is closer to 0 than this, over the largest mean, is a tie: votes are summed in floating point."""
+"""What is closer to 0 than this, over the largest mean, is a tie, also where the mean itself was sent: votes are summed
+in floating point."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class MajorityVote(Memory):
     def __post_init__(self) -> None:
         if not 0.0 <= self.momentum < 1.0:
             raise ThinwireError(f"momentum is {self.momentum}; it must be in [0, 1)")
+
+    def makes_up_for(self, compressor: Compressor) -> bool:
+        return compressor.votes
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad) if self.momentum else grad

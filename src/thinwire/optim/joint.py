@@ -9,7 +9,7 @@ from thinwire.core import Absorbed
 from thinwire.optim.partner import Partner, takes
 from thinwire.policy.plan import Method
 from thinwire.report.ledger import Ledger
-from thinwire.sharding import own
+from thinwire.sharding import own, wrapped
 from thinwire.tensors import ThinwireError
 from thinwire.units import Unit, Worker
 
@@ -45,11 +45,21 @@ class Joint:
         """One line that must be the same on all ranks."""
         return self.partner.rule() if self.partner else "takes no part"
 
-    def hold(self, attached: bool) -> None:
-        """From now on, or no longer, somebody hands it what it steps with."""
+    def hold(self, attached: bool, units: Sequence[Unit]) -> None:
+        """From now on, or no longer, somebody hands it what it steps with; a momentum that it keeps goes along."""
         self.marked = -1.0
-        if self.partner:
-            self.partner.attached = attached
+        if not self.partner:
+            return
+        self.partner.attached = attached
+        for unit in units:
+            state = self.partner.state.get(unit.param, {})
+            if unit.memory.gives != "momentum" or not state:
+                continue
+            if not attached:
+                state["exp_avg"] = wrapped(unit.shared.now["momentum"].clone(), unit.param)
+            elif "exp_avg" in state:
+                for copy in (unit.shared.now, unit.shared.next):
+                    copy["momentum"].copy_(own(state["exp_avg"]))
 
     def density(self, ahead: int) -> float | None:
         """Of the exchange ``ahead`` steps from the next, where the optimizer decides it."""

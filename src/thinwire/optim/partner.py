@@ -91,6 +91,16 @@ class Partner(torch.optim.Optimizer):
                 group["steps"] += 1
             self.after()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # torch has cast all but ``step`` to the parameter's dtype, in which a variance would stand still
+        saved = (index for group in state_dict["param_groups"] for index in group["params"])
+        params = (param for group in self.param_groups for param in group["params"])
+        for index, param in zip(saved, params, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[param][key] = value.to(device=self.state[param][key].device, copy=True)
+
     def variances(self) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
         """Each variance there is, with the state it stands in and its group."""
         for group in self.param_groups:
@@ -181,6 +191,8 @@ class Freezing(Partner):
         for group in self.param_groups:
             group["frozen_at"] = self.steps
         dead = sum(int((v == 0).sum()) for v, _, _ in self.variances())
+        params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
+        dead += sum(param.numel() for param in params if "exp_avg_sq" not in self.state.get(param, {}))
         left_out = f"; {dead:,} elements whose variance is 0 are left out from here on" if dead else ""
         self.notes.append(f"the variance is frozen after {self.steps} steps ({why}){left_out}")
 

@@ -31,16 +31,17 @@ class Rule:
 
     def __post_init__(self) -> None:
         kind = type(self.compressor).__name__
-        if self.compressor.needs_feedback and not self.memory.stateful:
+        if self.compressor.needs_feedback and not self.memory.makes_up_for(self.compressor):
             raise ThinwireError(
                 f"{kind} is biased, and {type(self.memory).__name__} forgets what it does not send: training need not "
                 "converge; use a memory like ErrorFeedback(), or an unbiased compressor such as RandK or QSGD"
             )
         alpha = self.compressor.contraction(TYPICAL)
         if self.memory.feeds_back and alpha is not None and alpha <= 0.0:
+            scaled = "" if self.compressor.variance(TYPICAL) is None else f"Scaled({kind}(...)), "
             raise ThinwireError(
                 f"{kind} may lose more than it is given, so what {type(self.memory).__name__} remembers could grow "
-                f"without bound; use Scaled({kind}(...)), more bits or smaller buckets, or NoMemory()"
+                f"without bound; use {scaled}more bits, smaller buckets, or NoMemory()"
             )
 
     def means(self, name: str, shape: Sequence[int], numel: int) -> bool:
