@@ -6,9 +6,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
 from tests.engines.models import batch, build, flat_parameters, loss_of
-from thinwire import LGreCo, PowerSGD, ThinwireError, TopK, Warmup, powersgd, topk
+from thinwire import LGreCo, PowerSGD, ThinwireError, TopK, Warmup, maxmin, powersgd, qsgd, topk
 from thinwire.core import Context
-from thinwire.lgreco import digest, family, losses, tried
+from thinwire.lgreco import Snapshot, digest, family, losses, tried
 
 MIXED = [*family(TopK(0.05)), *family(PowerSGD(2)), TopK(0.1, values="int4")]
 
@@ -31,8 +31,14 @@ def _planned(rank, method, options):
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [(topk(0.05), {}), (powersgd(2), {"error": "l2sq"}), (topk(0.05), {"candidates": MIXED})],
-    ids=["topk", "powersgd", "mixed"],
+    [
+        (topk(0.05), {}),
+        (powersgd(2), {"error": "l2sq"}),
+        (topk(0.05), {"candidates": MIXED}),
+        (qsgd(4), {}),
+        (topk(0.05, route="two_phase"), {}),
+    ],
+    ids=["topk", "powersgd", "mixed", "qsgd", "two_phase"],
 )
 def test_ranks_plan_alike(world2, method, options):
     (a, (plan, notes, sent, kept)), (b, (other, *_)) = world2.run(_planned, method, options)
@@ -63,6 +69,28 @@ def test_one_candidate_changes_nothing():
         ends.append(flat_parameters(model))
     assert torch.equal(*ends)
     assert set(policy.plan.values()) == {TopK(0.05)}
+
+
+def test_only_what_the_memory_may_stand_beside_is_chosen():
+    """Two bits may lose more than they are given, which a residual could not bear."""
+    method = maxmin(4, bucket=256, feedback=True)
+    model, optimizer = build()
+    policy = LGreCo(every=6, looks=3, slack=1e6)
+    options = {"batches": batch, "loss": loss_of, "workers": 2, "steps": 7, "policy": policy}
+    thinwire.simulate(model, method, optimizer=optimizer, **options)
+    assert {one.bits for one in policy.plan.values()} == {4}
+
+
+def test_looking_at_pieces_is_looking_at_the_whole():
+    x, like = torch.randn(2, 6, 5), torch.empty(6, 5, device="meta")
+    whole, pieces = Snapshot({"w": like}), Snapshot({"w": like})
+    for one in x:
+        whole.look("w", one, None)
+        for run in ((0, 7), (7, 30)):
+            pieces.look("w", one.view(-1)[slice(*run)], run)
+    pieces.look("not looked at", x, None)
+    assert torch.equal(whole.mean("w"), pieces.mean("w"))
+    torch.testing.assert_close(whole.mean("w"), x.mean(0))
 
 
 def test_shortcuts_are_what_trying_tells():
