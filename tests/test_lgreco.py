@@ -6,7 +6,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
 from tests.engines.models import batch, build, flat_parameters, loss_of
-from thinwire import LGreCo, PowerSGD, ThinwireError, TopK, Warmup, maxmin, powersgd, qsgd, topk
+from thinwire import QSGD, LGreCo, PowerSGD, Quantize, ThinwireError, TopK, Warmup, maxmin, powersgd, qsgd, topk
 from thinwire.core import Context
 from thinwire.lgreco import Snapshot, digest, family, losses, tried
 
@@ -95,8 +95,18 @@ def test_looking_at_pieces_is_looking_at_the_whole():
 
 def test_shortcuts_are_what_trying_tells():
     x, ctx = torch.randn(40, 30).pow(3), Context(0, 0, "w", 0)
-    for options in (family(TopK(0.03)), [TopK(0.1, values="int4"), TopK(1.0), TopK(0.01)]):
+    for options in (family(TopK(0.03)), [TopK(0.1, values="int4"), TopK(1.0), TopK(0.01)], [TopK(0.5), TopK(1.0)]):
         assert losses(x, options, ctx) == pytest.approx([tried(one, x, ctx) for one in options], rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("one", [Quantize(4), Quantize(4, 60, "stochastic"), QSGD(4, 64), QSGD(4, 100, "max")])
+def test_shortcuts_of_quantisers(one):
+    """In the mean over many roundings; exactly, where it is to the nearest."""
+    x, options = torch.randn(40, 31).pow(3), family(one)
+    tries = [[tried(option, x, Context(0, step, "w", 0)) for option in options] for step in range(40)]
+    means = torch.tensor(tries, dtype=torch.float64).mean(0).tolist()
+    assert losses(x, options, Context(0, 0, "w", 0)) == pytest.approx(means, rel=0.05)
+    assert losses(torch.zeros(7, 3), options, Context(0, 0, "w", 0)) == [0.0] * len(options)
 
 
 def test_families():
