@@ -46,7 +46,8 @@ What has been measured so far, on small models and short runs; `benchmarks/resul
   its floor was the lowest, within 4 times that of SGD without compression (`convex_cpu2_202611.md`).
 - **Parameters that differ much in size or shape**: `attach(policy=LGreCo())` beside any of these. At the uniform plan's
   sum of errors it saved 24 % of all bytes in the mean of six cases, most with Top-k and least with PowerSGD and on an
-  LSTM; with Top-k the loss ended 0.02 to 0.06 higher (`lgreco_cpu2_202611.md`: one seed).
+  LSTM; with Top-k the loss ended 0.02 to 0.06 higher, about where uniform Top-k of as few bytes ends
+  (`lgreco_cpu2_202611.md`: one seed).
 - **A link faster than your backward pass**: `dense()`.
 
 ## Recipes
