@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks import convex
+import torch
+from benchmarks import convex, lgreco
 
 
 def run(tmp_path, *command):
@@ -95,6 +96,24 @@ def test_onebit(tmp_path):
     for case in ("onebit_adam", "zeroone_adam"):
         assert 1.0 < figures[case, "heldout_loss"] < 6.0
     assert figures["onebit_adam", "ratio_compressed"] > 5
+
+
+def test_lgreco(tmp_path):
+    """Without CIFAR-10 the ResNet is left out."""
+    options = ["--seeds", "1", "--steps", "12", "--every", "5", "--looks", "2", "--workers", "2", "--hidden", "24"]
+    figures = run(tmp_path, "benchmarks.lgreco", *options)
+    assert {case for case, _ in figures} == {"lstm/topk", "lstm/maxmin", "lstm/powersgd"}
+    for case in ("lstm/topk", "lstm/maxmin", "lstm/powersgd"):
+        assert 0 < figures[case, "bytes_plan"] <= figures[case, "bytes_uniform"]
+        assert 0 < figures[case, "error_ratio"] < 2
+        assert 0 < figures[case, "share"] < figures[case, "share_here"] < 1
+
+
+def test_lgreco_resnet():
+    """A step on what stands in for CIFAR-10, so that the ResNet can't rot either."""
+    model = lgreco.resnet(8, 2)
+    assert len([layer for layer in model.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]) == 14 + 2
+    assert model(torch.zeros(3, 3, 32, 32)).shape == (3, 10)
 
 
 def test_convex(tmp_path):

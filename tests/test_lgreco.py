@@ -6,9 +6,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
 from tests.engines.models import batch, build, flat_parameters, loss_of
-from thinwire import LGreCo, PowerSGD, ThinwireError, TopK, Warmup, powersgd, topk
+from thinwire import QSGD, LGreCo, PowerSGD, Quantize, ThinwireError, TopK, Warmup, maxmin, powersgd, qsgd, topk
 from thinwire.core import Context
-from thinwire.lgreco import digest, family, losses, tried
+from thinwire.lgreco import Snapshot, digest, family, losses, tried
 
 MIXED = [*family(TopK(0.05)), *family(PowerSGD(2)), TopK(0.1, values="int4")]
 
@@ -31,8 +31,14 @@ def _planned(rank, method, options):
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [(topk(0.05), {}), (powersgd(2), {"error": "l2sq"}), (topk(0.05), {"candidates": MIXED})],
-    ids=["topk", "powersgd", "mixed"],
+    [
+        (topk(0.05), {}),
+        (powersgd(2), {"error": "l2sq"}),
+        (topk(0.05), {"candidates": MIXED}),
+        (qsgd(4), {}),
+        (topk(0.05, route="two_phase"), {}),
+    ],
+    ids=["topk", "powersgd", "mixed", "qsgd", "two_phase"],
 )
 def test_ranks_plan_alike(world2, method, options):
     (a, (plan, notes, sent, kept)), (b, (other, *_)) = world2.run(_planned, method, options)
@@ -65,10 +71,42 @@ def test_one_candidate_changes_nothing():
     assert set(policy.plan.values()) == {TopK(0.05)}
 
 
+def test_only_what_the_memory_may_stand_beside_is_chosen():
+    """Two bits may lose more than they are given, which a residual could not bear."""
+    method = maxmin(4, bucket=256, feedback=True)
+    model, optimizer = build()
+    policy = LGreCo(every=6, looks=3, slack=1e6)
+    options = {"batches": batch, "loss": loss_of, "workers": 2, "steps": 7, "policy": policy}
+    thinwire.simulate(model, method, optimizer=optimizer, **options)
+    assert {one.bits for one in policy.plan.values()} == {4}
+
+
+def test_looking_at_pieces_is_looking_at_the_whole():
+    x, like = torch.randn(2, 6, 5), torch.empty(6, 5, device="meta")
+    whole, pieces = Snapshot({"w": like}), Snapshot({"w": like})
+    for one in x:
+        whole.look("w", one, None)
+        for run in ((0, 7), (7, 30)):
+            pieces.look("w", one.view(-1)[slice(*run)], run)
+    pieces.look("not looked at", x, None)
+    assert torch.equal(whole.mean("w"), pieces.mean("w"))
+    torch.testing.assert_close(whole.mean("w"), x.mean(0))
+
+
 def test_shortcuts_are_what_trying_tells():
     x, ctx = torch.randn(40, 30).pow(3), Context(0, 0, "w", 0)
-    for options in (family(TopK(0.03)), [TopK(0.1, values="int4"), TopK(1.0), TopK(0.01)]):
+    for options in (family(TopK(0.03)), [TopK(0.1, values="int4"), TopK(1.0), TopK(0.01)], [TopK(0.5), TopK(1.0)]):
         assert losses(x, options, ctx) == pytest.approx([tried(one, x, ctx) for one in options], rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("one", [Quantize(4), Quantize(4, 60, "stochastic"), QSGD(4, 64), QSGD(4, 100, "max")])
+def test_shortcuts_of_quantisers(one):
+    """In the mean over many roundings; exactly, where it is to the nearest."""
+    x, options = torch.randn(40, 31).pow(3), family(one)
+    tries = [[tried(option, x, Context(0, step, "w", 0)) for option in options] for step in range(40)]
+    means = torch.tensor(tries, dtype=torch.float64).mean(0).tolist()
+    assert losses(x, options, Context(0, 0, "w", 0)) == pytest.approx(means, rel=0.05)
+    assert losses(torch.zeros(7, 3), options, Context(0, 0, "w", 0)) == [0.0] * len(options)
 
 
 def test_families():

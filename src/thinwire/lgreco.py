@@ -17,12 +17,12 @@ from torch import Tensor
 
 from thinwire.core import Compressor, Context
 from thinwire.exchange.cost import measure
-from thinwire.link import Kind, Link, wire_bytes
+from thinwire.link import Link, wire_bytes
 from thinwire.policy.allocate import improve, total
 from thinwire.policy.plan import Method, Rule
 from thinwire.session import Session
-from thinwire.tensors import ThinwireError
-from thinwire.units import DENSE, Unit, Worker, payload_nbytes
+from thinwire.tensors import ThinwireError, flat
+from thinwire.units import DENSE, Unit, Worker, compressed_bytes, payload_nbytes
 
 Objective: TypeAlias = Literal["bytes", "seconds"]
 Error: TypeAlias = Literal["l2", "l2sq"]
@@ -57,20 +57,25 @@ def family(compressor: Compressor) -> list[Compressor]:
 class Snapshot:
     """The mean of what one worker was asked to send, unit by unit: one word an element while it looks."""
 
-    names: frozenset[str]
+    likes: dict[str, Tensor]
+    """Meta tensors of the units that are looked at."""
     sums: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    counts: dict[str, int] = field(default_factory=dict[str, int])
+    elements: dict[str, int] = field(default_factory=dict[str, int])
+    """How many were looked at so far, of any step."""
+    seconds: float = 0.0
 
-    def look(self, name: str, x: Tensor) -> None:
-        if name in self.names:
-            if name in self.sums:
-                self.sums[name] += x
-            else:
-                self.sums[name] = x.clone()
-            self.counts[name] = self.counts.get(name, 0) + 1
+    def look(self, name: str, x: Tensor, run: tuple[int, int] | None) -> None:
+        if name in self.likes and x.numel():
+            started = time.perf_counter()
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(self.likes[name], dtype=x.dtype, device=x.device)
+            where = self.sums[name] if run is None else flat(self.sums[name])[slice(*run)]
+            where += x
+            self.elements[name] = self.elements.get(name, 0) + x.numel()
+            self.seconds += time.perf_counter() - started
 
     def mean(self, name: str) -> Tensor:
-        return self.sums[name] / self.counts[name]
+        return self.sums[name] * (self.sums[name].numel() / self.elements[name])
 
 
 @dataclass
@@ -83,7 +88,7 @@ class LGreCo:
 
     Args:
         candidates: compressors to choose from, of one family or several; None for ``family`` of each unit's own.
-            Dense is always one.
+            Dense is always one; what the unit's memory may not stand beside is none.
         every: steps between plans, more than ``looks``; the first is made after a warm-up.
         looks: steps that are averaged.
         objective: ``"bytes"`` that a worker sends, or ``"seconds"`` of the link, each unit as a message of its own.
@@ -115,7 +120,7 @@ class LGreCo:
     slack: float = 1.0
     resolution: int = 10_000
     seconds: float = field(default=0.0, init=False)
-    """Spent on plans so far."""
+    """Spent so far on looking, by all workers of this process, and on plans."""
     plan: dict[str, Compressor] = field(default_factory=dict[str, Compressor], init=False)
     """The last one."""
 
@@ -150,7 +155,7 @@ class LGreCo:
             if phase < self.every - self.looks or session.step < warm:
                 worker.watch = None
             elif worker.watch is None:
-                worker.watch = Snapshot(frozenset(unit.name for unit in self._units(session)))
+                worker.watch = Snapshot({unit.name: unit.like for unit in self._units(session)})
 
     def _units(self, session: Session) -> list[Unit]:
         """Those that the method compressed before there was a plan."""
@@ -180,7 +185,7 @@ class LGreCo:
         self.plan = {unit.name: options[unit.name][q] for unit, q in zip(known, chosen, strict=True)}
         rules = (Rule(one, self._rule(unit).memory, glob.escape(unit.name)) for unit, one in self._planned(known))
         method = replace(base, rules=(*rules, *base.rules), warmup=None)
-        spent = time.perf_counter() - started
+        spent = time.perf_counter() - started + sum(one.seconds for one in seen)
         self.seconds += spent
         session.ledger.note(
             f"step {session.step}: L-GreCo plans {total(costs, chosen):,.6g} {self.objective} a step where uniform "
@@ -198,7 +203,7 @@ class LGreCo:
         """The candidates of one unit, each once; its own and dense among them."""
         own = self._rule(unit).compressor
         offered = family(own) if self.candidates is None else self.candidates
-        fitting = [one for one in offered if one.declines(unit.param.shape) is None]
+        fitting = [one for one in offered if one.declines(unit.param.shape) is None and allowed(one, self._rule(unit))]
         return list(dict.fromkeys([own, *fitting, DENSE]))
 
     def _table(
@@ -212,14 +217,31 @@ class LGreCo:
         return found
 
     def _cost(self, session: Session, unit: Unit, option: Compressor) -> float:
-        kind: Kind = "all_reduce" if option.summable else "all_gather"
-        nbytes, world = payload_nbytes(option, unit.like), session.collective.world
+        base, world = cast(Method, self._base), session.collective.world
+        nbytes = payload_nbytes(option, unit.like)
+        if self.objective == "bytes" and world == 1:
+            return nbytes
+        if option.summable:
+            sent, messages = wire_bytes("all_reduce", nbytes, world), 2 * (world - 1)
+        else:
+            sent, messages = compressed_bytes(option, unit.like, world, base.route, base.second), world - 1
+            if option.led or (base.route != "all_gather" and option.cuttable):
+                messages *= 2
         if self.objective == "bytes":
-            return wire_bytes(kind, nbytes, world) if world > 1 else nbytes
+            return sent
         if self._link is None:
             link = session.collective.link
             self._link = link or measure(session.collective, session.timeout, unit.param.device)
-        return self._link.seconds(kind, nbytes, world)
+        return messages * self._link.latency + sent * 8 / self._link.bandwidth
+
+
+def allowed(compressor: Compressor, rule: Rule) -> bool:
+    """Whether the rule's memory may stand beside this compressor."""
+    try:
+        replace(rule, compressor=compressor)
+    except ThinwireError:
+        return False
+    return True
 
 
 def mean_row(rows: Iterable[Sequence[float]]) -> list[float]:

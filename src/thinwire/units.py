@@ -144,8 +144,8 @@ class Probe:
 class Watch(Protocol):
     """Looks at what a worker is asked to send; it must neither change nor keep it."""
 
-    def look(self, name: str, x: Tensor) -> None:
-        """``x`` is what the compressor of the unit of this name is given."""
+    def look(self, name: str, x: Tensor, run: tuple[int, int] | None) -> None:
+        """``x`` is what the compressor of the unit of this name is given: all of it, or a run of its elements."""
         ...
 
 
@@ -163,12 +163,12 @@ class Worker:
     held: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """What was asked of units until it is known what of it is sent."""
 
-    def look(self, unit: Unit, x: Tensor, own: Decompressed) -> None:
-        """Show what is asked of a unit, and what is sent of it, to whoever measures."""
+    def look(self, unit: Unit, x: Tensor, own: Decompressed, run: tuple[int, int] | None = None) -> None:
+        """Show what is asked of a unit, or of a run of its elements, and what is sent of it, to whoever measures."""
         if self.probe is not None and unit.compressed:
             self.probe.look(x, own)
         if self.watch is not None:
-            self.watch.look(unit.name, x)
+            self.watch.look(unit.name, x, run)
 
 
 def carry(units: Sequence[Unit], workers: Sequence[Worker]) -> bool:

@@ -25,17 +25,22 @@ def best(costs, errors, budget):
 
 
 def test_against_brute_force():
-    optimal, worst = 0, 1.0
     for seed in range(200):
         costs, errors, uniform = instance(seed)
         budget = total(errors, uniform)
         plan = improve(costs, errors, uniform)
         assert total(errors, plan) <= budget * (1 + 1e-9)
         assert total(costs, plan) <= total(costs, uniform)
-        ratio = total(costs, plan) / best(costs, errors, budget)
-        optimal, worst = optimal + (ratio <= 1.0), max(worst, ratio)
-    assert optimal >= 199
-    assert worst < 1.03
+        assert total(costs, plan) <= best(costs, errors, budget), f"instance {seed}"
+
+
+def test_few_partial_plans_cost_little():
+    for seed in range(10):
+        costs, errors, uniform = instance(seed, 30, 12)
+        budget = total(errors, uniform)
+        exact, thinned = (allocate(costs, errors, budget, resolution) for resolution in (10**6, 50))
+        assert total(errors, thinned) <= budget * (1 + 1e-9)
+        assert total(costs, exact) <= total(costs, thinned) <= 1.05 * total(costs, exact)
 
 
 def test_one_parameter_takes_the_cheapest_that_fits():
@@ -59,7 +64,7 @@ def test_more_room_and_more_candidates_never_cost_more():
         spent = [total(costs, improve(costs, errors, uniform, slack)) for slack in (1.0, 2.0, 4.0)]
         assert spent == sorted(spent, reverse=True)
         fewer = total(costs, improve([row[:4] for row in costs], [row[:4] for row in errors], uniform))
-        assert spent[0] <= fewer * 1.001
+        assert spent[0] <= fewer
 
 
 def test_ties_go_to_the_smaller_error():

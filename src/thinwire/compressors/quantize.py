@@ -1,8 +1,9 @@
 """Quantisers with a scale for each bucket: QSGD, and CGX's max-min levels."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +12,13 @@ from thinwire.compressors.buckets import as_float32, check_bucket, count, in_buc
 from thinwire.core import Compressor, Context, Payload, State
 from thinwire.tensors import Decompressed, Dense, Sparse, ThinwireError, flat
 from thinwire.wire.bitpack import pack_fields, unpack_fields
+
+
+def lost_in_rounding(levels: Tensor, *, randomly: bool) -> Tensor:
+    """``E(rounded - level)^2`` of each of ``levels``, floats not below 0: ``f (1 - f)`` at random, f beyond the lower
+    neighbour, else the square of the distance to the nearest."""
+    beyond = levels - levels.floor()
+    return beyond * (1.0 - beyond) if randomly else torch.minimum(beyond, 1.0 - beyond).square()
 
 
 def rounded_randomly(levels: Tensor, ctx: Context) -> Tensor:
@@ -89,6 +97,17 @@ class QSGD(Compressor):
         levels = rounded_randomly(share.mul_(self.levels), ctx).clamp_(max=self.levels)
         fields = levels.to(torch.uint8) | (rows < 0).to(torch.uint8) << (self.bits - 1)
         return scales, pack_fields(fields.view(-1)[:n], self.bits)
+
+    def losses(self, x: Tensor, family: Sequence[Compressor]) -> list[float] | None:
+        """The expectation over the rounding, where all share their buckets and norm."""
+        alike = cast("Sequence[QSGD]", family)
+        if any((one.bucket, one.norm) != (self.bucket, self.norm) for one in alike):
+            return None
+        rows = in_buckets(as_float32(flat(x)), self.bucket).abs_()
+        scales = scale_of(l2(rows) if self.norm == "l2" else rows.amax(1))
+        rows.div_(torch.where(scales > 0, scales, 1.0).unsqueeze(1))
+        lost = [lost_in_rounding(rows * one.levels, randomly=True).sum(1, dtype=torch.float64) for one in alike]
+        return [float(e @ scales.double().square()) / one.levels**2 for one, e in zip(alike, lost, strict=True)]
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         scales, packed = payload
@@ -176,6 +195,25 @@ class Quantize(Compressor):
         levels = rounded_randomly(place, ctx) if self.rounding == "stochastic" else place.add_(0.5).floor_()
         fields = levels.clamp_(max=top).to(torch.uint8)
         return ends, pack_fields(fields.view(-1)[:n], self.bits)
+
+    def losses(self, x: Tensor, family: Sequence[Compressor]) -> list[float] | None:
+        """The expectation over the rounding, where all share their buckets and round alike."""
+        alike = cast("Sequence[Quantize]", family)
+        if any((one.bucket, one.rounding) != (self.bucket, self.rounding) for one in alike):
+            return None
+        rows = in_buckets(as_float32(flat(x)), self.bucket, repeat=True)
+        low, high = rows.aminmax(dim=1, keepdim=True)
+        span = high - low
+        place = (rows - low).div_(torch.where(span > 0, span, 1.0))
+        filled = -x.numel() % self.bucket  # the last element, repeated
+        found: list[float] = []
+        for one in alike:
+            top = 2**one.bits - 1
+            lost = lost_in_rounding(place * top, randomly=self.rounding == "stochastic")
+            if filled:
+                lost[-1, -filled:] = 0.0
+            found.append(float(lost.sum(1, dtype=torch.float64) @ span.view(-1).double().square()) / top**2)
+        return found
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         ends, packed = payload

@@ -95,13 +95,19 @@ class TopK(Compressor):
         return min(n, math.ceil(self.density * n))
 
     def losses(self, x: Tensor, family: Sequence[Compressor]) -> list[float] | None:
-        """The tails of one sort, where values are sent as they are."""
+        """What is left of all squares by the largest, of one selection, where values are sent as they are."""
         alike = cast("Sequence[TopK]", family)
         if any(one.values is not None for one in alike):
             return None
-        squares = flat(x).double().square()
-        tails = torch.nn.functional.pad(squares.sort().values.cumsum(0), (1, 0))  # ascending: of the n-k smallest
-        return [float(tails[x.numel() - one.k(x.numel())]) for one in alike]
+        n = x.numel()
+        ks = [one.k(n) for one in alike]
+        magnitudes = flat(x).abs()
+        if 4 * (most := max((k for k in ks if k < n), default=0)) > n:  # a selection would be as dear as a sort
+            tails = torch.nn.functional.pad(magnitudes.sort().values.double().square().cumsum(0), (1, 0))
+            return [float(tails[n - k]) for k in ks]
+        whole = float(magnitudes.double().square().sum())
+        heads = magnitudes.topk(most).values.double().square().cumsum(0)
+        return [0.0 if k == n else max(0.0, whole - float(heads[k - 1])) for k in ks]
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         n, k = x.numel(), self.k(x.numel())

@@ -40,7 +40,7 @@ class Piece:
 
 def remember(unit: Unit, piece: Piece, x: Tensor, own: Decompressed, worker: Worker) -> None:
     """Prepare what is left of a piece for the next step: ``x`` was asked, and ``own`` is what the receivers get."""
-    worker.look(unit, x, own)
+    worker.look(unit, x, own, piece.run)
     unit.memory.sent(x, own, piece.of_state(worker.local[unit.name].next))
 
 

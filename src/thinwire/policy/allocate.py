@@ -1,11 +1,13 @@
 """Which compressor for each parameter: the fewest bytes at a given error. Pure arithmetic on tables.
 
 Source: M. Alimohammadi, I. Markov, E. Frantar, D. Alistarh, "L-GreCo: Layerwise-Adaptive Gradient Compression for
-Efficient and Accurate Deep Learning", MLSys 2024, arXiv:2210.17357, algorithm 1.
+Efficient and Accurate Deep Learning", MLSys 2024, arXiv:2210.17357, algorithm 1. Bounds by Lagrange multipliers: H.
+Everett, "Generalized Lagrange Multiplier Method for Solving Problems of Optimum Allocation of Resources", 1963.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,6 +17,10 @@ Table = Sequence[Sequence[float]]
 """A row for each parameter, a column for each of its candidates; rows may differ in length."""
 SLIP = 1e-9
 """Relative error that a sum of floats may be above the budget."""
+HALVINGS = 60
+"""Of the interval that holds the best exchange rate of error for cost."""
+RATES = (0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0)
+"""Around the best, for bounds of what a part of the parameters must cost."""
 
 
 def undominated(costs: Sequence[float], errors: Sequence[float]) -> list[int]:
@@ -30,36 +36,39 @@ def undominated(costs: Sequence[float], errors: Sequence[float]) -> list[int]:
 def allocate(costs: Table, errors: Table, budget: float, resolution: int = 10_000) -> list[int] | None:
     """The candidate of each parameter, so that the costs sum to the least and the errors to no more than ``budget``.
 
-    ``T[l, b] = min over q of T[l-1, b - e_l(q)] + cost_l(q)``, where ``e`` is the error in units of
-    ``budget / resolution``: rounded up, so that any plan found is one; and rounded to the nearest, where the plan found
-    is checked. The cheaper counts; of equal costs, the smaller error.
+    Partial plans ``(cost, error)`` of the first l parameters; of them go on that no other beats in both, and that could
+    still end below the best plan known, by ``cost + min over plans of the rest of sum(cost_l + rate e_l) - rate *
+    (budget - error)``, for any ``rate``. So the plan is the best there is. Where more than ``resolution`` partial plans
+    are left, the cheapest and the least lossy in each of as many equal parts of the budget go on, and it is the best
+    but for little. Errors are never rounded.
 
     Args:
         costs, errors: of each parameter's candidates, at least 0.
         budget: at least 0.
-        resolution: units of the budget; time and memory grow with it.
+        resolution: partial plans that are kept; time and memory grow with it.
 
     Returns:
-        An index for each parameter; None where nothing was found within the budget.
+        An index for each parameter, of equal costs the one of the smaller error; None where no plan fits.
 
     Raises:
         ThinwireError: tables of different shapes, or values that are negative or not finite.
 
-    Departures: the paper rounds errors one way.
+    Departures: the paper rounds errors to 10,000 parts of the budget, and finds a plan that fits the rounded ones.
     """
     _check(costs, errors, budget, resolution)
     kept = [undominated(*rows) for rows in zip(costs, errors, strict=True)]
-    pruned = [[row[q] for q in rows] for row, rows in zip(costs, kept, strict=True)]
-    lost = [[row[q] for q in rows] for row, rows in zip(errors, kept, strict=True)]
-    found: list[tuple[float, float, list[int]]] = []
-    for rounded in (math.ceil, round):
-        units = [_units(row, budget, resolution, rounded) for row in lost]
-        chosen = _least(pruned, units, resolution)
-        if chosen is not None:
-            plan = [rows[q] for rows, q in zip(kept, chosen, strict=True)]
-            if total(errors, plan) <= budget * (1 + SLIP):
-                found.append((total(costs, plan), total(errors, plan), plan))
-    return min(found)[2] if found else None
+    rows = [
+        Candidates(np.array([cost[q] for q in one]), np.array([error[q] for q in one]))
+        for cost, error, one in zip(costs, errors, kept, strict=True)
+    ]
+    limit = budget * (1 + SLIP / 2)
+    if sum(row.errors[-1] for row in rows) > limit:
+        return None
+    rate, known = _relaxed(rows, limit)
+    spent = sum(row.costs[q] for row, q in zip(rows, known, strict=True))
+    found = [known, _least(rows, limit, resolution, rate, spent)]
+    plans = [[one[q] for one, q in zip(kept, plan, strict=True)] for plan in found if plan is not None]
+    return min(plans, key=lambda plan: (total(costs, plan), total(errors, plan)))
 
 
 def improve(
@@ -75,34 +84,79 @@ def total(table: Table, plan: Sequence[int]) -> float:
     return math.fsum(row[q] for row, q in zip(table, plan, strict=True))
 
 
-def _units(errors: Sequence[float], budget: float, resolution: int, rounded: Callable[[float], float]) -> list[int]:
-    if not budget:
-        return [0 if error == 0.0 else resolution + 1 for error in errors]
-    return [int(rounded(min(error / budget, 2.0) * resolution - 1e-6)) for error in errors]
+@dataclass(frozen=True)
+class Candidates:
+    """Those of one parameter, none beaten by another: costs rise and errors fall."""
+
+    costs: np.ndarray
+    errors: np.ndarray
+
+    def at(self, rate: float) -> int:
+        """The cheapest where a unit of error costs ``rate``."""
+        return int(np.argmin(self.costs + rate * self.errors))
+
+    def bound(self, rate: float) -> float:
+        return float(np.min(self.costs + rate * self.errors))
 
 
-def _least(costs: Table, units: Sequence[Sequence[int]], resolution: int) -> list[int] | None:
-    """The dynamic programme; ``least[b]`` is the least cost within ``b`` units, which never rises with b."""
-    least = np.zeros(resolution + 1)
-    choices: list[np.ndarray] = []
-    for row, needed in zip(costs, units, strict=True):
-        before, least = least, np.full(resolution + 1, np.inf)
-        choice = np.zeros(resolution + 1, dtype=np.int32)
-        for q, (cost, unit) in enumerate(zip(row, needed, strict=True)):
-            if unit <= resolution:
-                cheaper = before[: resolution + 1 - unit] + cost
-                better = cheaper < least[unit:]
-                least[unit:][better] = cheaper[better]
-                choice[unit:][better] = q
-        choices.append(choice)
-    if not np.isfinite(least[-1]):
+def _relaxed(rows: Sequence[Candidates], limit: float) -> tuple[float, list[int]]:
+    """The lowest rate at which the cheapest choices fit the limit, and these choices with what still fits taken."""
+    low, high = 0.0, 1.0
+    lossless = [len(row.errors) - 1 for row in rows]
+
+    def plan(rate: float) -> list[int] | None:
+        chosen = [row.at(rate) for row in rows]
+        return chosen if sum(row.errors[q] for row, q in zip(rows, chosen, strict=True)) <= limit else None
+
+    best = plan(low)
+    if best is not None:
+        return low, best
+    while (best := plan(high)) is None and high < 1e300:
+        low, high = high, high * 16
+    best = best or lossless
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if (found := plan(middle)) is None:
+            low = middle
+        else:
+            high, best = middle, found
+    room = limit - sum(row.errors[q] for row, q in zip(rows, best, strict=True))
+    for i, row in enumerate(rows):
+        q = int(np.argmax(row.errors <= row.errors[best[i]] + room))
+        room -= row.errors[q] - row.errors[best[i]]
+        best[i] = q
+    return high, best
+
+
+def _least(rows: Sequence[Candidates], limit: float, resolution: int, rate: float, known: float) -> list[int] | None:
+    """The best plan that is not dearer than ``known``; None where all were dropped."""
+    rates = rate * np.array(RATES)
+    rest = np.sum([[row.bound(r) for r in rates] for row in rows], axis=0) if rows else rates
+    needed = sum(row.errors[-1] for row in rows)
+    cost, error = np.zeros(1), np.zeros(1)
+    steps: list[tuple[np.ndarray, np.ndarray]] = []  # of each partial plan, the one before and what was added
+    for row in rows:
+        rest = rest - [row.bound(r) for r in rates]
+        needed -= row.errors[-1]
+        costs, errors = (cost[:, None] + row.costs).ravel(), (error[:, None] + row.errors).ravel()
+        least = costs + np.max(rest - rates * (limit - errors)[:, None], axis=1)
+        alive = np.flatnonzero((errors + needed <= limit + SLIP * needed) & (least <= known * (1 + SLIP)))
+        alive = alive[np.lexsort((errors[alive], costs[alive]))]
+        lowest = np.minimum.accumulate(np.concatenate([[np.inf], errors[alive]]))
+        alive = alive[errors[alive] < lowest[:-1]]
+        if len(alive) > resolution:
+            cell = np.floor(errors[alive] / limit * resolution)
+            new = np.flatnonzero(np.diff(cell, prepend=-1.0))
+            alive = alive[np.union1d(new, np.append(new[1:], len(alive)) - 1)]
+        steps.append((alive // len(row.costs), alive % len(row.costs)))
+        cost, error = costs[alive], errors[alive]
+    if not len(cost):
         return None
-    b = int(np.argmin(least))  # the fewest units at that cost
-    plan: list[int] = []
-    for choice, needed in zip(reversed(choices), reversed(units), strict=True):
-        plan.append(int(choice[b]))
-        b -= needed[plan[-1]]
-    return plan[::-1]
+    at, chosen = 0, list[int]()  # costs rise
+    for before, added in reversed(steps):
+        chosen.append(int(added[at]))
+        at = int(before[at])
+    return chosen[::-1]
 
 
 def _check(costs: Table, errors: Table, budget: float, resolution: int) -> None:
