@@ -36,6 +36,7 @@ def environment(rank: int, port: int) -> None:
     found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {key: str(value) for key, value in found.items()} | {"MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    sys.modules.setdefault("numba", None)  # kernels take 4 s to compile in each process, and others test them
 
 
 def small_model(seed: int) -> nn.Module:

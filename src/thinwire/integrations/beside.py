@@ -4,6 +4,7 @@ A file is ``thinwire-rank<r>-of-<world>.pt``: what ``Session.state_dict`` gave t
 ``torch.load(weights_only=True)`` reads it without a process group.
 """
 
+import contextlib
 import os
 import re
 import warnings
@@ -73,6 +74,14 @@ def load(wire: Session, folder: str | Path, on_world_change: OnWorldChange = "er
         wire.ledger.note(f"step {wire.step}: nothing remembered was found in {folder}")
         return
     wire.load_state_dict(given, on_world_change)
+
+
+def remove(wire: Session, folder: str | Path) -> None:
+    """Remove this rank's file, and the folder if that was the last one."""
+    place, talk = _local(folder), wire.collective.everyone
+    (place / f"thinwire-rank{talk.rank}-of-{talk.world}.pt").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # others are still there
+        place.rmdir()
 
 
 def warn_of_clipping(method: Method, setting: str, off: str) -> None:
