@@ -11,7 +11,7 @@ from torch import nn
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ["DistributedDataParallel", "FSDP2"]
-FRAMEWORKS = ["Accelerate", "Hugging Face Trainer", "Lightning"]
+FRAMEWORKS = ["Accelerate", "Hugging Face Trainer", "Lightning", "torchrun"]
 
 
 def _snippet(rank, code):
