@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --folder")
     args = parser.parse_args()
 
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # without that, it stays alone on CPUs
     text, rank = demo_text.load(), accelerator.process_index
     set_seed(0)
     model = CharLM(len(text.vocabulary), hidden=args.hidden)

@@ -8,6 +8,7 @@ The lines that concern thinwire are marked.
 
 import argparse
 
+import torch
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
@@ -60,6 +61,7 @@ def main() -> None:
         per_device_train_batch_size=8,
         max_grad_norm=0,  # it would clip after the exchange
         ddp_find_unused_parameters=False,  # the model uses all of its parameters
+        use_cpu=not torch.cuda.is_available(),  # without that, it stays alone on CPUs
         report_to="none",
     )
     trainer = Trainer(GPT2LMHeadModel(config), arguments, train_dataset=Windows(text, 4096))

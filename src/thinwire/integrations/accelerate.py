@@ -67,7 +67,7 @@ def attach(
     if accelerator.num_processes == 1:
         raise ThinwireError(
             "the accelerator has 1 process, so nothing is exchanged and the model is not wrapped; start the script "
-            "with `accelerate launch` or torchrun on 2 or more, or leave thinwire out"
+            "with `accelerate launch` or torchrun on 2 or more (on CPUs: Accelerator(cpu=True)), or leave thinwire out"
         )
     wrapped = next((part for part in model.modules() if isinstance(part, DistributedDataParallel)), model)
     scaler = cast(Any, accelerator).scaler

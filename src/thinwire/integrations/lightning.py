@@ -24,7 +24,7 @@ from thinwire.policy.plan import Method
 from thinwire.session import Session
 from thinwire.tensors import ThinwireError
 
-framework("lightning.pytorch", "lightning", "2.2")
+framework("lightning.pytorch", "lightning", "2.4")
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
 
 

@@ -77,7 +77,7 @@ class Compression(TrainerCallback):
         if args.world_size == 1:
             raise ThinwireError(
                 "the Trainer has 1 process, so nothing is exchanged and the model is not wrapped; start the script "
-                "with torchrun on 2 or more, or leave the callback out"
+                "with torchrun on 2 or more (on CPUs with TrainingArguments(use_cpu=True)), or leave the callback out"
             )
         self._leave()
         wrapped = self.trainer.model_wrapped
