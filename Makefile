@@ -9,7 +9,7 @@ setup: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[cli,cpu,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[cli,cpu,dev,frameworks]'
 	touch $@
 
 demo: setup

@@ -1,4 +1,4 @@
-"""The snippets of docs/engines.md, and the example of FSDP2."""
+"""The snippets of docs/engines.md on DDP and FSDP2, and the example of FSDP2; tests/integrations has the frameworks."""
 
 import os
 import re
@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parents[2]
+ENGINES = ["DistributedDataParallel", "FSDP2"]
+FRAMEWORKS = ["Accelerate", "Hugging Face Trainer", "Lightning", "torchrun"]
 
 
 def _snippet(rank, code):
@@ -32,9 +34,10 @@ def _snippet(rank, code):
 
 
 def test_snippets(world2):
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "engines.md").read_text(), re.DOTALL)
-    assert len(snippets) == 2
-    for code in snippets:
+    sections = (ROOT / "docs" / "engines.md").read_text().split("\n## ")[1:]
+    assert [section.split("\n")[0] for section in sections] == ENGINES + FRAMEWORKS
+    for section in sections[: len(ENGINES)]:
+        (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
         (one, (sent, plain)), (other, _) = world2.run(_snippet, code, timeout=120.0)
         assert torch.equal(one, other)
         assert sent < plain / 3

@@ -77,7 +77,7 @@ def attach(
         method: ``thinwire.dgc()``, ``thinwire.topk()``, ``thinwire.cast()``, ``thinwire.dense()`` or one of your own.
         optimizer: required by all methods that remember anything (dgc, topk): what a step changes there is final only
             when the optimizer steps. With dgc, ``momentum``, ``nesterov`` and ``weight_decay`` move from it into the
-            memory, with its momentum buffers, until ``detach()``.
+            memory, with its momentum buffers, until ``detach()``. A framework's wrapper is as good as what is inside.
         seed: of all randomness; equal on all ranks.
         link: emulate a link of this speed, e.g. ``"100mbit"``; for experiments on one machine.
         scaler: the ``GradScaler`` of a mixed-precision run, so that residuals are kept without its scale.
@@ -117,6 +117,8 @@ def attach(
         wire = thinwire.attach(model, thinwire.topk(0.01), optimizer=optimizer, replicate=mesh["replicate"])
     """
     engine: Engine
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner  # hooks of a step belong to the optimizer that steps, not to the wrapper of a framework
     if isinstance(model, DistributedDataParallel):
         if not (replicate is None and reduce_scatter is None and all_gather is None):
             raise ThinwireError("replicate=, reduce_scatter= and all_gather= are for FSDP2; a DDP model has no shards")

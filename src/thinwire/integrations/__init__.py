@@ -1,0 +1,1 @@
+"""Frameworks that wrap a model in DDP themselves: a few lines over ``attach`` each, imported only when used."""

@@ -1,0 +1,123 @@
+"""Lightning: a callback that attaches when training begins, and follows the checkpoints.
+
+What was observed of Lightning and shaped it:
+
+* ``DDPStrategy(ddp_comm_hook=)`` is ignored on CPUs, without a word; a callback that attaches is not.
+* A callback's ``state_dict`` is written by rank 0 and given to all ranks; ``on_save_checkpoint`` is not told the file.
+  The strategy is, on all ranks; so its ``save_checkpoint`` is followed.
+* The optimizer steps with a closure that runs backward; a session refuses that, since it has to look at the gradients
+  before the step. So the closure is run just before.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from thinwire.checkpoint import OnWorldChange
+from thinwire.engines.attach import attach
+from thinwire.integrations import beside
+from thinwire.integrations.needs import framework
+from thinwire.policy.plan import Method
+from thinwire.session import Session
+from thinwire.tensors import ThinwireError
+
+framework("lightning.pytorch", "lightning", "2.4")
+from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
+
+
+class Compression(Callback):
+    """Exchange the gradients of a Lightning module by ``method`` while ``fit`` trains it with DDP.
+
+    Beside ``<checkpoint>.ckpt`` every rank writes what it remembers into the folder ``<checkpoint>.ckpt.thinwire``, and
+    reads it in ``fit(ckpt_path=)``. The session stays attached after ``fit``, for ``trainer.save_checkpoint``.
+
+    Args:
+        method: as for ``thinwire.attach``.
+        on_world_change: at another number of ranks than the one that saved, as for ``Session.load_state_dict``.
+        strict: whether to refuse a checkpoint without such a folder.
+        options: what else ``thinwire.attach`` takes.
+
+    Raises:
+        ThinwireError: when training begins: as ``thinwire.attach``, or the files do not fit, or there are several
+            optimizers.
+
+    Example::
+
+        trainer = Trainer(devices=2, strategy="ddp", callbacks=[Compression(thinwire.dgc(0.01))])
+        trainer.fit(module, data)
+    """
+
+    def __init__(
+        self, method: Method, *, on_world_change: OnWorldChange = "error", strict: bool = True, **options: Any
+    ) -> None:
+        self.method, self.strict, self.options = method, strict, options
+        self.on_world_change: OnWorldChange = on_world_change
+        self.wire: Session | None = None
+        """The session of the latest training, also after it has ended."""
+        self._followed: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.wire is not None:
+            self.wire.detach()
+        wrapped, optimizers = cast(Any, trainer.strategy.model), trainer.optimizers
+        if trainer.world_size == 1:
+            raise ThinwireError(
+                "the Trainer has 1 process, so nothing is exchanged and the model is not wrapped; set devices= or "
+                "num_nodes= to 2 or more, or leave the callback out"
+            )
+        if len(optimizers) != 1:
+            raise ThinwireError(
+                f"the module has {len(optimizers)} optimizers, and one must hold all parameters; join them into one "
+                "with several parameter groups"
+            )
+        if trainer.gradient_clip_val and trainer.is_global_zero:
+            setting = f"gradient_clip_val={trainer.gradient_clip_val}"
+            beside.warn_of_clipping(self.method, setting, "gradient_clip_val=None")
+        wrapped = next((part for part in wrapped.modules() if isinstance(part, DistributedDataParallel)), wrapped)
+        before = optimizers[0].register_step_pre_hook(_run_closure)  # so it runs before that of the session
+        try:
+            options: dict[str, Any] = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self.options}
+            self.wire = attach(wrapped, self.method, optimizer=optimizers[0], **options)
+        except ThinwireError:
+            before.remove()
+            raise
+        self.wire.cleanup.callback(before.remove)
+        self._follow(trainer.strategy)
+        if trainer.ckpt_path is not None:
+            beside.load(self.wire, _folder(trainer.ckpt_path), self.on_world_change, self.strict)
+
+    def _follow(self, strategy: Any) -> None:
+        """Write and remove each rank's file together with the checkpoint."""
+        if self._followed is strategy:
+            return
+        self._followed, write, remove = strategy, strategy.save_checkpoint, strategy.remove_checkpoint
+
+        def save_checkpoint(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+            write(checkpoint, filepath, storage_options=storage_options)
+            if self.wire is not None and "optimizer_states" in checkpoint:  # not weights alone
+                beside.save(self.wire, _folder(filepath))
+
+        def remove_checkpoint(filepath: str | Path) -> None:
+            remove(filepath)
+            if self.wire is not None:
+                beside.remove(self.wire, _folder(filepath))
+
+        strategy.save_checkpoint, strategy.remove_checkpoint = save_checkpoint, remove_checkpoint
+
+
+def _run_closure(_: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+    closure = kwargs.get("closure")
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        closure()
+    return args, {**kwargs, "closure": None}
+
+
+def _folder(checkpoint: str | Path) -> str:
+    """Beside the file itself, where the name is a link to it (``ModelCheckpoint(save_last="link")``)."""
+    name = str(checkpoint)
+    return f"{os.path.realpath(name) if os.path.islink(name) else name}.thinwire"

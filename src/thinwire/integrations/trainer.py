@@ -1,0 +1,135 @@
+"""Hugging Face Trainer: a callback that attaches when training begins, and follows the checkpoints.
+
+What was observed of the Trainer and shaped it:
+
+* A callback is given the model without its DDP, and no checkpoint's path; so this one is given the Trainer.
+* It wraps the model when ``train()`` begins, and loads the optimizer before ``on_train_begin``.
+* ``max_grad_norm`` is 1 and ``find_unused_parameters`` is True unless one says otherwise.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+from torch.nn.parallel import DistributedDataParallel
+
+from thinwire.checkpoint import OnWorldChange
+from thinwire.engines.attach import attach
+from thinwire.integrations import beside
+from thinwire.integrations.needs import framework
+from thinwire.policy.plan import Method
+from thinwire.session import Session
+from thinwire.tensors import ThinwireError
+
+framework("transformers", "transformers", "5.0")
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments  # noqa: E402
+
+
+class Compression(TrainerCallback):
+    """Exchange the gradients of a Trainer's model by ``method`` while it trains.
+
+    It attaches when training begins and detaches when it ends. Every rank writes what it remembers into each
+    ``checkpoint-<step>``, and reads it when training resumes there.
+
+    Args:
+        trainer: the Trainer that this callback is added to.
+        method: as for ``thinwire.attach``; with the Trainer's default optimizer, AdamW, one that leaves the momentum
+            where it is, e.g. ``thinwire.topk(0.01)``.
+        resume_from: the checkpoint that ``train(resume_from_checkpoint=)`` is given, where it is not in
+            ``output_dir``.
+        on_world_change: at another number of ranks than the one that saved, as for ``Session.load_state_dict``.
+        strict: whether to refuse a checkpoint without such files.
+        options: what else ``thinwire.attach`` takes.
+
+    Raises:
+        ThinwireError: when training begins: as ``thinwire.attach``, or the files do not fit.
+
+    Example::
+
+        trainer = Trainer(model, arguments, train_dataset=data)
+        trainer.add_callback(Compression(trainer, thinwire.topk(0.01)))
+        trainer.train()
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        method: Method,
+        *,
+        resume_from: str | Path | None = None,
+        on_world_change: OnWorldChange = "error",
+        strict: bool = True,
+        **options: Any,
+    ) -> None:
+        self.trainer, self.method, self.options = cast(Any, trainer), method, options
+        self.resume_from, self.strict = resume_from, strict
+        self.on_world_change: OnWorldChange = on_world_change
+        self.wire: Session | None = None
+        """The session of the latest training, also after it has ended."""
+        self._attached = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        if state.is_hyper_param_search:
+            raise ThinwireError(
+                "a hyper-parameter search saves each trial in a folder that a callback is not told; search without "
+                "thinwire, then train with it"
+            )
+        if args.world_size == 1:
+            raise ThinwireError(
+                "the Trainer has 1 process, so nothing is exchanged and the model is not wrapped; start the script "
+                "with torchrun on 2 or more (on CPUs with TrainingArguments(use_cpu=True)), or leave the callback out"
+            )
+        self._leave()
+        wrapped = self.trainer.model_wrapped
+        wrapped = next((part for part in wrapped.modules() if isinstance(part, DistributedDataParallel)), wrapped)
+        if args.process_index == 0:
+            self._warn(args, wrapped)
+        options = {"scaler": self.trainer.accelerator.scaler, **self.options}
+        self.wire = attach(wrapped, self.method, optimizer=self.trainer.optimizer, **options)
+        self._attached = True
+        if state.global_step > 0:
+            beside.load(self.wire, self._resumed_from(args, state), self.on_world_change, self.strict)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        if self.wire is not None and self._attached:
+            beside.save(self.wire, _folder(args, state))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        if self.wire is not None and self._attached:
+            self._attached = False
+            self.wire.detach()
+
+    def _warn(self, args: TrainingArguments, wrapped: Any) -> None:
+        if args.ddp_find_unused_parameters is None and getattr(wrapped, "find_unused_parameters", False):
+            warnings.warn(
+                "the Trainer sets find_unused_parameters=True, with which DDP walks the graph at every step and never "
+                "orders its buckets as gradients come; if the model uses all of its parameters, set "
+                "TrainingArguments(ddp_find_unused_parameters=False)",
+                stacklevel=2,
+            )
+        if args.max_grad_norm:
+            beside.warn_of_clipping(self.method, f"max_grad_norm={args.max_grad_norm}", "max_grad_norm=0")
+
+    def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """The checkpoint that the Trainer has loaded, of which it tells nobody.
+
+        Raises:
+            ThinwireError: it is not the one that is looked at.
+        """
+        if self.resume_from is not None:
+            return Path(self.resume_from)
+        folder = _folder(args, state)
+        written = folder / "trainer_state.json"
+        if not written.exists() or TrainerState.load_from_json(str(written)).log_history != state.log_history:
+            raise ThinwireError(
+                f"training resumes at step {state.global_step}, and not from {folder}; say from where: "
+                "Compression(resume_from=), the same as train(resume_from_checkpoint=)"
+            )
+        return folder
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(cast(str, args.output_dir)) / f"checkpoint-{state.global_step}"
