@@ -12,7 +12,7 @@ from thinwire.checkpoint import restore, save
 from thinwire.compressors.cast import Cast
 from thinwire.core import NOWHERE, Context
 from thinwire.methods import econtrol, ef14, ef21, ef21_bc, ef21_pp, ef21_sgdm, ef21_w
-from thinwire.policy.plan import Method
+from thinwire.policy.plan import Method, Rule, Warmup
 from thinwire.sim.workers import SimulatedWorkers
 from thinwire.units import TwoCopies
 
@@ -435,3 +435,94 @@ def test_steps_of_the_theory():
 
     hessian = torch.autograd.functional.hessian(loss, x)
     assert torch.linalg.eigvalsh(hessian)[-1].item() == pytest.approx(theory.logistic_smoothness(a, r))
+
+
+def of_matrices(compressor, memory):
+    return Method("x", (Rule(compressor, memory, min_ndim=2), Rule(Cast(), thinwire.NoMemory())))
+
+
+def whole_and_small():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(12, 10), torch.nn.Linear(10, 3))
+
+
+def small_run(model, method, steps=4, workers=2, momentum=0.0):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=momentum)
+    sim = SimulatedWorkers(model, method, optimizer, workers)
+    for _ in range(steps):
+        xs = torch.randn(workers, 4, 12)
+        sim.step(lambda worker, xs=xs: model(xs[worker]).square().mean())
+    return sim
+
+
+@pytest.mark.parametrize(
+    ("method", "momentum"),
+    [
+        (thinwire.ef21_pp(thinwire.PowerSGD(2), participation=0.5), 0.0),
+        (thinwire.ef21(thinwire.PowerSGD(4)), 0.0),  # the last matrix has 3 rows, and is sent whole
+        (
+            Method(
+                "x", (Rule(thinwire.PowerSGD(4), MomentumCorrection(), min_ndim=2), Rule(Cast(), thinwire.Momentum()))
+            ),
+            0.9,
+        ),
+        (Method("x", (Rule(TopK(0.2), EF21(participation=0.5, downlink=TopK(0.5))),)), 0.0),
+        (thinwire.scalecom(0.1, beta=0.5, state="bfloat16"), 0.0),
+    ],
+    ids=["absent-powersgd", "whole", "whole-momentum", "absent-downlink", "filter-bfloat16"],
+)
+def test_memories_beside_other_shared_state(method, momentum):
+    sim = small_run(whole_and_small(), method, momentum=momentum)
+    rows = sim.session.ledger.rows
+    assert len(rows) == 4
+    assert sim.session.ledger.skipped == 0
+    assert all(torch.isfinite(p).all() for p in sim.session.units[0].param.flatten())
+    assert rows[-1].wire_bytes < rows[-1].dense_bytes
+    assert rows[0].error > 0
+
+
+def test_a_carried_residual_passes_to_a_filter_and_to_who_is_absent():
+    model = whole_and_small()
+    sim = small_run(model, thinwire.topk(0.1))
+    pending = sim.session.workers[0].local["0.weight"].now["residual"].clone()
+    sim.session.set_method(thinwire.dense())
+    assert torch.equal(sim.session.workers[0].local["0.weight"].now["carried"], pending)
+    sim.session.set_method(of_matrices(TopK(0.1), ErrorFeedback(beta=0.1)))
+    now = sim.session.workers[0].local["0.weight"].now
+    assert torch.equal(now["residual"], pending)
+    assert "carried" not in now
+    sim.session.set_method(thinwire.ef21_pp(TopK(0.1), participation=0.5))
+    for _ in range(4):
+        sim.step(lambda worker: model(torch.ones(4, 12)).square().mean())
+
+
+def test_what_is_dropped_at_detach_is_said_of_what_was_carried_too():
+    sim = small_run(whole_and_small(), thinwire.topk(0.1))
+    sim.session.set_method(thinwire.dense())
+    sim.session.detach()
+    assert any("was dropped" in note for note in sim.session.ledger.notes)
+
+
+def test_a_warm_up_of_density_one_is_dense_whatever_codes_the_values():
+    sim = small_run(whole_and_small(), thinwire.topk(0.1, values="int4", warmup=Warmup(2, (1.0,))), steps=2)
+    assert sim.session.ledger.rows[0].error == 0
+    assert sim.session.workers[0].local["0.weight"].now["residual"].abs().max() == 0
+    sim = small_run(whole_and_small(), thinwire.topk(0.1, values="int4"), steps=2)
+    assert sim.session.ledger.rows[0].error > 0
+
+
+@pytest.mark.parametrize("compressor", [TopK(0.1), thinwire.PowerSGD(2), thinwire.CLTK(0.1), thinwire.Sign()], ids=str)
+@pytest.mark.parametrize("memory", [thinwire.Momentum(0.9), thinwire.MajorityVote()], ids=str)
+def test_a_biased_compressor_needs_a_memory_that_feeds_back(compressor, memory):
+    with pytest.raises(ThinwireError, match="is biased, and"):
+        Rule(compressor, memory)
+
+
+def test_what_counts_what_it_sent_is_not_summed_in_few_bits():
+    rounded = thinwire.RandK(0.1, scaled=False) >> thinwire.Cast("bfloat16")
+    with pytest.raises(ThinwireError, match="EF21 never makes good what a sum in"):
+        small_run(whole_and_small(), thinwire.ef21(rounded))
+    small_run(whole_and_small(), thinwire.ef14(rounded))
+    thinwire.ef14(TopK(0.01) >> thinwire.Quantize(4))
+    with pytest.raises(ThinwireError, match="use more bits, smaller buckets"):
+        thinwire.ef14(TopK(0.01) >> thinwire.Quantize(4, 512))

@@ -9,6 +9,7 @@ from tests.engines.models import batch, build, flat_parameters, loss_of
 from thinwire import QSGD, LGreCo, PowerSGD, Quantize, ThinwireError, TopK, Warmup, maxmin, powersgd, qsgd, topk
 from thinwire.core import Context
 from thinwire.lgreco import Snapshot, digest, family, losses, tried
+from thinwire.sim.workers import SimulatedWorkers
 
 MIXED = [*family(TopK(0.05)), *family(PowerSGD(2)), TopK(0.1, values="int4")]
 
@@ -132,3 +133,21 @@ def test_families():
 def test_bad_options(options, message):
     with pytest.raises(ThinwireError, match=message):
         LGreCo(**options)
+
+
+def test_a_method_that_somebody_chooses_is_planned_from_then_on():
+    model, optimizer = build()
+    policy = LGreCo(every=4, looks=2)
+    sim = SimulatedWorkers(model, topk(0.2), optimizer, 2, policy=policy)
+
+    def run(first, last):
+        for step in range(first, last):
+            sim.step(lambda worker, step=step: loss_of(model, batch(worker, step)))
+
+    run(0, 5)
+    assert policy.plan
+    sim.session.set_method(topk(0.01))
+    run(5, 9)
+    bytes_now = sim.session.ledger.rows[-1].wire_bytes
+    assert bytes_now < 0.3 * sim.session.ledger.rows[0].wire_bytes
+    assert max(one.density for one in policy.plan.values() if isinstance(one, TopK)) <= 0.1

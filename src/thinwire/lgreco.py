@@ -84,7 +84,9 @@ class LGreCo:
 
     ``minimise sum cost_l(q_l)  with  sum E_l(q_l) <= slack * sum E_l(default)``, ``E = ||A - C(A)||``, where A is the
     mean of what a worker's compressor was given in the last ``looks`` steps. Each worker makes a table of its own;
-    tables are averaged, so all ranks find the same plan. Residuals are kept.
+    tables are averaged, so all ranks find the same plan. Residuals are kept. A checkpoint does not hold the plan: after
+    a resume the uniform method goes on until the next one, and PowerSGD's must be attached with the ranks that it had,
+    ``Method.from_json(state["method"])``.
 
     Args:
         candidates: compressors to choose from, of one family or several; None for ``family`` of each unit's own.
@@ -141,12 +143,13 @@ class LGreCo:
                 "above 0, resolution at least 1, and candidates not empty"
             )
         self._base: Method | None = None
+        self._installed: Method | None = None
         self._link: Link | None = None
 
     def after_step(self, session: Session) -> None:
         """See ``thinwire.session.Policy``. A collective call at every ``every``-th step."""
-        if self._base is None:
-            self._base = session.method
+        if self._base is None or session.method is not self._installed:  # somebody else has chosen this one
+            self._base, self.plan = session.method, {}
         warm = self._base.warmup.length if self._base.warmup else 0
         phase = session.step % self.every
         if phase == 0 and all(worker.watch is not None for worker in session.workers) and session.step > warm:
@@ -195,6 +198,7 @@ class LGreCo:
         )
         if method.rules != session.method.rules:
             session.set_method(method)
+            self._installed = session.method
 
     def _planned(self, units: Iterable[Unit]) -> list[tuple[Unit, Compressor]]:
         return [(unit, self.plan[unit.name]) for unit in units]

@@ -1,5 +1,6 @@
 """Optimizers that are part of a method: 1-bit Adam, 0/1 Adam, 1-bit LAMB."""
 
+import copy
 import io
 
 import pytest
@@ -344,3 +345,45 @@ def test_the_wrong_optimizer_or_method():
     optimizer.param_groups[0]["betas"] = (0.8, 0.99)
     with pytest.raises(ThinwireError, match="beta1 of OneBitAdam was changed"):
         sim.step(lambda worker: model(torch.ones(1, 4)).sum())
+
+
+@pytest.mark.parametrize("name", list(MAKE))
+def test_states_keep_their_dtype_in_a_checkpoint(name):
+    model, sim = simulator(name, dtype=torch.bfloat16)
+    advance(model, sim, 0, 5)
+    saved = copy.deepcopy(sim.optimizer.state_dict())
+    _, _, other = build(name, dtype=torch.bfloat16)
+    other.load_state_dict(saved)
+    for group, loaded in zip(sim.optimizer.param_groups, other.param_groups, strict=True):
+        for p, q in zip(group["params"], loaded["params"], strict=True):
+            for key, value in sim.optimizer.state[p].items():
+                assert not isinstance(value, torch.Tensor) or (
+                    torch.equal(value, other.state[q][key]) and value.dtype == other.state[q][key].dtype
+                )
+    assert any(s["exp_avg_sq"].dtype == torch.float32 for s in other.state.values())
+
+
+def test_momentum_outlives_a_detach():
+    param = torch.nn.Parameter(torch.ones(40, dtype=torch.float64))
+    optimizer = thinwire.OneBitAdam([param], lr=0.1, freeze_step=100)
+    model, scale = torch.nn.ParameterList([param]), torch.rand(40, dtype=torch.float64)
+    unbroken = copy.deepcopy((param, optimizer.defaults))
+    for attached in range(2):
+        sim = SimulatedWorkers(model, lossless("x"), optimizer, 2)
+        for step in range(3):
+            sim.step(lambda worker, step=step: (param * scale * (1 + worker + step)).sum())
+        v = optimizer.state[param]["exp_avg_sq"].clone()
+        sim.session.detach()
+        assert optimizer.state[param]["exp_avg"].abs().max() > 0
+        bound = 0.001 * sum((scale * (1.5 + step)) ** 2 for _ in range(attached + 1) for step in range(3))
+        assert (v <= bound * (1 + 1e-9)).all(), "no gradient is larger than it was"
+    assert not torch.equal(param.detach(), unbroken[0].detach())
+
+
+def test_a_layer_without_a_gradient_so_far_is_named_at_the_freeze():
+    used, later = torch.nn.Parameter(torch.ones(10)), torch.nn.Parameter(torch.ones(7))
+    optimizer = thinwire.OneBitAdam([used, later], lr=0.1, freeze_step=2)
+    sim = SimulatedWorkers(torch.nn.ParameterList([used, later]), thinwire.onebit_adam(), optimizer, 2)
+    for _ in range(3):
+        sim.step(lambda worker: (used * torch.randn(10)).sum())
+    assert any("7 elements whose variance is 0" in note for note in sim.session.ledger.notes)
