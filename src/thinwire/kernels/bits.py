@@ -14,6 +14,14 @@ _types: Any = types
 _njit: Callable[..., Any] = cast(Any, numba).njit
 
 
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Compiled once a machine: numba keeps the code beside this file, or where it finds a place to write."""
+    try:
+        return _njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # it finds none
+        return _njit(nogil=True)(function)
+
+
 @_intrinsic
 def lowest_bit(_: Any, word: Any) -> Any:
     """The position of the lowest set bit of a word that is not 0."""
@@ -32,7 +40,7 @@ def count_bits(_: Any, word: Any) -> Any:
     return _types.int64(_types.uint64), generate
 
 
-@_njit(nogil=True)
+@_compiled
 def found(masks: Any, x: Any, offset: int) -> Any:
     """Where bits are set, ascending, from ``offset`` on; and what ``x`` ``[n]`` holds there."""
     one = numpy.uint64(1)
@@ -52,7 +60,7 @@ def found(masks: Any, x: Any, offset: int) -> Any:
     return indices, values
 
 
-@_njit(nogil=True)
+@_compiled
 def kth(x: Any, k: int) -> int:
     """The k-th largest of the bits of float32 that are not negative; NaN counts as infinity.
 
@@ -76,7 +84,7 @@ def kth(x: Any, k: int) -> int:
     return start
 
 
-@_njit(nogil=True)
+@_compiled
 def above(x: Any, least: int, masks: Any) -> None:
     """A mask for each 64 elements of magnitudes not below ``least``; both are bits, NaN above infinity."""
     sign = (1 << (8 * x.itemsize - 1)) - 1
@@ -92,7 +100,7 @@ def above(x: Any, least: int, masks: Any) -> None:
         masks[i] = word
 
 
-@_njit(nogil=True)
+@_compiled
 def add(out: Any, indices: Any, values: Any, alpha: float) -> None:
     """``out[indices] += alpha * values``, in order."""
     a = numpy.float32(alpha)
@@ -103,7 +111,7 @@ def add(out: Any, indices: Any, values: Any, alpha: float) -> None:
         out[i] += a * values[j]
 
 
-@_njit(nogil=True)
+@_compiled
 def encode(indices: Any, width: int, low_bytes: int, out: Any) -> None:
     """``wire.elias_fano`` by bytes: low bits as one stream, and a bitmap."""
     pending, filled, at = numpy.uint64(0), 0, 0
@@ -125,7 +133,7 @@ def encode(indices: Any, width: int, low_bytes: int, out: Any) -> None:
         out[at] = pending & numpy.uint64(255)
 
 
-@_njit(nogil=True)
+@_compiled
 def decode(packed: Any, width: int, low_bytes: int, out: Any) -> None:
     pending, filled, at, j = numpy.uint64(0), 0, 0, 0
     for i in range(low_bytes, packed.size):
