@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from thinwire.compressors import catalogue
-from thinwire.core import Memory, State
-from thinwire.sharding import cut, place
+from thinwire.core import Context, Memory, State
+from thinwire.sharding import cut, place, shard_dim
 from thinwire.tensors import ThinwireError, flat, float_at_least_32, norm
 from thinwire.units import Unit, Worker, mirrored
 from thinwire.untrusted import read_integer, read_mapping, read_tensor, shown
@@ -93,8 +93,7 @@ def save(
             unit.name: {key: rows(t.clone(), unit.param) for key, t in local[unit.name].items()} for unit in units
         },
         "shared": {
-            unit.name: {key: shared(t.clone(), _like(unit, key, t)) for key, t in _saved(unit, unit.shared.now).items()}
-            for unit in units
+            unit.name: {key: shared(t, _like(unit, key, t)) for key, t in _saved_shared(unit).items()} for unit in units
         },
     }
 
@@ -103,9 +102,30 @@ def _saved(unit: Unit, state: State) -> State:
     return {key: value for key, value in state.items() if key not in unit.memory.derived}
 
 
+def _saved_shared(unit: Unit) -> State:
+    """A copy, padded: a tensor over all shards has room for the largest, which keeps more where they are uneven."""
+    state = {key: value.clone() for key, value in _saved(unit, unit.shared.now).items()}
+    for key, like in _largest(unit).items():
+        mine, state[key] = state.get(key), torch.zeros_like(like, device=unit.own.device)
+        if mine is not None:
+            state[key][tuple(map(slice, mine.shape))] = mine
+    return state
+
+
+def _largest(unit: Unit) -> State:
+    """What the compressor keeps of the largest shard, without values; nothing where there is one shard only."""
+    dim, (_, shards) = shard_dim(unit.param), place(unit.param)
+    if dim is None or shards == 1:
+        return {}
+    shape = [-(-n // shards) if i == dim else n for i, n in enumerate(unit.param.shape)]
+    like = torch.empty(shape, device="meta", dtype=unit.memory.dtype(unit.param.dtype))
+    return unit.method_compressor.init(like, Context(unit.seed, 0, unit.name, 0))
+
+
 def _like(unit: Unit, key: str, value: Tensor) -> Tensor | None:
     """The parameter, where this is cut as it is; not what a compressor keeps."""
-    return unit.param if value.shape == unit.own.shape and key not in unit.init_packed() else None
+    packed = unit.init_packed() | _largest(unit)
+    return unit.param if value.shape == unit.own.shape and key not in packed else None
 
 
 def _as_it_is(tensor: Tensor, like: Tensor | None = None) -> Tensor:
@@ -189,10 +209,11 @@ def restore(
         was = _memory(plan[unit.name], unit)
         gain = was.residual_gain / unit.memory.residual_gain
         fresh, begun = unit.fresh_local().now, unit.fresh_shared().now
-        packed = unit.init_packed()
+        packed, largest = unit.init_packed(), _largest(unit)
         both = {
             key: _shared(value, unit, key, begun[key].shape if key in begun else unit.own.shape, key in packed)
             for key, value in read_mapping(shared, unit.name).items()
+            if key in begun or key not in largest  # a shard may be too small for what the others keep
         }
         both = {key: value for key, value in both.items() if value is not None}
         before = mirrored(was, unit.like)
@@ -320,10 +341,12 @@ def _shared(value: Any, unit: Unit, key: str, shape: torch.Size, packed: bool) -
     shard, shards = place(unit.param)
     if not packed and shape == unit.own.shape:
         tensor = _cut(tensor, unit)
-    elif tensor.ndim > len(shape) and tensor.shape[1:] == shape:
+    elif tensor.ndim == len(shape) + 1:
         if tensor.shape[0] not in (1, shards):
             return None
         tensor = tensor[shard if tensor.shape[0] == shards else 0]
+        if packed and key in (largest := _largest(unit)) and tensor.shape == largest[key].shape:
+            tensor = tensor[tuple(map(slice, shape))]
     return _plain(tensor, unit, key, shape)
 
 

@@ -1,13 +1,26 @@
 """FSDP2 on real gloo processes: both axes, what is equal to plain FSDP2, what is saved, what is skipped."""
 
 import copy
+import gc
+import weakref
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import thinwire
 from tests.engines.models import build as build_ddp
@@ -29,7 +42,7 @@ from thinwire import (
     powersgd,
     topk,
 )
-from thinwire.engines.fsdp2 import check_method
+from thinwire.engines.fsdp2 import Fsdp2, check_method
 from thinwire.sharding import own
 
 HALF = {"spare": False}
@@ -444,3 +457,220 @@ def _evaluates_then_trains(rank):
 def test_what_one_replica_uses(world2):
     one, other = world2.run(_evaluates_then_trains)
     assert torch.equal(one, other)
+
+
+class Stack(nn.Module):
+    """Blocks, checkpointed or not, behind a layer of the root's own."""
+
+    def __init__(self, reentrant=None):
+        super().__init__()
+        self.first, self.reentrant = nn.Linear(8, 24), reentrant
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(24, 24), nn.Tanh()) for _ in range(3))
+        self.last = nn.Linear(24, 5)
+
+    def forward(self, x, blocks=3):
+        x = self.first(x)
+        for block in self.blocks[:blocks]:
+            x = x + (block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant))
+        return self.last(x)
+
+
+def _stack(mesh, reentrant=None, **options):
+    torch.manual_seed(0)
+    model = Stack(reentrant)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh["shard"], **options)
+    fully_shard(model, mesh=mesh["shard"], **options)
+    return model, torch.optim.SGD(model.parameters(), lr=0.05)
+
+
+def _x(rank, step):
+    return data(rank, step)[:, :8]
+
+
+def _checkpointed(rank):
+    """Residuals and the number of exchanges of the same steps, with activations kept and recomputed."""
+    mesh, results = mesh_of(2, 1), {}
+    for how in ("kept", False, True, "method", "whole kept", "whole"):
+        model, optimizer = _stack(mesh, {"method": True}.get(how, how if isinstance(how, bool) else None))
+        if how == "method":
+            model.run = model.forward
+            register_fsdp_forward_method(model, "run")
+        wire = thinwire.attach(model, topk(0.1), optimizer=optimizer, replicate=mesh["replicate"])
+        for step in range(3):
+            if str(how).startswith("whole"):  # of two runs in a pass, the second with more blocks than the first
+                run = model if how == "whole kept" else partial(checkpoint, model, use_reentrant=False)
+                loss = sum(run(_x(rank, step + 10 * i), 1 + i).square().mean() for i in range(2))
+            else:
+                loss = (model.run if how == "method" else model)(_x(rank, step)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        left = torch.cat([rows.flatten() for _, rows in sorted(_pending(wire).items())])
+        results[how] = whole(model), left, len(wire.ledger.rows), wire.ledger.skipped, wire.ledger.wire_bytes
+        wire.detach()
+    return results
+
+
+def test_recomputing_activations_changes_nothing(world2):
+    results = world2.run(_checkpointed)
+    for one in results:
+        for how, kept in ((False, "kept"), (True, "kept"), ("method", "kept"), ("whole", "whole kept")):
+            assert torch.equal(one[how][0], results[0][how][0]), how
+            torch.testing.assert_close(one[how][:2], one[kept][:2], rtol=1e-5, atol=1e-6)
+            assert one[how][2:] == one[kept][2:], how
+            assert one[how][2:4] == (3, 0), how
+
+
+class _Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ValueError("this backward fails")
+
+
+def _life(rank):
+    """What may happen to a model around its steps: a pass that dies, a layer that is unfrozen, and its end."""
+    mesh = mesh_of(2, 1)
+    model, optimizer = _stack(mesh)
+    model.run = model.forward
+    register_fsdp_forward_method(model, "run")
+    model.last.requires_grad_(False)
+    wire = thinwire.attach(model, topk(0.1), optimizer=optimizer, replicate=mesh["replicate"])
+    with pytest.raises(ValueError, match="fails"):
+        model.run(_Fails.apply(_x(rank, 0).requires_grad_())).sum().backward()
+    model._get_fsdp_state()._reset_iter_state()  # reset_iter_state() where torch has it
+    optimizer.zero_grad()
+    for step in range(2):
+        model.run(_x(rank, step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert wire.step == 2
+    after = whole(model)
+    model.last.requires_grad_(True)
+    with pytest.raises(ThinwireError, match=r"'last.weight' required no gradient at attach .* detach\(\) and attach"):
+        model(_x(rank, 3))
+    gone = weakref.ref(model), weakref.ref(wire)
+    del model, optimizer, wire
+    gc.collect()
+    return after, [it() is None for it in gone]
+
+
+def test_a_dead_pass_an_unfrozen_layer_and_the_end(world2):
+    results = world2.run(_life)
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(freed == [True, True] for _, freed in results)
+
+
+def _shards_alone(rank):
+    mesh = mesh_of(1, 2)
+    model, optimizer = _stack(mesh)
+    with torch.no_grad():
+        exact = model(_x(rank, 0))
+        wire = thinwire.attach(model, dense(), optimizer=optimizer, all_gather=Quantize(4))
+        rounded = model(_x(rank, 0))
+        wire.detach()
+        again = model(_x(rank, 0))
+    sent = {}
+    for name, policy in {
+        "fp32": (),
+        "bf16": (torch.bfloat16,),
+        "fp32 of bf16": (torch.bfloat16, torch.float32),
+    }.items():
+        model, optimizer = _stack(mesh, mp_policy=MixedPrecisionPolicy(*policy))
+        wire = thinwire.attach(model, dense(), optimizer=optimizer)
+        model(_x(rank, 0)).float().square().mean().backward()
+        sent[name] = wire.ledger.rows[0].inside_bytes
+        wire.detach()
+    drawing = Quantize(8, rounding="stochastic")
+    with pytest.raises(ThinwireError, match="draws anew in each step"):
+        thinwire.attach(model, dense(), all_gather=drawing)
+    thinwire.attach(model, dense(), optimizer=optimizer, all_gather=drawing).detach()
+    return exact, rounded, again, sent
+
+
+def _two_groups(rank):
+    """A module whose parameters are sharded over two meshes of the same ranks; what a refused attach leaves."""
+    common = pytest.importorskip("torch.distributed.fsdp._fully_shard._fsdp_common")
+    if not hasattr(common, "ShardPlacementResult"):
+        return None
+    mesh, model = mesh_of(1, 2), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    other = common.FSDPMeshInfo(DeviceMesh.from_group(dist.new_group([0, 1]), "cpu"), shard_mesh_dim=0)
+    theirs = common.ShardPlacementResult(Shard(0), other)
+    apart = {id(param) for param in model[1].parameters()}
+    fully_shard(model, mesh=mesh["shard"], shard_placement_fn=lambda p: theirs if id(p) in apart else None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(ThinwireError, match="the model has 2 groups of parameters"):
+        thinwire.attach(model, dense(), optimizer=optimizer, reduce_scatter=QSGD(8))
+    return len(optimizer._optimizer_step_pre_hooks)
+
+
+def _breaks_late(rank):
+    mesh = mesh_of(2, 1)
+    model, _ = _stack(mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fsdp2, "install", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            thinwire.attach(model, dgc(0.1), optimizer=optimizer, replicate=mesh["replicate"])
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+    thinwire.attach(model, dgc(0.1), optimizer=optimizer, replicate=mesh["replicate"]).detach()
+
+
+def test_along_the_shards(world2):
+    for exact, rounded, again, sent in world2.run(_shards_alone):
+        assert not torch.equal(rounded, exact)
+        assert torch.equal(again, exact), "detach leaves no rounded weights"
+        assert sent["fp32"] == sent["fp32 of bf16"] == 2 * sent["bf16"] > 0
+    assert all(hooks in (None, 0) for hooks in world2.run(_two_groups))
+    world2.run(_breaks_late)
+
+
+def _uneven(rank, folder):
+    """Shards of a matrix that keep different amounts, one of them nothing; and weights gathered from half of them."""
+    mesh = mesh_of(2, 2)
+    torch.manual_seed(0)
+    model = nn.Sequential(checkpoint_wrapper(nn.Linear(16, 33)), nn.Tanh(), nn.Linear(33, 5))
+    fully_shard(model, mesh=mesh["shard"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    wire = thinwire.attach(model, powersgd(2), optimizer=optimizer, replicate=mesh["replicate"])
+    assert [unit.name for unit in wire.units] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+    def step(i):
+        model(data(rank, i)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(0)
+    step(1)
+    kept = {unit.name: dict(unit.shared.now) for unit in wire.units}
+    sizes = [tuple(x.shape) for x in kept["0.weight"].values()]
+    dcp.save({"wire": wire}, checkpoint_id=folder)
+    step(2)
+    wire.load(folder)
+    for unit in wire.units:
+        assert unit.shared.now.keys() == kept[unit.name].keys()
+        assert all(torch.equal(unit.shared.now[key], value) for key, value in kept[unit.name].items())
+    wire.detach()
+    ends, mesh = [], mesh_of(1, 4)
+    for gather in (None, Cast(), Quantize(8)):
+        other, optimizer = _stack(mesh, reshard_after_forward=2)
+        wire = thinwire.attach(other, dense(), optimizer=optimizer, all_gather=gather)
+        other(_x(rank, 0)).square().mean().backward()
+        optimizer.step()
+        row = wire.ledger.rows[0]
+        assert row.gather_bytes <= row.gather_dense_bytes
+        wire.detach()
+        ends.append(whole(other))
+    return sizes, ends
+
+
+def test_uneven_shards_and_gathers_of_half_of_them(world4, tmp_path):
+    results = world4.run(_uneven, tmp_path, timeout=100.0)
+    assert results[0][0] != results[1][0]
+    for _, (plain, exact, rounded) in results:
+        assert torch.equal(exact, plain)
+        assert 0 < (rounded - plain).abs().max() < 0.1

@@ -98,7 +98,8 @@ def attach(
             ErrorFeedback())`` remembers what it lost, at the cost of two unsharded gradients a rank, which is what
             FSDP2 saves.
         all_gather: (FSDP2) how parameters travel between those ranks, e.g. ``thinwire.Quantize(8)``; None for PyTorch's
-            own. The passes then work with rounded weights, and the optimizer with exact ones.
+            own. The passes then work with rounded weights, and the optimizer with exact ones. One that draws, with
+            ``rounding="stochastic"``, needs ``optimizer=``.
         policy: changes the method while it trains, e.g. ``thinwire.LGreCo``.
 
     Returns:
@@ -162,5 +163,9 @@ def attach(
         raise
     session.fits = engine.fits
     session.use_kernels(chosen, note)
-    engine.install(session)
+    try:
+        engine.install(session)
+    except Exception:  # by now the optimizer has handed over its momentum
+        session.detach()
+        raise
     return session

@@ -12,7 +12,7 @@ What was observed of FSDP2 and shaped it:
 
 from collections.abc import Sequence
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -73,8 +73,7 @@ class Fsdp2:
         self.model, self.steps = model, steps
         named: list[tuple[str, nn.Module]] = [*model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
         self.modules = [(name, module) for name, module in named if isinstance(module, FSDPModule)]
-        for _, module in self.modules:
-            module.reshard()  # after an evaluation the parameters of the root are still whole
+        self._reshard()
         self.owned = _owned(model, self.modules)
         self.shards = _shards([owned.param for owned in self.owned])
         if replicate is not None and replicate.ndim != 1:
@@ -85,6 +84,11 @@ class Fsdp2:
         self.scatter = Rule(reduce_scatter, NoMemory()) if isinstance(reduce_scatter, Compressor) else reduce_scatter
         self.gather = all_gather
 
+    def _reshard(self) -> None:
+        """After an evaluation the parameters of the root are still whole, and rounded where all_gather= rounds."""
+        for _, module in self.modules:
+            module.reshard()
+
     def fits(self, method: Method) -> None:
         if self.group is None and any(r.compressor != DENSE or r.memory.stateful for r in method.rules):
             raise ThinwireError(
@@ -94,11 +98,15 @@ class Fsdp2:
 
     def exchanged(self) -> list[tuple[str, Tensor]]:
         for _, module in self.modules:
-            if (shards := _attached.get(cast(nn.Module, module))) is not None and shards.session is not None:
+            shards = found() if (found := _attached.get(cast(nn.Module, module))) is not None else None
+            if shards is not None and shards.session is not None:
                 name = shards.session.method.name
                 raise ThinwireError(f"{name} is attached to this model; call wire.set_method(), or wire.detach() first")
         if meta := [owned.name for owned in self.owned if own(owned.param).is_meta]:
             raise ThinwireError(f"parameter {meta[0]!r} is on the meta device; initialise the model, then attach")
+        if self.scatter is not None or self.gather is not None:
+            for name, module in self.modules:
+                _check_one_group(name, module)
         if self.scatter is not None:
             self._check_scatter(self.scatter)
         if self.gather is not None:
@@ -130,6 +138,12 @@ class Fsdp2:
                 f"all_gather={type(compressor).__name__} adds noise of {omega:.2g} times the energy of the weights; "
                 "the limit is 1: use thinwire.Quantize(8), or more bits"
             )
+        if omega and not self.steps:  # to lose something and be unbiased, it must draw
+            raise ThinwireError(
+                f"all_gather={type(compressor).__name__} draws anew in each step, so that both passes of one see the "
+                "same weights, and only the optimizer tells steps apart; pass optimizer=, or round to nearest, as "
+                "thinwire.Quantize(8) does"
+            )
         check_method(self.modules[0][1], "set_custom_all_gather", "2.9")
 
     def collective(self, link: Link | None) -> Collective:
@@ -137,15 +151,23 @@ class Fsdp2:
         return Mesh(replicas, self.shards, self.group, own(self.owned[0].param).device)
 
     def install(self, session: Session) -> None:
-        shards = Shards(self.model, self.owned, exchanges=self.group is not None, shards=self.shards)
+        modules = [cast(nn.Module, module) for _, module in self.modules]
+        frozen = {
+            clean(name): param
+            for name, param in self.model.named_parameters()
+            if isinstance(param, DTensor) and not param.requires_grad
+        }
+        shards = Shards(self.model, modules, self.owned, frozen, self.group is not None, self.shards)
         for name, module in self.modules:
-            _attached[cast(nn.Module, module)] = shards
+            _attached[cast(nn.Module, module)] = ref(shards)
             session.cleanup.callback(_attached.pop, cast(nn.Module, module), None)
             try:
                 self._replace(shards, name, module)
             except ValueError as error:
                 raise ThinwireError(f"{name or 'the model'}: {error}") from error
         shards.install(session)
+        if self.gather is not None:
+            session.cleanup.callback(self._reshard)
         if self.scatter is not None and self.scatter.memory.stateful:
             session.ledger.note(
                 f"the reduce-scatter remembers what it lost: {shards.memory_bytes(self.scatter):,} bytes on this rank, "
@@ -172,7 +194,7 @@ def _check_flat(argument: str, carries: str, compressor: Compressor) -> None:
         )
 
 
-_attached: WeakKeyDictionary[nn.Module, Shards] = WeakKeyDictionary()
+_attached: WeakKeyDictionary[nn.Module, ref[Shards]] = WeakKeyDictionary()  # a value must not hold its key
 
 
 def check_method(module: object, name: str, since: str) -> None:
@@ -183,6 +205,11 @@ def check_method(module: object, name: str, since: str) -> None:
             "it, or leave the reduce-scatter to PyTorch (and compress between replicas), or use a compressor without a "
             "memory"
         )
+
+
+def clean(name: str) -> str:
+    """The parameter's name, without what ``torch.compile`` and ``checkpoint_wrapper`` put in."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _owned(model: nn.Module, modules: Sequence[tuple[str, Any]]) -> list[Owned]:
@@ -196,11 +223,34 @@ def _owned(model: nn.Module, modules: Sequence[tuple[str, Any]]) -> list[Owned]:
         above = path
         while above not in numbers and above:
             above = above.rpartition(".")[0]
-        clean = name.replace("_orig_mod.", "")  # what torch.compile puts in
-        owned.append(Owned(clean, param, model.get_submodule(path), leaf, numbers.get(above, 0)))
+        number = numbers.get(above, 0)
+        travels = _travels(modules[number][1], param.dtype)
+        owned.append(Owned(clean(name), param, model.get_submodule(path), leaf, number, travels))
     if not owned:
         raise ThinwireError("the model has no sharded parameter that requires a gradient; there is nothing to exchange")
     return owned
+
+
+def _state(module: FSDPModule) -> Any:
+    """What FSDP2 keeps of a module, which nothing public shows; None where a version of torch keeps it elsewhere."""
+    look: Any = getattr(module, "_get_fsdp_state", None)
+    return look() if look is not None else None
+
+
+def _travels(module: FSDPModule, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which PyTorch reduce-scatters gradients of this module's parameters, which are kept as ``dtype``."""
+    policy: Any = getattr(_state(module), "_mp_policy", None)
+    return getattr(policy, "reduce_dtype", None) or getattr(policy, "param_dtype", None) or dtype
+
+
+def _check_one_group(name: str, module: FSDPModule) -> None:
+    groups: Any = getattr(_state(module), "_fsdp_param_groups", ())  # without it, PyTorch refuses, in install()
+    if len(groups) > 1:
+        raise ThinwireError(
+            f"{name or 'the model'} has {len(groups)} groups of parameters, by the meshes that its shard_placement_fn "
+            "names, and PyTorch lets reduce_scatter= and all_gather= replace the collectives of one: give each group "
+            "a fully_shard of its own"
+        )
 
 
 def _shards(params: list[Tensor]) -> ProcessGroup:

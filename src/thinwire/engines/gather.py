@@ -13,6 +13,7 @@ from torch import Tensor
 
 from thinwire.core import Compressor, Context
 from thinwire.exchange.collectives import ProcessGroup
+from thinwire.link import wire_bytes
 from thinwire.session import Session
 from thinwire.units import payload_like
 from thinwire.wire.layout import Layout
@@ -28,7 +29,7 @@ class Passes(Protocol):
     session: Session | None
     shards: ProcessGroup
 
-    def gathered(self, elements: int, sent: float) -> None: ...
+    def gathered(self, elements: int, sent: float, world: int) -> None: ...
 
 
 class Gather:
@@ -48,6 +49,10 @@ class Gather:
         if session is None or not input_tensor.is_floating_point():  # bytes, where a module mixes dtypes
             return _native(output_tensor, input_tensor, group=group, async_op=async_op)
         along = self.shards.shards
+        if (world := group.size()) != along.world:  # reshard_after_forward=<int>: parts of what has been rounded
+            sent = wire_bytes("all_gather", input_tensor.nbytes, world)
+            self.shards.gathered(input_tensor.numel(), sent, world)
+            return _native(output_tensor, input_tensor, group=group, async_op=async_op)
         rank = session.collective.rank * along.world
         contexts = [
             Context(session.seed, session.step, f"all-gather of {self.name}", rank + r) for r in range(along.world)
@@ -60,5 +65,5 @@ class Gather:
         arrived.future.wait()
         for ctx, message, row in zip(contexts, arrived.answer(), output_tensor.view(along.world, -1), strict=True):
             self.compressor.decompress(layout.unpack(message)[0], row, {}, ctx).write_to(row)
-        self.shards.gathered(input_tensor.numel(), along.sent - before)
+        self.shards.gathered(input_tensor.numel(), along.sent - before, along.world)
         return None

@@ -5,16 +5,17 @@ when its gradients are there; where a module is reduced more than once in a back
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.distributed.tensor import DTensor
 
 from thinwire.engines.departures import ACCUMULATED, Departures
+from thinwire.engines.passes import Passes, in_backward
 from thinwire.engines.scatter import Scatter
 from thinwire.exchange.collectives import ProcessGroup
 from thinwire.exchange.mesh import Mesh
@@ -27,13 +28,15 @@ from thinwire.tensors import ThinwireError
 
 @dataclass(frozen=True, eq=False)
 class Owned:
-    """A sharded parameter, where it stands in the model, and the number of its ``fully_shard`` module."""
+    """A sharded parameter, where it stands in the model, and how it travels: with which ``fully_shard`` module."""
 
     name: str
     param: Tensor
     owner: nn.Module
     leaf: str
     module: int
+    travels: torch.dtype
+    """What PyTorch's own reduce-scatter sends of its gradient."""
 
     @property
     def scattered(self) -> int:
@@ -46,12 +49,23 @@ class Shards:
     """The hooks of one FSDP2 model.
 
     Args:
+        modules: those that went through ``fully_shard``.
+        frozen: the sharded parameters that require no gradient, by name.
         exchanges: whether there are replicas.
         shards: the ranks that the model is sharded over.
     """
 
-    def __init__(self, model: nn.Module, owned: Sequence[Owned], exchanges: bool, shards: ProcessGroup) -> None:
-        self.model, self.owned, self.exchanges, self.shards = model, owned, exchanges, shards
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Sequence[nn.Module],
+        owned: Sequence[Owned],
+        frozen: Mapping[str, Tensor],
+        exchanges: bool,
+        shards: ProcessGroup,
+    ) -> None:
+        self.model, self.modules, self.owned, self.frozen = model, modules, owned, frozen
+        self.exchanges, self.shards = exchanges, shards
         self.session: Session | None = None
         self.scatters: list[Scatter] = []
         self.gathers = 0.0, 0.0  # bytes of all-gathers since the last step, and what fp32 would have sent
@@ -60,7 +74,7 @@ class Shards:
         self.buckets = [[one for one in owned if one.module == number] for number in numbers]
         self.departures = Departures()
         self.arrived: set[int] = set()
-        self.running = False  # a backward pass has brought gradients and has not ended
+        self.passes = Passes(self.end)
         self.overlaps = False  # until one pass has shown that each parameter arrives once
         self.repeated = False
         self.left = 0  # buckets that have left
@@ -70,11 +84,20 @@ class Shards:
 
     def install(self, session: Session) -> None:
         """Pass this model's gradients through the session from now on."""
+        arrives = WeakMethod(self.arrives)  # garbage collection does not look into this hook of a tensor
+
+        def hook(param: Tensor) -> None:
+            if (call := arrives()) is not None:
+                call(param)
+
         for one in self.owned:
-            handle = cast(Any, one.param).register_post_accumulate_grad_hook(self.arrives)
+            handle = cast(Any, one.param).register_post_accumulate_grad_hook(hook)
             session.cleanup.callback(handle.remove)
         session.cleanup.callback(self.uninstall)
         session.cleanup.callback(self.model.register_forward_pre_hook(self.before_forward).remove)
+        recomputes = cast(Any, torch.compiler.disable(self.recomputes))  # as all hooks of FSDP2 are
+        for module in self.modules:
+            session.cleanup.callback(module.register_forward_pre_hook(recomputes).remove)
         if session.optimizer is not None:
             session.cleanup.callback(session.optimizer.register_step_post_hook(self.after_optimizer).remove)
         self.session = session
@@ -86,10 +109,9 @@ class Shards:
 
     def before_forward(self, *_: object) -> None:
         """What is wrong is said here, where it does no harm."""
-        if self.session is None or not torch.is_grad_enabled():
+        if self.session is None or not torch.is_grad_enabled() or in_backward():
             return
-        if self.running:  # an error has ended the last backward pass
-            self.running = False
+        self._check_frozen()
         for one in self.owned:
             now = getattr(one.owner, one.leaf)
             if isinstance(now, DTensor) and now is not one.param:
@@ -103,14 +125,28 @@ class Shards:
             self.warned = True
             warnings.warn(ACCUMULATED.format("model.set_requires_gradient_sync(False)"), stacklevel=2)
 
+    def _check_frozen(self) -> None:
+        if unfrozen := [name for name, param in self.frozen.items() if param.requires_grad]:
+            raise ThinwireError(
+                f"parameter {unfrozen[0]!r} required no gradient at attach and does now, so its gradient would not be "
+                "exchanged; detach() and attach again"
+            )
+
+    def recomputes(self, *_: object) -> None:
+        """A checkpointed module is run again: in the outer pass, which brings its gradients perhaps in an inner one."""
+        if self.session is not None and in_backward():
+            self.passes.enter()
+
     def after_optimizer(self, *_: object) -> None:
         self.exchanged_since_step = False
 
     def begin(self, session: Session) -> None:
         """The first gradient of a backward pass."""
-        if self.running:
+        under_way = self.passes.enter()
+        if under_way.begun:
             return
-        self.running, self.repeated, self.left = True, False, 0
+        self._check_frozen()  # a method of register_fsdp_forward_method does not come by before_forward
+        under_way.begun, self.repeated, self.left = True, False, 0
         self.arrived.clear()
         self.made.clear()
         self.departures.begin()
@@ -118,7 +154,6 @@ class Shards:
         session.begin_step()
         for scatter in self.scatters:
             scatter.settle(session.step)
-        cast(Any, Variable)._execution_engine.queue_callback(self.end)
 
     @torch.no_grad()
     def arrives(self, param: Tensor) -> None:
@@ -135,8 +170,8 @@ class Shards:
                 "as often in every step"
             )
         if not self.scatters:
-            itemsize = cast(Tensor, param.grad).dtype.itemsize
-            self.count(session, one.scattered * self.shards.world, one.scattered * itemsize * (self.shards.world - 1))
+            sent = one.scattered * one.travels.itemsize * (self.shards.world - 1)
+            self.count(session, one.scattered * self.shards.world, sent)
         while self.overlaps and self.left < len(self.buckets) and self._is_there(self.buckets[self.left]):
             self._send(session, self.buckets[self.left])
 
@@ -145,9 +180,9 @@ class Shards:
         cast(Mesh, session.collective).sent_inside += sent
         session.row.inside_dense_bytes += wire_bytes("all_to_all", elements * 4, self.shards.world)
 
-    def gathered(self, elements: int, sent: float) -> None:
-        """One all-gather of so many elements of this rank; booked at the end of the next backward pass."""
-        plain = wire_bytes("all_gather", elements * 4, self.shards.world)
+    def gathered(self, elements: int, sent: float, world: int) -> None:
+        """One all-gather of so many elements of each rank; booked at the end of the next backward pass."""
+        plain = wire_bytes("all_gather", elements * 4, world)
         self.gathers = self.gathers[0] + sent, self.gathers[1] + plain
 
     def _is_there(self, bucket: Sequence[Owned]) -> bool:
@@ -170,8 +205,9 @@ class Shards:
     @torch.no_grad()
     def end(self) -> None:
         """The backward pass has ended."""
-        session, self.running = self.session, False
-        if session is None:
+        session, now = self.session, self.passes.now
+        self.passes.over()
+        if session is None or now is None or not now.begun:  # nothing was reduced
             return
         for bucket in self.buckets[self.left :]:
             self._send(session, bucket)
