@@ -13,6 +13,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
+    FSDPModule,
     FullyShardedDataParallel,
     MixedPrecisionPolicy,
     fully_shard,
@@ -46,6 +47,8 @@ from thinwire.engines.fsdp2 import Fsdp2, check_method
 from thinwire.sharding import own
 
 HALF = {"spare": False}
+KEEPS_UNUSED = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+needs_unused = pytest.mark.skipif(not KEEPS_UNUSED, reason="this torch leaves unused parameters out of the buffer")
 STEPS = 8
 
 
@@ -90,7 +93,14 @@ def test_identity_is_plain_fsdp2(world2, world4):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, HALF, {"accumulate": 3}, {"clip": 0.1, "optimizer": "adamw"}, {"compiled": True}, {"mixed": True}],
+    [
+        {},
+        pytest.param(HALF, marks=needs_unused),
+        {"accumulate": 3},
+        {"clip": 0.1, "optimizer": "adamw"},
+        {"compiled": True},
+        {"mixed": True},
+    ],
     ids=["plain", "unused", "accumulation", "clip", "compiled", "mixed"],
 )
 def test_eight_bits_of_reduce_scatter(world2, options):
@@ -118,6 +128,7 @@ def test_four_bits_of_reduce_scatter_and_eight_of_all_gather(world2):
     assert "| ratio of the all-gather to fp32" in gathered[1]["report"]
 
 
+@needs_unused
 def test_a_reduce_scatter_that_remembers(world2):
     remembering = {"method": dense(), "reduce_scatter": Rule(QSGD(8), ErrorFeedback())}
     exact, short, remembered = ran(world2, (1, 2), EXACT, SHORT, remembering)
@@ -559,6 +570,7 @@ def _life(rank):
     return after, [it() is None for it in gone]
 
 
+@needs_unused  # where torch has that, it can also begin anew after an error in backward
 def test_a_dead_pass_an_unfrozen_layer_and_the_end(world2):
     results = world2.run(_life)
     assert torch.equal(results[0][0], results[1][0])
