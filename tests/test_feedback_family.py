@@ -476,7 +476,7 @@ def test_memories_beside_other_shared_state(method, momentum):
     rows = sim.session.ledger.rows
     assert len(rows) == 4
     assert sim.session.ledger.skipped == 0
-    assert all(torch.isfinite(p).all() for p in sim.session.units[0].param.flatten())
+    assert all(torch.isfinite(unit.param).all() for unit in sim.session.units)
     assert rows[-1].wire_bytes < rows[-1].dense_bytes
     assert rows[0].error > 0
 

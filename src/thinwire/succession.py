@@ -70,9 +70,8 @@ def _keep(old: State, new: State, residual_gain: float = 1.0) -> None:
     """Fill ``new`` with what ``old`` has of it; a residual that it has no place for is carried to the next step."""
     for key, value in old.items():
         pending = key in ("residual", "carried")
-        kept = key if key in new else None
-        if pending and kept is None:
-            kept = "residual" if "residual" in new else "carried"
+        home = "residual" if "residual" in new else "carried"
+        kept = key if key in new else home if pending else None
         if kept is not None:
             value = value * residual_gain if pending and residual_gain != 1.0 else value
             if "carried" in (key, kept) and kept in new:

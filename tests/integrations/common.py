@@ -13,8 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from tests.world import World, free_port
-
 ROOT = Path(__file__).parents[2]
 STEPS, MORE = 20, 5
 
@@ -70,6 +68,31 @@ def example(name: str, *arguments: str) -> str:
     return printed.getvalue()
 
 
+def written(path: str) -> torch.Tensor:
+    """What ``memory`` was when this file was saved."""
+    local = torch.load(path, weights_only=True)["local"]
+    return torch.cat([state[key].flatten() for state in local.values() for key in sorted(state)])
+
+
+@contextlib.contextmanager
+def loads():
+    """Collects what is remembered just after each load, while the framework loads by itself."""
+    from thinwire.integrations import beside
+
+    found, load = [], beside.load
+    beside.load = lambda wire, *rest: (load(wire, *rest), found.append(memory(wire)))
+    try:
+        yield found
+    finally:
+        beside.load = load
+
+
+def facts(ledger, saved, loaded, unbroken: nn.Module, resumed: nn.Module) -> dict:
+    """What ``check`` asks of a rank."""
+    sent = {"sent": ledger.wire_bytes, "dense": ledger.dense_bytes}
+    return sent | {"saved": saved, "loaded": loaded, "unbroken": flat(unbroken), "resumed": flat(resumed)}
+
+
 def check(results: list[dict]) -> None:
     """What must be true of a run of ``STEPS + MORE`` steps, and of one resumed after ``STEPS``, on two ranks."""
     one, two = results
@@ -85,12 +108,3 @@ def check(results: list[dict]) -> None:
 def check_example(name: str, printed: list[str]) -> None:
     assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < 120
     assert float(re.search(r"ratio of the compressed units *\| ([\d.,]+)", printed[0])[1].replace(",", "")) > 3
-
-
-@pytest.fixture
-def world():
-    """Processes of this framework alone: each has its own ideas of a process group."""
-    world = World(2)
-    world.port = free_port()
-    yield world
-    world.stop()

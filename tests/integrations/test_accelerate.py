@@ -12,12 +12,12 @@ from tests.integrations.common import (
     check_example,
     environment,
     example,
+    facts,
     flat,
     memory,
     needs,
     small_model,
     snippet,
-    world,  # noqa: F401
 )
 
 pytestmark = needs("accelerate")
@@ -50,14 +50,7 @@ def _run(rank, code, folder, port):
     loaded = memory(second["wire"])
     _train(second, rank, range(STEPS, STEPS + MORE))
     second["wire"].detach()
-    return {
-        "sent": ledger.wire_bytes,
-        "dense": ledger.dense_bytes,
-        "saved": saved,
-        "loaded": loaded,
-        "unbroken": flat(first["model"]),
-        "resumed": flat(second["model"]),
-    }
+    return facts(ledger, saved, loaded, first["model"], second["model"])
 
 
 def _refused(rank, code, folder):
@@ -91,7 +84,7 @@ def _mixed(rank, precision):
     return flat(model), steps, skipped
 
 
-def test_snippet_checkpoint_and_example(world, tmp_path):  # noqa: F811
+def test_snippet_checkpoint_and_example(world, tmp_path):
     code = snippet("Accelerate")
     check(world.run(_run, code, str(tmp_path / "saved"), world.port, timeout=120.0))
     assert {path.name for path in (tmp_path / "saved").glob("thinwire*")} == {

@@ -12,12 +12,12 @@ from tests.integrations.common import (
     check_example,
     environment,
     example,
-    flat,
-    memory,
+    facts,
+    loads,
     needs,
     small_model,
     snippet,
-    world,  # noqa: F401
+    written,
 )
 
 pytestmark = needs("lightning")
@@ -60,25 +60,12 @@ def _run(rank, code, folder, port):
     first["trainer"].strategy.remove_checkpoint("run/after.ckpt")
     first["trainer"].strategy.barrier()
     assert not Path("run/after.ckpt.thinwire").exists()
-    file = torch.load(f"run/step=20.ckpt.thinwire/thinwire-rank{rank}-of-2.pt", weights_only=True)
-    saved = [state[key].flatten() for state in file["local"].values() for key in sorted(state)]
-
-    from thinwire.integrations import beside
-
-    loaded, load = [], beside.load
-    beside.load = lambda wire, *rest: (load(wire, *rest), loaded.append(memory(wire)))
-    second = _begin(code.replace("data)", "data, ckpt_path='run/step=20.ckpt')"), 1)
-    beside.load = load
+    saved = written(f"run/step=20.ckpt.thinwire/thinwire-rank{rank}-of-2.pt")
+    with loads() as found:
+        second = _begin(code.replace("data)", "data, ckpt_path='run/step=20.ckpt')"), 1)
     first["wired"].wire.detach()
     second["wired"].wire.detach()
-    return {
-        "sent": ledger.wire_bytes,
-        "dense": ledger.dense_bytes,
-        "saved": torch.cat(saved),
-        "loaded": loaded[0],
-        "unbroken": flat(first["module"]),
-        "resumed": flat(second["module"]),
-    }
+    return facts(ledger, saved, *found, first["module"], second["module"])
 
 
 def _clipped(rank, code):
@@ -93,7 +80,7 @@ def _example(rank, *arguments):
     return example("train_lightning", *arguments)
 
 
-def test_snippet_checkpoint_and_example(world, tmp_path):  # noqa: F811
+def test_snippet_checkpoint_and_example(world, tmp_path):
     code = snippet("Lightning")
     check(world.run(_run, code, str(tmp_path), world.port, timeout=120.0))
     assert world.run(_clipped, code) == [True, False]

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from tests.integrations.common import batch, check, flat, memory, small_model, snippet
+from tests.integrations.common import batch, check, facts, memory, small_model, snippet
 
 
 def _begin(code, rank, seed, latest):
@@ -28,15 +28,7 @@ def _run(rank, code, folder):
     first, saved = _begin(code, rank, 0, None)
     second, loaded = _begin(code, rank, 1, "run/step-20")
     os.chdir(before)
-    ledger = first["wire"].ledger
-    return {
-        "sent": ledger.wire_bytes,
-        "dense": ledger.dense_bytes,
-        "saved": saved,
-        "loaded": loaded,
-        "unbroken": flat(first["model"]),
-        "resumed": flat(second["model"]),
-    }
+    return facts(first["wire"].ledger, saved, loaded, first["model"], second["model"])
 
 
 def test_snippet(world2, tmp_path):

@@ -14,12 +14,12 @@ from tests.integrations.common import (
     check_example,
     environment,
     example,
-    flat,
-    memory,
+    facts,
+    loads,
     needs,
     small_model,
     snippet,
-    world,  # noqa: F401
+    written,
 )
 
 pytestmark = needs("transformers", "accelerate")
@@ -47,23 +47,10 @@ def _run(rank, code, folder, port):
     os.chdir(folder)
     first = _begin(code, 0)
     ledger = first["wired"].wire.ledger
-    file = torch.load(f"run/checkpoint-20/thinwire-rank{rank}-of-2.pt", weights_only=True)
-    saved = [state[key].flatten() for state in file["local"].values() for key in sorted(state)]
-
-    from thinwire.integrations import beside
-
-    loaded, load = [], beside.load
-    beside.load = lambda wire, *rest: (load(wire, *rest), loaded.append(memory(wire)))
-    second = _begin(code.replace("train()", RESUMED), 1)
-    beside.load = load
-    return {
-        "sent": ledger.wire_bytes,
-        "dense": ledger.dense_bytes,
-        "saved": torch.cat(saved),
-        "loaded": loaded[0],
-        "unbroken": flat(first["model"]),
-        "resumed": flat(second["model"]),
-    }
+    saved = written(f"run/checkpoint-20/thinwire-rank{rank}-of-2.pt")
+    with loads() as found:
+        second = _begin(code.replace("train()", RESUMED), 1)
+    return facts(ledger, saved, *found, first["model"], second["model"])
 
 
 def _misused(rank, code):
@@ -72,9 +59,7 @@ def _misused(rank, code):
         quick = code.replace("max_steps=25", "max_steps=1").replace("save_steps=20", "save_strategy='no'")
         _begin(quick.replace(", max_grad_norm=0, ddp_find_unused_parameters=False", ""), 0)
     said = " ".join(str(warning.message) for warning in caught)
-    elsewhere = code.replace('"run"', '"elsewhere"').replace(
-        "train()", "train(resume_from_checkpoint='run/checkpoint-20')"
-    )
+    elsewhere = code.replace('"run"', '"elsewhere"').replace("train()", RESUMED)
     with pytest.raises(thinwire.ThinwireError, match=r"resumes at step 20, and not from elsewhere"):
         _begin(elsewhere, 0)
     return "ddp_find_unused_parameters=False" in said, "set max_grad_norm=0" in said
@@ -84,7 +69,7 @@ def _example(rank, *arguments):
     return example("train_hf_trainer", *arguments)
 
 
-def test_snippet_checkpoint_and_example(world, tmp_path):  # noqa: F811
+def test_snippet_checkpoint_and_example(world, tmp_path):
     code = snippet("Hugging Face Trainer")
     check(world.run(_run, code, str(tmp_path), world.port, timeout=120.0))
     assert world.run(_misused, code) == [(True, True), (False, False)]
