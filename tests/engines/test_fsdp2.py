@@ -411,6 +411,7 @@ def _compiled(rank, how, method):
         models.loss_of(run, models.batch(rank, step)).backward()
         optimizer.step()
     sent = wire.ledger.wire_bytes, wire.ledger.dense_bytes
+    assert not any("_orig_mod" in unit.name for unit in wire.units)  # a checkpoint is the same without compile
     wire.detach()
     return flat_parameters(model), sent
 

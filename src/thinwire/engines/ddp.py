@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.engines.hook import Dispatcher
+from thinwire.engines.names import clean
 from thinwire.exchange.collectives import Collective, ProcessGroup
 from thinwire.exchange.nodes import Nodes, groups_of
 from thinwire.exchange.paced import Paced
@@ -84,7 +85,7 @@ def _exchanged(ddp: DistributedDataParallel) -> list[tuple[str, Tensor]]:
             "optimizer in backward; DDP has room for one: leave that out, or wrap the model afresh"
         )
     _check_tracked(ddp, named)
-    return named
+    return [(clean(name), param) for name, param in named]
 
 
 def _check_tracked(ddp: DistributedDataParallel, named: Sequence[tuple[str, Tensor]]) -> None:
@@ -102,9 +103,10 @@ def _check_sparse(model: nn.Module, method: Method) -> None:
     modules: list[tuple[str, nn.Module]] = [*model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
     for name, module in modules:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
-            rule = method.rule(f"{name}.weight", module.weight.shape, module.weight.numel())
+            weight = clean(f"{name}.weight")
+            rule = method.rule(weight, module.weight.shape, module.weight.numel())
             if rule.memory.stateful or not rule.compressor.summable or method.clip is not None:
                 raise ThinwireError(
-                    f"{name}.weight has sparse gradients, which {method.name} can't compress, remember or clip; build "
-                    f"it with sparse=False, or use thinwire.topk(..., keep_dense=[{name + '.weight'!r}])"
+                    f"{weight} has sparse gradients, which {method.name} can't compress, remember or clip; build "
+                    f"it with sparse=False, or use thinwire.topk(..., keep_dense=[{weight!r}])"
                 )

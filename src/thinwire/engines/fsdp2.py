@@ -21,14 +21,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from thinwire.core import NOWHERE, Compressor
+from thinwire.core import Compressor
 from thinwire.engines.gather import Gather
+from thinwire.engines.names import clean
 from thinwire.engines.scatter import Scatter
 from thinwire.engines.shards import Owned, Shards
 from thinwire.exchange.collectives import Collective, ProcessGroup
 from thinwire.exchange.local import Local
 from thinwire.exchange.mesh import BothAxes, Mesh
 from thinwire.exchange.paced import Paced
+from thinwire.exchange.reduce_scatter import check_flat
 from thinwire.link import Link
 from thinwire.memories.feedback import NoMemory
 from thinwire.policy.plan import Method, Rule
@@ -114,7 +116,7 @@ class Fsdp2:
         return [(owned.name, owned.param) for owned in self.owned]
 
     def _check_scatter(self, rule: Rule) -> None:
-        _check_flat("reduce_scatter", "reduce-scatter carries flat gradients", rule.compressor)
+        check_flat("reduce_scatter", "reduce-scatter carries flat gradients", rule.compressor)
         if rule.memory.absorbs:
             raise ThinwireError(
                 f"reduce_scatter with {type(rule.memory).__name__}: an optimizer's momentum can't move into what every "
@@ -131,7 +133,7 @@ class Fsdp2:
             check_method(self.modules[0][1], method, since)
 
     def _check_gather(self, compressor: Compressor) -> None:
-        _check_flat("all_gather", "all-gather carries flat weights", compressor)
+        check_flat("all_gather", "all-gather carries flat weights", compressor)
         Rule(compressor, NoMemory())  # refuses what leaves elements out
         if (omega := compressor.variance(2**20)) is not None and omega > 1.0:
             raise ThinwireError(
@@ -186,14 +188,6 @@ class Fsdp2:
                 module.set_reduce_scatter_unused_params(True, recurse=False)
 
 
-def _check_flat(argument: str, carries: str, compressor: Compressor) -> None:
-    if compressor.min_ndim or compressor.period != 1 or compressor.init(torch.zeros(1), NOWHERE):
-        raise ThinwireError(
-            f"{argument}={type(compressor).__name__} needs matrices, keeps a state or changes its shapes; the "
-            f"{carries}: use one like thinwire.Quantize(8) or thinwire.Cast('bfloat16')"
-        )
-
-
 _attached: WeakKeyDictionary[nn.Module, ref[Shards]] = WeakKeyDictionary()  # a value must not hold its key
 
 
@@ -205,11 +199,6 @@ def check_method(module: object, name: str, since: str) -> None:
             "it, or leave the reduce-scatter to PyTorch (and compress between replicas), or use a compressor without a "
             "memory"
         )
-
-
-def clean(name: str) -> str:
-    """The parameter's name, without what ``torch.compile`` and ``checkpoint_wrapper`` put in."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _owned(model: nn.Module, modules: Sequence[tuple[str, Any]]) -> list[Owned]:

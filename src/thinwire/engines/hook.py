@@ -17,6 +17,7 @@ from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportU
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.engines.departures import ACCUMULATED, Departures
+from thinwire.engines.names import clean
 from thinwire.exchange.collectives import Future
 from thinwire.exchange.routes import Bucket
 from thinwire.pipeline import Verdict
@@ -45,8 +46,9 @@ class Dispatcher:
     def install(self, session: Session, ddp: DistributedDataParallel) -> None:
         """Pass this model's gradients through the session from now on."""
         module = cast(nn.Module, ddp.module)  # pyright: ignore[reportUnknownMemberType]
+        paths = {clean(name): name for name, _ in module.named_parameters()}
         for unit in session.units:
-            path, _, leaf = unit.name.rpartition(".")
+            path, _, leaf = paths[unit.name].rpartition(".")
             self.owners.append((module.get_submodule(path), leaf, unit.param))
         session.cleanup.callback(self.uninstall)
         session.cleanup.callback(ddp.register_forward_pre_hook(self.before_forward).remove)

@@ -4,15 +4,27 @@ Nothing is rounded twice: what a rank sends to another is compressed once, and i
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from thinwire.core import Compressor, Context, Memory, State
-from thinwire.exchange.collectives import Collective
-from thinwire.tensors import float_at_least_32
+from thinwire.core import NOWHERE, Compressor, Context, Memory, State
+from thinwire.exchange.collectives import InFlight
+from thinwire.tensors import ThinwireError, float_at_least_32
 from thinwire.units import payload_like
 from thinwire.wire.layout import Layout
+
+
+class Carrier(Protocol):
+    """Some ranks that send each other rows."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+
+    def all_to_all(self, message: Tensor) -> InFlight: ...
 
 
 @torch.no_grad()
@@ -22,7 +34,7 @@ def reduce_scatter(
     compressor: Compressor,
     memory: Memory,
     states: Sequence[tuple[State, State]],
-    collective: Collective,
+    collective: Carrier,
     context: Callable[[int, int], Context],
     scale: float,
     timeout: float,
@@ -58,3 +70,12 @@ def reduce_scatter(
         if r != rank:
             compressor.decompress(layout.unpack(received)[0], like, {}, context(r, rank)).add_to(total, back)
     out.copy_(total)
+
+
+def check_flat(argument: str, carries: str, compressor: Compressor) -> None:
+    """Raises a ``ThinwireError`` where a compressor can't work on any run of elements by itself."""
+    if compressor.min_ndim or compressor.period != 1 or compressor.init(torch.zeros(1), NOWHERE):
+        raise ThinwireError(
+            f"{argument}={type(compressor).__name__} needs matrices, keeps a state or changes its shapes; the "
+            f"{carries}: use one like thinwire.Quantize(8) or thinwire.Cast('bfloat16')"
+        )
