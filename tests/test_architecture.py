@@ -66,10 +66,10 @@ def test_pipeline_reads_as_the_journey():
 
 def test_core_needs_no_extra():
     extras = {"click", "rich", "matplotlib", "numba", "llvmlite", "triton", "zstandard"}
-    extras |= {"accelerate", "lightning", "ray", "transformers"}
+    extras |= {"accelerate", "lightning", "ray", "torchft", "transformers"}
     kernels = {"kernels/cpu.py", "kernels/blocks.py", "kernels/bits.py", "kernels/cuda.py"}
     allowed = kernels | {"cli.py", "__main__.py", "report/html.py", "wire/zstd.py"}
-    allowed |= {f"integrations/{name}.py" for name in ("accelerate", "lightning", "trainer")}
+    allowed |= {f"integrations/{name}.py" for name in ("accelerate", "lightning", "torchft", "trainer")}
     for path in SOURCE.rglob("*.py"):
         if path.relative_to(SOURCE).as_posix() in allowed:
             continue

@@ -11,7 +11,7 @@ from torch import nn
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ["DistributedDataParallel", "FSDP2"]
-FRAMEWORKS = ["Accelerate", "Hugging Face Trainer", "Lightning", "torchrun"]
+FRAMEWORKS = ["Accelerate", "Hugging Face Trainer", "Lightning", "torchrun", "Ray Train", "torchft"]
 
 
 def _snippet(rank, code):
@@ -45,8 +45,8 @@ def test_snippets(world2):
 
 def test_the_example_of_fsdp2(tmp_path):
     assert len((ROOT / "examples" / "train_fsdp2.py").read_text().splitlines()) < 120
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "examples/train_fsdp2.py"]
-    command += ["--shards", "1", "--steps", "20", "--width", "32", "--layers", "1", "--folder", str(tmp_path / "saved")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "examples/train_fsdp2.py"]
+    command += ["--shards", "2", "--steps", "20", "--width", "32", "--layers", "1", "--folder", str(tmp_path / "saved")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr

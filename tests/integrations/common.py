@@ -22,11 +22,11 @@ def needs(*modules):
     return pytest.mark.skipif(bool(missing), reason=f"{missing} not installed: pip install 'thinwire[frameworks]'")
 
 
-def snippet(heading: str) -> str:
-    """The first Python block under a heading of docs/engines.md."""
+def snippet(heading: str, number: int = 0) -> str:
+    """A Python block under a heading of docs/engines.md."""
     text = (ROOT / "docs" / "engines.md").read_text()
     section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)[1]
-    return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[number]
 
 
 def environment(rank: int, port: int) -> None:

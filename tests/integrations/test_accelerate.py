@@ -53,6 +53,30 @@ def _run(rank, code, folder, port):
     return facts(ledger, saved, loaded, first["model"], second["model"])
 
 
+def _handled(rank, code):
+    """Attached inside ``prepare``."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    from thinwire.integrations.accelerate import DdpHandler
+
+    accelerator, model = Accelerator(), small_model(0)
+    with pytest.raises(thinwire.ThinwireError, match=r"ask for the hook .*fp16"):
+        DdpHandler(accelerator, thinwire.dgc(0.01), arguments=DistributedDataParallelKwargs(comm_hook="fp16"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    names = {"accelerator": accelerator, "model": model, "optimizer": optimizer, "thinwire": thinwire}
+    arguments = "arguments=DistributedDataParallelKwargs(gradient_as_bucket_view=True), "
+    names["DistributedDataParallelKwargs"] = DistributedDataParallelKwargs
+    exec(code.replace("optimizer=", arguments + "optimizer="), names)
+    assert names["model"].gradient_as_bucket_view
+    with pytest.raises(thinwire.ThinwireError, match="has a DdpHandler"):
+        DdpHandler(accelerator, thinwire.dgc(0.01))
+    _train(names, rank, range(STEPS))
+    wire = names["wire"]
+    wire.detach()
+    return flat(names["model"]), (wire.ledger.wire_bytes, wire.ledger.dense_bytes)
+
+
 def _refused(rank, code, folder):
     names = _begin(code, 0)
     with pytest.raises(thinwire.ThinwireError, match="the checkpoint was saved without an attached session"):
@@ -91,6 +115,9 @@ def test_snippet_checkpoint_and_example(world, tmp_path):
         "thinwire-rank0-of-2.pt",
         "thinwire-rank1-of-2.pt",
     }
+    (one, (sent, dense)), (other, _) = world.run(_handled, snippet("Accelerate", 1))
+    assert torch.equal(one, other)
+    assert sent < dense / 3
     for path in (tmp_path / "saved").glob("thinwire*"):
         path.unlink()
     world.run(_refused, code, str(tmp_path / "saved"))

@@ -3,10 +3,11 @@
 What was observed of Accelerate and shaped it:
 
 * ``register_for_checkpointing`` writes one file, rank 0's, and gives it to all ranks. So every rank has its own.
-* A handler of DDP's arguments is called inside ``prepare``, with the model alone; a method that remembers needs the
-  optimizer too. So this is called after ``prepare``.
+* ``ddp_handler`` is called inside ``prepare``, with the model alone; a method that remembers needs the optimizer too.
+  ``kwargs_handlers`` takes no class but Accelerate's own. So one attaches after ``prepare``, or sets the handler.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 framework("accelerate", "accelerate", "1.0")
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs  # noqa: E402
 
 
 def attach(
@@ -64,11 +66,7 @@ def attach(
         model, optimizer, data = accelerator.prepare(model, optimizer, data)
         wire = attach(accelerator, model, thinwire.dgc(0.01), optimizer=optimizer)
     """
-    if accelerator.num_processes == 1:
-        raise ThinwireError(
-            "the accelerator has 1 process, so nothing is exchanged and the model is not wrapped; start the script "
-            "with `accelerate launch` or torchrun on 2 or more (on CPUs: Accelerator(cpu=True)), or leave thinwire out"
-        )
+    _check_processes(accelerator)
     wrapped = next((part for part in model.modules() if isinstance(part, DistributedDataParallel)), model)
     scaler = cast(Any, accelerator).scaler
     wire = attach_to(wrapped, method, optimizer=optimizer, **{"scaler": scaler, **options})
@@ -82,3 +80,65 @@ def attach(
     wire.cleanup.callback(accelerator.register_save_state_pre_hook(save).remove)
     wire.cleanup.callback(accelerator.register_load_state_pre_hook(load).remove)
     return wire
+
+
+class DdpHandler:
+    """What ``Accelerator.ddp_handler`` may be, so that ``prepare`` itself attaches.
+
+    Args:
+        accelerator: whose handler it becomes.
+        method: as for ``thinwire.attach``.
+        optimizer: the one that is given to ``prepare``, before it is.
+        options: what else ``attach`` of this file takes.
+        arguments: of DDP, where they are not the default.
+
+    Raises:
+        ThinwireError: there is one process, or DDP's arguments have a hook of their own, or the accelerator has a
+            handler; in ``prepare``, as ``attach``.
+
+    Example::
+
+        accelerator.ddp_handler = DdpHandler(accelerator, thinwire.dgc(0.01), optimizer=optimizer)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        wire = accelerator.ddp_handler.wire
+    """
+
+    def __init__(
+        self,
+        accelerator: "Accelerator",
+        method: Method,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        arguments: DistributedDataParallelKwargs | None = None,
+        **options: Any,
+    ) -> None:
+        _check_processes(accelerator)
+        self.arguments = DistributedDataParallelKwargs() if arguments is None else arguments
+        if self.arguments.comm_hook != DDPCommunicationHookType.NO:
+            raise ThinwireError(
+                f"DDP's arguments ask for the hook {self.arguments.comm_hook}, and DDP has room for one; leave it out"
+            )
+        if (there := cast(Any, accelerator).ddp_handler) is not None:
+            raise ThinwireError(
+                f"the accelerator has a {type(there).__name__} from kwargs_handlers=; leave it out there and pass it "
+                "here, as arguments="
+            )
+        self.wire: Session | None = None
+        """The session, once ``prepare`` has wrapped the model."""
+        self._attach = partial(attach, accelerator, method=method, optimizer=optimizer, **options)
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """The arguments that Accelerate passes to DDP."""
+        return self.arguments.to_kwargs()
+
+    def register_comm_hook(self, model: nn.Module) -> None:
+        """Called by Accelerate with the wrapped model."""
+        self.wire = self._attach(model)
+
+
+def _check_processes(accelerator: "Accelerator") -> None:
+    if accelerator.num_processes == 1:
+        raise ThinwireError(
+            "the accelerator has 1 process, so nothing is exchanged and the model is not wrapped; start the script "
+            "with `accelerate launch` or torchrun on 2 or more (on CPUs: Accelerator(cpu=True)), or leave thinwire out"
+        )

@@ -1,8 +1,9 @@
 """What an integration needs of a framework that may not be there, or may be too old."""
 
+import contextlib
 import importlib
 import re
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from thinwire.tensors import ThinwireError
@@ -30,7 +31,8 @@ def framework(module: str, extra: str, least: str) -> Any:
         raise ImportError(
             f"this integration needs {extra}, which can't be imported ({error}); pip install 'thinwire[{extra}]'"
         ) from error
-    check_version(extra, version(extra), least)
+    with contextlib.suppress(PackageNotFoundError):  # a nightly build, whose distribution has another name
+        check_version(extra, version(extra), least)
     return found
 
 

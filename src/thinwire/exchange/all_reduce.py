@@ -1,0 +1,55 @@
+"""An all-reduce whose messages are compressed, of a tensor that nothing is known about and nothing is remembered of.
+
+It is a compressed reduce-scatter, and an all-gather of the sums, which their owners compress once more.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from thinwire.core import Compressor, Context, State
+from thinwire.exchange.collectives import InFlight
+from thinwire.exchange.reduce_scatter import Carrier, reduce_scatter
+from thinwire.memories.feedback import NoMemory
+from thinwire.tensors import flat, float_at_least_32
+from thinwire.units import payload_like
+from thinwire.wire.layout import Layout
+
+
+class Gatherer(Carrier, Protocol):
+    """Some ranks that also gather."""
+
+    def all_gather(self, message: Tensor) -> InFlight: ...
+
+
+@torch.no_grad()
+def all_reduce(
+    x: Tensor, compressor: Compressor, carrier: Gatherer, context: Callable[[int, int], Context], timeout: float
+) -> None:
+    """``x`` = its sum over the ranks, in place, the same bits on each. A collective call; it waits.
+
+    ``s_r = x_r,r + sum over i != r of C(x_i,r)`` by the owner of row r, and ``C(s_r)`` for all.
+
+    Args:
+        x: contiguous, of a floating dtype; sums are made in float32 at least.
+        context: of what a rank (first) sends to another (second), or of its sum (second is the number of ranks).
+        timeout: seconds for each of the two exchanges.
+
+    **Wire**: ``2 (N-1) / N`` of the payload of x, in place of as much of x itself.
+    """
+    world, width = carrier.world, -(-x.numel() // carrier.world)
+    rows = pad(flat(x), (0, width * world - x.numel())).view(world, width)
+    total = rows.new_empty(width, dtype=float_at_least_32(x.dtype))
+    nothing: list[tuple[State, State]] = [({}, {})] * world
+    reduce_scatter(rows, total, compressor, NoMemory(), nothing, carrier, context, 1.0, timeout)
+    layout = Layout([payload_like(compressor, total.to("meta"))])
+    message = layout.pack([compressor.compress(total, {}, context(carrier.rank, world))])
+    arrived = carrier.all_gather(message)
+    arrived.wait(timeout)
+    arrived.future.wait()
+    for r, (received, row) in enumerate(zip(arrived.answer(), rows, strict=True)):
+        compressor.decompress(layout.unpack(received)[0], total, {}, context(r, world)).write_to(row)
+    flat(x).copy_(rows.view(-1)[: x.numel()])

@@ -1,0 +1,166 @@
+"""torchft: a process group whose all-reduce is compressed, for a ``Manager``.
+
+What was observed of torchft and shaped it:
+
+* Its DDP owns the only place for a hook, and asks the manager, which asks its process group for an ``allreduce`` of
+  each bucket. That sees neither parameters nor steps: which replicas take part changes from step to step, and a step
+  that failed is thrown away. So nothing may be remembered, and the compressor must need no memory.
+* The manager divides the sum by those that take part; the others send zeros.
+* Votes, checkpoints and the state of a replica that joins go elsewhere, so all that is compressed are gradients, and
+  with ``LocalSGD`` the parameters that it averages.
+"""
+
+import json
+from datetime import timedelta
+from typing import Any, cast
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions  # pyright: ignore[reportPrivateImportUsage]
+
+from thinwire.compressors import catalogue
+from thinwire.core import Compressor, Context
+from thinwire.exchange.all_reduce import all_reduce
+from thinwire.exchange.collectives import TIMEOUT, Future, InFlight, in_future
+from thinwire.exchange.reduce_scatter import check_flat
+from thinwire.integrations.needs import framework
+from thinwire.link import wire_bytes
+from thinwire.memories.feedback import NoMemory
+from thinwire.policy.plan import Rule
+from thinwire.tensors import ThinwireError
+
+framework("torchft", "torchft", "0.2")
+from torchft.process_group import ProcessGroupWrapper  # noqa: E402
+
+
+class CompressedProcessGroup(ProcessGroupWrapper):
+    """Sums large floating tensors by a compressed all-reduce, and passes all else on.
+
+    Every replica owns an equal part of the tensor, adds in float32 what the others sent of it, and sends the sum
+    compressed once more; all work with what arrives, so replicas stay equal, bit for bit.
+
+    Args:
+        group: the process group of torchft that carries the bytes, e.g. ``ProcessGroupGloo()``.
+        compressor: one that needs no memory, e.g. ``thinwire.Quantize(8, rounding="stochastic")``; the same on all
+            replicas, which is checked whenever they change.
+        least: bytes; smaller tensors are passed on.
+        seed: of the rounding.
+        timeout: seconds for each of the two exchanges.
+
+    Raises:
+        ThinwireError: the compressor is biased, remembers, or needs matrices.
+
+    **Wire**: ``2 (N-1) / N`` payloads of a tensor; 8 bits take 0.26 of float32's bytes.
+
+    Example::
+
+        group = CompressedProcessGroup(ProcessGroupGloo(), thinwire.Quantize(8, rounding="stochastic"))
+        manager = torchft.Manager(pg=group, ...)
+    """
+
+    def __init__(
+        self, group: Any, compressor: Compressor, *, least: int = 4096, seed: int = 0, timeout: float = TIMEOUT
+    ) -> None:
+        check_flat("compressor", "buckets that a process group is given are flat", compressor)
+        Rule(compressor, NoMemory())  # refuses what is biased
+        super().__init__(pg=group)
+        self.compressor, self.least, self.seed, self.patience = compressor, least, seed, timeout
+        self.calls = 0
+        """All-reduces so far that were compressed; all randomness is a function of it."""
+        self.wire_bytes = 0.0
+        """Bytes that this replica has sent for all-reduces."""
+        self.dense_bytes = 0.0
+        """What they would have been without compression."""
+        self._agreed = False
+
+    def allreduce(self, tensors: list[Tensor], opts: Any) -> Any:
+        world, op = self.size(), getattr(opts, "reduceOp", opts)
+        dense = sum(wire_bytes("all_reduce", x.nbytes, world) for x in tensors)
+        self.dense_bytes += dense
+        if world == 1 or op != dist.ReduceOp.SUM or not all(map(self._compresses, tensors)):
+            self.wire_bytes += dense
+            return super().allreduce(tensors, opts)
+        carrier = _Carrier(cast(int, self._rank), world, self.parent)
+        if not self._agreed:
+            self._agree(carrier)
+        for x in tensors:
+            self.calls += 1
+            all_reduce(x, self.compressor, carrier, self._context, self.patience)
+        self.wire_bytes += carrier.sent
+        return _Done(tensors)
+
+    def configure(self, *args: Any, **kwargs: Any) -> None:
+        """torchft 0.2 calls this when the replicas change."""
+        self._agreed = False
+        super().configure(*args, **kwargs)
+
+    def reconfigure(self, *args: Any, **kwargs: Any) -> Any:
+        """And later versions this."""
+        self._agreed = False
+        return cast(Any, super()).reconfigure(*args, **kwargs)
+
+    def getBackendName(self) -> str:
+        return f"thinwire-{super().getBackendName()}"
+
+    def _context(self, sender: int, receiver: int) -> Context:
+        return Context(self.seed, self.calls, f"all-reduce[{receiver}]", sender)
+
+    def _compresses(self, x: Tensor) -> bool:
+        return x.is_floating_point() and x.is_contiguous() and x.nbytes >= self.least
+
+    def _agree(self, carrier: "_Carrier") -> None:
+        """Among new replicas: that all compress alike, and from which call on they count."""
+        said = json.dumps([catalogue.to_json(self.compressor), self.least, self.seed], sort_keys=True)
+        mine = torch.tensor([crc32(said.encode()), self.calls])
+        heard = carrier.all_gather(mine.view(torch.uint8))
+        heard.wait(self.patience)
+        heard.future.wait()
+        theirs = heard.answer().view(torch.int64)
+        if not (theirs[:, 0] == mine[0]).all():
+            others = [rank for rank, one in enumerate(theirs[:, 0]) if one != mine[0]]
+            raise ThinwireError(
+                f"this replica has {said} (compressor, least, seed), and the replicas of rank {others} something else; "
+                "give all CompressedProcessGroups the same arguments"
+            )
+        self.calls = int(theirs[:, 1].max())
+        self._agreed = True
+
+
+class _Carrier:
+    """What ``all_reduce`` needs, over a process group that ``torch.distributed`` does not know."""
+
+    def __init__(self, rank: int, world: int, group: Any) -> None:
+        self.rank, self.world, self.group = rank, world, group
+        self.sent = 0.0
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        received = torch.empty_like(message)
+        work = self.group.alltoall_base(received, message, [], [], dist.AllToAllOptions())
+        self.sent += wire_bytes("all_to_all", message.nbytes, self.world)
+        return InFlight(work.get_future(), received, work)
+
+    def all_gather(self, message: Tensor) -> InFlight:
+        gathered = message.new_empty(self.world, message.numel())
+        work = self.group.allgather([list(gathered)], [message], AllgatherOptions())
+        self.sent += wire_bytes("all_gather", message.nbytes, self.world)
+        return InFlight(work.get_future(), gathered, work)
+
+
+class _Done(dist.Work):
+    """Work that has ended."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.future: Future = in_future(tensors[0])
+        self.future.set_result(tensors)
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        return True
+
+    def get_future(self) -> Future:
+        return self.future
+
+    def block_current_stream(self) -> None:
+        pass
