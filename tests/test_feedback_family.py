@@ -326,6 +326,8 @@ def test_change_in_mid_run_keeps_estimates_or_drops_both():
     for method in (ef21_sgdm(0.1), econtrol(0.1), ef21_bc(0.1, 0.5)):
         sim.session.set_method(method)
         assert_mirrored(sim)
+        for state in states_of(sim)[0]:  # an average continues where the gradients are believed to be
+            assert torch.equal(state.get("average", state["estimate"]), state["estimate"])
         advance(param, sim, 3)
         assert_mirrored(sim)
     sim.session.set_method(ef14(0.1))

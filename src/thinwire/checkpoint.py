@@ -222,7 +222,9 @@ def restore(
             alone |= {"carried", *({"residual"} - fresh.keys())}
         for key in alone & mine.keys():
             notes.append(f"{unit.name}: the checkpoint's {key} has no place in the present method and was dropped")
-        new_local[unit.name] = _fit(_without(mine, alone), fresh, gain, unit, notes)
+        left = _without(mine, alone)
+        new_local[unit.name] = _fit(left, fresh, gain, unit, notes)
+        unit.memory.complete(new_local[unit.name], left.keys())
         new_shared[unit.name] = _fit(_without(both, alone - {"carried"}), begun, None, unit, notes)
     return Restored(*clock, new_local, new_shared, notes)
 

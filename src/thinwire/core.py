@@ -7,7 +7,7 @@ is what a receiver reconstructs from one payload, in a form that can be added wi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeAlias, TypeVar
 from zlib import crc32
@@ -343,6 +343,9 @@ class Memory(ABC):
     def absorb(self: D, settings: Absorbed) -> D:
         """The same memory, doing what the optimizer did with these settings."""
         return self
+
+    def complete(self, local: State, known: Set[str]) -> None:  # noqa: B027
+        """Fill in what follows from ``known``, the part of a fresh local state that another memory left."""
 
     def take_buffer(self, buffer: Tensor, local: State, shared: State) -> None:  # noqa: B027
         """Continue from an SGD momentum buffer."""
