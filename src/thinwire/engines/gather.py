@@ -13,10 +13,9 @@ from torch import Tensor
 
 from thinwire.core import Compressor, Context
 from thinwire.exchange.collectives import ProcessGroup
+from thinwire.exchange.reduce_scatter import layout_of
 from thinwire.link import wire_bytes
 from thinwire.session import Session
-from thinwire.units import payload_like
-from thinwire.wire.layout import Layout
 
 # torch 2.13 renames all_gather_into_tensor and warns at the old name.
 _name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -57,7 +56,7 @@ class Gather:
         contexts = [
             Context(session.seed, session.step, f"all-gather of {self.name}", rank + r) for r in range(along.world)
         ]
-        layout = Layout([payload_like(self.compressor, input_tensor.to("meta"))])
+        layout = layout_of(self.compressor, input_tensor.numel(), input_tensor.dtype)
         payload = self.compressor.compress(input_tensor, {}, contexts[along.rank])
         before = along.sent
         arrived = along.all_gather(layout.pack([payload]))

@@ -12,11 +12,9 @@ from torch.nn.functional import pad
 
 from thinwire.core import Compressor, Context, State
 from thinwire.exchange.collectives import InFlight
-from thinwire.exchange.reduce_scatter import Carrier, reduce_scatter
+from thinwire.exchange.reduce_scatter import Carrier, layout_of, reduce_scatter
 from thinwire.memories.feedback import NoMemory
 from thinwire.tensors import flat, float_at_least_32
-from thinwire.units import payload_like
-from thinwire.wire.layout import Layout
 
 
 class Gatherer(Carrier, Protocol):
@@ -45,7 +43,7 @@ def all_reduce(
     total = rows.new_empty(width, dtype=float_at_least_32(x.dtype))
     nothing: list[tuple[State, State]] = [({}, {})] * world
     reduce_scatter(rows, total, compressor, NoMemory(), nothing, carrier, context, 1.0, timeout)
-    layout = Layout([payload_like(compressor, total.to("meta"))])
+    layout = layout_of(compressor, width, total.dtype)
     message = layout.pack([compressor.compress(total, {}, context(carrier.rank, world))])
     arrived = carrier.all_gather(message)
     arrived.wait(timeout)

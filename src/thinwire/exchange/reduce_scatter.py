@@ -4,6 +4,7 @@ Nothing is rounded twice: what a rank sends to another is compressed once, and i
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -25,6 +26,12 @@ class Carrier(Protocol):
     def world(self) -> int: ...
 
     def all_to_all(self, message: Tensor) -> InFlight: ...
+
+
+@lru_cache(maxsize=1024)
+def layout_of(compressor: Compressor, numel: int, dtype: torch.dtype) -> Layout:
+    """The message of that many elements in a row, alone."""
+    return Layout([payload_like(compressor, torch.empty(numel, dtype=dtype, device="meta"))])
 
 
 @torch.no_grad()
@@ -51,7 +58,7 @@ def reduce_scatter(
     **Wire**: ``(N-1) / N`` of the payloads of all rows, where fp32 takes ``4 (N-1) / N`` bytes an element.
     """
     world, rank = collective.world, collective.rank
-    layout = Layout([payload_like(compressor, rows[0].to("meta", memory.dtype(rows.dtype)))])
+    layout = layout_of(compressor, rows.shape[1], memory.dtype(rows.dtype))
     message = torch.zeros(world, layout.nbytes, dtype=torch.uint8, device=rows.device)
     for r, (row, (old, new)) in enumerate(zip(rows, states, strict=True)):
         if r != rank:
