@@ -6,7 +6,8 @@ The demo's LSTM (momentum SGD) and a character transformer (AdamW), simulated wo
 in bits a parameter and step that a worker sends to each other worker; for every number of bits a value, the density is
 the one that meets it. Two phases send less for the same message, so at the same budget theirs is N/2 times as long.
 All cases of a seed start from the same weights and see the same batches. The short schedule ranks all cases with one
-seed; the best of each model and the published forms are trained with all seeds, on a schedule three times as long too.
+seed; the best of each model, the published forms and what ``thinwire.lean`` makes of the budget are trained with all
+seeds, on a schedule three times as long too.
 Figures that the file holds already are not measured again.
 """
 
@@ -25,6 +26,7 @@ from thinwire import Method, Warmup, dense, dgc, simulate, topk
 from thinwire._version import __version__
 from thinwire.demo import text as demo_text
 from thinwire.demo.model import CharLM, loss_of, transformer
+from thinwire.methods.lean import VALUES as LEAN_VALUES
 from thinwire.methods.lean import density_for
 from thinwire.report.results import Row, meta, write
 
@@ -44,6 +46,8 @@ class Task:
     memories: dict[str, Callable[..., Method]]
     published: str
     """The memory that others are compared with at the same bytes, with float32 values and an all-gather."""
+    lean: str
+    """The memory of ``thinwire.lean``."""
 
 
 TASKS = {
@@ -52,11 +56,13 @@ TASKS = {
         lambda model: torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9),
         {"dgc": dgc, "dgc_unmasked": partial(dgc, masking=False), "ef": topk},
         "dgc",
+        "dgc_unmasked",
     ),
     "transformer": Task(
         lambda vocabulary: transformer(vocabulary, width=96, length=LENGTH),
         lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01),
         {"ef": topk},
+        "ef",
         "ef",
     ),
 }
@@ -143,7 +149,7 @@ class Book:
 
 
 def study(task: str, book: Book, args: argparse.Namespace) -> None:
-    memories, published = TASKS[task].memories, TASKS[task].published
+    memories, published, lean = TASKS[task].memories, TASKS[task].published, TASKS[task].lean
     scan: dict[Case, float] = {}
     finals = [Case(task)]
     for budget in args.budgets:
@@ -152,7 +158,8 @@ def study(task: str, book: Book, args: argparse.Namespace) -> None:
         best = sorted(there, key=lambda case: scan[case])[:2]  # the other route, for what is worth it
         routed = [replace(case, route="two_phase") for case in best]
         scan |= {case: book.losses(case, args.steps, 1)[0] for case in routed}
-        finals += [min([*best, *routed], key=lambda case: scan[case]), Case(task, budget, published)]
+        finals += [min([*best, *routed], key=lambda case: scan[case])]
+        finals += [Case(task, budget, published), Case(task, budget, lean, LEAN_VALUES)]
     finals += sorted(scan, key=lambda case: scan[case])[:BEST]
     for steps in (args.steps, 3 * args.steps):
         for case in dict.fromkeys(finals):
