@@ -52,7 +52,7 @@ class Case:
         local: TwoCopies = self.worker.local["w"]
         x = local.next["residual"]
         payload = self.unit.compressor.encode(*found, x.numel(), ctx)
-        self.unit.memory.sent(x, self.unit.compressor.decompress(payload, x, {}, ctx), local.next)
+        self.unit.memory.sent(x, self.unit.compressor.own(payload, found[0], x, {}, ctx), local.next)
         for _ in range(DECODED):  # the gradient is clear: what arrives is added
             self.unit.compressor.decompress(payload, self.grad, {}, ctx).add_to(self.grad)
         local.commit()

@@ -134,6 +134,10 @@ class Compressor(ABC):
         """The payload of a selection: ascending int64 indices into ``n`` elements, and the values there."""
         raise ThinwireError(f"{type(self).__name__} answers a sampling() and so must have an encode() of its own")
 
+    def own(self, payload: Payload, chosen: Tensor, like: Tensor, state: State, ctx: Context) -> Decompressed:
+        """``decompress`` of what ``encode`` has just made of the elements ``chosen``."""
+        return self.decompress(payload, like, state, ctx)
+
     def with_density(self, density: float) -> "Compressor":
         """The same compressor at a density no lower than this, for a warm-up; one without a density answers itself.
 

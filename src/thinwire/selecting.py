@@ -92,9 +92,11 @@ def ask(
     if chosen is not None:
         x = new["residual"]
         payload = unit.compressor.encode(*chosen, x.numel(), ctx)
+        own = unit.compressor.own(payload, chosen[0], x, known, ctx)
     else:
         x = unit.memory.compensate(piece.of(grad), piece.of(unit.own), known | now, new, 1.0 / loss_scale, ctx)
         if (carried := now.get("carried")) is not None:  # the residual that an earlier method left
             x.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
         payload = unit.compressor.compress(x, known, ctx)
-    return x, payload, unit.compressor.decompress(payload, x, known, ctx)
+        own = unit.compressor.decompress(payload, x, known, ctx)
+    return x, payload, own

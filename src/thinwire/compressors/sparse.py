@@ -153,6 +153,11 @@ class TopK(Compressor):
         values = values.index_fill(0, (indices[1:] == indices[:-1]).nonzero().view(-1) + 1, 0.0)
         return Sparse(indices, values, self.density, ctx.kernels)
 
+    def own(self, payload: Payload, chosen: Tensor, like: Tensor, state: State, ctx: Context) -> Decompressed:
+        if self.values in codes.CODES or chosen.numel() < self.k(like.numel()):
+            return self.decompress(payload, like, state, ctx)
+        return Sparse(chosen, payload[0], self.density, ctx.kernels)  # indices need not be read back
+
     def sampling(self, shape: Sequence[int], ctx: Context) -> Sampling | None:
         n = math.prod(shape)
         k = self.k(n)

@@ -62,20 +62,24 @@ def unpack_bits(packed: Tensor) -> Tensor:
 
 def pack_words(words: Tensor, width: int) -> Tensor:
     """Pack the low ``width`` bits of each int64 of ``words`` ``[k]``, least significant first, without gaps."""
-    if 0 < width <= 8:
-        return pack_fields((words & (2**width - 1)).to(torch.uint8), width)
-    bits = torch.empty(words.numel(), width, dtype=torch.uint8, device=words.device)
-    for j in range(width):
-        bits[:, j] = (words >> j) & 1
-    return pack_bits(bits.view(-1))
+    if width <= 8:
+        return pack_fields((words & (2**width - 1)).to(torch.uint8), width) if width else words.new_empty(0).byte()
+    groups = torch.nn.functional.pad(words & (2**width - 1), (0, -words.numel() % 8)).view(-1, 8)
+    start = torch.arange(0, 8 * width, 8, device=words.device)  # of each byte, in bits of its group
+    first = start // width
+    packed = groups.index_select(1, first) >> (start - width * first)
+    packed |= groups.index_select(1, (first + 1).clamp_(max=7)) << (width * (first + 1) - start).clamp_(max=8)
+    return packed.to(torch.uint8).view(-1)[: -(-words.numel() * width // 8)]
 
 
 def unpack_words(packed: Tensor, count: int, width: int) -> Tensor:
     """The inverse of ``pack_words``: int64 ``[count]``."""
-    if 0 < width <= 8:
-        return unpack_fields(packed, width)[:count].to(torch.int64)
-    bits = unpack_bits(packed)[: count * width].view(count, width)
-    words = torch.zeros(count, dtype=torch.int64, device=packed.device)
-    for j in range(width):
-        words |= bits[:, j].to(torch.int64) << j
-    return words
+    if width <= 8:
+        return unpack_fields(packed, width)[:count].long() if width else packed.new_zeros(count).long()
+    groups = torch.nn.functional.pad(packed.long(), (0, -packed.numel() % width)).view(-1, width)
+    start = torch.arange(0, 8 * width, width, device=packed.device)  # of each of 8 words, in bits of its group
+    first, shift = start // 8, start % 8
+    words = groups.index_select(1, first) >> shift
+    for j in range(1, -(-(width + 7) // 8)):
+        words |= groups.index_select(1, (first + j).clamp_(max=width - 1)) << (8 * j - shift)
+    return words.view(-1)[:count] & (2**width - 1)

@@ -36,7 +36,7 @@ def encode(indices: Tensor, n: int) -> Tensor:
         return torch.empty(0, dtype=torch.uint8, device=indices.device)
     width = low_width(k, n)
     bitmap = torch.zeros(k + ((n - 1) >> width), dtype=torch.uint8, device=indices.device)
-    bitmap[(indices >> width) + torch.arange(k, device=indices.device)] = 1
+    bitmap.index_fill_(0, (indices >> width) + torch.arange(k, device=indices.device), 1)
     return torch.cat([pack_words(indices, width), pack_bits(bitmap)])
 
 
