@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
+    parser.add_argument("--kernels", default="auto", help="as for thinwire.attach")
     parser.add_argument("--die-at", type=int)
     parser.add_argument("--die-rank", type=int, default=-1, help="which rank it is that dies; -1 is the last one")
     args = parser.parse_args()
@@ -48,7 +49,7 @@ def main() -> None:
     model = CharLM(len(text.vocabulary), 32, 64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     ddp = DistributedDataParallel(model)
-    wire = thinwire.attach(ddp, thinwire.dgc(0.01), optimizer=optimizer, timeout=60.0)
+    wire = thinwire.attach(ddp, thinwire.dgc(0.01), optimizer=optimizer, timeout=60.0, kernels=args.kernels)
 
     # DGC has taken the momentum into its memory, so the optimizer holds no state of its own
     state = {"model": model.state_dict(), "wire": wire}

@@ -23,7 +23,16 @@ from thinwire.exchange.local import Local
 ROOT = Path(__file__).parents[2]
 
 STEPS, EVERY = 16, 5
-ELASTIC = [str(ROOT / "examples" / "elastic.py"), "--steps", str(STEPS), "--every", str(EVERY)]
+# others test the compiled kernels, which every process would take seconds to make
+ELASTIC = [
+    str(ROOT / "examples" / "elastic.py"),
+    "--kernels",
+    "reference",
+    "--steps",
+    str(STEPS),
+    "--every",
+    str(EVERY),
+]
 
 
 def start_ranks(world, arguments, **more):
@@ -97,7 +106,7 @@ def _straggler(rank):
     from torch.nn.parallel import DistributedDataParallel
 
     ddp = DistributedDataParallel(model)
-    wire = thinwire.attach(ddp, topk(0.05), optimizer=optimizer, timeout=20.0)
+    wire = thinwire.attach(ddp, topk(0.05), optimizer=optimizer, timeout=20.0, kernels="reference")
     for step in range(3):
         if rank == 1 and step == 1:
             time.sleep(1.0)
@@ -125,7 +134,7 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 model, optimizer = build()
 ddp = DistributedDataParallel(model)
-wire = thinwire.attach(ddp, thinwire.dgc(0.02), optimizer=optimizer, timeout=2.0)
+wire = thinwire.attach(ddp, thinwire.dgc(0.02), optimizer=optimizer, timeout=2.0, kernels="reference")
 for step in range(2):  # DDP's own collective, the bucket rebuild, is in the second forward
     optimizer.zero_grad()
     loss_of(ddp, batch(rank, step)).backward()
@@ -183,7 +192,7 @@ def _torchrun(*args):
         "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     done = subprocess.run(
-        [*command, "--master-port", environment["MASTER_PORT"], str(ROOT / "examples" / "elastic.py"), *map(str, args)],
+        [*command, "--master-port", environment["MASTER_PORT"], *ELASTIC[:3], *map(str, args)],
         capture_output=True, text=True, timeout=150, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
