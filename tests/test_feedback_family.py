@@ -320,6 +320,19 @@ def test_a_checkpoint_of_another_method_takes_no_residual_for_a_difference():
     assert any("residual has no place in the present method and was dropped" in note for note in found.notes)
 
 
+def test_an_average_begins_with_the_estimate_of_a_checkpoint():
+    param, sim = start(ef21(0.1), 1)
+    advance(param, sim, 5)
+    clock = {"world": 1, "step": 5, "installed_at": 0}
+    saved = save(
+        sim.session.units, sim.session.workers[0], lambda t, like=None: t.unsqueeze(0), clock, ef21(0.1).to_json()
+    )
+    found = restore(saved, start(ef21_sgdm(0.1), 1)[1].session.units, 0, 1, "error")
+    assert found.local["0"]["average"].abs().max() > 0
+    assert torch.equal(found.local["0"]["average"], found.local["0"]["estimate"])
+    assert not any("average" in note for note in found.notes)
+
+
 def test_change_in_mid_run_keeps_estimates_or_drops_both():
     param, sim = start(ef21(0.1))
     advance(param, sim, 6)

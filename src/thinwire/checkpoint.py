@@ -223,8 +223,7 @@ def restore(
         for key in alone & mine.keys():
             notes.append(f"{unit.name}: the checkpoint's {key} has no place in the present method and was dropped")
         left = _without(mine, alone)
-        new_local[unit.name] = _fit(left, fresh, gain, unit, notes)
-        unit.memory.complete(new_local[unit.name], left.keys())
+        new_local[unit.name] = _fit(left | unit.memory.inferred(left), fresh, gain, unit, notes)
         new_shared[unit.name] = _fit(_without(both, alone - {"carried"}), begun, None, unit, notes)
     return Restored(*clock, new_local, new_shared, notes)
 

@@ -7,7 +7,7 @@ is what a receiver reconstructs from one payload, in a form that can be added wi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeAlias, TypeVar
 from zlib import crc32
@@ -348,8 +348,9 @@ class Memory(ABC):
         """The same memory, doing what the optimizer did with these settings."""
         return self
 
-    def complete(self, local: State, known: Set[str]) -> None:  # noqa: B027
-        """Fill in what follows from ``known``, the part of a fresh local state that another memory left."""
+    def inferred(self, known: State) -> State:
+        """What else of a local state follows from ``known``, which another memory left."""
+        return {}
 
     def take_buffer(self, buffer: Tensor, local: State, shared: State) -> None:  # noqa: B027
         """Continue from an SGD momentum buffer."""

@@ -43,8 +43,7 @@ def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: 
     packed, alone = new.init_packed(), old.mirrored ^ new.mirrored
     for worker, state in zip(workers, was, strict=True):
         left = {k: v for k, v in state.now.items() if k not in alone}
-        _keep(left, worker.local[new.name].now, gain)
-        new.memory.complete(worker.local[new.name].now, left.keys())
+        _keep(left | new.memory.inferred(left), worker.local[new.name].now, gain)
     _keep({k: v for k, v in old.shared.now.items() if k not in (alone | packed.keys())}, new.shared.now)
     carried = [worker.local[new.name].now.pop("carried") for worker in workers if _settles(new, worker)]
     if carried:

@@ -53,28 +53,30 @@ def _run(rank, code, folder, port):
     return facts(ledger, saved, loaded, first["model"], second["model"])
 
 
-def _handled(rank, code):
-    """Attached inside ``prepare``."""
+def _misused(rank):
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
     from thinwire.integrations.accelerate import DdpHandler
 
-    accelerator, model = Accelerator(), small_model(0)
+    accelerator = Accelerator()
     with pytest.raises(thinwire.ThinwireError, match=r"ask for the hook .*fp16"):
-        DdpHandler(accelerator, thinwire.dgc(0.01), arguments=DistributedDataParallelKwargs(comm_hook="fp16"))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    names = {"accelerator": accelerator, "model": model, "optimizer": optimizer, "thinwire": thinwire}
-    arguments = "arguments=DistributedDataParallelKwargs(gradient_as_bucket_view=True), "
-    names["DistributedDataParallelKwargs"] = DistributedDataParallelKwargs
-    exec(code.replace("optimizer=", arguments + "optimizer="), names)
-    assert names["model"].gradient_as_bucket_view
-    with pytest.raises(thinwire.ThinwireError, match="has a DdpHandler"):
-        DdpHandler(accelerator, thinwire.dgc(0.01))
-    _train(names, rank, range(STEPS))
-    wire = names["wire"]
-    wire.detach()
-    return flat(names["model"]), (wire.ledger.wire_bytes, wire.ledger.dense_bytes)
+        DdpHandler(accelerator, thinwire.cast(), arguments=DistributedDataParallelKwargs(comm_hook="fp16"))
+    with pytest.raises(thinwire.ThinwireError, match=r"accelerator.ddp_handler = None first"):
+        DdpHandler(Accelerator(kwargs_handlers=[DistributedDataParallelKwargs()]), thinwire.cast())
+    before = accelerator.distributed_type
+    accelerator.state.distributed_type = type(before).FSDP
+    with pytest.raises(thinwire.ThinwireError, match=r"\(FSDP\) does not wrap models in DDP"):
+        DdpHandler(accelerator, thinwire.cast())
+    accelerator.state.distributed_type = before
+    arguments = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    handler = DdpHandler(accelerator, thinwire.cast(), arguments=arguments)
+    with pytest.raises(thinwire.ThinwireError, match="no model has been prepared"):
+        handler.wire  # noqa: B018
+    assert accelerator.prepare(small_model(0)).gradient_as_bucket_view
+    with pytest.raises(thinwire.ThinwireError, match="this is the second"):
+        accelerator.prepare(small_model(1))
+    handler.wire.detach()
 
 
 def _refused(rank, code, folder):
@@ -115,9 +117,9 @@ def test_snippet_checkpoint_and_example(world, tmp_path):
         "thinwire-rank0-of-2.pt",
         "thinwire-rank1-of-2.pt",
     }
-    (one, (sent, dense)), (other, _) = world.run(_handled, snippet("Accelerate", 1))
-    assert torch.equal(one, other)
-    assert sent < dense / 3
+    inside = code.split("model, optimizer = accelerator.prepare")[0] + snippet("Accelerate", 1)
+    check(world.run(_run, inside, str(tmp_path / "inside"), world.port, timeout=120.0))
+    world.run(_misused)
     for path in (tmp_path / "saved").glob("thinwire*"):
         path.unlink()
     world.run(_refused, code, str(tmp_path / "saved"))

@@ -22,6 +22,7 @@ def _train(folder, ddp, optimizer, step):
     if step == 24:
         before = folder / f"unbroken-{rank}.pt"
         torch.save(flat(ddp), folder / f"resumed-{rank}.pt" if before.exists() else before)
+        torch.distributed.barrier()  # both have written
         if not (folder / f"resumed-{rank}.pt").exists():
             raise RuntimeError("this worker is lost")
 

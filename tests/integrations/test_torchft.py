@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,9 +97,8 @@ def _averages(names, rank):
     found = {"normal": normal.clone(), "half": normal.bfloat16(), "broken": broken, "small": normal[:100].clone()}
     found = {key: _average(names, x)[0] for key, x in found.items()}
     assert names["manager"].should_commit()
-    if rank == 1:
-        names["group"].compressor = thinwire.Quantize(4, rounding="stochastic")
-    names["group"]._agreed = False
+    group = names["group"]
+    group._said, group.calls = f"what rank {rank} says", group.calls  # as after a change of replicas
     _, error = _average(names, normal.clone())
     assert not names["manager"].should_commit()
     return found | {"asked": normal, "error": str(error.original_exception)}
@@ -110,7 +110,7 @@ def test_snippet_checkpoint_and_replicas_that_change(world, tmp_path):
         assert torch.equal(unbroken, one[0])
         assert torch.equal(resumed, one[0])
         assert sent < 0.3 * dense
-        assert "this replica has" in averages["error"]
+        assert "this replica has what rank" in averages["error"]
     (there, calls), (here, same) = one[3], two[3]
     assert torch.equal(there, here)
     assert not torch.equal(there, one[1])
@@ -125,6 +125,10 @@ def test_snippet_checkpoint_and_replicas_that_change(world, tmp_path):
     assert one[4]["broken"].isnan().sum() < 1000
 
 
+class Mine(thinwire.Quantize):
+    """A compressor that nobody could name to the other replicas."""
+
+
 def test_only_compressors_that_need_no_memory():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -134,3 +138,22 @@ def test_only_compressors_that_need_no_memory():
         CompressedProcessGroup(None, thinwire.TopK(0.01))
     with pytest.raises(thinwire.ThinwireError, match="compressor=PowerSGD needs matrices"):
         CompressedProcessGroup(None, thinwire.PowerSGD(2))
+    with pytest.raises(thinwire.ThinwireError, match="Mine is not in the catalogue"):
+        CompressedProcessGroup(None, Mine(8))
+
+
+def test_what_the_inner_group_says_and_is_told():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from thinwire.integrations.torchft import CompressedProcessGroup
+
+    calls, error = [], RuntimeError("aborted")
+    inner = SimpleNamespace(
+        errored=lambda: error, abort=lambda: calls.append("abort"), shutdown=lambda: calls.append("shutdown")
+    )
+    group = CompressedProcessGroup(inner, thinwire.Quantize(8))
+    assert group.errored() is error
+    group.abort()
+    group.shutdown()
+    assert calls == ["abort", "shutdown"]
+    assert group.parent is inner

@@ -23,6 +23,11 @@ class Gatherer(Carrier, Protocol):
     def all_gather(self, message: Tensor) -> InFlight: ...
 
 
+def payload_bytes(compressor: Compressor, x: Tensor, world: int) -> int:
+    """Bytes that stand for ``x``, of ``x.nbytes``, in ``all_reduce``."""
+    return world * layout_of(compressor, -(-x.numel() // world), float_at_least_32(x.dtype)).nbytes
+
+
 @torch.no_grad()
 def all_reduce(
     x: Tensor, compressor: Compressor, carrier: Gatherer, context: Callable[[int, int], Context], timeout: float

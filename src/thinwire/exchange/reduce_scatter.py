@@ -86,3 +86,7 @@ def check_flat(argument: str, carries: str, compressor: Compressor) -> None:
             f"{argument}={type(compressor).__name__} needs matrices, keeps a state or changes its shapes; the "
             f"{carries}: use one like thinwire.Quantize(8) or thinwire.Cast('bfloat16')"
         )
+    if type(compressor).__hash__ is None:
+        raise ThinwireError(
+            f"{argument}={type(compressor).__name__} can't be hashed; make it a @dataclass(frozen=True)"
+        )

@@ -83,24 +83,24 @@ def attach(
 
 
 class DdpHandler:
-    """What ``Accelerator.ddp_handler`` may be, so that ``prepare`` itself attaches.
+    """Attaches inside ``accelerator.prepare``, as its ``ddp_handler``; for code that calls ``prepare`` itself.
 
     Args:
-        accelerator: whose handler it becomes.
+        accelerator: whose handler it becomes. It attaches to the one model that is prepared next.
         method: as for ``thinwire.attach``.
         optimizer: the one that is given to ``prepare``, before it is.
-        options: what else ``attach`` of this file takes.
         arguments: of DDP, where they are not the default.
+        options: what else ``attach`` of this file takes.
 
     Raises:
-        ThinwireError: there is one process, or DDP's arguments have a hook of their own, or the accelerator has a
-            handler; in ``prepare``, as ``attach``.
+        ThinwireError: the accelerator does not wrap models in DDP, or has a handler, or DDP's arguments have a hook of
+            their own; in ``prepare``: as ``attach``, or it is the second model.
 
     Example::
 
-        accelerator.ddp_handler = DdpHandler(accelerator, thinwire.dgc(0.01), optimizer=optimizer)
+        handler = DdpHandler(accelerator, thinwire.dgc(0.01), optimizer=optimizer)
         model, optimizer = accelerator.prepare(model, optimizer)
-        wire = accelerator.ddp_handler.wire
+        wire = handler.wire
     """
 
     def __init__(
@@ -113,19 +113,37 @@ class DdpHandler:
         **options: Any,
     ) -> None:
         _check_processes(accelerator)
+        kind, anything = accelerator.distributed_type, cast(Any, accelerator)
+        parallelism = getattr(anything, "parallelism_config", None)
+        if not kind.name.startswith("MULTI_") or (parallelism is not None and parallelism.tp_enabled):
+            raise ThinwireError(
+                f"this accelerator ({kind.name}) does not wrap models in DDP, and would never ask a handler of DDP's; "
+                "call attach() on what prepare() answers"
+            )
+        if anything.ddp_handler is not None:
+            raise ThinwireError(
+                "the accelerator has a handler of DDP's arguments, from kwargs_handlers= or an earlier DdpHandler; set "
+                "accelerator.ddp_handler = None first, and give the arguments here, as arguments="
+            )
         self.arguments = DistributedDataParallelKwargs() if arguments is None else arguments
         if self.arguments.comm_hook != DDPCommunicationHookType.NO:
             raise ThinwireError(
                 f"DDP's arguments ask for the hook {self.arguments.comm_hook}, and DDP has room for one; leave it out"
             )
-        if (there := cast(Any, accelerator).ddp_handler) is not None:
-            raise ThinwireError(
-                f"the accelerator has a {type(there).__name__} from kwargs_handlers=; leave it out there and pass it "
-                "here, as arguments="
-            )
-        self.wire: Session | None = None
-        """The session, once ``prepare`` has wrapped the model."""
+        self._wire: Session | None = None
         self._attach = partial(attach, accelerator, method=method, optimizer=optimizer, **options)
+        anything.ddp_handler = self
+
+    @property
+    def wire(self) -> Session:
+        """The session.
+
+        Raises:
+            ThinwireError: ``prepare`` has not wrapped a model yet.
+        """
+        if self._wire is None:
+            raise ThinwireError("no model has been prepared since; call accelerator.prepare(model, optimizer) first")
+        return self._wire
 
     def to_kwargs(self) -> dict[str, Any]:
         """The arguments that Accelerate passes to DDP."""
@@ -133,7 +151,12 @@ class DdpHandler:
 
     def register_comm_hook(self, model: nn.Module) -> None:
         """Called by Accelerate with the wrapped model."""
-        self.wire = self._attach(model)
+        if self._wire is not None:
+            raise ThinwireError(
+                "a DdpHandler attaches to one model, and this is the second; prepare the others before it is made, or "
+                "leave it out and call attach() on each after prepare()"
+            )
+        self._wire = self._attach(model)
 
 
 def _check_processes(accelerator: "Accelerator") -> None:

@@ -1,6 +1,5 @@
 """What an integration needs of a framework that may not be there, or may be too old."""
 
-import contextlib
 import importlib
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -31,8 +30,11 @@ def framework(module: str, extra: str, least: str) -> Any:
         raise ImportError(
             f"this integration needs {extra}, which can't be imported ({error}); pip install 'thinwire[{extra}]'"
         ) from error
-    with contextlib.suppress(PackageNotFoundError):  # a nightly build, whose distribution has another name
-        check_version(extra, version(extra), least)
+    try:
+        there = version(extra)
+    except PackageNotFoundError:  # a build whose distribution has another name, as a nightly one
+        there = getattr(found, "__version__", least)
+    check_version(extra, there, least)
     return found
 
 

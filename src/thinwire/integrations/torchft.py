@@ -11,6 +11,7 @@ What was observed of torchft and shaped it:
 """
 
 import json
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, cast
 from zlib import crc32
@@ -22,7 +23,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions  # pyright: igno
 
 from thinwire.compressors import catalogue
 from thinwire.core import Compressor, Context
-from thinwire.exchange.all_reduce import all_reduce
+from thinwire.exchange.all_reduce import all_reduce, payload_bytes
 from thinwire.exchange.collectives import TIMEOUT, Future, InFlight, in_future
 from thinwire.exchange.reduce_scatter import check_flat
 from thinwire.integrations.needs import framework
@@ -47,10 +48,11 @@ class CompressedProcessGroup(ProcessGroupWrapper):
             replicas, which is checked whenever they change.
         least: bytes; smaller tensors are passed on.
         seed: of the rounding.
-        timeout: seconds for each of the two exchanges.
+        timeout: seconds for each of the two exchanges, at most; the group's own counts where it is shorter, and on
+            CUDA always.
 
     Raises:
-        ThinwireError: the compressor is biased, remembers, or needs matrices.
+        ThinwireError: the compressor is biased, remembers, needs matrices, or is not in the catalogue.
 
     **Wire**: ``2 (N-1) / N`` payloads of a tensor; 8 bits take 0.26 of float32's bytes.
 
@@ -67,29 +69,41 @@ class CompressedProcessGroup(ProcessGroupWrapper):
         Rule(compressor, NoMemory())  # refuses what is biased
         super().__init__(pg=group)
         self.compressor, self.least, self.seed, self.patience = compressor, least, seed, timeout
-        self.calls = 0
-        """All-reduces so far that were compressed; all randomness is a function of it."""
+        self._said = json.dumps([catalogue.to_json(compressor), least, seed], sort_keys=True)
         self.wire_bytes = 0.0
         """Bytes that this replica has sent for all-reduces."""
         self.dense_bytes = 0.0
         """What they would have been without compression."""
-        self._agreed = False
+        self.calls = 0
+
+    @property
+    def calls(self) -> int:
+        """All-reduces so far that were compressed; all randomness is a function of it. Set it as all others do."""
+        return self._calls
+
+    @calls.setter
+    def calls(self, calls: int) -> None:
+        self._calls, self._agreed = calls, False
 
     def allreduce(self, tensors: list[Tensor], opts: Any) -> Any:
-        world, op = self.size(), getattr(opts, "reduceOp", opts)
-        dense = sum(wire_bytes("all_reduce", x.nbytes, world) for x in tensors)
-        self.dense_bytes += dense
-        if world == 1 or op != dist.ReduceOp.SUM or not all(map(self._compresses, tensors)):
-            self.wire_bytes += dense
-            return super().allreduce(tensors, opts)
-        carrier = _Carrier(cast(int, self._rank), world, self.parent)
-        if not self._agreed:
-            self._agree(carrier)
-        for x in tensors:
-            self.calls += 1
-            all_reduce(x, self.compressor, carrier, self._context, self.patience)
-        self.wire_bytes += carrier.sent
+        if self.size() == 1 or getattr(opts, "reduceOp", opts) != dist.ReduceOp.SUM:
+            return self._plain(super().allreduce, tensors, opts)
+        if not all(map(self._compresses, tensors)):
+            return self._plain(super().allreduce, tensors, opts)
+        carrier = _Carrier(cast(int, self._rank), self.size(), self.parent)
+        self.dense_bytes += self._dense(tensors)
+        try:
+            if not self._agreed:
+                self._agree(carrier, tensors[0].device)
+            for x in tensors:
+                self._calls += 1
+                all_reduce(x, self.compressor, carrier, self._context, self.patience)
+        finally:  # also what was in vain
+            self.wire_bytes += carrier.sent
         return _Done(tensors)
+
+    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any) -> Any:
+        return self._plain(super().allreduce_coalesced, tensors, opts)
 
     def configure(self, *args: Any, **kwargs: Any) -> None:
         """torchft 0.2 calls this when the replicas change."""
@@ -104,27 +118,45 @@ class CompressedProcessGroup(ProcessGroupWrapper):
     def getBackendName(self) -> str:
         return f"thinwire-{super().getBackendName()}"
 
+    def errored(self) -> Exception | None:
+        return cast(Any, self.parent).errored()  # where NCCL says that a sum is not to be trusted
+
+    def abort(self, errored: bool = True) -> None:
+        self.parent.abort()
+
+    def shutdown(self) -> None:
+        self.parent.shutdown()
+
+    def _plain(self, start: Callable[..., Any], tensors: list[Tensor], opts: Any) -> Any:
+        self.wire_bytes += (dense := self._dense(tensors))
+        self.dense_bytes += dense
+        return start(tensors, opts)
+
+    def _dense(self, tensors: list[Tensor]) -> float:
+        return sum(wire_bytes("all_reduce", x.nbytes, self.size()) for x in tensors)
+
     def _context(self, sender: int, receiver: int) -> Context:
         return Context(self.seed, self.calls, f"all-reduce[{receiver}]", sender)
 
     def _compresses(self, x: Tensor) -> bool:
-        return x.is_floating_point() and x.is_contiguous() and x.nbytes >= self.least
+        if not (x.is_floating_point() and x.is_contiguous() and x.nbytes >= max(self.least, 1)):
+            return False
+        return payload_bytes(self.compressor, x, self.size()) < x.nbytes
 
-    def _agree(self, carrier: "_Carrier") -> None:
+    def _agree(self, carrier: "_Carrier", device: torch.device) -> None:
         """Among new replicas: that all compress alike, and from which call on they count."""
-        said = json.dumps([catalogue.to_json(self.compressor), self.least, self.seed], sort_keys=True)
-        mine = torch.tensor([crc32(said.encode()), self.calls])
+        mine = torch.tensor([crc32(self._said.encode()), self.calls], device=device)
         heard = carrier.all_gather(mine.view(torch.uint8))
         heard.wait(self.patience)
         heard.future.wait()
-        theirs = heard.answer().view(torch.int64)
-        if not (theirs[:, 0] == mine[0]).all():
-            others = [rank for rank, one in enumerate(theirs[:, 0]) if one != mine[0]]
+        theirs = heard.answer().view(torch.int64).cpu()
+        if not (theirs[:, 0] == theirs[carrier.rank, 0]).all():
+            others = [rank for rank, one in enumerate(theirs[:, 0]) if one != theirs[carrier.rank, 0]]
             raise ThinwireError(
-                f"this replica has {said} (compressor, least, seed), and the replicas of rank {others} something else; "
-                "give all CompressedProcessGroups the same arguments"
+                f"this replica has {self._said} (compressor, least, seed), and the replicas of rank {others} something "
+                "else; give all CompressedProcessGroups the same arguments"
             )
-        self.calls = int(theirs[:, 1].max())
+        self._calls = int(theirs[:, 1].max())
         self._agreed = True
 
 
@@ -155,6 +187,9 @@ class _Done(dist.Work):
         super().__init__()
         self.future: Future = in_future(tensors[0])
         self.future.set_result(tensors)
+
+    def is_completed(self) -> bool:
+        return True
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         return True

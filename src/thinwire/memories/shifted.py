@@ -5,7 +5,6 @@ called ``estimate``). The compressor sees the difference between what the rank w
 optimizer gets ``h``. Differences vanish where gradients settle, and what is compressed with them.
 """
 
-from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -80,9 +79,10 @@ class EF21(Memory):
     def init(self, like: Tensor) -> State:
         return {"estimate": zeros(like)} | ({"average": zeros(like)} if self.eta < 1.0 else {})
 
-    def complete(self, local: State, known: Set[str]) -> None:
-        if "average" in local.keys() - known and "estimate" in known:  # which follows the gradients as it would
-            local["average"].copy_(local["estimate"])
+    def inferred(self, known: State) -> State:
+        if self.eta == 1.0 or "average" in known or "estimate" not in known:
+            return {}
+        return {"average": known["estimate"].clone()}  # which follows the gradients as the average would
 
     def init_shared(self, like: Tensor) -> State:
         return {"estimate": zeros(like)} | ({"server": zeros(like)} if self.downlink is not None else {})
