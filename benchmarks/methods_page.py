@@ -36,7 +36,7 @@ Made by `python -m benchmarks.methods_page > docs/methods.md`; change the docstr
 What has been measured so far, on small models and short runs; `benchmarks/results/` has the tables.
 
 - **Momentum SGD**: `lean(bits_per_parameter)`, which is DGC with 4-bit values and without masking. At the same bytes it
-  ended below `dgc()` as published at all three budgets and on both schedules, by 0.1 and more in every one of three
+  ended below `dgc()` as published at all three budgets and on both schedules, by 0.08 to 0.18 in every one of three
   seeds (`frontier_cpu2_202611.md`).
 - **Many workers**: `route="two_phase"`, at 4 to 8 times the density: what a worker sends does not grow with their
   number. With 8 workers and 4-bit values it ended below the all-gather with 30 to 37 % of its bytes
