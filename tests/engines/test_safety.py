@@ -597,6 +597,11 @@ def _slot(rank, what):
 
 @pytest.mark.parametrize("what", ["mixed precision", "in backward", "refused", "link"])
 def test_the_hook_slot(world2, what):
+    if what == "mixed precision":
+        try:
+            torch.Stream()
+        except RuntimeError as error:  # as in a CUDA build of 2.11 on a machine without a GPU
+            pytest.skip(f"DDP(mixed_precision=) does not work with this build of torch here: {error}")
     world2.run(_slot, what)
 
 
