@@ -1,6 +1,7 @@
 """Ray Train: the snippet of docs/engines.md, with workers that fail and are started anew from Ray's own checkpoint."""
 
 import os
+import sys
 from functools import partial
 
 import torch
@@ -27,12 +28,17 @@ def _train(folder, ddp, optimizer, step):
             raise RuntimeError("this worker is lost")
 
 
+def _build():
+    sys.modules.setdefault("numba", None)  # as in ``common.environment``
+    return small_model(0)
+
+
 def _run(rank, code, folder):
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
-    names = {"torch": torch, "build": partial(small_model, 0), "train": partial(_train, folder), "storage": str(folder)}
+    names = {"torch": torch, "build": _build, "train": partial(_train, folder), "storage": str(folder)}
     exec(code, names)
     result = names["result"]
     ray.shutdown()
