@@ -260,6 +260,14 @@ def states_of(sim):
     return [worker.local["0"].now for worker in sim.session.workers], sim.session.units[0].shared.now
 
 
+def saved_of(sim, step):
+    """The checkpoint of each worker."""
+    session = sim.session
+    clock = {"world": len(session.workers), "step": step, "installed_at": 0}
+    method = session.method.to_json()
+    return [save(session.units, w, lambda t, like=None: t.unsqueeze(0), clock, method) for w in session.workers]
+
+
 def assert_mirrored(sim):
     local, shared = states_of(sim)
     torch.testing.assert_close(torch.stack([s["estimate"] for s in local]).mean(0), shared["estimate"])
@@ -272,11 +280,7 @@ def test_another_world_size_keeps_what_is_shared(name, way):
     param, sim = start(RECIPES[name])
     advance(param, sim, 12)
     unit = sim.session.units[0]
-    clock = {"world": 4, "step": 12, "installed_at": 0}
-    saved = [
-        save([unit], w, lambda t, like=None: t.unsqueeze(0), clock, RECIPES[name].to_json())
-        for w in sim.session.workers
-    ]
+    saved = saved_of(sim, 12)
     param, small = start(RECIPES[name], 2)
     restored = restore(saved, small.session.units, 0, 2, way)
     local, shared = restored.local["0"], restored.shared["0"]
@@ -295,10 +299,7 @@ def test_another_world_size_keeps_what_is_shared(name, way):
 def test_a_checkpoint_that_lost_one_half_of_the_estimates_loses_the_other():
     param, sim = start(ef21(0.1), 1)
     advance(param, sim, 5)
-    clock = {"world": 1, "step": 5, "installed_at": 0}
-    saved = save(
-        sim.session.units, sim.session.workers[0], lambda t, like=None: t.unsqueeze(0), clock, ef21(0.1).to_json()
-    )
+    saved = saved_of(sim, 5)[0]
     whole = restore(saved, sim.session.units, 0, 1, "error")
     assert torch.equal(whole.shared["0"]["estimate"], whole.local["0"]["estimate"])
     assert whole.notes == []
@@ -311,10 +312,7 @@ def test_a_checkpoint_that_lost_one_half_of_the_estimates_loses_the_other():
 def test_a_checkpoint_of_another_method_takes_no_residual_for_a_difference():
     param, sim = start(ef14(0.1), 1)
     advance(param, sim, 5)
-    clock = {"world": 1, "step": 5, "installed_at": 0}
-    saved = save(
-        sim.session.units, sim.session.workers[0], lambda t, like=None: t.unsqueeze(0), clock, ef14(0.1).to_json()
-    )
+    saved = saved_of(sim, 5)[0]
     found = restore(saved, start(ef21(0.1), 1)[1].session.units, 0, 1, "error")
     assert found.local["0"]["estimate"].count_nonzero() == found.shared["0"]["estimate"].count_nonzero() == 0
     assert any("residual has no place in the present method and was dropped" in note for note in found.notes)
@@ -323,10 +321,7 @@ def test_a_checkpoint_of_another_method_takes_no_residual_for_a_difference():
 def test_an_average_begins_with_the_estimate_of_a_checkpoint():
     param, sim = start(ef21(0.1), 1)
     advance(param, sim, 5)
-    clock = {"world": 1, "step": 5, "installed_at": 0}
-    saved = save(
-        sim.session.units, sim.session.workers[0], lambda t, like=None: t.unsqueeze(0), clock, ef21(0.1).to_json()
-    )
+    saved = saved_of(sim, 5)[0]
     found = restore(saved, start(ef21_sgdm(0.1), 1)[1].session.units, 0, 1, "error")
     assert found.local["0"]["average"].abs().max() > 0
     assert torch.equal(found.local["0"]["average"], found.local["0"]["estimate"])

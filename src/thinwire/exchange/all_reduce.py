@@ -32,7 +32,8 @@ def payload_bytes(compressor: Compressor, x: Tensor, world: int) -> int:
 def all_reduce(
     x: Tensor, compressor: Compressor, carrier: Gatherer, context: Callable[[int, int], Context], timeout: float
 ) -> None:
-    """``x`` = its sum over the ranks, in place, the same bits on each. A collective call; it waits.
+    """``x`` = its sum over the ranks, in place, the same bits on each; after an error it may be anything. A collective
+    call; it waits.
 
     ``s_r = x_r,r + sum over i != r of C(x_i,r)`` by the owner of row r, and ``C(s_r)`` for all.
 
@@ -44,7 +45,8 @@ def all_reduce(
     **Wire**: ``2 (N-1) / N`` of the payload of x, in place of as much of x itself.
     """
     world, width = carrier.world, -(-x.numel() // carrier.world)
-    rows = pad(flat(x), (0, width * world - x.numel())).view(world, width)
+    short = width * world - x.numel()
+    rows = (pad(flat(x), (0, short)) if short else flat(x)).view(world, width)
     total = rows.new_empty(width, dtype=float_at_least_32(x.dtype))
     nothing: list[tuple[State, State]] = [({}, {})] * world
     reduce_scatter(rows, total, compressor, NoMemory(), nothing, carrier, context, 1.0, timeout)
@@ -55,4 +57,5 @@ def all_reduce(
     arrived.future.wait()
     for r, (received, row) in enumerate(zip(arrived.answer(), rows, strict=True)):
         compressor.decompress(layout.unpack(received)[0], total, {}, context(r, world)).write_to(row)
-    flat(x).copy_(rows.view(-1)[: x.numel()])
+    if short:
+        flat(x).copy_(rows.view(-1)[: x.numel()])
