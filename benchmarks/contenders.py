@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -52,7 +52,9 @@ THINWIRE: dict[str, Callable[[], thinwire.Method]] = {
     "thinwire_powersgd1": lambda: thinwire.powersgd(1),
     "thinwire_powersgd4": lambda: thinwire.powersgd(4),
 }
-"""One line for each method of thinwire that is to be measured."""
+"""One line for each method of thinwire that is to be measured, under DDP..."""
+BARE = {"dgc_bare": False, "dgc_sparse": True}
+"""...and DGC without a wrapper, with dense or with sparse gradients for the optimizer."""
 
 
 def bf16_hook(_: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -81,14 +83,14 @@ HOOKS: dict[str, Callable[[], Callable[[Any, GradBucket], torch.futures.Future[t
     "powersgd1": lambda: power_sgd(1),
     "powersgd4": lambda: power_sgd(4),
 }
-NAMES = (*PLAIN, *HOOKS, *THINWIRE)
+NAMES = (*PLAIN, *HOOKS, *THINWIRE, *BARE)
 
 
 @dataclass
 class Contender:
     """One way of training; ``enter`` makes its model train this way from now on."""
 
-    ddp: DistributedDataParallel
+    model: nn.Module
     optimizer: torch.optim.Optimizer
     exchanges: bool = True
     enter: Callable[[], object] = lambda: None
@@ -96,8 +98,8 @@ class Contender:
 
     def step(self, x: Tensor) -> None:
         self.optimizer.zero_grad()
-        with contextlib.nullcontext() if self.exchanges else self.ddp.no_sync():
-            self.ddp(x).square().sum(-1).mean().backward()
+        with contextlib.nullcontext() if self.exchanges else cast(DistributedDataParallel, self.model).no_sync():
+            self.model(x).square().sum(-1).mean().backward()
         self.optimizer.step()
 
 
@@ -127,11 +129,20 @@ def build(model: str, names: Iterable[str]) -> dict[str, Contender]:
         wire = thinwire.attach(ddp, THINWIRE[wired[0]](), optimizer=optimizer)
         for name in wired:
             found[name] = Contender(ddp, optimizer, enter=partial(change, wire, THINWIRE[name]()), wire=wire)
+    for name in (name for name in names if name in BARE):
+        torch.manual_seed(0)
+        bare = MODELS[model][0]()
+        optimizer = sgd(bare, 0.9)
+        world, sparse = dist.group.WORLD, BARE[name]
+        wire = thinwire.attach(
+            bare, THINWIRE["dgc"](), optimizer=optimizer, process_group=world, sparse_gradients=sparse
+        )
+        found[name] = Contender(bare, optimizer, wire=wire)
     return {name: found[name] for name in names}
 
 
-def sgd(ddp: DistributedDataParallel, momentum: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(ddp.parameters(), lr=LEARNING_RATE, momentum=momentum)
+def sgd(model: nn.Module, momentum: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=momentum)
 
 
 def change(wire: thinwire.Session, method: thinwire.Method) -> None:

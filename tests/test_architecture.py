@@ -16,7 +16,7 @@ FLOORS = [
     ["policy", "untrusted"],
     ["units", "methods"],
     ["exchange", "clipping"],
-    ["selecting"],
+    ["selecting", "receiving"],
     ["optimizers", "optim", "pipeline", "checkpoint"],
     ["succession", "transaction"],
     ["session"],

@@ -296,6 +296,11 @@ class Memory(ABC):
     gives: ClassVar[str] = "gradient"
     """What the optimizer gets as ``grad``; it must be one that takes that."""
 
+    @property
+    def passes_on(self) -> bool:
+        """Whether ``receive`` answers the mean as it is, so that one of few elements may stay a sparse tensor."""
+        return type(self).receive is Memory.receive
+
     derived: ClassVar[frozenset[str]] = frozenset()
     """What of the state follows from the optimizer's, and so is in no checkpoint."""
 

@@ -20,8 +20,9 @@ from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.exchange.routes import Bucket
 from thinwire.kernels.reference import REFERENCE
 from thinwire.loops import Kernels
+from thinwire.receiving import mean_of
 from thinwire.selecting import ask, select
-from thinwire.tensors import flat, float_at_least_32
+from thinwire.tensors import flat
 from thinwire.units import Unit, Worker
 from thinwire.wire import head
 
@@ -97,12 +98,13 @@ def relay(
 def receive(
     bucket: Bucket,
     inbox: Sequence[InFlight],
-    outs: Sequence[Tensor],
+    outs: list[Tensor],
     seed: int,
     step: int,
     loss_scale: float = 1.0,
     kernels: Kernels = REFERENCE,
     cleared: Set[int] = frozenset(),
+    sparse: bool = False,
 ) -> list[Verdict]:
     """The receiving half: from what arrived to the gradients for the optimizer, written to ``outs``.
 
@@ -111,11 +113,11 @@ def receive(
 
     Args:
         cleared: the units of which ``outs`` are zero, where nothing needs to be overwritten.
+        sparse: where few elements arrive of a unit, replace its ``outs`` by a sparse tensor.
     """
     verdicts: list[Verdict] = []
     for group, arrived in zip(bucket.groups, inbox, strict=True):
         senders, flags = group.opened(arrived)
-        share = 1.0 / len(senders)
         poison: Tensor | None = None
         if flags is not None:
             used, bad, clocks = head.decode(flags, len(group.units))
@@ -123,26 +125,17 @@ def receive(
             poison = torch.zeros((), device=bad.device).masked_fill_(bad.any(), torch.nan)
         for i, pieces in group.by_unit.items():
             unit, out = bucket.units[i], outs[i]
-            wide = float_at_least_32(out.dtype)  # short dtypes are summed in float32
-            mean = out if out.dtype == wide else torch.empty_like(out, dtype=wide)
-            clear = i in cleared and mean is out
-            for j, piece in pieces:
-                part, known = piece.of(mean), piece.of_state(unit.shared.now)
-                for later, (rank, payloads) in enumerate(senders):
-                    ctx = Context(seed, step, piece.key(unit.name), rank, kernels)
-                    got = group.packer(unit).decompress(payloads[j], part, known, ctx)
-                    got.add_to(part, share) if later or clear else got.write_to(part, share)
-                if unit.compressor.summable and not unit.gathered:  # the only sender is the mean
-                    packer, new = group.packer(unit), piece.of_state(unit.shared.next)
-                    packer.commit(senders[0][1][j], part, known, new, Context(seed, step, piece.key(unit.name), 0))
-            if poison is not None:
-                flat(mean)[:1].add_(poison)
             ctx = Context(seed, step, unit.name, 0, kernels)
+            mean = mean_of(group, unit, pieces, senders, out, ctx, i in cleared, sparse)
+            if poison is not None:
+                (mean.values() if mean.is_sparse else flat(mean))[:1].add_(poison)
             grad = unit.memory.receive(mean, unit.own, unit.shared.now, unit.shared.next, ctx)
             if (carried := unit.shared.now.get("carried")) is not None:  # the mean that an earlier method left
                 grad.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
             if unit.memory.stateful and loss_scale != 1.0:
                 grad.mul_(loss_scale)
-            if grad is not out:
+            if grad.is_sparse:
+                outs[i] = grad
+            elif grad is not out:
                 out.copy_(grad)
     return verdicts

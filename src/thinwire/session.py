@@ -4,7 +4,6 @@ A session knows nothing of where gradients come from; engines and the simulator 
 """
 
 import contextlib
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -73,8 +72,7 @@ class Session:
     ) -> None:
         if not timeout > 0:
             raise ThinwireError(f"timeout is {timeout}; it is in seconds and must be above 0")
-        self.named = list(named)
-        self.collective, self.optimizer, self.seed = collective, optimizer, seed
+        self.named, self.collective, self.optimizer, self.seed = list(named), collective, optimizer, seed
         self.workers = list(workers or [Worker(collective.rank, seed)])
         self.ledger = Ledger(method.name, collective.world, collective.label)
         self.transaction = Transaction(optimizer, self.ledger, on_nonfinite)
@@ -83,6 +81,8 @@ class Session:
         self.scaler, self.timeout, self.policy = scaler, timeout, policy
         self.fits: Callable[[Method], None] = lambda method: None
         """Raises what keeps a method from being used with this model; the engine's."""
+        self.no_sync: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        """For a model without a wrapper: backward passes inside ``with wire.no_sync():`` add up, and send nothing."""
         self.loss_scale = 1.0
         self.joint = Joint(optimizer)
         self.cleanup = contextlib.ExitStack()
@@ -229,8 +229,7 @@ class Session:
     def _leave(self) -> None:
         states = [state.now for worker in self.workers for state in worker.local.values()]
         states += [unit.shared.now for unit in self.units]
-        pending = [state[key] for state in states for key in ("residual", "carried") if key in state]
-        if pending:
+        if pending := [state[key] for state in states for key in ("residual", "carried") if key in state]:
             self.ledger.note(f"step {self.step}: detached; a residual of norm {float(norm(pending)):.3g} was dropped")
         self.joint.hold(False, self.units)
         release_optimizer(self.optimizer, self)
@@ -240,7 +239,7 @@ class Session:
     def _say(self, text: str) -> None:
         self.ledger.note(text)
         if self.collective.everyone.rank == 0:
-            log.log(logging.WARNING, text)  # the level that is shown where nobody has set logging up
+            log.warning(text)  # the level that is shown where nobody has set logging up
 
     # -- the step --------------------------------------------------------------------------------------------------
 

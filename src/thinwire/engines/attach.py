@@ -1,9 +1,11 @@
-"""``attach``: the one line. It finds out what the model is wrapped in; ``ddp.py`` and ``fsdp2.py`` know the rest."""
+"""``attach``: the one line. It finds out what the model is wrapped in; ``ddp.py``, ``fsdp2.py`` and ``plain.py`` know the rest."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
@@ -11,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from thinwire.core import Compressor
 from thinwire.engines.ddp import Ddp
 from thinwire.engines.fsdp2 import Fsdp2, is_fsdp1, is_fsdp2
+from thinwire.engines.plain import Plain
 from thinwire.exchange.collectives import TIMEOUT, Collective, Talk
 from thinwire.kernels.choose import Choice, choose
 from thinwire.link import Link
@@ -43,6 +46,10 @@ class Engine(Protocol):
         """Raises what keeps a method from being used with this model."""
         ...
 
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Backward passes inside it add up, and send nothing; an error where the wrapper has that itself."""
+        ...
+
     def collective(self, link: Link | None) -> Collective:
         """Who exchanges them. A collective call."""
         ...
@@ -64,16 +71,19 @@ def attach(
     timeout: float = TIMEOUT,
     kernels: Choice = "auto",
     nodes: int | DeviceMesh | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    sparse_gradients: bool = False,
     replicate: DeviceMesh | None = None,
     reduce_scatter: Compressor | Rule | None = None,
     all_gather: Compressor | None = None,
     policy: Policy | None = None,
 ) -> Session:
-    """Exchange the gradients of a DDP or FSDP2 model by ``method``. A collective call: all ranks make it alike.
+    """Exchange the gradients of a model by ``method``. A collective call: all ranks make it alike.
 
     Args:
-        model: a ``DistributedDataParallel``, or one whose parts went through ``fully_shard`` on a mesh of one
-            dimension; on gloo or NCCL; before the first step or between any two.
+        model: a ``DistributedDataParallel``; one whose parts went through ``fully_shard`` on a mesh of one dimension; or,
+            with ``process_group=``, one that nothing is wrapped around. On gloo or NCCL; before the first step or
+            between any two.
         method: ``thinwire.dgc()``, ``thinwire.topk()``, ``thinwire.cast()``, ``thinwire.dense()`` or one of your own.
         optimizer: required by all methods that remember anything (dgc, topk): what a step changes there is final only
             when the optimizer steps. With dgc, ``momentum``, ``nesterov`` and ``weight_decay`` move from it into the
@@ -88,9 +98,16 @@ def attach(
             saves for longer than this needs more. On NCCL it is the process group's own timeout that counts.
         kernels: the loops that compress: "reference" is plain PyTorch, "cpu" needs ``thinwire[cpu]``, "auto" takes the
             fastest there is; the ledger names it. All give the same bits.
-        nodes: (DDP) compress between nodes only. The ranks of a node, which follow each other, as a number; or a
+        nodes: (not FSDP2) compress between nodes only. The ranks of a node, which follow each other, as a number; or a
             ``DeviceMesh`` of two dimensions, between nodes and inside. Ranks of a node average their gradients and are
             one worker together; the ledger's wire bytes are those between nodes. ``link`` is then that between nodes.
+        process_group: (no wrapper) the ranks that train the model, e.g. ``dist.group.WORLD``. They begin with the
+            parameters and buffers of its first rank, and average gradients from then on, as under DDP, but without
+            DDP's copies into buckets. Buffers are not broadcast again. Accumulate under ``wire.no_sync()``.
+        sparse_gradients: (no wrapper) give the optimizer sparse tensors where at most 1/32 of the elements arrive, so
+            that a step touches what has arrived instead of every parameter; and let go of each dense gradient as soon as
+            it is compressed. For ``torch.optim.SGD``, ``SparseAdam`` and ``Adagrad``, with a method that leaves them
+            neither momentum nor weight decay, as dgc does. Norms and clipping see sparse tensors.
         replicate: (FSDP2) the mesh, of one dimension, over the replicas of each shard: the reduce-scattered gradients
             are exchanged over it by ``method``, and residuals have the size of a shard. None for no replicas.
         reduce_scatter: (FSDP2) how gradients travel between the ranks that a parameter is sharded over, e.g.
@@ -106,7 +123,7 @@ def attach(
         The session: ``report()``, ``set_method()``, ``detach()``, and ``ledger``.
 
     Raises:
-        ThinwireError: the model is neither, its hook slot is taken, its optimizer does not fit the method, ranks ask
+        ThinwireError: the model is none of these, its hook slot is taken, its optimizer does not fit the method, ranks ask
             for different things, or a compressed parameter has sparse gradients. Nothing has been changed then.
 
     Example::
@@ -116,28 +133,39 @@ def attach(
 
         fully_shard(model, mesh=mesh["shard"])
         wire = thinwire.attach(model, thinwire.topk(0.01), optimizer=optimizer, replicate=mesh["replicate"])
+
+        wire = thinwire.attach(model, thinwire.dgc(0.001), optimizer=optimizer, process_group=dist.group.WORLD)
     """
-    engine: Engine
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner  # hooks of a step belong to the optimizer that steps, not to the wrapper of a framework
-    if isinstance(model, DistributedDataParallel):
-        if not (replicate is None and reduce_scatter is None and all_gather is None):
-            raise ThinwireError("replicate=, reduce_scatter= and all_gather= are for FSDP2; a DDP model has no shards")
-        engine = Ddp(model, nodes)
-    elif is_fsdp2(model):
+    engine: Engine
+    wrapped = isinstance(model, DistributedDataParallel) or is_fsdp2(model)
+    if wrapped and (process_group is not None or sparse_gradients):
+        raise ThinwireError(
+            "process_group= and sparse_gradients= are for a model without a wrapper; this one averages its gradients "
+            "over a group that it was given before: leave them out"
+        )
+    if is_fsdp2(model):
         if nodes is not None:
             raise ThinwireError(
                 "nodes= is for DDP; with FSDP2, shard inside a node and pass replicate=, the mesh between nodes"
             )
         engine = Fsdp2(model, replicate, reduce_scatter, all_gather, optimizer is not None)
+    elif not (replicate is None and reduce_scatter is None and all_gather is None):
+        raise ThinwireError("replicate=, reduce_scatter= and all_gather= are for FSDP2; this model has no shards")
+    elif isinstance(model, DistributedDataParallel):
+        engine = Ddp(model, nodes)
     elif is_fsdp1(model):
         raise ThinwireError(
             "FullyShardedDataParallel (FSDP1) is not supported; replace it by torch.distributed.fsdp.fully_shard(model)"
         )
+    elif process_group is not None:
+        engine = Plain(model, process_group, nodes, sparse_gradients, optimizer)
     else:
         raise ThinwireError(
             f"attach() takes a DistributedDataParallel or a model that went through fully_shard, not "
-            f"{type(model).__name__}; wrap the model first"
+            f"{type(model).__name__}; wrap the model first, or pass process_group=dist.group.WORLD, after "
+            "init_process_group(), to exchange the gradients of the model as it is"
         )
     try:
         named = engine.exchanged()
@@ -149,6 +177,7 @@ def attach(
         raise
     said = {
         "nodes": nodes,
+        "sparse_gradients": sparse_gradients,
         "replicate": replicate is not None,
         "reduce_scatter": reduce_scatter,
         "all_gather": all_gather,
@@ -161,7 +190,7 @@ def attach(
     except ThinwireError:
         collective.close()
         raise
-    session.fits = engine.fits
+    session.fits, session.no_sync = engine.fits, engine.no_sync
     session.use_kernels(chosen, note)
     try:
         engine.install(session)

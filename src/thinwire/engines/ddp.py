@@ -9,7 +9,7 @@ What was observed of DDP and shaped it:
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, Never, cast
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -20,8 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from thinwire.engines.hook import Dispatcher
 from thinwire.engines.names import clean
 from thinwire.exchange.collectives import Collective, ProcessGroup
-from thinwire.exchange.nodes import Nodes, groups_of
-from thinwire.exchange.paced import Paced
+from thinwire.exchange.nodes import levels
 from thinwire.link import Link
 from thinwire.policy.plan import Method
 from thinwire.session import Session
@@ -44,11 +43,11 @@ class Ddp:
     def exchanged(self) -> list[tuple[str, Tensor]]:
         return _exchanged(self.ddp)
 
+    def no_sync(self) -> Never:
+        raise ThinwireError("wire.no_sync() is for a model without a wrapper; use ddp.no_sync()")
+
     def collective(self, link: Link | None) -> Collective:
-        levels = groups_of(self.talk, self.nodes) if self.nodes is not None else None
-        own = self.talk if levels is None else levels[1]
-        collective: Collective = Paced(own, link) if link else own
-        return collective if levels is None else Nodes(self.talk, levels[0], collective, levels[2])
+        return levels(self.talk, self.nodes, link)
 
     def install(self, session: Session) -> None:
         dispatcher = _dispatchers.get(self.ddp)

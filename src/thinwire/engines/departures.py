@@ -26,11 +26,16 @@ ACCUMULATED = (
 
 
 class Departures:
-    """Holds buckets for clipping, lets small ones wait for company, and follows all of them until they have landed."""
+    """Holds buckets for clipping, lets small ones wait for company, and follows all of them until they have landed.
 
-    def __init__(self) -> None:
+    Args:
+        sparse: whether a gradient of which few elements have arrived takes its place among ``grads`` as a sparse tensor.
+    """
+
+    def __init__(self, sparse: bool = False) -> None:
+        self.sparse = sparse
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
-        self.held: list[tuple[Bucket, Sequence[Tensor], Tensor, Sequence[bool], Future]] = []
+        self.held: list[tuple[Bucket, list[Tensor], Tensor, Sequence[bool], Future]] = []
         self.flights: list[Flight] = []
         self.waiting: list[Flight] = []  # those that have not departed
         self.joined = 0  # exchanges that this saved in the step under way
@@ -43,7 +48,7 @@ class Departures:
         self.joined = 0
 
     def send(
-        self, session: Session, bucket: Bucket, grads: Sequence[Tensor], buffer: Tensor, used: Sequence[bool]
+        self, session: Session, bucket: Bucket, grads: list[Tensor], buffer: Tensor, used: Sequence[bool]
     ) -> Future:
         """Take one bucket; the future completes with ``buffer`` once what was received stands in ``grads``.
 
@@ -102,7 +107,7 @@ class Departures:
         flight.wait(session.timeout)
 
     def _exchange(
-        self, session: Session, bucket: Bucket, grads: Sequence[Tensor], buffer: Tensor, used: Sequence[bool]
+        self, session: Session, bucket: Bucket, grads: list[Tensor], buffer: Tensor, used: Sequence[bool]
     ) -> Future:
         """Send one bucket; small ones wait for the next, to travel together."""
         step, row = session.step, session.row
@@ -111,7 +116,7 @@ class Departures:
             outbox = pipeline.send(bucket, grads, session.workers[0], step, used, session.loss_scale)
         flight = Flight(
             bucket, outbox, grads, buffer, used, session.seed, step, session.loss_scale, row,
-            session.transaction.verdicts, session.workers[0].kernels,
+            session.transaction.verdicts, session.workers[0].kernels, self.sparse,
         )  # fmt: skip
         self.flights.append(flight)
         if not bucket.joins or (self.waiting and self.waiting[0].buffer.device != buffer.device):

@@ -32,7 +32,7 @@ class Flight:
 
     bucket: Bucket
     outbox: Outbox
-    grads: Sequence[Tensor]
+    grads: list[Tensor]
     buffer: Tensor
     used: Sequence[bool]
     seed: int
@@ -41,6 +41,7 @@ class Flight:
     row: StepRow
     verdicts: list[Verdict]
     kernels: Kernels
+    sparse: bool = False
     inbox: list[InFlight] = field(default_factory=list[InFlight])
     promise: Future | None = None
     """What DDP was given where the last stage had not been started by then."""
@@ -101,7 +102,7 @@ class Flight:
         with Stopwatch(self.row, "receive_seconds"):
             found = pipeline.receive(
                 self.bucket, self.inbox, self.grads, self.seed, self.step, self.loss_scale, self.kernels,
-                self.outbox.cleared,
+                self.outbox.cleared, self.sparse,
             )  # fmt: skip
         self.verdicts.extend(found)
         if not all(self.used):  # what no rank used has no gradient; DDP leaves a view of the bucket as it is

@@ -11,7 +11,7 @@ What was observed of FSDP2 and shaped it:
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Never, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -25,7 +25,7 @@ from thinwire.core import Compressor
 from thinwire.engines.gather import Gather
 from thinwire.engines.names import clean
 from thinwire.engines.scatter import Scatter
-from thinwire.engines.shards import Owned, Shards
+from thinwire.engines.shards import OwnedShard, Shards
 from thinwire.exchange.collectives import Collective, ProcessGroup
 from thinwire.exchange.local import Local
 from thinwire.exchange.mesh import BothAxes, Mesh
@@ -148,6 +148,11 @@ class Fsdp2:
             )
         check_method(self.modules[0][1], "set_custom_all_gather", "2.9")
 
+    def no_sync(self) -> Never:
+        raise ThinwireError(
+            "wire.no_sync() is for a model without a wrapper; use model.set_requires_gradient_sync(False)"
+        )
+
     def collective(self, link: Link | None) -> Collective:
         replicas = Paced(self.replicas, link) if link else self.replicas
         return Mesh(replicas, self.shards, self.group, own(self.owned[0].param).device)
@@ -201,10 +206,10 @@ def check_method(module: object, name: str, since: str) -> None:
         )
 
 
-def _owned(model: nn.Module, modules: Sequence[tuple[str, Any]]) -> list[Owned]:
+def _owned(model: nn.Module, modules: Sequence[tuple[str, Any]]) -> list[OwnedShard]:
     """The sharded parameters that require a gradient, with the number of the module that they travel with."""
     numbers = {name: number for number, (name, _) in enumerate(modules)}
-    owned: list[Owned] = []
+    owned: list[OwnedShard] = []
     for name, param in model.named_parameters():
         if not param.requires_grad or not isinstance(param, DTensor):  # what FSDP2 ignores, it does not average either
             continue
@@ -214,7 +219,7 @@ def _owned(model: nn.Module, modules: Sequence[tuple[str, Any]]) -> list[Owned]:
             above = above.rpartition(".")[0]
         number = numbers.get(above, 0)
         travels = _travels(modules[number][1], param.dtype)
-        owned.append(Owned(clean(name), param, model.get_submodule(path), leaf, number, travels))
+        owned.append(OwnedShard(clean(name), param, model.get_submodule(path), leaf, number, travels))
     if not owned:
         raise ThinwireError("the model has no sharded parameter that requires a gradient; there is nothing to exchange")
     return owned

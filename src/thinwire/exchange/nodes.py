@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from thinwire.exchange.collectives import Collective, InFlight, ProcessGroup
+from thinwire.exchange.paced import Paced
 from thinwire.link import Link
 from thinwire.tensors import ThinwireError
 from thinwire.wire.layout import ROW_ALIGNMENT
@@ -149,6 +150,14 @@ class Nodes:
         self.inside.close()
         for group in self._made:
             dist.destroy_process_group(group)
+
+
+def levels(everyone: ProcessGroup, nodes: int | DeviceMesh | None, link: Link | None) -> Collective:
+    """Who exchanges between the replicas: all of them alike, or nodes. ``link`` is emulated where it is given."""
+    groups = groups_of(everyone, nodes) if nodes is not None else None
+    own = everyone if groups is None else groups[1]
+    collective: Collective = Paced(own, link) if link else own
+    return collective if groups is None else Nodes(everyone, groups[0], collective, groups[2])
 
 
 def _group(ranks: list[int]) -> dist.ProcessGroup:

@@ -72,6 +72,10 @@ class MomentumCorrection(Memory):
         decays_first = self.weight_decay and self.decay == "local"
         return None if decays_first else Accumulation(self.momentum, self.nesterov)
 
+    @property
+    def passes_on(self) -> bool:
+        return not self.weight_decay or self.decay == "local"
+
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return torch.bfloat16 if self.state == "bfloat16" else float_at_least_32(grad)
 
@@ -99,7 +103,7 @@ class MomentumCorrection(Memory):
         rest.add_to(new["residual"])
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
-        if not self.weight_decay or self.decay == "local":
+        if self.passes_on:
             return mean
         if self.decay == "decoupled":
             return mean.add_(param, alpha=self.weight_decay)

@@ -1,0 +1,193 @@
+"""Gradients that autograd brings one by one: in which order they leave, and when a backward pass has ended.
+
+A bucket leaves when its gradients are there, in one order on all ranks; where a parameter arrives more than once in a
+backward pass, when that has ended. DDP has this in its reducer; every other engine has it here.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakMethod
+
+import torch
+from torch import Tensor, nn
+
+from thinwire.engines.departures import ACCUMULATED, Departures
+from thinwire.engines.passes import Passes, in_backward
+from thinwire.session import Session
+from thinwire.sharding import own, wrapped
+from thinwire.tensors import ThinwireError, flat
+
+
+@dataclass(frozen=True, eq=False)
+class Owned:
+    """A parameter, where it stands in the model, and the number of the bucket that it travels in."""
+
+    name: str
+    param: Tensor
+    owner: nn.Module
+    leaf: str
+    bucket: int
+
+
+class Arrivals:
+    """The hooks of one model whose gradients are exchanged where autograd has left them.
+
+    Args:
+        accumulating: how to let backward passes add up without an exchange, for messages.
+        exchanges: whether there is anybody to exchange with.
+        sparse: whether the optimizer gets a sparse gradient where little has arrived.
+    """
+
+    def __init__(
+        self, model: nn.Module, owned: Sequence[Owned], accumulating: str, exchanges: bool = True, sparse: bool = False
+    ) -> None:
+        self.model, self.owned = model, owned
+        self.accumulating, self.exchanges, self.sparse = accumulating, exchanges, sparse
+        self.session: Session | None = None
+        self.by_param = {id(one.param): one for one in owned}
+        numbers = sorted({one.bucket for one in owned}, reverse=True)
+        self.buckets = [[one for one in owned if one.bucket == number] for number in numbers]
+        self.departures = Departures(sparse)
+        self.arrived: set[int] = set()
+        self.before: set[int] = set()  # what arrived in passes that only added up
+        self.passes = Passes(self.end)
+        self.paused = False
+        self.overlaps = False  # until one pass has shown that each parameter arrives once
+        self.repeated = False
+        self.left: list[tuple[list[Owned], list[Tensor], list[bool]]] = []
+        """The buckets that have left: their gradients, and which of them this rank has not, but perhaps another."""
+        self.exchanged_since_step = False
+        self.warned = False
+
+    def install(self, session: Session) -> None:
+        """Pass this model's gradients through the session from now on."""
+        arrives = WeakMethod(self.arrives)  # garbage collection does not look into this hook of a tensor
+
+        def hook(param: Tensor) -> None:
+            if (call := arrives()) is not None:
+                call(param)
+
+        for one in self.owned:
+            handle = cast(Any, one.param).register_post_accumulate_grad_hook(hook)
+            session.cleanup.callback(handle.remove)
+        session.cleanup.callback(self.uninstall)
+        session.cleanup.callback(self.model.register_forward_pre_hook(self.before_forward).remove)
+        if session.optimizer is not None:
+            session.cleanup.callback(session.optimizer.register_step_post_hook(self.after_optimizer).remove)
+        self.session = session
+
+    def uninstall(self) -> None:
+        self.session = None
+
+    # -- what an engine adds ---------------------------------------------------------------------------------------
+
+    def check_same(self) -> None:
+        """Raises a ``ThinwireError`` where the parameters are no longer those of ``attach``."""
+
+    def settle(self, session: Session) -> None:
+        """A new exchange begins."""
+
+    def count_arrival(self, session: Session, one: Owned) -> None:
+        """Book what brought this gradient."""
+
+    def closing(self, session: Session) -> bool | None:
+        """All have landed; whether what the engine itself remembers was not finite, None where that is nothing."""
+        return None
+
+    # -- the passes ------------------------------------------------------------------------------------------------
+
+    def before_forward(self, *_: object) -> None:
+        """What is wrong is said here, where it does no harm."""
+        if self.session is None or not torch.is_grad_enabled() or in_backward():
+            return
+        self.check_same()
+        self.session.check()
+        accumulates = self.exchanged_since_step and self.owned[0].param.grad is not None
+        if accumulates and not self.warned and not self.session.transaction.failed:
+            self.warned = True
+            warnings.warn(ACCUMULATED.format(self.accumulating), stacklevel=2)
+
+    def after_optimizer(self, *_: object) -> None:
+        self.exchanged_since_step = False
+
+    def begin(self, session: Session) -> None:
+        """The first gradient of a backward pass."""
+        under_way = self.passes.enter()
+        if under_way.begun:
+            return
+        self.check_same()  # not everything that brings gradients comes by before_forward
+        under_way.begun, self.repeated = True, False
+        self.arrived.clear()
+        self.left.clear()
+        self.departures.begin()
+        self.exchanged_since_step = session.optimizer is not None
+        session.begin_step()
+        self.settle(session)
+
+    @torch.no_grad()
+    def arrives(self, param: Tensor) -> None:
+        """The gradient of this parameter is there."""
+        if (session := self.session) is None:
+            return
+        if self.paused:
+            self.before.add(id(param))
+            return
+        self.begin(session)
+        one = self.by_param[id(param)]
+        self.repeated |= id(param) in self.arrived
+        self.arrived.add(id(param))
+        if self.repeated and self.overlaps:
+            raise ThinwireError(
+                f"{one.name} was reduced twice in one backward pass, which it was not in the pass before; run a module "
+                "as often in every step"
+            )
+        self.count_arrival(session, one)
+        while self.overlaps and len(self.left) < len(self.buckets) and self._is_there(self.buckets[len(self.left)]):
+            self._send(session, self.buckets[len(self.left)])
+
+    def _is_there(self, bucket: Sequence[Owned]) -> bool:
+        return all(id(one.param) in self.arrived for one in bucket)
+
+    def _send(self, session: Session, bucket: list[Owned]) -> None:
+        found = [one.param.grad for one in bucket]
+        grads = [
+            torch.zeros_like(own(one.param)) if grad is None else own(grad)
+            for one, grad in zip(bucket, found, strict=True)
+        ]
+        self.left.append((bucket, grads, [grad is None for grad in found]))
+        if not self.exchanges:
+            return
+        used = [id(one.param) in self.arrived or id(one.param) in self.before for one in bucket]
+        if session.collective.lanes > 1:
+            for grad in grads:
+                session.collective.mean_inside(flat(grad), session.timeout)
+            used = session.collective.any_inside(used, grads[0], session.timeout)
+        planned = session.bucket([one.param for one in bucket])
+        if self.sparse:  # its memory is free as soon as it has been compressed, unless it comes back dense
+            for one in bucket:
+                one.param.grad = None
+        self.departures.send(session, planned, grads, grads[0], used)
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """The backward pass has ended."""
+        session, now = self.session, self.passes.now
+        self.passes.over()
+        if session is None or now is None or not now.begun:  # nothing was reduced
+            return
+        for bucket in self.buckets[len(self.left) :]:
+            self._send(session, bucket)
+        self.departures.end(session)
+        for one, grad, made in [each for bucket in self.left for each in zip(*bucket, strict=True)]:
+            if made:
+                if bool((grad.values() if grad.is_sparse else grad).count_nonzero()):  # another rank has used it
+                    one.param.grad = cast(Any, wrapped(grad, one.param))
+            elif self.sparse:
+                one.param.grad = grad
+        bad = self.closing(session)
+        self.left.clear()
+        self.before.clear()
+        self.overlaps = not self.repeated
+        session.end_step(bad)

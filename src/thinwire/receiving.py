@@ -1,0 +1,81 @@
+"""What a unit receives: the mean over all senders, in its gradient or, where few elements arrive, as a sparse tensor."""
+
+from collections.abc import Generator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from thinwire.core import Context, Payload
+from thinwire.exchange.groups import Group, Piece
+from thinwire.loops import Kernels
+from thinwire.tensors import Decompressed, Sparse, float_at_least_32
+from thinwire.units import Unit
+
+FEW = 1 / 32
+"""Of the elements, over all senders: above that an optimizer is faster with a dense gradient."""
+
+
+def mean_of(
+    group: Group,
+    unit: Unit,
+    pieces: Sequence[tuple[int, Piece]],
+    senders: Sequence[tuple[int, list[Payload]]],
+    out: Tensor,
+    ctx: Context,
+    clear: bool,
+    sparse: bool,
+) -> Tensor:
+    """The mean of what all senders sent of one unit, added in their order; the same on every rank, bit for bit.
+
+    Args:
+        pieces: of the unit, and which of the group's they are.
+        out: where it is written, if it is dense and of a dtype that is summed as it is.
+        clear: whether ``out`` is zero.
+        sparse: whether it may be sparse.
+    """
+    wide, share = float_at_least_32(out.dtype), 1.0 / len(senders)
+    mean = out if out.dtype == wide else torch.empty_like(out, dtype=wide)  # short dtypes are summed in float32
+    packer = group.packer(unit)
+
+    def arrived(j: int, piece: Piece) -> Generator[Decompressed]:
+        part, known = piece.of(mean), piece.of_state(unit.shared.now)
+        for rank, payloads in senders:
+            yield packer.decompress(payloads[j], part, known, _of(ctx, unit, piece, rank, ctx.kernels))
+
+    if sparse and mean is out and out.is_contiguous() and unit.memory.passes_on and "carried" not in unit.shared.now:
+        few = [(piece, list(arrived(j, piece))) for j, piece in pieces]
+        if all(got.density * len(senders) <= FEW for _, parts in few for got in parts):
+            return _added(few, out, share, ctx.kernels)
+    for j, piece in pieces:
+        part = piece.of(mean)
+        for later, got in enumerate(arrived(j, piece)):
+            got.add_to(part, share) if later or (clear and mean is out) else got.write_to(part, share)
+        if unit.compressor.summable and not unit.gathered:  # the only sender is the mean
+            now, new = piece.of_state(unit.shared.now), piece.of_state(unit.shared.next)
+            packer.commit(senders[0][1][j], part, now, new, _of(ctx, unit, piece, 0, None))
+    return mean
+
+
+def _of(ctx: Context, unit: Unit, piece: Piece, rank: int, kernels: Kernels | None) -> Context:
+    return Context(ctx.seed, ctx.step, piece.key(unit.name), rank, kernels)
+
+
+def _added(
+    few: Sequence[tuple[Piece, Sequence[Decompressed]]], like: Tensor, share: float, kernels: Kernels | None
+) -> Tensor:
+    """The sum, in the order in which the dense one would be made."""
+    entries = [
+        (indices + piece.run[0] if piece.run else indices, values)
+        for piece, parts in few
+        for indices, values in (part.entries() for part in parts)
+    ]
+    every = torch.cat([indices for indices, _ in entries])
+    there, places = cast("tuple[Tensor, Tensor]", torch.unique(every, return_inverse=True))  # ascending
+    total = torch.zeros(there.numel(), dtype=like.dtype, device=like.device)
+    at = 0
+    for indices, values in entries:
+        Sparse(places[at : at + indices.numel()], values, 1.0, kernels).add_to(total, share)
+        at += indices.numel()
+    where = torch.stack(torch.unravel_index(there, like.shape))
+    return torch.sparse_coo_tensor(where, total, like.shape, is_coalesced=True, check_invariants=False)
