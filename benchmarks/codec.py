@@ -21,9 +21,9 @@ from tests.test_sizes import resnet50
 from torch import Tensor
 
 import thinwire
-from thinwire.compressors.select import largest
 from thinwire.core import Context, Payload
 from thinwire.exchange.routes import Bucket, plan_bucket
+from thinwire.kernels.reference import REFERENCE
 from thinwire.report import results
 from thinwire.report.results import Row
 from thinwire.units import resolve, set_stage
@@ -165,7 +165,7 @@ def of_messages(n: int, rounds: int) -> list[Row]:
     rows: list[Row] = []
     x = torch.randn(n)
     for p in MESSAGE_DENSITIES:
-        chosen = largest(x.abs(), math.ceil(p * n))
+        chosen = REFERENCE.largest(x, math.ceil(p * n))
         selected, k = x[chosen], len(chosen)
         buckets = {values: plan([(n, 1)], p, values) for values in VALUES}
         seconds: dict[str, tuple[list[float], list[float]]] = {values: ([], []) for values in VALUES}
@@ -209,7 +209,7 @@ def of_tails(n: int) -> list[Row]:
     """What the codes lose of the 1 % of largest magnitude, and what evenly spaced levels would; by the tail."""
     rows: list[Row] = []
     for name, x in (("normal", torch.randn(n)), ("student3", torch.distributions.StudentT(3.0).sample((n,)))):
-        sent = x[largest(x.abs(), n // 100)]
+        sent = x[REFERENCE.largest(x, n // 100)]
         lo, hi = sent.abs().aminmax()
         for code, bits in CODES.items():
             step = (hi - lo) / max(1, 2 ** (bits - 1) - 1)

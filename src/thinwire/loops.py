@@ -26,7 +26,7 @@ class Accumulation:
 class Pass:
     """One contiguous range of one unit, to be accumulated and looked through: 1-D tensors ``[n]``.
 
-    ``grad`` has any floating dtype and is set to zero; the states are float32 or bfloat16, all alike.
+    ``grad`` has any floating dtype and, where ``clear``, is set to zero; the states are float32 or bfloat16, all alike.
     """
 
     rule: Accumulation
@@ -36,6 +36,7 @@ class Pass:
     old_momentum: Tensor | None
     new_momentum: Tensor | None
     scale: float = 1.0
+    clear: bool = True
 
 
 class Selection(Protocol):
@@ -74,7 +75,7 @@ class Kernels(Protocol):
         ...
 
     def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Found]:
-        """Write the new states, clear the gradients; answers where ``|v'|`` is not below the threshold (NaN never is).
+        """Write the new states; answers where ``|v'|`` is not below the threshold.
 
         Thresholds are scalars of the state's dtype and device. NaN is not below any.
         """
@@ -88,8 +89,16 @@ class Kernels(Protocol):
         """The k-th largest of ``magnitude`` ``[n]``, a scalar; 1 <= k <= n, and NaN is as large as infinity."""
         ...
 
+    def largest(self, x: Tensor, k: int) -> Tensor:
+        """Ascending indices, int64 ``[min(k, n)]``, of the k largest of ``|x|`` ``[n]``; of equal ones the first."""
+        ...
+
     def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
         """``out[indices] += alpha * values``, one after the other, for ``out`` of one dimension."""
+        ...
+
+    def union(self, indices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """All that occur in these int64 ``[m_i]``, ascending, and where each of ``torch.cat(indices)`` stands there."""
         ...
 
     def encode_indices(self, indices: Tensor, n: int) -> Tensor:

@@ -48,12 +48,19 @@ class Outbox:
 
 @torch.no_grad()
 def send(
-    bucket: Bucket, grads: Sequence[Tensor], worker: Worker, step: int, used: Sequence[bool], loss_scale: float = 1.0
+    bucket: Bucket,
+    grads: Sequence[Tensor],
+    worker: Worker,
+    step: int,
+    used: Sequence[bool],
+    loss_scale: float = 1.0,
+    clear: bool = True,
 ) -> Outbox:
     """The sending half: from one rank's gradients to its messages, one for each group of the bucket.
 
     Everything that only this rank remembers is prepared here, to be final once the optimizer has stepped. The
-    gradients may be overwritten.
+    gradients may be overwritten; ``clear`` asks for zeros where they have been read for the last time, so that what
+    arrives can be added to them.
     """
     messages: list[Tensor] = []
     cleared: set[int] = set()
@@ -63,8 +70,9 @@ def send(
             Context(worker.seed, step, piece.key(unit.name), worker.rank, worker.kernels, unit.exact)
             for piece, unit, _ in named
         ]
-        selected = select(bucket.units, group.pieces, grads, worker, contexts, 1.0 / loss_scale)
-        cleared |= {i for i, pieces in group.by_unit.items() if selected.keys() >= {j for j, _ in pieces}}
+        selected = select(bucket.units, group.pieces, grads, worker, contexts, 1.0 / loss_scale, clear)
+        if clear:
+            cleared |= {i for i, pieces in group.by_unit.items() if selected.keys() >= {j for j, _ in pieces}}
         asked = [
             ask(unit, piece, grad, worker, contexts[j], selected.get(j), loss_scale)
             for j, (piece, unit, grad) in enumerate(named)

@@ -1,13 +1,13 @@
-"""What a unit receives: the mean over all senders, in its gradient or, where few elements arrive, as a sparse tensor."""
+"""What a unit receives: the mean over all senders, as a gradient or, where few elements arrive, as a sparse tensor."""
 
 from collections.abc import Generator, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from thinwire.core import Context, Payload
 from thinwire.exchange.groups import Group, Piece
+from thinwire.kernels.reference import REFERENCE
 from thinwire.loops import Kernels
 from thinwire.tensors import Decompressed, Sparse, float_at_least_32
 from thinwire.units import Unit
@@ -70,12 +70,18 @@ def _added(
         for piece, parts in few
         for indices, values in (part.entries() for part in parts)
     ]
-    every = torch.cat([indices for indices, _ in entries])
-    there, places = cast("tuple[Tensor, Tensor]", torch.unique(every, return_inverse=True))  # ascending
+    there, places = (kernels or REFERENCE).union([indices for indices, _ in entries])
     total = torch.zeros(there.numel(), dtype=like.dtype, device=like.device)
     at = 0
     for indices, values in entries:
         Sparse(places[at : at + indices.numel()], values, 1.0, kernels).add_to(total, share)
         at += indices.numel()
-    where = torch.stack(torch.unravel_index(there, like.shape))
-    return torch.sparse_coo_tensor(where, total, like.shape, is_coalesced=True, check_invariants=False)
+    where: list[Tensor] = []
+    for size in like.shape[:0:-1]:  # as torch.unravel_index, which is slow
+        rows = there // size
+        where.append(there - rows * size)
+        there = rows
+    where.append(there)
+    return torch.sparse_coo_tensor(
+        torch.stack(where[::-1]), total, like.shape, is_coalesced=True, check_invariants=False
+    )

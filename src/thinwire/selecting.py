@@ -19,23 +19,25 @@ def select(
     worker: Worker,
     contexts: Sequence[Context],
     scale: float,
+    clear: bool = True,
 ) -> dict[int, Found]:
     """Do what the memories and the selections of these pieces do, as far as a kernel can, for all of them together.
 
     Args:
         grads: of the units.
         contexts: of the pieces.
+        clear: whether gradients are to be zero afterwards.
 
     Returns:
         For each piece that was done: what is sent, ascending. Its next state is written, what is asked is the new
-        residual, and its gradient has been cleared.
+        residual.
     """
     works: dict[int, Pass] = {}
     selections: dict[int, Selection] = {}
     for j, (piece, ctx) in enumerate(zip(pieces, contexts, strict=True)):
         unit = units[piece.unit]
         selection = unit.compressor.sampling(piece.of(unit.own).shape, ctx)
-        work = None if selection is None else _pass(unit, piece, grads[piece.unit], worker, scale)
+        work = None if selection is None else _pass(unit, piece, grads[piece.unit], worker, scale, clear)
         if selection is not None and work is not None and worker.kernels.runs(work):
             works[j], selections[j] = work, selection
     kernels = worker.kernels
@@ -66,7 +68,7 @@ def rehearse(units: Sequence[Unit], kernels: Kernels) -> None:
                 kernels.add(torch.zeros_like(new_v), found, values, 1.0)
 
 
-def _pass(unit: Unit, piece: Piece, grad: Tensor, worker: Worker, scale: float) -> Pass | None:
+def _pass(unit: Unit, piece: Piece, grad: Tensor, worker: Worker, scale: float, clear: bool) -> Pass | None:
     """None where the memory has to do more, or tensors lie differently in memory."""
     rule, local = unit.memory.accumulation, worker.local[unit.name]
     if rule is None or "carried" in local.now:
@@ -76,7 +78,7 @@ def _pass(unit: Unit, piece: Piece, grad: Tensor, worker: Worker, scale: float) 
         return None
     now, new = piece.of_state(local.now), piece.of_state(local.next)
     u, new_u = (flat(state["momentum"]) if rule.momentum is not None else None for state in (now, new))
-    return Pass(rule, flat(piece.of(grad)), flat(now["residual"]), flat(new["residual"]), u, new_u, scale)
+    return Pass(rule, flat(piece.of(grad)), flat(now["residual"]), flat(new["residual"]), u, new_u, scale, clear)
 
 
 def ask(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from thinwire.compressors.select import Sampling, largest
+from thinwire.compressors.select import Sampling
 from thinwire.compressors.sidco import SIDCo
 from thinwire.core import Context
 from thinwire.kernels.reference import REFERENCE
@@ -27,7 +27,7 @@ def oracle(magnitude: torch.Tensor, k: int) -> list[int]:
 @pytest.mark.parametrize("levels", [2, 5, None])
 def test_largest_against_numpy(k, levels):
     magnitude = torch.rand(100) if levels is None else torch.randint(0, levels, (100,)).float()
-    assert largest(magnitude, k).tolist() == oracle(magnitude, min(k, 100))
+    assert REFERENCE.largest(magnitude, k).tolist() == oracle(magnitude, min(k, 100))
 
 
 def test_sampled_sends_at_most_k_and_at_least_four_fifths():
@@ -72,7 +72,10 @@ def test_sample_is_redrawn_each_step_and_crosses_rows():
 def test_what_is_not_finite_is_selected_first_and_never_more_than_k(value, count):
     magnitude = torch.rand(4000)
     magnitude[torch.randperm(4000)[:count]] = value
-    for chosen in (largest(magnitude, 20), by_threshold(magnitude, 20, 1, CTX, ratio=0.01, lower=0.8, attempts=5)):
+    for chosen in (
+        REFERENCE.largest(magnitude, 20),
+        by_threshold(magnitude, 20, 1, CTX, ratio=0.01, lower=0.8, attempts=5),
+    ):
         assert chosen.numel() <= 20
         assert (~magnitude[chosen].isfinite()).sum() == min(count, chosen.numel())
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from thinwire.compressors import chunked
 from thinwire.compressors.buckets import check_bucket
-from thinwire.compressors.select import largest, largest_of_each
+from thinwire.compressors.select import largest_of_each
 from thinwire.core import Compressor, Context, Payload, State
+from thinwire.kernels.reference import REFERENCE
 from thinwire.tensors import Decompressed, Sparse, ThinwireError, flat
 
 
@@ -80,7 +81,7 @@ class BlockTopK(Compressor):
         flattened = flat(x)
         magnitude, whole = flattened.abs(), n - n % self.block
         rows = largest_of_each(magnitude[:whole].view(-1, self.block), each)
-        tail = largest(magnitude[whole:], math.ceil(self.density * (n - whole))) + whole
+        tail = REFERENCE.largest(magnitude[whole:], math.ceil(self.density * (n - whole))) + whole
         chosen = torch.cat([rows, tail])
         return flattened[chosen], chunked.encode(chosen, n, size, ctx)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from thinwire.core import Context
-from thinwire.kernels.reference import REFERENCE, runs
+from thinwire.kernels.reference import runs
 from thinwire.loops import Found, Kernels
 
 SAMPLED_AMONG = 64
@@ -28,27 +28,6 @@ RUN = 8
 """Elements of a sample that stand side by side, in one line of the cache: they come from memory together."""
 EXACT_BELOW = 100_000
 """Elements below which an exact selection is as cheap."""
-
-
-def at_least(magnitude: Tensor, threshold: Tensor) -> Tensor:
-    """Ascending indices of what is not below the threshold; NaN is not, so that it is sent and seen."""
-    return magnitude.lt(threshold).logical_not_().nonzero().view(-1)
-
-
-def largest(magnitude: Tensor, k: int, kernels: Kernels = REFERENCE) -> Tensor:
-    """Ascending indices, int64 ``[min(k, n)]``, of the k largest of ``magnitude`` ``[n]``."""
-    n = magnitude.numel()
-    if k >= n:
-        return torch.arange(n, device=magnitude.device)
-    if k == 0:
-        return torch.empty(0, dtype=torch.int64, device=magnitude.device)
-    threshold = kernels.kth(magnitude, k)
-    candidates = at_least(magnitude, threshold)
-    if candidates.numel() == k:
-        return candidates
-    above = magnitude[candidates].nan_to_num(math.inf, math.inf) > threshold
-    ties = candidates[~above][: k - int(above.sum())]
-    return torch.cat([candidates[above], ties]).sort().values
 
 
 def largest_of_each(magnitude: Tensor, k: int) -> Tensor:
@@ -122,7 +101,7 @@ class Sampling:
         indices, values = found
         if indices.numel() <= self.k:
             return found
-        kept = largest(values.abs(), self.k, kernels)
+        kept = kernels.largest(values, self.k)
         return indices[kept], values[kept]
 
     def select(self, x: Tensor, kernels: Kernels) -> Found:

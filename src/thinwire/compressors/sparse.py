@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compressors.cast import DTYPES, dtype_named
-from thinwire.compressors.select import EXACT_BELOW, Sampling, largest, sample_size
+from thinwire.compressors.select import EXACT_BELOW, Sampling, sample_size
 from thinwire.core import Compressor, Context, Payload, State
 from thinwire.kernels.reference import REFERENCE
 from thinwire.loops import Found
@@ -140,7 +140,7 @@ class TopK(Compressor):
 
     def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
         """Exact whatever ``selection`` says: there are few elements to choose from."""
-        chosen = largest(x.values.abs(), self.k(like.numel()))
+        chosen = (ctx.kernels or REFERENCE).largest(x.values, self.k(like.numel()))
         return self.encode(x.indices[chosen], x.values[chosen].to(like.dtype), like.numel(), ctx)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
@@ -171,5 +171,5 @@ class TopK(Compressor):
         sampling = self.sampling(shape, ctx)
         if sampling is not None:
             return sampling.select(x, ctx.kernels or REFERENCE)
-        chosen = largest(x.abs(), k)
+        chosen = (ctx.kernels or REFERENCE).largest(x, k)
         return chosen, x[chosen]

@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.compressors.select import at_least, largest
 from thinwire.compressors.sparse import TopK
 from thinwire.core import Compressor, Context, Payload, State
+from thinwire.kernels.reference import REFERENCE, at_least
 from thinwire.tensors import Decompressed, Sparse, ThinwireError, flat
 
 
@@ -16,8 +16,8 @@ def bounded(magnitude: Tensor, threshold: float, k: int) -> Tensor:
     """Ascending indices of ``magnitude`` ``[n]`` not below ``threshold``: of them the k largest, and at least one."""
     chosen = at_least(magnitude, torch.tensor(threshold, dtype=torch.float64).to(magnitude))
     if chosen.numel() > k:
-        return chosen[largest(magnitude[chosen], k)]
-    return chosen if chosen.numel() else largest(magnitude, min(k, 1))
+        return chosen[REFERENCE.largest(magnitude[chosen], k)]
+    return chosen if chosen.numel() else REFERENCE.largest(magnitude, min(k, 1))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""``attach``: the one line. It finds out what the model is wrapped in; ``ddp.py``, ``fsdp2.py`` and ``plain.py`` know the rest."""
+"""``attach``: the one line. It finds out what the model is wrapped in; ``ddp``, ``fsdp2`` and ``plain`` know the rest."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -81,9 +81,9 @@ def attach(
     """Exchange the gradients of a model by ``method``. A collective call: all ranks make it alike.
 
     Args:
-        model: a ``DistributedDataParallel``; one whose parts went through ``fully_shard`` on a mesh of one dimension; or,
-            with ``process_group=``, one that nothing is wrapped around. On gloo or NCCL; before the first step or
-            between any two.
+        model: a ``DistributedDataParallel``; one whose parts went through ``fully_shard`` on a mesh of one dimension;
+            or, with ``process_group=``, one that nothing is wrapped around. On gloo or NCCL; before the first step
+            or between any two.
         method: ``thinwire.dgc()``, ``thinwire.topk()``, ``thinwire.cast()``, ``thinwire.dense()`` or one of your own.
         optimizer: required by all methods that remember anything (dgc, topk): what a step changes there is final only
             when the optimizer steps. With dgc, ``momentum``, ``nesterov`` and ``weight_decay`` move from it into the
@@ -105,9 +105,9 @@ def attach(
             parameters and buffers of its first rank, and average gradients from then on, as under DDP, but without
             DDP's copies into buckets. Buffers are not broadcast again. Accumulate under ``wire.no_sync()``.
         sparse_gradients: (no wrapper) give the optimizer sparse tensors where at most 1/32 of the elements arrive, so
-            that a step touches what has arrived instead of every parameter; and let go of each dense gradient as soon as
-            it is compressed. For ``torch.optim.SGD``, ``SparseAdam`` and ``Adagrad``, with a method that leaves them
-            neither momentum nor weight decay, as dgc does. Norms and clipping see sparse tensors.
+            that a step touches what has arrived instead of every parameter; and let go of each dense gradient as soon
+            as it is compressed. For ``torch.optim.SGD``, ``SparseAdam`` and ``Adagrad``, with a method that leaves
+            them neither momentum nor weight decay, as dgc does. Norms and clipping see sparse tensors.
         replicate: (FSDP2) the mesh, of one dimension, over the replicas of each shard: the reduce-scattered gradients
             are exchanged over it by ``method``, and residuals have the size of a shard. None for no replicas.
         reduce_scatter: (FSDP2) how gradients travel between the ranks that a parameter is sharded over, e.g.
@@ -123,8 +123,8 @@ def attach(
         The session: ``report()``, ``set_method()``, ``detach()``, and ``ledger``.
 
     Raises:
-        ThinwireError: the model is none of these, its hook slot is taken, its optimizer does not fit the method, ranks ask
-            for different things, or a compressed parameter has sparse gradients. Nothing has been changed then.
+        ThinwireError: the model is none of these, its hook slot is taken, its optimizer does not fit the method, ranks
+            ask for different things, or a compressed parameter has sparse gradients. Nothing has been changed then.
 
     Example::
 

@@ -29,7 +29,7 @@ class Departures:
     """Holds buckets for clipping, lets small ones wait for company, and follows all of them until they have landed.
 
     Args:
-        sparse: whether a gradient of which few elements have arrived takes its place among ``grads`` as a sparse tensor.
+        sparse: whether a gradient of which few elements have arrived takes its place among ``grads`` as a sparse one.
     """
 
     def __init__(self, sparse: bool = False) -> None:
@@ -113,7 +113,7 @@ class Departures:
         step, row = session.step, session.row
         session.count(bucket)
         with self.side_stream(buffer), Stopwatch(row, "send_seconds"):
-            outbox = pipeline.send(bucket, grads, session.workers[0], step, used, session.loss_scale)
+            outbox = pipeline.send(bucket, grads, session.workers[0], step, used, session.loss_scale, not self.sparse)
         flight = Flight(
             bucket, outbox, grads, buffer, used, session.seed, step, session.loss_scale, row,
             session.transaction.verdicts, session.workers[0].kernels, self.sparse,

@@ -26,8 +26,9 @@ from thinwire.session import Session
 from thinwire.succession import agree
 from thinwire.tensors import ThinwireError
 
-BUCKET = 2**23
-"""Bytes of gradients that leave together: few enough that the first leave early, and are still in a cache."""
+BUCKET = 25 * 2**20
+"""Bytes of gradients that leave together, as in DDP. With a third of it a step of 25 million parameters took 10 % more
+time on CPUs: the code that compresses is no longer in the cache when backward comes with the next bucket."""
 TAKES_SPARSE = (torch.optim.SGD, torch.optim.SparseAdam, torch.optim.Adagrad)
 
 
@@ -48,7 +49,7 @@ class Plain:
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
         self.model, self.nodes, self.sparse, self.optimizer = model, nodes, sparse, optimizer
-        if cast(object, group) is dist.GroupMember.NON_GROUP_MEMBER:  # torch's answer to a rank outside of the group
+        if cast(object, group) is dist.GroupMember.NON_GROUP_MEMBER:  # torch's answer to a rank outside
             raise ThinwireError(f"process_group is {group!r}; this rank must be in the group that trains the model")
         self.group = group
         self.talk = ProcessGroup(group)
@@ -70,7 +71,7 @@ class Plain:
             for key in ("momentum", "weight_decay"):
                 if group.get(key):
                     raise ThinwireError(
-                        f"sparse_gradients=True, and the optimizer has {key}={group[key]}, which touches every element; "
+                        f"sparse_gradients=True, and the optimizer has {key}={group[key]}, which touches every element: "
                         "use thinwire.dgc(), whose memory takes it over, or leave the option out"
                     )
 
@@ -95,7 +96,7 @@ class Plain:
             if isinstance(param, DTensor) or param.is_meta:
                 what = "is a DTensor" if isinstance(param, DTensor) else "is on the meta device"
                 raise ThinwireError(
-                    f"parameter {name!r} {what}; process_group= is for a model that every rank holds whole and initialised"
+                    f"parameter {name!r} {what}; process_group= is for a model that every rank holds whole"
                 )
         for name, module in modules:
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:

@@ -19,7 +19,7 @@ a rule for another world size; here it stands with the owner's first one.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,9 @@ from torch import Tensor
 from thinwire.core import Compressor, Context, Payload
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.exchange.groups import Group, Piece
+from thinwire.kernels.reference import REFERENCE
 from thinwire.link import Kind, wire_bytes
+from thinwire.loops import Kernels
 from thinwire.tensors import Decompressed, Sparse, float_at_least_32
 from thinwire.units import Unit, Worker, payload_like, payload_nbytes
 from thinwire.wire.layout import Layout
@@ -123,6 +125,7 @@ class TwoPhase(Group):
                 for payload, ctx in zip(payloads, contexts, strict=False)
             ],
             like,
+            worker.kernels,
         )
         mean.values.mul_(1.0 / world)
         again = self.packer(unit)
@@ -179,7 +182,7 @@ def two_phase(
     )
 
 
-def added(parts: Sequence[Decompressed], like: Tensor) -> Sparse:
+def added(parts: Sequence[Decompressed], like: Tensor, kernels: Kernels = REFERENCE) -> Sparse:
     """The sum of one piece over all ranks, in rank order, at every element that any of them sent."""
     dtype = float_at_least_32(like.dtype)
     if parts[0].density >= 1.0:
@@ -189,7 +192,7 @@ def added(parts: Sequence[Decompressed], like: Tensor) -> Sparse:
             part.add_to(total)
         return Sparse(torch.arange(like.numel(), device=total.device), total, 1.0)
     indices, values = zip(*(part.entries() for part in parts), strict=True)
-    there, place = cast("tuple[Tensor, Tensor]", torch.unique(torch.cat(indices), return_inverse=True))  # ascending
+    there, place = kernels.union(indices)
     total = torch.zeros(there.numel(), dtype=dtype, device=there.device)
     total.index_add_(0, place, torch.cat(values).to(dtype))  # on CPU in this order; elsewhere only the owner adds
     return Sparse(there, total, there.numel() / like.numel())

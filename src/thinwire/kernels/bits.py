@@ -61,27 +61,17 @@ def found(masks: Any, x: Any, offset: int) -> Any:
 
 
 @_compiled
-def kth(x: Any, k: int) -> int:
-    """The k-th largest of the bits of float32 that are not negative; NaN counts as infinity.
-
-    A radix select: which 11 bits it begins with, then of those that begin so the next 11, and the last 9.
-    """
-    infinity = 0x7F800000
-    counts = numpy.empty(2048, numpy.int64)
-    start = 0
-    for low, high in ((20, 31), (9, 20), (0, 9)):
-        counts[:] = 0
-        size = (1 << (high - low)) - 1
-        for bits in x:
-            bits = min(bits, infinity)
-            if bits >> high == start >> high:
-                counts[(bits >> low) & size] += 1
-        digit = size
-        while counts[digit] < k:
-            k -= counts[digit]
-            digit -= 1
-        start |= digit << low
-    return start
+def at_least(x: Any, least: int, out: Any) -> None:
+    """Where bits of magnitudes are above ``least``, and of those equal to it the first, as far as ``out`` has room."""
+    ties = out.size
+    for bits in x:
+        ties -= bits > least
+    at = 0
+    for i in range(x.size):
+        if x[i] > least or (x[i] == least and ties > 0):
+            ties -= x[i] == least
+            out[at] = i
+            at += 1
 
 
 @_compiled
@@ -109,6 +99,30 @@ def add(out: Any, indices: Any, values: Any, alpha: float) -> None:
         if i < 0 or i >= out.size:
             raise IndexError("an index lies outside of the tensor")
         out[i] += a * values[j]
+
+
+@_compiled
+def union(every: Any, heads: Any, ends: Any, there: Any, places: Any) -> int:
+    """Merge runs that ascend, each from ``heads`` to ``ends``; answers how many differ, or -1: one does not ascend.
+
+    ``there``: those that differ, ascending; ``places``: where each of ``every`` stands among them.
+    """
+    m = 0
+    while True:
+        least, left = 0, False
+        for r in range(heads.size):
+            if heads[r] < ends[r] and (not left or every[heads[r]] < least):
+                least, left = every[heads[r]], True
+        if not left:
+            return m
+        if m and least <= there[m - 1]:
+            return -1
+        there[m] = least
+        for r in range(heads.size):
+            while heads[r] < ends[r] and every[heads[r]] == least:
+                places[heads[r]] = m
+                heads[r] += 1
+        m += 1
 
 
 @_compiled

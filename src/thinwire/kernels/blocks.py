@@ -86,17 +86,18 @@ def _fetch(b: Any, address: Any) -> None:
 
 
 @cache
-def accumulate(kind: str, grad: str, state: str, past_cache: bool, ahead: int = 0) -> Any:
+def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, ahead: int = 0) -> Any:
     """``f(g, u, v, new_u, new_v, momentum, scale, threshold) -> mask`` for one block at these addresses.
 
     Args:
         kind: ``"plain"`` (no momentum), ``"momentum"`` or ``"nesterov"``.
         grad, state: dtypes; each operation is rounded to float32, and bfloat16 states once more when stored.
         past_cache: states are aligned to a vector, and are not kept in the cache.
+        clear: set the gradient to zero.
         ahead: bytes of the state to fetch ahead; where several threads share the memory, the processor's own guess is
             too short.
 
-    Bit ``i`` of the mask is set where ``|v'_i|`` is not below the threshold. The gradient is cleared.
+    Bit ``i`` of the mask is set where ``|v'_i|`` is not below the threshold.
     """
 
     @_intrinsic
@@ -135,8 +136,8 @@ def accumulate(kind: str, grad: str, state: str, past_cache: bool, ahead: int = 
                 high = b.icmp_unsigned(">=", b.and_(bits, _all(0x7FFFFFFF)), least)
                 found = b.zext(b.bitcast(high, I16), I64)
                 mask = b.or_(mask, b.shl(found, ir.Constant(I64, j * LANES)))
-                zero = _all(0) if grad == "float32" else _all(0, VH)
-                _store(b, zero, g, j, False)
+                if clear:
+                    _store(b, _all(0) if grad == "float32" else _all(0, VH), g, j, False)
             return mask
 
         return _types.uint64(*address, _types.float32, _types.float32, _types.float32), generate
@@ -186,10 +187,10 @@ def copy(_: Any, to: Any, source: Any, nbytes: Any) -> Any:
 
 
 @cache
-def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, ahead: int) -> Any:
+def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, clear: bool, ahead: int) -> Any:
     """``f(g, u, v, new_u, new_v, n, momentum, scale, threshold, masks)``: addresses of ``n`` elements each."""
-    block = accumulate(kind, grad, state, past_cache, ahead)
-    edge = accumulate(kind, grad, state, False)
+    block = accumulate(kind, grad, state, past_cache, clear, ahead)
+    edge = accumulate(kind, grad, state, False, clear)
     wide_g, wide = BLOCK * ITEMSIZE[grad], BLOCK * ITEMSIZE[state]
 
     @_njit(nogil=True)

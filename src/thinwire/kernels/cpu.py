@@ -4,6 +4,7 @@ A pass leaves a word of 64 bits for each block of 64 elements, whose bits are wh
 is allocated for a number of elements that nobody knows; a second walk, over these words, finds them.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,6 +26,10 @@ MIN_BLOCKS = 2**12
 """Fewer blocks than this are not worth another thread."""
 AHEAD = 3072
 """Bytes of state to fetch ahead where several threads share the memory."""
+INFINITY = 0x7F800000
+"""Its bits; those of NaN are above."""
+MERGED = 16
+"""Runs of indices that are merged; more are sorted."""
 STATES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 GRADS = STATES | {torch.float16: "float16"}
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
@@ -89,8 +94,17 @@ class Cpu:
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
         if magnitude.dtype != torch.float32:
             return REFERENCE.kth(magnitude, k)
-        as_bits = numpy.array(bits.kth(magnitude.view(torch.int32).numpy(), k), numpy.int32)
-        return torch.from_numpy(as_bits).view(torch.float32)
+        place = magnitude.numel() - k
+        kth = float(numpy.partition(magnitude.numpy(), place)[place])
+        return torch.tensor(math.inf if math.isnan(kth) else kth)  # NaN comes last
+
+    def largest(self, x: Tensor, k: int) -> Tensor:
+        if x.dtype != torch.float32 or not 0 < k < x.numel():
+            return REFERENCE.largest(x, k)
+        as_bits = numpy.minimum(x.view(torch.int32).numpy() & 0x7FFFFFFF, INFINITY)
+        place, out = x.numel() - k, numpy.empty(k, numpy.int64)
+        bits.at_least(as_bits, numpy.partition(as_bits, place)[place], out)
+        return torch.from_numpy(out)
 
     def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
         if out.dtype == torch.float32:
@@ -115,7 +129,7 @@ class Cpu:
         tensors = (work.grad, u, v, new_u, new_v)
         addresses = [t.data_ptr() + low * BLOCK * t.itemsize for t in tensors]
         aligned = all(address % (blocks.LANES * new_v.itemsize) == 0 for address in addresses[3:])
-        run = blocks.compiled_pass(_kind(work), GRADS[work.grad.dtype], STATES[new_v.dtype], aligned, ahead)
+        run = blocks.compiled_pass(_kind(work), GRADS[work.grad.dtype], STATES[new_v.dtype], aligned, work.clear, ahead)
         count = min(n, high * BLOCK) - low * BLOCK
         masks = self._masks[first + low : first + high]
         least, as_bits = float(threshold), new_v.view(BITS[new_v.dtype]).numpy()
@@ -125,6 +139,14 @@ class Cpu:
             return bits.found(masks, as_bits, low * BLOCK)
 
         return part
+
+    def union(self, indices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        every = torch.cat([*indices])
+        there, places = torch.empty_like(every), torch.empty_like(every)
+        *starts, total = accumulate((one.numel() for one in indices), initial=0)
+        heads, ends = numpy.array(starts, numpy.int64), numpy.array([*starts[1:], total], numpy.int64)
+        count = bits.union(every.numpy(), heads, ends, there.numpy(), places.numpy()) if len(indices) <= MERGED else -1
+        return (there[:count], places) if count >= 0 else REFERENCE.union(indices)
 
     def encode_indices(self, indices: Tensor, n: int) -> Tensor:
         k = indices.numel()

@@ -45,6 +45,7 @@ def _accumulate(
     momentum: Any,
     scale: Any,
     KIND: tl.constexpr,
+    CLEAR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -70,7 +71,8 @@ def _accumulate(
     if new_v.dtype.element_ty == _tl.bfloat16:
         y = _short(y)
     _tl.store(new_v + at, y.to(new_v.dtype.element_ty), mask=there)
-    _tl.store(g + at, _tl.zeros([ROWS, BLOCK], g.dtype.element_ty), mask=there)
+    if CLEAR:
+        _tl.store(g + at, _tl.zeros([ROWS, BLOCK], g.dtype.element_ty), mask=there)
     # magnitudes compare like their bits, with NaN above infinity
     bits = y.to(_tl.int32, bitcast=True) & 0x7FFFFFFF
     _tl.store(maxima + row, _tl.max(_tl.where(there, bits, 0), axis=1), mask=row * BLOCK < n)
@@ -96,7 +98,7 @@ class Cuda(Reference):
             u = new_v if work.old_momentum is None else work.old_momentum
             new_u = new_v if work.new_momentum is None else work.new_momentum
             kind = 0 if work.rule.momentum is None else 2 if work.rule.nesterov else 1
-            settings = (n, work.rule.momentum or 0.0, work.scale, kind, ROWS, BLOCK)
+            settings = (n, work.rule.momentum or 0.0, work.scale, kind, work.clear, ROWS, BLOCK)
             grid = (_cdiv(blocks, ROWS),)
             _accumulate[grid](work.grad, u, work.old_residual, new_u, new_v, maxima, *settings, enable_fp_fusion=False)
         return within(new_v, maxima.view(torch.float32), threshold)

@@ -21,6 +21,11 @@ CHUNK = 2**18
 BLOCK = 64
 
 
+def at_least(magnitude: Tensor, threshold: Tensor) -> Tensor:
+    """Ascending indices of what is not below the threshold; NaN is not, so that it is sent and seen."""
+    return magnitude.lt(threshold).logical_not_().nonzero().view(-1)
+
+
 class Reference:
     """Plain PyTorch, on any device."""
 
@@ -46,7 +51,8 @@ class Reference:
             grads, old, chunks(work.new_residual), chunks(work.old_momentum), new_u, strict=False
         ):
             accumulate(work.rule, work.scale, grad, v, new_v, u, w)
-            grad.zero_()
+            if work.clear:
+                grad.zero_()
             search.within(new_v)
         return search.found()
 
@@ -59,8 +65,25 @@ class Reference:
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
         return torch.topk(magnitude, k, sorted=False).values.nan_to_num(math.inf, math.inf).min()
 
+    def largest(self, x: Tensor, k: int) -> Tensor:
+        n, magnitude = x.numel(), x.abs()
+        if k >= n:
+            return torch.arange(n, device=x.device)
+        if k == 0:
+            return torch.empty(0, dtype=torch.int64, device=x.device)
+        threshold = self.kth(magnitude, k)
+        candidates = at_least(magnitude, threshold)
+        if candidates.numel() == k:
+            return candidates
+        above = magnitude[candidates].nan_to_num(math.inf, math.inf) > threshold
+        ties = candidates[~above][: k - int(above.sum())]
+        return torch.cat([candidates[above], ties]).sort().values
+
     def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
         out.index_add_(0, indices, values, alpha=alpha)
+
+    def union(self, indices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return cast("tuple[Tensor, Tensor]", torch.unique(torch.cat([*indices]), return_inverse=True))
 
     def encode_indices(self, indices: Tensor, n: int) -> Tensor:
         return elias_fano.encode(indices, n)
@@ -110,15 +133,15 @@ class Search:
 def within(x: Tensor, maxima: Tensor, threshold: Tensor) -> Found:
     """Where ``|x|`` is not below the threshold, given the maximum of each whole block; NaN is not below."""
     whole = x.numel() // BLOCK
-    hot = maxima[:whole].lt(threshold).logical_not_().nonzero().view(-1)
+    hot = at_least(maxima[:whole], threshold)
     rows = x[: whole * BLOCK].view(whole, BLOCK).index_select(0, hot).view(-1)
-    there = rows.abs().lt(threshold).logical_not_().nonzero().view(-1)
+    there = at_least(rows.abs(), threshold)
     indices = hot.index_select(0, there // BLOCK).mul_(BLOCK).add_(there % BLOCK)
     values = rows.index_select(0, there)
     if whole * BLOCK == x.numel():
         return indices, values
     end = x[whole * BLOCK :]
-    rest = end.abs().lt(threshold).logical_not_().nonzero().view(-1)
+    rest = at_least(end.abs(), threshold)
     return torch.cat([indices, rest + whole * BLOCK]), torch.cat([values, end[rest]])
 
 
