@@ -71,7 +71,7 @@ class Plain:
             for key in ("momentum", "weight_decay"):
                 if group.get(key):
                     raise ThinwireError(
-                        f"sparse_gradients=True, and the optimizer has {key}={group[key]}, which touches every element: "
+                        f"sparse_gradients=True, and the optimizer has {key}={group[key]}, which touches all elements: "
                         "use thinwire.dgc(), whose memory takes it over, or leave the option out"
                     )
 
