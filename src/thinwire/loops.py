@@ -15,7 +15,8 @@ class Accumulation:
     """How a memory adds a gradient to what it holds, as far as a kernel needs to know.
 
     ``u' = m u + s g``, ``v' = v + u'``; with Nesterov ``u' = m (u + s g)``, ``v' = v + u' + s g``; without a momentum
-    ``v' = v + s g``. ``s`` is 1 / loss scale, and each operation is rounded to float32.
+    ``v' = v + s g``. ``s`` is 1 / loss scale. Each operation is rounded to float32, ``m u + (s g)`` once: a fused
+    multiply-add.
     """
 
     momentum: float | None

@@ -1,4 +1,4 @@
-"""``attach``: the one line. It finds out what the model is wrapped in; ``ddp``, ``fsdp2`` and ``plain`` know the rest."""
+"""``attach``: the one line. It finds out what the model is wrapped in; ``ddp``, ``fsdp2``, ``plain`` know the rest."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager

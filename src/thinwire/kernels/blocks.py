@@ -76,6 +76,13 @@ def _store(b: Any, x: Any, address: Any, j: int, past_cache: bool) -> None:
         store.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
 
 
+def _fused(b: Any, x: Any, y: Any, z: Any) -> Any:
+    """``x y + z`` of scalars or vectors, rounded once."""
+    name = "llvm.fma.v16f32" if x.type == VF else "llvm.fma.f32"
+    kind = ir.FunctionType(x.type, [x.type] * 3)
+    return b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), [x, y, z])
+
+
 def _fetch(b: Any, address: Any) -> None:
     """Ask for the cache line at ``address``, which need not exist."""
     byte = ir.IntType(8).as_pointer()
@@ -91,7 +98,7 @@ def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, 
 
     Args:
         kind: ``"plain"`` (no momentum), ``"momentum"`` or ``"nesterov"``.
-        grad, state: dtypes; each operation is rounded to float32, and bfloat16 states once more when stored.
+        grad, state: dtypes; ``Accumulation`` in float32, and bfloat16 states once more when stored.
         past_cache: states are aligned to a vector, and are not kept in the cache.
         clear: set the gradient to zero.
         ahead: bytes of the state to fetch ahead; where several threads share the memory, the processor's own guess is
@@ -122,7 +129,7 @@ def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, 
                         un = b.fmul(b.fadd(ul, gl), m)
                         vn = b.fadd(b.fadd(vl, gl), un)
                     else:
-                        un = b.fadd(b.fmul(ul, m), gl)
+                        un = _fused(b, ul, m, gl)
                         vn = b.fadd(vl, un)
                     _store(b, _rounded(b, un) if state == "bfloat16" else un, new_u, j, past_cache)
                 if state == "bfloat16":
@@ -143,6 +150,16 @@ def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, 
         return _types.uint64(*address, _types.float32, _types.float32, _types.float32), generate
 
     return block
+
+
+@_intrinsic
+def fused(_: Any, x: Any, y: Any, z: Any) -> Any:
+    """``x y + z``, rounded once."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return _fused(b, *args)
+
+    return _types.float32(_types.float32, _types.float32, _types.float32), generate
 
 
 @cache
@@ -257,7 +274,7 @@ def compiled_sample(kind: str, grad: str, state: str) -> Any:
                 elif nesterov:
                     z = (y + x) + (load_s(u + at * size) + x) * m
                 else:
-                    z = y + (load_s(u + at * size) * m + x)
+                    z = y + fused(load_s(u + at * size), m, x)
                 out[i * run + at - first] = abs(as_bfloat16(z)) if short else abs(z)
 
     return pick

@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thinwire.kernels.reference import BLOCK, Reference, within
+from thinwire.kernels.reference import BLOCK, Reference, Search
 from thinwire.loops import Found, Pass
 
 _tl: Any = tl
 _jit: Any = cast(Any, triton).jit
 _cdiv: Any = cast(Any, triton).cdiv
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EXACT: Any = _tl.constexpr(INTERPRETED)
 ROWS = 256 if INTERPRETED else 16
 """Blocks that one program takes; the interpreter is slow by the program, not by the element."""
 STATES = (torch.float32, torch.bfloat16)
@@ -31,6 +32,23 @@ def _short(x: Any) -> Any:
     bits = x.to(_tl.int32, bitcast=True)
     near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
     return _tl.where(x != x, x, near.to(_tl.float32, bitcast=True))
+
+
+@_jit
+def _fused(a: Any, b: Any, c: Any) -> Any:
+    """``a b + c``, rounded once. The interpreter's own rounds twice, so there it is done in float64, rounded to odd."""
+    if not EXACT:
+        return _tl.fma(a, b, c)
+    product, wide = a.to(_tl.float64) * b.to(_tl.float64), c.to(_tl.float64)
+    total = product + wide
+    bits = total.to(_tl.int64, bitcast=True)
+    there = (bits & 0x7FF0000000000000) != 0x7FF0000000000000  # finite
+    sum, first, second = _tl.where(there, total, 0.0), _tl.where(there, product, 0.0), _tl.where(there, wide, 0.0)
+    back = sum - first
+    error = (first - (sum - back)) + (second - back)
+    nearer = _tl.where((error > 0) == (sum > 0), bits + 1, bits - 1)
+    inexact = (error != 0) & ((bits & 1) == 0)
+    return _tl.where(inexact, nearer, bits).to(_tl.float64, bitcast=True).to(_tl.float32)
 
 
 @_jit
@@ -63,7 +81,7 @@ def _accumulate(
             w = (w + x) * momentum
             y = (y + x) + w
         else:
-            w = w * momentum + x
+            w = _fused(w, _tl.full([ROWS, BLOCK], momentum, _tl.float32), x)
             y = y + w
         if new_u.dtype.element_ty == _tl.bfloat16:
             w = _short(w)
@@ -101,4 +119,4 @@ class Cuda(Reference):
             settings = (n, work.rule.momentum or 0.0, work.scale, kind, work.clear, ROWS, BLOCK)
             grid = (_cdiv(blocks, ROWS),)
             _accumulate[grid](work.grad, u, work.old_residual, new_u, new_v, maxima, *settings, enable_fp_fusion=False)
-        return within(new_v, maxima.view(torch.float32), threshold)
+        return Search(new_v, threshold, maxima.view(torch.float32)).within(0, n)

@@ -18,12 +18,20 @@ from thinwire.memories.feedback import accumulate
 from thinwire.wire import elias_fano
 
 CHUNK = 2**18
-BLOCK = 64
+SPAN = 2**21
+"""Elements that are searched at once: fewer cost calls, more cost memory that is not in the cache."""
+BLOCK = 2**6
+LOG = 6
 
 
 def at_least(magnitude: Tensor, threshold: Tensor) -> Tensor:
     """Ascending indices of what is not below the threshold; NaN is not, so that it is sent and seen."""
-    return magnitude.lt(threshold).logical_not_().nonzero().view(-1)
+    return _not_below(magnitude, threshold, torch.empty_like(magnitude)).nonzero().view(-1)
+
+
+def _not_below(magnitude: Tensor, threshold: Tensor, room: Tensor) -> Tensor:
+    """A mask; by way of floats in ``room``, since a comparison that writes bools takes three times as long on CPUs."""
+    return torch.lt(magnitude, threshold, out=room).bool().logical_not_()
 
 
 class Reference:
@@ -51,15 +59,17 @@ class Reference:
             grads, old, chunks(work.new_residual), chunks(work.old_momentum), new_u, strict=False
         ):
             accumulate(work.rule, work.scale, grad, v, new_v, u, w)
+            search.take(
+                new_v, grad if grad.dtype == new_v.dtype else None
+            )  # it is in the cache, and read for the last time
             if work.clear:
                 grad.zero_()
-            search.within(new_v)
         return search.found()
 
     def look(self, x: Tensor, threshold: Tensor) -> Found:
         search = Search(x, threshold)
         for part in chunks(x):
-            search.within(part)
+            search.take(part)
         return search.found()
 
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
@@ -110,39 +120,58 @@ def chunks(x: Tensor | None) -> Iterable[Any]:
 
 
 class Search:
-    """Where ``|x|`` of ``[n]`` is not below the threshold; chunk after chunk, while each is in the cache."""
+    """Where ``|x|`` of ``[n]`` is not below the threshold.
 
-    def __init__(self, x: Tensor, threshold: Tensor) -> None:
-        self._threshold = threshold
-        self._room = torch.empty_like(x[:CHUNK] if x.device.type == "cpu" else x)
+    Each chunk leaves the maxima of its blocks while it is in the cache; after some chunks these tell where to look.
+    """
+
+    def __init__(self, x: Tensor, threshold: Tensor, maxima: Tensor | None = None) -> None:
+        self._x, self._threshold = x, threshold
+        self.maxima = x.new_empty(x.numel() // BLOCK) if maxima is None else maxima
+        self._rows, self._magnitudes = x.new_empty(0), x.new_empty(0)
+        self._room: Tensor | None = None
         self._found: list[Found] = []
-        self._at = 0
+        self._searched = self._taken = 0
 
-    def within(self, part: Tensor) -> None:
-        whole = part.numel() // BLOCK * BLOCK
-        magnitudes = torch.abs(part[:whole], out=self._room[:whole])
-        indices, values = within(part, magnitudes.view(-1, BLOCK).amax(dim=1), self._threshold)
-        self._found.append((indices.add_(self._at), values))
-        self._at += part.numel()
+    def take(self, part: Tensor, room: Tensor | None = None) -> None:
+        """The next chunk; ``room`` may be overwritten."""
+        if room is None:
+            room = self._room = torch.empty_like(part) if self._room is None else self._room
+        whole, block = part.numel() // BLOCK, self._taken // BLOCK
+        magnitudes = torch.abs(part, out=room[: part.numel()])[: whole * BLOCK]
+        torch.amax(magnitudes.view(-1, BLOCK), dim=1, out=self.maxima[block : block + whole])
+        self._taken += part.numel()
+        if self._taken - self._searched >= SPAN or self._taken == self._x.numel():
+            self._found.append(self.within(self._searched, self._taken))
+            self._searched = self._taken
+
+    def within(self, start: int, stop: int) -> Found:
+        """What there is from ``start``, of a block, to ``stop``; maxima are known and spent.
+
+        Little is allocated, since fresh memory is slow.
+        """
+        blocks, end = slice(start // BLOCK, stop // BLOCK), stop // BLOCK * BLOCK
+        hot = _not_below(self.maxima[blocks], self._threshold, self.maxima[blocks]).nonzero().view(-1)
+        of_blocks = (hot.numel(), BLOCK)
+        rows, magnitudes = self._rows.resize_(of_blocks), self._magnitudes.resize_(of_blocks)
+        torch.index_select(self._x[start:end].view(-1, BLOCK), 0, hot, out=rows)
+        mask = _not_below(torch.abs(rows, out=magnitudes), self._threshold, magnitudes)
+        words = mask.view(-1).view(torch.int64)  # 8 at once, since few are there
+        some = words.nonzero().view(-1)
+        there = words.index_select(0, some).view(torch.bool).nonzero().view(-1)
+        there = some.index_select(0, there >> 3).mul_(8).add_(there & 7)
+        indices = hot.index_select(0, there >> LOG).mul_(BLOCK).add_(there & (BLOCK - 1)).add_(start)
+        values = rows.view(-1).index_select(0, there)
+        if end == stop:
+            return indices, values
+        rest = at_least(self._x[end:stop].abs(), self._threshold).add_(end)
+        return torch.cat([indices, rest]), torch.cat([values, self._x[rest]])
 
     def found(self) -> Found:
+        if len(self._found) == 1:
+            return self._found[0]
         indices, values = zip(*self._found, strict=True)
         return torch.cat(indices), torch.cat(values)
-
-
-def within(x: Tensor, maxima: Tensor, threshold: Tensor) -> Found:
-    """Where ``|x|`` is not below the threshold, given the maximum of each whole block; NaN is not below."""
-    whole = x.numel() // BLOCK
-    hot = at_least(maxima[:whole], threshold)
-    rows = x[: whole * BLOCK].view(whole, BLOCK).index_select(0, hot).view(-1)
-    there = at_least(rows.abs(), threshold)
-    indices = hot.index_select(0, there // BLOCK).mul_(BLOCK).add_(there % BLOCK)
-    values = rows.index_select(0, there)
-    if whole * BLOCK == x.numel():
-        return indices, values
-    end = x[whole * BLOCK :]
-    rest = at_least(end.abs(), threshold)
-    return torch.cat([indices, rest + whole * BLOCK]), torch.cat([values, end[rest]])
 
 
 REFERENCE = Reference()
