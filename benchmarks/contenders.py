@@ -1,7 +1,7 @@
 """What is compared with what: models, and ways of training them that differ in how gradients are exchanged.
 
 A DDP model takes one communication hook for life, so there is one DDP for plain training, one for PyTorch's hooks, and
-one for thinwire, each with a copy of the same model.
+one for thinwire, each with a copy of the same model; and copies without a wrapper, where thinwire is fastest.
 """
 
 import contextlib
@@ -43,18 +43,19 @@ PLAIN = {"local": (False, 0.9), "dense": (True, 0.9), "local_sgd": (False, 0.0),
 """(whether gradients are exchanged, momentum of the optimizer). DGC's momentum is in its memory, at the price of an
 optimizer without; so plain training is measured with momentum and without."""
 
-THINWIRE: dict[str, Callable[[], thinwire.Method]] = {
-    "dgc": lambda: thinwire.dgc(0.001),
-    "dgc_int4": lambda: thinwire.dgc(0.001, values="int4"),
-    "dgc_two_phase": lambda: thinwire.dgc(0.001, route="two_phase"),
-    "topk": lambda: thinwire.topk(0.001),
-    "cast": thinwire.cast,
-    "thinwire_powersgd1": lambda: thinwire.powersgd(1),
-    "thinwire_powersgd4": lambda: thinwire.powersgd(4),
+THINWIRE: dict[str, tuple[Callable[[], thinwire.Method], str]] = {
+    "dgc": (lambda: thinwire.dgc(0.001), "sparse"),
+    "dgc_int4": (lambda: thinwire.dgc(0.001, values="int4"), "sparse"),
+    "dgc_two_phase": (lambda: thinwire.dgc(0.001, route="two_phase"), "sparse"),
+    "dgc_bare": (lambda: thinwire.dgc(0.001), "bare"),
+    "dgc_ddp": (lambda: thinwire.dgc(0.001), "ddp"),
+    "topk": (lambda: thinwire.topk(0.001), "ddp"),
+    "cast": (thinwire.cast, "ddp"),
+    "thinwire_powersgd1": (lambda: thinwire.powersgd(1), "ddp"),
+    "thinwire_powersgd4": (lambda: thinwire.powersgd(4), "ddp"),
 }
-"""One line for each method of thinwire that is to be measured, under DDP..."""
-BARE = {"dgc_bare": False, "dgc_sparse": True}
-"""...and DGC without a wrapper, with dense or with sparse gradients for the optimizer."""
+"""One line for each method of thinwire that is to be measured, and where: under DDP; on the bare model; or on the bare
+model with sparse gradients for the optimizer."""
 
 
 def bf16_hook(_: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -83,7 +84,7 @@ HOOKS: dict[str, Callable[[], Callable[[Any, GradBucket], torch.futures.Future[t
     "powersgd1": lambda: power_sgd(1),
     "powersgd4": lambda: power_sgd(4),
 }
-NAMES = (*PLAIN, *HOOKS, *THINWIRE, *BARE)
+NAMES = (*PLAIN, *HOOKS, *THINWIRE)
 
 
 @dataclass
@@ -123,21 +124,17 @@ def build(model: str, names: Iterable[str]) -> dict[str, Contender]:
         optimizer = sgd(ddp, 0.9)
         for name in hooked:
             found[name] = Contender(ddp, optimizer, enter=partial(dispatcher.enter, HOOKS[name]()))
-    if wired := [name for name in names if name in THINWIRE]:
-        ddp = wrap()
-        optimizer = sgd(ddp, 0.9)
-        wire = thinwire.attach(ddp, THINWIRE[wired[0]](), optimizer=optimizer)
-        for name in wired:
-            found[name] = Contender(ddp, optimizer, enter=partial(change, wire, THINWIRE[name]()), wire=wire)
-    for name in (name for name in names if name in BARE):
+    for place in ("ddp", "bare", "sparse"):
+        wired = {name: THINWIRE[name][0] for name in names if name in THINWIRE and THINWIRE[name][1] == place}
+        if not wired:
+            continue
         torch.manual_seed(0)
-        bare = MODELS[model][0]()
-        optimizer = sgd(bare, 0.9)
-        world, sparse = dist.group.WORLD, BARE[name]
-        wire = thinwire.attach(
-            bare, THINWIRE["dgc"](), optimizer=optimizer, process_group=world, sparse_gradients=sparse
-        )
-        found[name] = Contender(bare, optimizer, wire=wire)
+        trained = wrap() if place == "ddp" else MODELS[model][0]()
+        optimizer = sgd(trained, 0.9)
+        options = {} if place == "ddp" else {"process_group": dist.group.WORLD, "sparse_gradients": place == "sparse"}
+        wire = thinwire.attach(trained, next(iter(wired.values()))(), optimizer=optimizer, **options)
+        for name, method in wired.items():
+            found[name] = Contender(trained, optimizer, enter=partial(change, wire, method()), wire=wire)
     return {name: found[name] for name in names}
 
 

@@ -6,7 +6,8 @@ One process a host, one thread a process, gloo, DDP with its default buckets. Al
 processes: in each round, each trains for ``--settle`` steps that are not counted and ``--steps`` that are (one where a
 step takes above 4 seconds). A step is that of the slowest rank; ``ratio_to_dense`` is dense / this and
 ``ratio_to_local`` this / local, within a round. ``local`` does not exchange gradients, ``dense`` is plain DDP;
-``local_sgd`` and ``dense_sgd`` are the same without momentum.
+``local_sgd`` and ``dense_sgd`` are the same without momentum. ``dgc`` is without a wrapper and gives the optimizer
+sparse gradients, ``dgc_bare`` dense ones; ``dgc_ddp`` is under DDP, as all the others.
 ``--links none`` needs no lab: processes on the loopback.
 """
 
@@ -21,7 +22,7 @@ from benchmarks.figures import several, spread
 from benchmarks.lab import run_ranks
 from thinwire.report import results
 
-DEFAULT = "local,dense,local_sgd,dense_sgd,fp16,bf16,powersgd1,powersgd4,dgc"
+DEFAULT = "local,dense,local_sgd,dense_sgd,fp16,bf16,powersgd1,powersgd4,dgc,dgc_ddp"
 Rounds = dict[str, list[dict[str, float]]]
 
 

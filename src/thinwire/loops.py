@@ -98,8 +98,12 @@ class Kernels(Protocol):
         """``out[indices] += alpha * values``, one after the other, for ``out`` of one dimension."""
         ...
 
-    def union(self, indices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """All that occur in these int64 ``[m_i]``, ascending, and where each of ``torch.cat(indices)`` stands there."""
+    def merge(self, indices: Sequence[Tensor], values: Sequence[Tensor], alpha: float) -> Found:
+        """All indices that occur in these int64 ``[m_i]``, and the sum of ``alpha * values`` at each, in this order."""
+        ...
+
+    def without_repeats(self, indices: Tensor, values: Tensor) -> Tensor:
+        """``values`` ``[k]``, with 0 where an index is the one before."""
         ...
 
     def encode_indices(self, indices: Tensor, n: int) -> Tensor:

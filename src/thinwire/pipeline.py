@@ -130,7 +130,8 @@ def receive(
         if flags is not None:
             used, bad, clocks = head.decode(flags, len(group.units))
             verdicts.append(Verdict(tuple(bucket.units[i] for i in group.units), used, bad, clocks))
-            poison = torch.zeros((), device=bad.device).masked_fill_(bad.any(), torch.nan)
+            if bad.is_cuda or bool(bad.any()):  # on CUDA nobody waits to see
+                poison = torch.zeros((), device=bad.device).masked_fill_(bad.any(), torch.nan)
         for i, pieces in group.by_unit.items():
             unit, out = bucket.units[i], outs[i]
             ctx = Context(seed, step, unit.name, 0, kernels)

@@ -9,7 +9,7 @@ from thinwire.core import Context, Payload
 from thinwire.exchange.groups import Group, Piece
 from thinwire.kernels.reference import REFERENCE
 from thinwire.loops import Kernels
-from thinwire.tensors import Decompressed, Sparse, float_at_least_32
+from thinwire.tensors import Decompressed, float_at_least_32
 from thinwire.units import Unit
 
 FEW = 1 / 32
@@ -70,12 +70,8 @@ def _added(
         for piece, parts in few
         for indices, values in (part.entries() for part in parts)
     ]
-    there, places = (kernels or REFERENCE).union([indices for indices, _ in entries])
-    total = torch.zeros(there.numel(), dtype=like.dtype, device=like.device)
-    at = 0
-    for indices, values in entries:
-        Sparse(places[at : at + indices.numel()], values, 1.0, kernels).add_to(total, share)
-        at += indices.numel()
+    indices, values = [one for one, _ in entries], [some.to(like.dtype) for _, some in entries]
+    there, total = (kernels or REFERENCE).merge(indices, values, share)
     where: list[Tensor] = []
     for size in like.shape[:0:-1]:  # as torch.unravel_index, which is slow
         rows = there // size

@@ -150,7 +150,7 @@ class TopK(Compressor):
         if self.values in codes.CODES:
             values = codes.decode(payload[0], payload[1], self.values, k)
         # what fills a message is 0, also where a code, or what stands after >>, has no 0
-        values = values.index_fill(0, (indices[1:] == indices[:-1]).nonzero().view(-1) + 1, 0.0)
+        values = (ctx.kernels or REFERENCE).without_repeats(indices, values)
         return Sparse(indices, values, self.density, ctx.kernels)
 
     def own(self, payload: Payload, chosen: Tensor, like: Tensor, state: State, ctx: Context) -> Decompressed:

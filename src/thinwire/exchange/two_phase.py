@@ -192,9 +192,7 @@ def added(parts: Sequence[Decompressed], like: Tensor, kernels: Kernels = REFERE
             part.add_to(total)
         return Sparse(torch.arange(like.numel(), device=total.device), total, 1.0)
     indices, values = zip(*(part.entries() for part in parts), strict=True)
-    there, place = kernels.union(indices)
-    total = torch.zeros(there.numel(), dtype=dtype, device=there.device)
-    total.index_add_(0, place, torch.cat(values).to(dtype))  # on CPU in this order; elsewhere only the owner adds
+    there, total = kernels.merge(indices, [some.to(dtype) for some in values], 1.0)
     return Sparse(there, total, there.numel() / like.numel())
 
 

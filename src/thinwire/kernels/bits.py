@@ -102,11 +102,12 @@ def add(out: Any, indices: Any, values: Any, alpha: float) -> None:
 
 
 @_compiled
-def union(every: Any, heads: Any, ends: Any, there: Any, places: Any) -> int:
+def merge(every: Any, values: Any, heads: Any, ends: Any, alpha: float, there: Any, total: Any) -> int:
     """Merge runs that ascend, each from ``heads`` to ``ends``; answers how many differ, or -1: one does not ascend.
 
-    ``there``: those that differ, ascending; ``places``: where each of ``every`` stands among them.
+    ``there``: those that differ, ascending; ``total``: the sum of ``alpha * values`` at each, in the order of the runs.
     """
+    a = numpy.float32(alpha)
     m = 0
     while True:
         least, left = 0, False
@@ -117,12 +118,20 @@ def union(every: Any, heads: Any, ends: Any, there: Any, places: Any) -> int:
             return m
         if m and least <= there[m - 1]:
             return -1
-        there[m] = least
+        there[m], here = least, numpy.float32(0.0)
         for r in range(heads.size):
             while heads[r] < ends[r] and every[heads[r]] == least:
-                places[heads[r]] = m
+                here += a * values[heads[r]]
                 heads[r] += 1
+        total[m] = here
         m += 1
+
+
+@_compiled
+def without_repeats(indices: Any, values: Any) -> None:
+    for j in range(1, indices.size):
+        if indices[j] == indices[j - 1]:
+            values[j] = 0
 
 
 @_compiled

@@ -140,13 +140,22 @@ class Cpu:
 
         return part
 
-    def union(self, indices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        every = torch.cat([*indices])
-        there, places = torch.empty_like(every), torch.empty_like(every)
-        *starts, total = accumulate((one.numel() for one in indices), initial=0)
-        heads, ends = numpy.array(starts, numpy.int64), numpy.array([*starts[1:], total], numpy.int64)
-        count = bits.union(every.numpy(), heads, ends, there.numpy(), places.numpy()) if len(indices) <= MERGED else -1
-        return (there[:count], places) if count >= 0 else REFERENCE.union(indices)
+    def merge(self, indices: Sequence[Tensor], values: Sequence[Tensor], alpha: float) -> Found:
+        if len(indices) > MERGED or values[0].dtype != torch.float32:
+            return REFERENCE.merge(indices, values, alpha)
+        every, summed = torch.cat([*indices]), torch.cat([*values])
+        there, total = torch.empty_like(every), torch.empty_like(summed)
+        *starts, end = accumulate((one.numel() for one in indices), initial=0)
+        heads, ends = numpy.array(starts, numpy.int64), numpy.array([*starts[1:], end], numpy.int64)
+        count = bits.merge(every.numpy(), summed.numpy(), heads, ends, alpha, there.numpy(), total.numpy())
+        return (there[:count], total[:count]) if count >= 0 else REFERENCE.merge(indices, values, alpha)
+
+    def without_repeats(self, indices: Tensor, values: Tensor) -> Tensor:
+        if values.dtype != torch.float32:
+            return REFERENCE.without_repeats(indices, values)
+        values = values.clone()
+        bits.without_repeats(indices.numpy(), values.numpy())
+        return values
 
     def encode_indices(self, indices: Tensor, n: int) -> Tensor:
         k = indices.numel()

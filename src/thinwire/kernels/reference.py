@@ -92,8 +92,17 @@ class Reference:
     def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
         out.index_add_(0, indices, values, alpha=alpha)
 
-    def union(self, indices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return cast("tuple[Tensor, Tensor]", torch.unique(torch.cat([*indices]), return_inverse=True))
+    def merge(self, indices: Sequence[Tensor], values: Sequence[Tensor], alpha: float) -> Found:
+        every = torch.cat([*indices])
+        there, places = cast("tuple[Tensor, Tensor]", torch.unique(every, return_inverse=True))
+        total = values[0].new_zeros(there.numel())
+        parts = cast("Sequence[Tensor]", cast(Any, places).split([one.numel() for one in indices]))
+        for at, own in zip(parts, values, strict=True):
+            total.index_add_(0, at, own, alpha=alpha)  # on CPU in this order
+        return there, total
+
+    def without_repeats(self, indices: Tensor, values: Tensor) -> Tensor:
+        return values.index_fill(0, (indices[1:] == indices[:-1]).nonzero().view(-1) + 1, 0.0)
 
     def encode_indices(self, indices: Tensor, n: int) -> Tensor:
         return elias_fano.encode(indices, n)
