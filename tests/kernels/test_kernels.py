@@ -1,5 +1,7 @@
 """Every kernel leaves the same bits as plain PyTorch, which does the same as the memory and the compressor alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -152,6 +154,51 @@ def test_the_kth_is_what_sorting_says(kernels, kind, dtype):
         ordered = magnitude.nan_to_num(INF, INF).sort(descending=True).values
         for k in {1, 2, n // 3, n} & set(range(1, n + 1)):
             assert torch.equal(kernels.kth(magnitude, k), ordered[k - 1])
+
+
+@pytest.mark.parametrize("kind", ["normal", "equal", "zero", "denormal", "not finite"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_are_what_a_stable_sort_says(kernels, kind, dtype):
+    for n in (0, 1, 2, 63, 1000):
+        x = hostile(n, kind).to(dtype)
+        order = x.abs().nan_to_num(INF, INF).sort(descending=True, stable=True).indices
+        for k in (0, 1, n // 3, n, n + 1):
+            assert torch.equal(kernels.largest(x, k), order[:k].sort().values)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_merged_is_what_is_added(kernels, workers, dtype):
+    """To the bit: every element is added in the order of the workers. Indices need not ascend, and may repeat."""
+    for ascends in (True, False):
+        indices = [torch.randint(0, 500, (100,)) for _ in range(workers)]
+        indices = [one.sort().values for one in indices] if ascends else indices
+        values = [torch.randn(100).to(dtype) for _ in range(workers)]
+        expected = torch.zeros(500, dtype=dtype)
+        for at, own in zip(indices, values, strict=True):
+            kernels.add(expected, at, own, 1 / workers)
+        there, total = kernels.merge(indices, values, 1 / workers)
+        assert torch.equal(there, torch.cat(indices).unique())
+        assert torch.equal(total, expected[there])
+
+
+def test_a_gradient_may_be_left(kernels):
+    works = [a_pass(rule, 1000) for rule in RULES]
+    others = [replace(again(work), clear=False) for work in works]
+    kernels.accumulate(works, [level(1.0)] * 3)
+    kernels.accumulate(others, [level(1.0)] * 3)
+    for work, other in zip(works, others, strict=True):
+        assert torch.equal(work.new_residual, other.new_residual)
+        assert other.grad.any()
+        assert not work.grad.any()
+
+
+def test_repeats_are_zero(kernels):
+    indices, values = torch.tensor([0, 3, 3, 7, 7, 7]), torch.randn(6)
+    for dtype in (torch.float32, torch.float16):
+        cleared = kernels.without_repeats(indices, values.to(dtype))
+        assert torch.equal(cleared != 0, torch.tensor([True, True, False, True, False, False]))
+        assert torch.equal(kernels.without_repeats(indices[:1], values[:1]), values[:1])
 
 
 @pytest.mark.parametrize("alpha", [1.0, -1.0, 1 / 3])
