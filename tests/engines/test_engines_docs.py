@@ -1,4 +1,4 @@
-"""The snippets of docs/engines.md on DDP and FSDP2, and the example of FSDP2; tests/integrations has the frameworks."""
+"""The snippets of docs/engines.md on DDP, FSDP2 and neither, and the example of FSDP2; tests/integrations has the frameworks."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parents[2]
-ENGINES = ["DistributedDataParallel", "FSDP2"]
+ENGINES = ["DistributedDataParallel", "FSDP2", "No wrapper"]
 FRAMEWORKS = ["Accelerate", "Hugging Face Trainer", "Lightning", "torchrun", "Ray Train", "torchft"]
 
 
