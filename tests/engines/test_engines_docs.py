@@ -1,4 +1,4 @@
-"""The snippets of docs/engines.md on DDP, FSDP2 and neither, and the example of FSDP2; tests/integrations has the frameworks."""
+"""The snippets of docs/engines.md on DDP, FSDP2 and no wrapper, and the example of FSDP2."""
 
 import os
 import re
