@@ -43,9 +43,14 @@ def mean_of(
         for rank, payloads in senders:
             yield packer.decompress(payloads[j], part, known, _of(ctx, unit, piece, rank, ctx.kernels))
 
-    if sparse and mean is out and out.is_contiguous() and unit.memory.passes_on and "carried" not in unit.shared.now:
-        few = [(piece, list(arrived(j, piece))) for j, piece in pieces]
-        if all(got.density * len(senders) <= FEW for _, parts in few for got in parts):
+    whole = sparse and mean is out and out.ndim > 0 and out.is_contiguous()
+    if whole and unit.memory.passes_on and "carried" not in unit.shared.now:
+        few: list[tuple[Piece, Decompressed]] = []
+        for piece, got in ((own, got) for j, own in pieces for got in arrived(j, own)):
+            if got.density * len(senders) > FEW:
+                break
+            few.append((piece, got))
+        else:
             return _added(few, out, share, ctx.kernels)
     for j, piece in pieces:
         part = piece.of(mean)
@@ -61,17 +66,20 @@ def _of(ctx: Context, unit: Unit, piece: Piece, rank: int, kernels: Kernels | No
     return Context(ctx.seed, ctx.step, piece.key(unit.name), rank, kernels)
 
 
-def _added(
-    few: Sequence[tuple[Piece, Sequence[Decompressed]]], like: Tensor, share: float, kernels: Kernels | None
-) -> Tensor:
-    """The sum, in the order in which the dense one would be made."""
+def _added(few: Sequence[tuple[Piece, Decompressed]], like: Tensor, share: float, kernels: Kernels | None) -> Tensor:
+    """The sum, in the order in which the dense one would be made.
+
+    Raises:
+        IndexError: an index from the network lies outside.
+    """
     entries = [
         (indices + piece.run[0] if piece.run else indices, values)
-        for piece, parts in few
-        for indices, values in (part.entries() for part in parts)
+        for piece, (indices, values) in ((piece, got.entries()) for piece, got in few)
     ]
     indices, values = [one for one, _ in entries], [some.to(like.dtype) for _, some in entries]
     there, total = (kernels or REFERENCE).merge(indices, values, share)
+    if there.device.type == "cpu" and there.numel() and int(there[-1]) >= like.numel():
+        raise IndexError(f"an index of {int(there[-1])} has arrived for a tensor of {like.numel()} elements")
     where: list[Tensor] = []
     for size in like.shape[:0:-1]:  # as torch.unravel_index, which is slow
         rows = there // size

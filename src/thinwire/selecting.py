@@ -51,20 +51,22 @@ def select(
     }
 
 
-def rehearse(units: Sequence[Unit], kernels: Kernels) -> None:
-    """Compile what will run, so that no training step has to wait for it."""
+def rehearse(units: Sequence[Unit], kernels: Kernels, clear: bool = True) -> None:
+    """Compile what will run, so that no training step has to wait for it. ``clear``: see ``select``."""
     kinds = {(unit.memory.accumulation, unit.param.dtype, unit.like.dtype, unit.param.device) for unit in units}
     for rule, grad, state, device in kinds:
         if rule is not None:
             v, new_v, u, new_u = (torch.zeros(65, dtype=state, device=device) for _ in range(4))
             momentum = (None, None) if rule.momentum is None else (u, new_u)
-            work = Pass(rule, torch.zeros(65, dtype=grad, device=device), v, new_v, *momentum)
+            work = Pass(rule, torch.zeros(65, dtype=grad, device=device), v, new_v, *momentum, clear=clear)
             if kernels.runs(work):
                 threshold = kernels.sample(work, 0, 4, 2).amax().to(state)
                 kernels.accumulate([work], [threshold])
                 found, values = kernels.look(new_v, threshold)
                 kernels.decode_indices(kernels.encode_indices(found, 65), 65, 65)
                 kernels.kth(values.abs(), 1)
+                kernels.largest(values, 1)
+                kernels.merge([found], [kernels.without_repeats(found, values)], 1.0)
                 kernels.add(torch.zeros_like(new_v), found, values, 1.0)
 
 

@@ -1,12 +1,15 @@
 """A model without a wrapper, on real gloo processes."""
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import thinwire
 from tests.engines.models import Net, batch, build, flat_parameters, loss_of, simulated
@@ -259,6 +262,14 @@ def _bad(rank, what):
         model.requires_grad_(False)
     elif what == "twice":
         thinwire.attach(model, method, optimizer=optimizer, process_group=group)
+    elif what == "fused":
+        optimizer, options = build(fused=True)[1], {"sparse_gradients": True}
+        optimizer.add_param_group({"params": list(model.parameters())})
+    elif what == "shared":
+        model.register_buffer("extra", torch.zeros(1).expand(5))
+    elif what == "part":
+        thinwire.attach(model, method, optimizer=optimizer, process_group=group)
+        model = model.middle
     elif what == "replicate":
         options = {"replicate": dist.device_mesh.init_device_mesh("cpu", (2,))}
     try:
@@ -273,12 +284,15 @@ def _bad(rank, what):
     [
         ("ddp inside", "0 is a DistributedDataParallel, which averages gradients itself"),
         ("ddp", "process_group= and sparse_gradients= are for a model without a wrapper"),
-        ("adam", "needs an optimizer that takes sparse gradients: SGD, SparseAdam, Adagrad, not Adam"),
-        ("momentum", "sparse_gradients=True, and the optimizer has momentum=0.9"),
+        ("adam", "needs an optimizer that takes sparse gradients: SGD, Adagrad, not Adam"),
+        ("momentum", "with topk the optimizer has momentum=0.9"),
+        ("fused", "the optimizer is fused"),
+        ("shared", "the elements of 'extra' share memory"),
+        ("part", "dgc is attached to this model ('weight')"),
         ("outsider", "this rank must be in the group"),
         ("meta", "is on the meta device"),
         ("embedding", "has sparse gradients, which need DDP"),
-        ("buffers", "ranks differ: rank 0 has buffers"),
+        ("buffers", "ranks differ: rank 0 has tensor 'extra': of shape (3,)"),
         ("frozen", "no parameter that requires a gradient"),
         ("twice", "is attached to this model"),
         ("replicate", "are for FSDP2; this model has no shards"),
@@ -290,10 +304,14 @@ def test_bad_input_is_refused_before_anything_is_sent(world2, what, message):
 
 
 def _changed_later(rank):
-    model, _, wire = start(rank, dgc(0.05))
+    model, _, wire = start(rank, dgc(0.05), sparse_gradients=True)
     said = []
+    try:
+        wire.set_method(topk(0.05))  # would give momentum back to the optimizer
+    except ThinwireError as error:
+        said.append(str(error))
     for change in (
-        lambda: model.frozen.requires_grad_(True),
+        lambda: (model.frozen.requires_grad_(True), model.first.requires_grad_(False)),
         lambda: setattr(model.last, "bias", nn.Parameter(torch.zeros(4))),
     ):
         change()
@@ -314,9 +332,68 @@ def _changed_later(rank):
 
 def test_what_changes_while_attached(world2):
     for said in world2.run(_changed_later):
-        assert "other parameters require a gradient than at attach" in said[0]
-        assert "'last.bias' was replaced after attach" in said[1]
-        assert "use ddp.no_sync()" in said[2]
+        assert "'frozen.weight' required no gradient at attach" in said[1]
+        assert "with topk the optimizer has momentum=0.9" in said[0]
+        assert "'last.bias' was replaced after attach" in said[2]
+        assert "use ddp.no_sync()" in said[3]
+
+
+class Checkpointed(nn.Module):
+    """All that trains is run again in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64).requires_grad_(False)
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+        self.register_buffer("strided", torch.randn(4, 8)[:, ::2])
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int16))
+
+    def forward(self, x, again):
+        x = self.first(x).requires_grad_()
+        for layer in self.layers:
+            x = x + (checkpoint(layer, x, use_reentrant=True) if again else layer(x))
+        return {"answer": [x]}
+
+
+def _checkpointed(rank, again):
+    torch.manual_seed(rank)
+    model = Checkpointed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    group = dist.group.WORLD
+    wire = thinwire.attach(model, dgc(0.005), optimizer=optimizer, process_group=group, sparse_gradients=True)
+    for step in range(5):
+        optimizer.zero_grad(set_to_none=step % 2 == 0)
+        model(batch(rank, step).flatten(1)[:, :64], again)["answer"][0].square().mean().backward()
+        optimizer.step()
+    steps = wire.ledger.steps
+    close(wire)
+    return flat_parameters(model), steps, model.strided.sum()
+
+
+def test_reentrant_checkpoints_make_one_exchange(world2):
+    (a, steps, strided), (b, _, other) = world2.run(_checkpointed, True)
+    assert steps == 5
+    assert torch.equal(a, b)
+    assert torch.equal(strided, other)
+    same(a, world2.run(_checkpointed, False)[0][0], True)
+
+
+def _lives(rank, wrapped):
+    model, optimizer = build()
+    run = DistributedDataParallel(model) if wrapped else model
+    options = {} if wrapped else {"process_group": dist.group.WORLD, "sparse_gradients": True}
+    wire = thinwire.attach(run, dgc(0.05), optimizer=optimizer, **options)
+    loss_of(run, batch(rank, 0)).backward()
+    optimizer.step()
+    gone = weakref.ref(run)
+    del model, run, optimizer, wire
+    gc.collect()
+    return gone() is None
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_nothing_keeps_a_model(world2, wrapped):
+    assert all(world2.run(_lives, wrapped))
 
 
 def test_buckets_are_filled_from_the_end(monkeypatch):

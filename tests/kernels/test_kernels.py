@@ -154,6 +154,11 @@ def test_the_kth_is_what_sorting_says(kernels, kind, dtype):
         ordered = magnitude.nan_to_num(INF, INF).sort(descending=True).values
         for k in {1, 2, n // 3, n} & set(range(1, n + 1)):
             assert torch.equal(kernels.kth(magnitude, k), ordered[k - 1])
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert kernels.kth(magnitude, 3).dtype == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["normal", "equal", "zero", "denormal", "not finite"])

@@ -104,10 +104,15 @@ class Arrivals:
             return
         self.check_same()
         self.session.check()
-        accumulates = self.exchanged_since_step and self.owned[0].param.grad is not None
-        if accumulates and not self.warned and not self.session.transaction.failed:
+        self._warn_of_old(self.session, 0)
+
+    def _warn_of_old(self, session: Session, new: int) -> None:
+        """Gradients that were exchanged already are about to be added to; ``new``: how many may be there."""
+        if not self.exchanged_since_step or self.warned or session.transaction.failed:
+            return
+        if sum(one.param.grad is not None for one in self.owned) > new:
             self.warned = True
-            warnings.warn(ACCUMULATED.format(self.accumulating), stacklevel=2)
+            warnings.warn(ACCUMULATED.format(self.accumulating), stacklevel=3)
 
     def after_optimizer(self, *_: object) -> None:
         self.exchanged_since_step = False
@@ -117,14 +122,19 @@ class Arrivals:
         under_way = self.passes.enter()
         if under_way.begun:
             return
-        self.check_same()  # not everything that brings gradients comes by before_forward
-        under_way.begun, self.repeated = True, False
-        self.arrived.clear()
-        self.left.clear()
-        self.departures.begin()
-        self.exchanged_since_step = session.optimizer is not None
-        session.begin_step()
-        self.settle(session)
+        try:
+            self.check_same()  # not everything that brings gradients comes by before_forward
+            self._warn_of_old(session, len({one.param.device for one in self.owned}))
+            under_way.begun, self.repeated = True, False
+            self.arrived.clear()
+            self.left.clear()
+            self.departures.begin()
+            self.exchanged_since_step = session.optimizer is not None
+            session.begin_step()
+            self.settle(session)
+        except Exception:
+            self.passes.over()  # whoever keeps the error keeps the pass alive
+            raise
 
     @torch.no_grad()
     def arrives(self, param: Tensor) -> None:
@@ -138,7 +148,12 @@ class Arrivals:
         one = self.by_param[id(param)]
         self.repeated |= id(param) in self.arrived
         self.arrived.add(id(param))
+        if param.grad is None:
+            raise ThinwireError(
+                f"the gradient of {one.name} is gone before it was exchanged; leave out the hook that steps in backward"
+            )
         if self.repeated and self.overlaps:
+            self.overlaps = False  # the next pass waits for its end
             raise ThinwireError(
                 f"{one.name} was reduced twice in one backward pass, which it was not in the pass before; run a module "
                 "as often in every step"
@@ -153,7 +168,7 @@ class Arrivals:
     def _send(self, session: Session, bucket: list[Owned]) -> None:
         found = [one.param.grad for one in bucket]
         grads = [
-            torch.zeros_like(own(one.param)) if grad is None else own(grad)
+            torch.zeros_like(own(one.param)) if grad is None else grad.to_dense() if grad.is_sparse else own(grad)
             for one, grad in zip(bucket, found, strict=True)
         ]
         self.left.append((bucket, grads, [grad is None for grad in found]))
@@ -165,7 +180,7 @@ class Arrivals:
                 session.collective.mean_inside(flat(grad), session.timeout)
             used = session.collective.any_inside(used, grads[0], session.timeout)
         planned = session.bucket([one.param for one in bucket])
-        if self.sparse:  # its memory is free as soon as it has been compressed, unless it comes back dense
+        if self.sparse:  # its memory is free once what replaces it has arrived
             for one in bucket:
                 one.param.grad = None
         self.departures.send(session, planned, grads, grads[0], used)

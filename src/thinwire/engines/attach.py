@@ -46,7 +46,8 @@ class Engine(Protocol):
         """Raises what keeps a method from being used with this model."""
         ...
 
-    def no_sync(self) -> AbstractContextManager[None]:
+    @property
+    def no_sync(self) -> Callable[[], AbstractContextManager[None]]:
         """Backward passes inside it add up, and send nothing; an error where the wrapper has that itself."""
         ...
 
@@ -105,9 +106,9 @@ def attach(
             parameters and buffers of its first rank, and average gradients from then on, as under DDP, but without
             DDP's copies into buckets. Buffers are not broadcast again. Accumulate under ``wire.no_sync()``.
         sparse_gradients: (no wrapper) give the optimizer sparse tensors where at most 1/32 of the elements arrive, so
-            that a step touches what has arrived instead of every parameter; and let go of each dense gradient as soon
-            as it is compressed. For ``torch.optim.SGD``, ``SparseAdam`` and ``Adagrad``, with a method that leaves
-            them neither momentum nor weight decay, as dgc does. Norms and clipping see sparse tensors.
+            that a step touches what has arrived instead of every parameter. For contiguous parameters of float32 or
+            float64, ``torch.optim.SGD`` and ``Adagrad``, and a method that leaves them neither momentum nor weight
+            decay, as dgc does. ``clip_grad_norm_`` does not take sparse gradients.
         replicate: (FSDP2) the mesh, of one dimension, over the replicas of each shard: the reduce-scattered gradients
             are exchanged over it by ``method``, and residuals have the size of a shard. None for no replicas.
         reduce_scatter: (FSDP2) how gradients travel between the ranks that a parameter is sharded over, e.g.
@@ -190,8 +191,9 @@ def attach(
     except ThinwireError:
         collective.close()
         raise
-    session.fits, session.no_sync = engine.fits, engine.no_sync
+    session.fits = engine.fits
     session.use_kernels(chosen, note)
+    session.no_sync = engine.no_sync
     try:
         engine.install(session)
     except Exception:  # by now the optimizer has handed over its momentum

@@ -43,7 +43,8 @@ class Ddp:
     def exchanged(self) -> list[tuple[str, Tensor]]:
         return _exchanged(self.ddp)
 
-    def no_sync(self) -> Never:
+    @staticmethod
+    def no_sync() -> Never:  # the session keeps it
         raise ThinwireError("wire.no_sync() is for a model without a wrapper; use ddp.no_sync()")
 
     def collective(self, link: Link | None) -> Collective:

@@ -113,6 +113,9 @@ class Departures:
         step, row = session.step, session.row
         session.count(bucket)
         with self.side_stream(buffer), Stopwatch(row, "send_seconds"):
+            if self.sparse and buffer.is_cuda:  # nobody else may hold them when they have landed
+                for grad in grads:
+                    grad.record_stream(torch.cuda.current_stream(grad.device))
             outbox = pipeline.send(bucket, grads, session.workers[0], step, used, session.loss_scale, not self.sparse)
         flight = Flight(
             bucket, outbox, grads, buffer, used, session.seed, step, session.loss_scale, row,

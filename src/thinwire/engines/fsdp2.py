@@ -148,7 +148,8 @@ class Fsdp2:
             )
         check_method(self.modules[0][1], "set_custom_all_gather", "2.9")
 
-    def no_sync(self) -> Never:
+    @staticmethod
+    def no_sync() -> Never:
         raise ThinwireError(
             "wire.no_sync() is for a model without a wrapper; use model.set_requires_gradient_sync(False)"
         )

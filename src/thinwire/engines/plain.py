@@ -5,8 +5,8 @@ and since nobody else holds views of them, the optimizer can be given sparse one
 """
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
-from typing import cast
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -22,6 +22,7 @@ from thinwire.exchange.collectives import Collective, ProcessGroup
 from thinwire.exchange.nodes import levels
 from thinwire.link import Link
 from thinwire.policy.plan import Method
+from thinwire.selecting import rehearse
 from thinwire.session import Session
 from thinwire.succession import agree
 from thinwire.tensors import ThinwireError
@@ -29,7 +30,8 @@ from thinwire.tensors import ThinwireError
 BUCKET = 25 * 2**20
 """Bytes of gradients that leave together, as in DDP. With a third of it a step of 25 million parameters took 10 % more
 time on CPUs: the code that compresses is no longer in the cache when backward comes with the next bucket."""
-TAKES_SPARSE = (torch.optim.SGD, torch.optim.SparseAdam, torch.optim.Adagrad)
+TAKES_SPARSE = (torch.optim.SGD, torch.optim.Adagrad)  # and dense ones beside them
+KEPT_OUT = ("momentum", "weight_decay")
 
 
 class Plain:
@@ -53,6 +55,9 @@ class Plain:
             raise ThinwireError(f"process_group is {group!r}; this rank must be in the group that trains the model")
         self.group = group
         self.talk = ProcessGroup(group)
+        groups = optimizer.param_groups if optimizer is not None else []
+        # what a method that does not take it over finds in the optimizer, or gives back to it
+        self.kept = {(key, group[key]) for group in groups for key in KEPT_OUT if group.get(key)}
 
     @property
     def fits(self) -> Callable[[Method], None]:
@@ -67,73 +72,104 @@ class Plain:
                 f"sparse_gradients=True needs an optimizer that takes sparse gradients: {names}, not "
                 f"{type(self.optimizer).__name__}; pass one, or leave the option out"
             )
-        for group in () if method.absorbs else self.optimizer.param_groups:
-            for key in ("momentum", "weight_decay"):
-                if group.get(key):
-                    raise ThinwireError(
-                        f"sparse_gradients=True, and the optimizer has {key}={group[key]}, which touches all elements: "
-                        "use thinwire.dgc(), whose memory takes it over, or leave the option out"
-                    )
+        if any(group.get("fused") for group in self.optimizer.param_groups):
+            raise ThinwireError(
+                "sparse_gradients=True, and the optimizer is fused, which takes dense ones; use fused=False"
+            )
+        if self.kept and not method.absorbs:
+            key, value = min(self.kept)
+            raise ThinwireError(
+                f"sparse_gradients=True, and with {method.name} the optimizer has {key}={value}, which touches all "
+                "elements; use thinwire.dgc(), whose memory takes it over, or leave the option out"
+            )
 
     def exchanged(self) -> list[tuple[str, Tensor]]:
-        arrivals = found() if (found := _attached.get(self.model)) is not None else None
-        if arrivals is not None and arrivals.session is not None:
-            name = arrivals.session.method.name
-            raise ThinwireError(f"{name} is attached to this model; call wire.set_method(), or wire.detach() first")
         modules: list[tuple[str, nn.Module]] = [*self.model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
         for name, module in modules:
             if isinstance(module, (DistributedDataParallel, nn.DataParallel)):
                 kind = type(cast(nn.Module, module)).__name__
                 raise ThinwireError(
-                    f"{name or 'the model'} is a {kind}, which averages gradients itself; attach to "
-                    "it without process_group=, or to a model that it is not part of"
+                    f"{name or 'the model'} is a {kind}, which averages gradients itself; attach to it without "
+                    "process_group=, or to a model that it is not part of"
                 )
         every: list[tuple[str, Tensor]] = list(self.model.named_parameters())
         named = [(clean(name), param) for name, param in every if param.requires_grad]
         if not named:
             raise ThinwireError("the model has no parameter that requires a gradient; there is nothing to exchange")
-        for name, param in named:
-            if isinstance(param, DTensor) or param.is_meta:
-                what = "is a DTensor" if isinstance(param, DTensor) else "is on the meta device"
-                raise ThinwireError(
-                    f"parameter {name!r} {what}; process_group= is for a model that every rank holds whole"
-                )
+        self._check_attached(named)
+        self._check_tensors()
         for name, module in modules:
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
                 raise ThinwireError(f"{name}.weight has sparse gradients, which need DDP; build it with sparse=False")
         return named
 
+    def _check_attached(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        others = [found for other in _attached.values() if (found := other()) is not None and found.session is not None]
+        for name, param in named:
+            if other := next((one for one in others if id(param) in one.by_param), None):
+                method = cast(Session, other.session).method.name
+                raise ThinwireError(
+                    f"{method} is attached to this model ({name!r}); call wire.set_method(), or wire.detach() first"
+                )
+            if hasattr(param, "_in_backward_optimizers"):
+                raise ThinwireError(
+                    f"parameter {name!r} has an optimizer in backward, which would not wait; leave it out"
+                )
+
+    def _held(self) -> list[tuple[str, Tensor]]:
+        """All that ranks must begin with alike."""
+        return [(clean(name), x.detach()) for name, x in (*self.model.named_parameters(), *self.model.named_buffers())]
+
+    def _check_tensors(self) -> None:
+        device = next(self.model.parameters()).device
+        for name, x in self._held():
+            if isinstance(x, DTensor) or x.is_meta:
+                what = "is a DTensor" if isinstance(x, DTensor) else "is on the meta device"
+                raise ThinwireError(f"{name!r} {what}; process_group= is for a model that every rank holds whole")
+            if x.device != device:
+                raise ThinwireError(
+                    f"{name!r} is on {x.device}, others on {device}; a rank has one device: model.to() it"
+                )
+            if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+                raise ThinwireError(f"the elements of {name!r} share memory (strides {x.stride()}); use .contiguous()")
+
     @contextlib.contextmanager
     def no_sync(self) -> Generator[None]:
-        self.arrivals.paused = True
+        before, self.arrivals.paused = self.arrivals.paused, True
         try:
             yield
         finally:
-            self.arrivals.paused = False
+            self.arrivals.paused = before
 
     def collective(self, link: Link | None) -> Collective:
         return levels(self.talk, self.nodes, link)
 
     def install(self, session: Session) -> None:
-        buffers = [(clean(name), x) for name, x in self.model.named_buffers()]
-        agree(self.talk, [("buffers", str([(name, tuple(x.shape), str(x.dtype)) for name, x in buffers]))])
+        held = self._held()
+        agree(self.talk, [(f"tensor {name!r}", f"of shape {tuple(x.shape)}, {x.dtype}") for name, x in held])
         source = dist.get_global_rank(self.group, 0)
-        for tensor in (*self.model.parameters(), *(x for _, x in buffers)):
-            dist.broadcast(tensor.detach(), source, group=self.group)
+        for _, x in held:
+            whole = x.contiguous()  # what is sent is memory, not elements
+            if whole.numel():
+                dist.broadcast(whole.view(-1).view(torch.uint8), source, group=self.group)
+            if whole is not x:
+                x.copy_(whole)
         self.arrivals = Unwrapped(self.model, self._owned(), self.sparse)
         _attached[self.model] = ref(self.arrivals)
         self.arrivals.install(session)
+        if self.sparse:
+            rehearse(session.units, session.workers[0].kernels, clear=False)
 
     def _owned(self) -> list[Owned]:
         """The last parameters leave first, since backward brings them first."""
         owned: list[Owned] = []
-        number, room, device = 0, BUCKET, None
+        number, room = 0, BUCKET
         for name, param in reversed(list(self.model.named_parameters())):
             if not param.requires_grad:
                 continue
-            if room <= 0 or (device is not None and param.device != device):
+            if room <= 0:
                 number, room = number - 1, BUCKET
-            room, device = room - param.nbytes, param.device
+            room -= param.nbytes
             path, _, leaf = name.rpartition(".")
             owned.append(Owned(clean(name), param, self.model.get_submodule(path), leaf, number))
         return owned
@@ -145,6 +181,25 @@ class Unwrapped(Arrivals):
     def __init__(self, model: nn.Module, owned: Sequence[Owned], sparse: bool) -> None:
         super().__init__(model, owned, "wire.no_sync()", sparse=sparse)
 
+    def install(self, session: Session) -> None:
+        super().install(session)
+        hook = cast(Any, torch.compiler.disable(self.after_forward))  # nothing to compile
+        session.cleanup.callback(self.model.register_forward_hook(hook).remove)
+
+    def after_forward(self, _: nn.Module, inputs: object, output: object) -> None:
+        """What the model answers gets its gradient first, and in the outer pass.
+
+        A module that is checkpointed (reentrant) brings its gradients in a pass inside, which ends before.
+        """
+        if self.session is not None and torch.is_grad_enabled():
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(self.reaches)
+
+    def reaches(self, _: Tensor) -> None:
+        if self.session is not None:
+            self.passes.enter()
+
     def check_same(self) -> None:
         for one in self.owned:
             if getattr(one.owner, one.leaf) is not one.param:
@@ -152,17 +207,30 @@ class Unwrapped(Arrivals):
                     f"parameter {one.name!r} was replaced after attach (load_state_dict(assign=True) does it), so its "
                     "gradient would not be exchanged; detach() and attach again"
                 )
-        if len(self.owned) != sum(param.requires_grad for param in self.model.parameters()):
-            raise ThinwireError(
-                "other parameters require a gradient than at attach, and theirs would not be exchanged; detach() and "
-                "attach again"
-            )
+        for name, param in self.model.named_parameters():
+            if param.requires_grad and id(param) not in self.by_param:
+                raise ThinwireError(
+                    f"parameter {name!r} required no gradient at attach and does now, so its gradient would not be "
+                    "exchanged; detach() and attach again"
+                )
 
     def closing(self, session: Session) -> bool | None:
         if self.sparse:
-            sparse = sum(grad.is_sparse for _, grads, _ in self.left for grad in grads)
+            each = [pair for _, grads, made in self.left for pair in zip(grads, made, strict=True)]
+            sparse = sum(grad.is_sparse and not made for grad, made in each)
             session.ledger.note(f"{sparse} of {len(self.owned)} gradients reach the optimizer as sparse tensors")
         return None
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """All tensors in what a module answered."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = list(cast("Mapping[Any, Any]", output).values())
+    return (
+        [x for part in cast("list[Any]", output) for x in _tensors(part)] if isinstance(output, (list, tuple)) else []
+    )
 
 
 _attached: WeakKeyDictionary[nn.Module, ref[Unwrapped]] = WeakKeyDictionary()  # a value must not hold its key

@@ -96,7 +96,8 @@ class Cpu:
             return REFERENCE.kth(magnitude, k)
         place = magnitude.numel() - k
         kth = float(numpy.partition(magnitude.numpy(), place)[place])
-        return torch.tensor(math.inf if math.isnan(kth) else kth)  # NaN comes last
+        kth = math.inf if math.isnan(kth) else kth  # NaN comes last
+        return torch.tensor(kth, dtype=torch.float32, device="cpu")
 
     def largest(self, x: Tensor, k: int) -> Tensor:
         if x.dtype != torch.float32 or not 0 < k < x.numel():

@@ -74,7 +74,8 @@ class MomentumCorrection(Memory):
 
     @property
     def passes_on(self) -> bool:
-        return not self.weight_decay or self.decay == "local"
+        plain = not self.weight_decay or self.decay == "local"
+        return plain and type(self).receive is MomentumCorrection.receive
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return torch.bfloat16 if self.state == "bfloat16" else float_at_least_32(grad)
@@ -103,7 +104,7 @@ class MomentumCorrection(Memory):
         rest.add_to(new["residual"])
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
-        if self.passes_on:
+        if not self.weight_decay or self.decay == "local":
             return mean
         if self.decay == "decoupled":
             return mean.add_(param, alpha=self.weight_decay)
