@@ -5,7 +5,7 @@ and since nobody else holds views of them, the optimizer can be given sparse one
 """
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -28,8 +28,8 @@ from thinwire.succession import agree
 from thinwire.tensors import ThinwireError
 
 BUCKET = 25 * 2**20
-"""Bytes of gradients that leave together, as in DDP. With a third of it a step of 25 million parameters took 10 % more
-time on CPUs: the code that compresses is no longer in the cache when backward comes with the next bucket."""
+"""Bytes of gradients that leave together, as in DDP. With a third of it a step of 25 million parameters took up to 10 %
+more time on CPUs: the code that compresses is no longer in the cache when backward comes with the next bucket."""
 TAKES_SPARSE = (torch.optim.SGD, torch.optim.Adagrad)  # and dense ones beside them
 KEPT_OUT = ("momentum", "weight_decay")
 
@@ -59,11 +59,7 @@ class Plain:
         # what a method that does not take it over finds in the optimizer, or gives back to it
         self.kept = {(key, group[key]) for group in groups for key in KEPT_OUT if group.get(key)}
 
-    @property
-    def fits(self) -> Callable[[Method], None]:
-        return self._fits
-
-    def _fits(self, method: Method) -> None:
+    def fits(self, method: Method) -> None:
         if not self.sparse:
             return
         if not isinstance(self.optimizer, TAKES_SPARSE):
