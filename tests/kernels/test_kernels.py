@@ -102,7 +102,7 @@ def test_a_pass_leaves_what_float64_says_and_the_same_bits(kernels, rule, state,
 @pytest.mark.parametrize("kind", ["equal", "zero", "denormal", "not finite"])
 @pytest.mark.parametrize("threshold", [0.0, 1e-41, 1.0, INF])
 def test_hostile_values_and_thresholds(kernels, kind, threshold):
-    works = [a_pass(rule, n, kind=kind) for rule in RULES for n in SIZES]
+    works = [a_pass(rule, n, kind=kind) for rule in RULES for n in SIZES[:-1]]  # more than a chunk: above
     others = [again(work) for work in works]
     found = kernels.accumulate(works, [level(threshold)] * len(works))
     for work, other, mine, theirs in zip(
