@@ -44,7 +44,7 @@ def mean_of(
             yield packer.decompress(payloads[j], part, known, _of(ctx, unit, piece, rank, ctx.kernels))
 
     whole = sparse and mean is out and out.ndim > 0 and out.is_contiguous()
-    if whole and unit.memory.passes_on and "carried" not in unit.shared.now:
+    if whole and unit.memory.passes_on and not packer.learns and "carried" not in unit.shared.now:
         few: list[tuple[Piece, Decompressed]] = []
         for piece, got in ((own, got) for j, own in pieces for got in arrived(j, own)):
             if got.density * len(senders) > FEW:

@@ -58,6 +58,21 @@ def train_ddp(rank: int, method: thinwire.Method | None, steps: int, ddp_options
     return flat_parameters(model), wire
 
 
+def accumulated(method: thinwire.Method, steps: int) -> torch.Tensor:
+    """Parameters after training on two micro-batches a step, with two simulated workers."""
+    model, optimizer = build()
+    thinwire.simulate(
+        model,
+        method,
+        optimizer=optimizer,
+        batches=lambda worker, step: (batch(worker, 2 * step), batch(worker, 2 * step + 1)),
+        loss=lambda m, pair: loss_of(m, pair[0]) / 2 + loss_of(m, pair[1]) / 2,
+        workers=2,
+        steps=steps,
+    )
+    return flat_parameters(model)
+
+
 def simulated(method: thinwire.Method, workers: int, steps: int, sgd=None, channels_last: bool = False):
     model, optimizer = build(**(sgd or {}))
     if channels_last:

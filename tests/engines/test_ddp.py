@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
-from tests.engines.models import Net, batch, build, flat_parameters, loss_of, simulated, train_ddp
+from tests.engines.models import Net, accumulated, batch, build, flat_parameters, loss_of, simulated, train_ddp
 from thinwire import ThinwireError, Warmup, cast, dense, dgc, topk
 
 SMALL_BUCKETS = {"bucket_cap_mb": 0.008}
@@ -236,17 +236,7 @@ def test_accumulation_under_no_sync(world2):
     method = dgc(0.02)
     a, b = world2.run(_accumulate, method)
     assert torch.equal(a, b)
-    model, optimizer = build()
-    thinwire.simulate(
-        model,
-        method,
-        optimizer=optimizer,
-        batches=lambda worker, step: (batch(worker, 2 * step), batch(worker, 2 * step + 1)),
-        loss=lambda m, pair: loss_of(m, pair[0]) / 2 + loss_of(m, pair[1]) / 2,
-        workers=2,
-        steps=8,
-    )
-    torch.testing.assert_close(a, flat_parameters(model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a, accumulated(method, 8), rtol=1e-4, atol=1e-5)
 
 
 def _accumulate_without_no_sync(rank):

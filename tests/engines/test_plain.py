@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import thinwire
-from tests.engines.models import Net, batch, build, flat_parameters, loss_of, simulated
+from tests.engines.models import Net, accumulated, batch, build, flat_parameters, loss_of, simulated
 from tests.engines.test_ddp import close
 from thinwire import ThinwireError, Warmup, cast, dense, dgc, topk
 from thinwire.engines.plain import Plain
@@ -23,6 +23,13 @@ def start(rank, method, sgd=None, **options):
     model, optimizer = build(seed=rank, **(sgd or {}))
     wire = thinwire.attach(model, method, optimizer=optimizer, process_group=dist.group.WORLD, **options)
     return model, optimizer, wire
+
+
+def end(wire):
+    """It really has compressed."""
+    facts = close(wire)
+    assert facts["wire_bytes"] < facts["dense_bytes"]
+    assert facts["error"] > 0
 
 
 def _train(rank, method, steps, sgd, options):
@@ -104,7 +111,7 @@ def _accumulate(rank, sparse):
         warnings.simplefilter("always")
         for _ in range(2):
             loss_of(model, batch(rank, 20)).backward()
-    close(wire)
+    end(wire)
     return flat_parameters(model), [str(w.message) for w in caught if "wire.no_sync()" in str(w.message)]
 
 
@@ -114,17 +121,7 @@ def test_accumulation(world2):
     assert len(warned) == 1
     assert torch.equal(a, b)
     same(a, world2.run(_accumulate, True)[0][0], True)
-    model, optimizer = build()
-    thinwire.simulate(
-        model,
-        dgc(0.005),
-        optimizer=optimizer,
-        batches=lambda worker, step: (batch(worker, 2 * step), batch(worker, 2 * step + 1)),
-        loss=lambda m, pair: loss_of(m, pair[0]) / 2 + loss_of(m, pair[1]) / 2,
-        workers=2,
-        steps=6,
-    )
-    torch.testing.assert_close(a, flat_parameters(model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a, accumulated(dgc(0.005), 6), rtol=1e-4, atol=1e-5)
 
 
 class Branches(nn.Module):
@@ -155,7 +152,7 @@ def _branches(rank, sparse):
         optimizer.step()
     assert torch.equal(model.spare.weight, spare)
     ratio = wire.ledger.wire_bytes / wire.ledger.dense_bytes
-    close(wire)
+    end(wire)
     return flat_parameters(model), ratio
 
 
@@ -193,7 +190,7 @@ def _poisoned(rank, scaled):
                 if "residual" in local[name].now
             )
     skipped = wire.ledger.skipped
-    close(wire)
+    end(wire)
     return flat_parameters(model), skipped
 
 
@@ -222,14 +219,14 @@ def _moves_house(rank):
             opt.zero_grad()
             loss_of(net, batch(rank, step)).backward()
             opt.step()
-    close(wire)
-    close(under)
+    end(wire)
+    end(under)
     unbroken, opt, wire = start(0, dgc(0.005))
     for step in range(6):
         opt.zero_grad()
         loss_of(unbroken, batch(rank, step)).backward()
         opt.step()
-    close(wire)
+    end(wire)
     return torch.equal(flat_parameters(other), flat_parameters(unbroken))
 
 
@@ -366,7 +363,7 @@ def _checkpointed(rank, again):
         model(batch(rank, step).flatten(1)[:, :64], again)["answer"][0].square().mean().backward()
         optimizer.step()
     steps = wire.ledger.steps
-    close(wire)
+    end(wire)
     return flat_parameters(model), steps, model.strided.sum()
 
 
