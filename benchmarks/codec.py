@@ -214,7 +214,7 @@ def of_tails(n: int) -> list[Row]:
         for code, bits in CODES.items():
             step = (hi - lo) / max(1, 2 ** (bits - 1) - 1)
             even = sent.sign() * (lo + step * ((sent.abs() - lo) / step).round())
-            for case, got in ((code, wire_values.decode(*wire_values.encode(sent, code, len(sent)), code, len(sent))),
+            for case, got in ((code, wire_values.decode(*wire_values.encode(sent, code), code, len(sent))),
                               (f"even_{code}", even)):  # fmt: skip
                 if case != "even_sign":
                     lost = (got.double() - sent).square().sum() / sent.double().square().sum()

@@ -1,9 +1,12 @@
 """The loops in which the time goes: what a kernel is asked to do, in plain PyTorch, on the CPU or on CUDA."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 Found: TypeAlias = tuple[Tensor, Tensor]
@@ -40,6 +43,37 @@ class Pass:
     clear: bool = True
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What is sent of a tensor: of the elements not below a threshold, at most the ``k`` of largest magnitude.
+
+    The threshold is the first of ``levels`` that ``enough`` elements pass, or the last of them.
+    """
+
+    threshold: Tensor
+    """A scalar above 0, of the tensor's dtype and device."""
+    k: int
+    lower: float = 1.0
+    """In (0, 1]: what the threshold is multiplied by where it passes fewer than this share of k."""
+    attempts: int = 0
+
+    @property
+    def enough(self) -> int:
+        return math.ceil(self.lower * self.k)
+
+    def levels(self) -> Tensor:
+        """``threshold lower^i`` for i from 0 to ``attempts``, never 0: what is 0 is not sent."""
+        info = torch.finfo(self.threshold.dtype)
+        all_of_them = self.threshold * _powers(self.lower, self.attempts, self.threshold.device)
+        return all_of_them.to(self.threshold.dtype).clamp_(min=info.smallest_normal * info.eps)
+
+
+@lru_cache
+def _powers(base: float, most: int, device: torch.device) -> Tensor:
+    """Kept, since a copy to the device waits."""
+    return torch.tensor([base**i for i in range(most + 1)], dtype=torch.float64, device=device)
+
+
 class Selection(Protocol):
     """Which elements are sent, where a threshold that is known beforehand decides it."""
 
@@ -50,12 +84,8 @@ class Selection(Protocol):
     @property
     def run(self) -> int: ...
 
-    def threshold(self, sampled: Tensor, kernels: "Kernels") -> Tensor:
-        """The threshold, a scalar, from the magnitudes of ``run`` elements at every ``stride``-th from ``start`` on."""
-        ...
-
-    def settle(self, found: Found, threshold: Tensor, x: Tensor, kernels: "Kernels") -> Found:
-        """What is sent of ``x`` ``[n]``, where ``found`` is what is not below the threshold."""
+    def cut(self, sampled: Tensor, kernels: "Kernels") -> Cut:
+        """From the magnitudes of ``run`` elements at every ``stride``-th from ``start`` on."""
         ...
 
 
@@ -75,15 +105,19 @@ class Kernels(Protocol):
         """
         ...
 
-    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Found]:
-        """Write the new states; answers where ``|v'|`` is not below the threshold.
-
-        Thresholds are scalars of the state's dtype and device. NaN is not below any.
-        """
+    def accumulate(self, works: Sequence[Pass], cuts: Sequence[Cut]) -> list[Found]:
+        """Write the new states; answers what is sent of ``v'``, ``k`` elements, as ``fill`` says. NaN is infinite."""
         ...
 
-    def look(self, x: Tensor, threshold: Tensor) -> Found:
-        """Where ``|x|``, of one dimension, is not below the threshold."""
+    def look(self, x: Tensor, cut: Cut) -> Found:
+        """What is sent of ``x`` ``[n]``, k <= n, as ``accumulate`` answers it."""
+        ...
+
+    def fill(self, indices: Tensor, values: Tensor, k: int) -> Found:
+        """``k`` elements: those of ``[m]``, m <= k, whose value is not 0; then the last of them again, with value 0.
+
+        Where there are none, the index is 0.
+        """
         ...
 
     def kth(self, magnitude: Tensor, k: int) -> Tensor:

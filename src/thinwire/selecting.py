@@ -7,7 +7,7 @@ from torch import Tensor
 
 from thinwire.core import Context, Payload
 from thinwire.exchange.groups import Piece
-from thinwire.loops import Found, Kernels, Pass, Selection
+from thinwire.loops import Cut, Found, Kernels, Pass, Selection
 from thinwire.tensors import Decompressed, flat
 from thinwire.units import Unit, Worker
 
@@ -41,14 +41,8 @@ def select(
         if selection is not None and work is not None and worker.kernels.runs(work):
             works[j], selections[j] = work, selection
     kernels = worker.kernels
-    thresholds = [
-        s.threshold(kernels.sample(works[j], s.start, s.stride, s.run), kernels) for j, s in selections.items()
-    ]
-    found = kernels.accumulate(list(works.values()), thresholds)
-    return {
-        j: selections[j].settle(there, threshold, works[j].new_residual, kernels)
-        for j, there, threshold in zip(works, found, thresholds, strict=True)
-    }
+    cuts = [s.cut(kernels.sample(works[j], s.start, s.stride, s.run), kernels) for j, s in selections.items()]
+    return dict(zip(works, kernels.accumulate(list(works.values()), cuts), strict=True))
 
 
 def rehearse(units: Sequence[Unit], kernels: Kernels, clear: bool = True) -> None:
@@ -60,11 +54,10 @@ def rehearse(units: Sequence[Unit], kernels: Kernels, clear: bool = True) -> Non
             momentum = (None, None) if rule.momentum is None else (u, new_u)
             work = Pass(rule, torch.zeros(65, dtype=grad, device=device), v, new_v, *momentum, clear=clear)
             if kernels.runs(work):
-                threshold = kernels.sample(work, 0, 4, 2).amax().to(state)
-                kernels.accumulate([work], [threshold])
-                found, values = kernels.look(new_v, threshold)
+                threshold = kernels.kth(kernels.sample(work, 0, 4, 2), 1)
+                kernels.accumulate([work], [Cut(threshold, 65)])
+                found, values = kernels.look(new_v, Cut(threshold, 65))
                 kernels.decode_indices(kernels.encode_indices(found, 65), 65, 65)
-                kernels.kth(values.abs(), 1)
                 kernels.largest(values, 1)
                 kernels.merge([found], [kernels.without_repeats(found, values)], 1.0)
                 kernels.add(torch.zeros_like(new_v), found, values, 1.0)

@@ -10,7 +10,7 @@ from thinwire.core import Context
 from thinwire.exchange.groups import Piece
 from thinwire.kernels.choose import choose
 from thinwire.kernels.reference import BLOCK, CHUNK, REFERENCE
-from thinwire.loops import Accumulation, Pass
+from thinwire.loops import Accumulation, Cut, Pass
 from thinwire.selecting import select
 from thinwire.tensors import flat
 from thinwire.units import Unit, Worker
@@ -63,6 +63,11 @@ def level(threshold, state=torch.float32):
     return torch.tensor(threshold, dtype=state)
 
 
+def every(n, threshold, state=torch.float32):
+    """All that a threshold lets pass, as far as a message of n elements can say so."""
+    return Cut(level(threshold, state), n)
+
+
 def same(a, b):
     return torch.equal(a.nan_to_num(NAN, 1e9, -1e9).isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
@@ -82,38 +87,45 @@ def test_a_pass_leaves_what_float64_says_and_the_same_bits(kernels, rule, state,
         m = rule.momentum or 0.0
         expected = v + (g + m * (u + g) if rule.nesterov else m * u + g)
         picked = kernels.sample(work, 1, 3, 2) if n > 2 else torch.empty(0)
-        found, values = kernels.accumulate([work], [level(0.7, state)])[0]
+        cut = every(n, 0.7, state)
+        found, values = kernels.accumulate([work], [cut])[0]
         assert not work.grad.any(), "the gradient is not cleared"
         torch.testing.assert_close(
             work.new_residual.double(), expected, rtol=1e-2 if state == torch.bfloat16 else 1e-6, atol=1e-6
         )
         where = [first + i for first in range(1, n - 1, 3) for i in (0, 1)]
         assert torch.equal(picked.float().sort().values, work.new_residual[where].abs().float().sort().values)
-        assert found.tolist() == (~(work.new_residual.abs() < level(0.7, state))).nonzero().flatten().tolist()
-        assert torch.equal(values, work.new_residual[found])
-        assert torch.equal(found, REFERENCE.accumulate([other], [level(0.7, state)])[0][0])
+        passed = (~(work.new_residual.abs() < cut.threshold)).nonzero().flatten()
+        m = passed.numel()
+        assert torch.equal(found, torch.cat([passed, (passed if m else torch.zeros(1)).long()[-1:].expand(n - m)]))
+        assert torch.equal(values, torch.cat([work.new_residual[passed], torch.zeros(n - m, dtype=state)]))
+        assert torch.equal(found, REFERENCE.accumulate([other], [cut])[0][0])
         assert torch.equal(work.new_residual, other.new_residual)
-        for a, b in zip(kernels.look(work.new_residual, level(0.7, state)), (found, values), strict=True):
+        for a, b in zip(kernels.look(work.new_residual, cut), (found, values), strict=True):
             assert torch.equal(a, b)
         if work.new_momentum is not None:
             assert torch.equal(work.new_momentum, other.new_momentum)
 
 
 @pytest.mark.parametrize("kind", ["equal", "zero", "denormal", "not finite"])
-@pytest.mark.parametrize("threshold", [0.0, 1e-41, 1.0, INF])
-def test_hostile_values_and_thresholds(kernels, kind, threshold):
+@pytest.mark.parametrize("threshold", [1e-45, 1e-41, 1.0, INF])
+@pytest.mark.parametrize("share", [1, 10])
+def test_hostile_values_and_thresholds(kernels, kind, threshold, share):
     works = [a_pass(rule, n, kind=kind) for rule in RULES for n in SIZES[:-1]]  # more than a chunk: above
     others = [again(work) for work in works]
-    found = kernels.accumulate(works, [level(threshold)] * len(works))
-    for work, other, mine, theirs in zip(
-        works, others, found, REFERENCE.accumulate(others, [level(threshold)] * len(works)), strict=True
+    cuts = [Cut(level(threshold), -(-work.grad.numel() // share), 0.8, 3) for work in works]
+    found = kernels.accumulate(works, cuts)
+    for work, other, cut, mine, theirs in zip(
+        works, others, cuts, found, REFERENCE.accumulate(others, cuts), strict=True
     ):
-        again_found = kernels.look(work.new_residual, level(threshold))
+        again_found = kernels.look(work.new_residual, cut)
         for indices, values in (theirs, again_found):
             assert torch.equal(mine[0], indices)
             assert same(mine[1], values)
         assert same(work.new_residual, other.new_residual)
-        assert mine[0].numel() >= int(work.new_residual.isnan().sum()), "NaN must be seen"
+        assert mine[0].numel() == cut.k
+        seen, there = int(mine[1].isnan().sum()), int(work.new_residual.isnan().sum())
+        assert bool(seen) == bool(there), "NaN must be seen"
 
 
 def test_many_threads_and_unaligned_parts(kernels):
@@ -125,10 +137,10 @@ def test_many_threads_and_unaligned_parts(kernels):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        found, values = kernels.accumulate([work], [level(2.0)])[0]
+        found, values = kernels.accumulate([work], [Cut(level(2.0), n // 100)])[0]
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found, REFERENCE.accumulate([other], [level(2.0)])[0][0])
+    assert torch.equal(found, REFERENCE.accumulate([other], [Cut(level(2.0), n // 100)])[0][0])
     assert torch.equal(values, work.new_residual[found])
     assert torch.equal(work.new_residual, other.new_residual)
     assert torch.equal(work.new_momentum, other.new_momentum)
@@ -190,8 +202,8 @@ def test_what_is_merged_is_what_is_added(kernels, workers, dtype):
 def test_a_gradient_may_be_left(kernels):
     works = [a_pass(rule, 1000) for rule in RULES]
     others = [replace(again(work), clear=False) for work in works]
-    kernels.accumulate(works, [level(1.0)] * 3)
-    kernels.accumulate(others, [level(1.0)] * 3)
+    kernels.accumulate(works, [every(1000, 1.0)] * 3)
+    kernels.accumulate(others, [every(1000, 1.0)] * 3)
     for work, other in zip(works, others, strict=True):
         assert torch.equal(work.new_residual, other.new_residual)
         assert other.grad.any()
@@ -218,14 +230,21 @@ def test_adding_is_index_add(kernels, alpha, dtype):
         kernels.add(out, torch.tensor([1000]), values[:1], alpha)
 
 
-@pytest.mark.parametrize("memory", [ErrorFeedback(), MomentumCorrection(0.9), MomentumCorrection(0.9, nesterov=True)])
+MEMORIES = [ErrorFeedback(), MomentumCorrection(0.9), MomentumCorrection(0.9, nesterov=True)]
+
+
+@pytest.mark.parametrize("memory", [*MEMORIES, MomentumCorrection(0.9, state="bfloat16")])
 @pytest.mark.parametrize("shape", [(100, 300), (60, 50, 3, 3)])
-def test_select_is_compensate_and_compress(kernels, memory, shape):
-    """Over several steps: one pass does what the memory, the sample and the selection do one after the other."""
+@pytest.mark.parametrize("values", [None, "int4", "sign"])
+def test_select_is_compensate_and_compress(kernels, memory, shape, values):
+    """Over several steps: one pass does what the memory, the sample and the selection do one after the other.
+
+    The last sample sees nothing but what is large, so that its threshold must be lowered.
+    """
     param = torch.empty(shape)
     if len(shape) == 4:
         param = param.to(memory_format=torch.channels_last)
-    compressor = TopK(0.01, selection="sampled")
+    compressor = TopK(0.01, values, selection="sampled")
     unit = Unit("w", param, compressor, memory, method_compressor=compressor)
     worker = Worker(0, kernels=kernels)
     worker.local["w"] = unit.fresh_local()
@@ -233,12 +252,18 @@ def test_select_is_compensate_and_compress(kernels, memory, shape):
     for step in range(4):
         grad = torch.empty_like(param).normal_()
         ctx = Context(0, step, "w", 0, kernels)
+        if step == 3:
+            plan = compressor.sampling(shape, ctx)
+            flat(grad)[plan.start :: plan.stride][:110] = 50.0
         x = memory.compensate(grad.clone(), param, plain.now, plain.next)
         expected = compressor.compress(x, {}, ctx)
         assert 0 < sum(t.nbytes for t in expected) < 0.1 * grad.nbytes
-        chosen, values = select([unit], [Piece(0)], [grad], worker, [ctx], 1.0)[0]
-        assert torch.equal(values, flat(worker.local["w"].next["residual"])[chosen])
-        payload = compressor.encode(chosen, values, grad.numel(), ctx)
+        chosen, there = select([unit], [Piece(0)], [grad], worker, [ctx], 1.0)[0]
+        assert chosen.numel() == compressor.k(grad.numel())
+        assert torch.equal(there, kernels.without_repeats(chosen, flat(worker.local["w"].next["residual"])[chosen]))
+        payload = compressor.encode(chosen, there, grad.numel(), ctx)
+        by_hand = compressor.compress(x, {}, replace(ctx, kernels=REFERENCE))
+        assert all(torch.equal(a, b) for a, b in zip(by_hand, expected, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(payload, expected, strict=True))
         for local in (plain, worker.local["w"]):
             memory.sent(local.next["residual"], compressor.decompress(payload, x, {}, ctx), local.next)

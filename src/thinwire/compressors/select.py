@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from thinwire.core import Context
+from thinwire.kernels.fixed import exactly
 from thinwire.kernels.reference import runs
-from thinwire.loops import Found, Kernels
+from thinwire.loops import Cut, Found, Kernels
 
 SAMPLED_AMONG = 64
 """A sample must hold this many of the k largest."""
@@ -39,10 +40,7 @@ def largest_of_each(magnitude: Tensor, k: int) -> Tensor:
     threshold = torch.topk(magnitude, k, dim=1, sorted=False).values.amin(1, keepdim=True)
     chosen = magnitude >= threshold
     if int(chosen.count_nonzero()) > rows * k:
-        above = magnitude > threshold
-        ties = chosen & ~above
-        left = k - above.sum(1, keepdim=True)
-        chosen = above | (ties & (ties.cumsum(1) <= left))
+        chosen = exactly(magnitude, threshold, k)
     return chosen.view(-1).nonzero().view(-1)
 
 
@@ -85,26 +83,11 @@ class Sampling:
         sampled = run * len(range(start, n - run + 1, stride))
         return Sampling(k, start, stride, run, min(sampled, math.ceil(MARGIN * density * sampled)), lower, attempts)
 
-    def threshold(self, sampled: Tensor, kernels: Kernels) -> Tensor:
-        """The threshold, a scalar, from the magnitudes that were sampled."""
+    def cut(self, sampled: Tensor, kernels: Kernels) -> Cut:
         info = torch.finfo(sampled.dtype)
-        return kernels.kth(sampled, self.rank).clamp_(min=info.smallest_normal * info.eps)  # what is 0 is not sent
-
-    def settle(self, found: Found, threshold: Tensor, x: Tensor, kernels: Kernels) -> Found:
-        """At most k elements, where ``found`` is what of ``x`` is not below ``threshold``."""
-        for _ in range(self.attempts):
-            lowered = threshold * self.lower
-            if found[0].numel() >= self.lower * self.k or bool(lowered == threshold):  # as low as can be, or infinite
-                break
-            threshold = lowered
-            found = kernels.look(x, threshold)
-        indices, values = found
-        if indices.numel() <= self.k:
-            return found
-        kept = kernels.largest(values, self.k)
-        return indices[kept], values[kept]
+        least = info.smallest_normal * info.eps  # what is 0 is not sent
+        return Cut(kernels.kth(sampled, self.rank).clamp_(min=least), self.k, self.lower, self.attempts)
 
     def select(self, x: Tensor, kernels: Kernels) -> Found:
-        """At most k elements: about the k largest of ``x`` ``[n]``."""
-        threshold = self.threshold(runs(x, self.start, self.stride, self.run).abs_(), kernels)
-        return self.settle(kernels.look(x, threshold), threshold, x, kernels)
+        """About the k largest of ``x`` ``[n]``, and never more; see ``Kernels.look``."""
+        return kernels.look(x, self.cut(runs(x, self.start, self.stride, self.run).abs_(), kernels))

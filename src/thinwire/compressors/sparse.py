@@ -122,21 +122,18 @@ class TopK(Compressor):
     def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
         """The payload that says ``values`` ``[m]`` stand at ``chosen``, int64 ``[m]`` ascending, ``m <= k``, of n."""
         k = self.k(n)
+        kernels = ctx.kernels or REFERENCE
+        if self.values in codes.CODES or values.numel() < k:  # a code has no 0
+            chosen, values = kernels.fill(chosen, values, k)
         if self.values in codes.CODES:
-            there = values != 0  # a code has no 0; NaN is there
-            if not there.all():
-                chosen, values = chosen[there], values[there]
-            parts = codes.encode(values, self.values, k)
+            parts = codes.encode(values, self.values)
         else:
             dtype = dtype_named(self.values, values.dtype)
             if dtype.itemsize < values.dtype.itemsize:  # saturate: the residual keeps the rest
                 limit = torch.finfo(dtype).max
                 values = torch.where(values.isfinite(), values.clamp(-limit, limit), torch.nan)
-            parts = (torch.nn.functional.pad(values, (0, k - values.numel())).to(dtype),)
-        if missing := k - chosen.numel():
-            last = chosen[-1:] if chosen.numel() else chosen.new_zeros(1)
-            chosen = torch.cat([chosen, last.expand(missing)])
-        return *parts, (ctx.kernels or REFERENCE).encode_indices(chosen, n)
+            parts = (values.to(dtype),)
+        return *parts, kernels.encode_indices(chosen, n)
 
     def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
         """Exact whatever ``selection`` says: there are few elements to choose from."""
@@ -154,7 +151,7 @@ class TopK(Compressor):
         return Sparse(indices, values, self.density, ctx.kernels)
 
     def own(self, payload: Payload, chosen: Tensor, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        if self.values in codes.CODES or chosen.numel() < self.k(like.numel()):
+        if self.values in codes.CODES:
             return self.decompress(payload, like, state, ctx)
         return Sparse(chosen, payload[0], self.density, ctx.kernels)  # indices need not be read back
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from thinwire.kernels import bits, blocks
-from thinwire.kernels.reference import REFERENCE
-from thinwire.loops import Found, Pass
+from thinwire.kernels.reference import REFERENCE, above, settled
+from thinwire.loops import Cut, Found, Pass
 from thinwire.wire import elias_fano
 
 BLOCK = blocks.BLOCK
@@ -60,44 +60,53 @@ class Cpu:
         u = work.new_residual if work.old_momentum is None else work.old_momentum
         addresses = (work.grad.data_ptr(), u.data_ptr(), work.old_residual.data_ptr())
         pick(*addresses, start, stride, run, work.rule.momentum or 0.0, work.scale, out)
-        return torch.from_numpy(out)
+        return torch.from_numpy(out).to(work.new_residual.dtype)
 
-    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Found]:
+    def accumulate(self, works: Sequence[Pass], cuts: Sequence[Cut]) -> list[Found]:
         counts = [-(-work.grad.numel() // BLOCK) for work in works]
         *firsts, total = accumulate(counts, initial=0)
         if self._masks.size < total:
             self._masks = numpy.empty(total, numpy.uint64)
         threads = max(1, min(torch.get_num_threads(), total // MIN_BLOCKS))
         ahead = AHEAD if threads > 1 else 0
-        cuts = [total * t // threads for t in range(threads + 1)]
+        edges = [total * t // threads for t in range(threads + 1)]
         shares: list[dict[int, Part]] = [
             {
-                i: self._part(work, threshold, first, max(low - first, 0), min(high - first, count), ahead)
-                for i, (work, threshold, first, count) in enumerate(zip(works, thresholds, firsts, counts, strict=True))
+                i: self._part(work, cut.threshold, first, max(low - first, 0), min(high - first, count), ahead)
+                for i, (work, cut, first, count) in enumerate(zip(works, cuts, firsts, counts, strict=True))
                 if low < first + count and first < high
             }
-            for low, high in pairwise(cuts)
+            for low, high in pairwise(edges)
         ]
         done = self._run_all([partial(_run, share) for share in shares])
-        return [
-            joined([found[i] for found in done if i in found], work.new_residual.dtype) for i, work in enumerate(works)
-        ]
+        answers: list[Found] = []
+        for i, (work, cut) in enumerate(zip(works, cuts, strict=True)):
+            found = joined([found[i] for found in done if i in found], work.new_residual.dtype)
+            answers.append(settled(found, cut, partial(self.above, work.new_residual), self))
+        return answers
 
-    def look(self, x: Tensor, threshold: Tensor) -> Found:
+    def look(self, x: Tensor, cut: Cut) -> Found:
+        return settled(self.above(x, cut.threshold), cut, partial(self.above, x), self)
+
+    def fill(self, indices: Tensor, values: Tensor, k: int) -> Found:
+        return REFERENCE.fill(indices, values, k)
+
+    def above(self, x: Tensor, threshold: Tensor) -> Found:
+        """Where ``|x|`` of ``[n]`` is not below the threshold."""
         if x.dtype not in BITS:
-            return REFERENCE.look(x, threshold)
+            return above(x, threshold)
         masks = numpy.empty(-(-x.numel() // BLOCK), numpy.uint64)
         as_bits = x.view(BITS[x.dtype]).numpy()
         bits.above(as_bits, int(threshold.view(BITS[x.dtype])), masks)
         return joined([bits.found(masks, as_bits, 0)], x.dtype)
 
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
-        if magnitude.dtype != torch.float32:
+        if magnitude.dtype not in STATES:
             return REFERENCE.kth(magnitude, k)
         place = magnitude.numel() - k
-        kth = float(numpy.partition(magnitude.numpy(), place)[place])
+        kth = float(numpy.partition(magnitude.float().numpy(), place)[place])
         kth = math.inf if math.isnan(kth) else kth  # NaN comes last
-        return torch.tensor(kth, dtype=torch.float32, device="cpu")
+        return torch.tensor(kth, dtype=magnitude.dtype, device="cpu")
 
     def largest(self, x: Tensor, k: int) -> Tensor:
         if x.dtype != torch.float32 or not 0 < k < x.numel():

@@ -1,5 +1,7 @@
 """The kernels for CUDA, in Triton: one pass that reads g, u, v and writes u, v: 20 bytes an element.
 
+The host waits for none of it: what is found has a fixed shape (``fixed.py``), as the message has.
+
 ``TRITON_INTERPRET=1`` runs them on CPU tensors, slowly, which is how they are tested where there is no GPU.
 """
 
@@ -12,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thinwire.kernels.reference import BLOCK, Reference, Search
-from thinwire.loops import Found, Pass
+from thinwire.kernels import fixed
+from thinwire.kernels.reference import BLOCK, Reference
+from thinwire.loops import Cut, Found, Pass
 
 _tl: Any = tl
 _jit: Any = cast(Any, triton).jit
@@ -97,7 +100,10 @@ def _accumulate(
 
 
 class Cuda(Reference):
-    """Kernels by Triton; what is small (the sample, what is found) is plain PyTorch on the device."""
+    """Kernels by Triton; what is small (the sample, what is found) is plain PyTorch on the device.
+
+    Only ``merge`` waits, since the shape of a sum is a count: for sparse gradients, and between two phases.
+    """
 
     name = f"cuda (triton {cast(Any, triton).__version__}{', interpreted' if INTERPRETED else ''})"
 
@@ -105,10 +111,19 @@ class Cuda(Reference):
         there = work.grad.is_cuda or INTERPRETED
         return there and work.grad.dtype in GRADS and work.new_residual.dtype in STATES
 
-    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Found]:
-        return [self._pass(work, threshold) for work, threshold in zip(works, thresholds, strict=True)]
+    def accumulate(self, works: Sequence[Pass], cuts: Sequence[Cut]) -> list[Found]:
+        return [self._pass(work, cut) for work, cut in zip(works, cuts, strict=True)]
 
-    def _pass(self, work: Pass, threshold: Tensor) -> Found:
+    def look(self, x: Tensor, cut: Cut) -> Found:
+        return fixed.within(x, fixed.maxima(x, BLOCK), BLOCK, cut)
+
+    def fill(self, indices: Tensor, values: Tensor, k: int) -> Found:
+        return fixed.fill(indices, values, k)
+
+    def largest(self, x: Tensor, k: int) -> Tensor:
+        return fixed.largest(x, k)
+
+    def _pass(self, work: Pass, cut: Cut) -> Found:
         n, new_v = work.grad.numel(), work.new_residual
         blocks = -(-n // BLOCK)
         maxima = torch.empty(blocks, dtype=torch.int32, device=work.grad.device)
@@ -119,4 +134,4 @@ class Cuda(Reference):
             settings = (n, work.rule.momentum or 0.0, work.scale, kind, work.clear, ROWS, BLOCK)
             grid = (_cdiv(blocks, ROWS),)
             _accumulate[grid](work.grad, u, work.old_residual, new_u, new_v, maxima, *settings, enable_fp_fusion=False)
-        return Search(new_v, threshold, maxima.view(torch.float32)).within(0, n)
+        return fixed.within(new_v, maxima.view(torch.float32), BLOCK, cut)

@@ -6,14 +6,15 @@ blocks whose maximum reaches the threshold are looked into, since finding the fe
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from itertools import repeat
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import pairwise, repeat
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from thinwire.loops import Found, Pass
+from thinwire.loops import Cut, Found, Kernels, Pass
 from thinwire.memories.feedback import accumulate
 from thinwire.wire import elias_fano
 
@@ -49,11 +50,14 @@ class Reference:
         accumulate(work.rule, work.scale, runs(work.grad, start, stride, run), old, new, u, new_u)
         return new.abs_()
 
-    def accumulate(self, works: Sequence[Pass], thresholds: Sequence[Tensor]) -> list[Found]:
-        return [self._one(work, threshold) for work, threshold in zip(works, thresholds, strict=True)]
+    def accumulate(self, works: Sequence[Pass], cuts: Sequence[Cut]) -> list[Found]:
+        return [
+            settled(self._one(work, cut), cut, partial(above, work.new_residual), self)
+            for work, cut in zip(works, cuts, strict=True)
+        ]
 
-    def _one(self, work: Pass, threshold: Tensor) -> Found:
-        search = Search(work.new_residual, threshold)
+    def _one(self, work: Pass, cut: Cut) -> Found:
+        search = Search(work.new_residual, cut.threshold)
         old, new_u, grads = (chunks(x) for x in (work.old_residual, work.new_momentum, work.grad))
         for grad, v, new_v, u, w in zip(
             grads, old, chunks(work.new_residual), chunks(work.old_momentum), new_u, strict=False
@@ -66,11 +70,17 @@ class Reference:
                 grad.zero_()
         return search.found()
 
-    def look(self, x: Tensor, threshold: Tensor) -> Found:
-        search = Search(x, threshold)
-        for part in chunks(x):
-            search.take(part)
-        return search.found()
+    def look(self, x: Tensor, cut: Cut) -> Found:
+        return settled(above(x, cut.threshold), cut, partial(above, x), self)
+
+    def fill(self, indices: Tensor, values: Tensor, k: int) -> Found:
+        there = values != 0  # NaN is
+        if not there.all():
+            indices, values = indices[there], values[there]
+        if missing := k - indices.numel():
+            last = indices[-1:] if indices.numel() else indices.new_zeros(1)
+            indices, values = torch.cat([indices, last.expand(missing)]), torch.nn.functional.pad(values, (0, missing))
+        return indices, values
 
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
         return torch.topk(magnitude, k, sorted=False).values.nan_to_num(math.inf, math.inf).min()
@@ -102,7 +112,7 @@ class Reference:
         return there, total
 
     def without_repeats(self, indices: Tensor, values: Tensor) -> Tensor:
-        return values.index_fill(0, (indices[1:] == indices[:-1]).nonzero().view(-1) + 1, 0.0)
+        return torch.cat([values[:1], values[1:].masked_fill(indices[1:] == indices[:-1], 0.0)])
 
     def encode_indices(self, indices: Tensor, n: int) -> Tensor:
         return elias_fano.encode(indices, n)
@@ -112,6 +122,30 @@ class Reference:
 
     def close(self) -> None:
         pass
+
+
+def settled(found: Found, cut: Cut, again: Callable[[Tensor], Found], kernels: Kernels) -> Found:
+    """What is sent, where ``found`` is all that is not below the threshold; ``again`` finds it for a lower one."""
+    if found[0].numel() < cut.enough:
+        for before, level in pairwise(cut.levels()):
+            if found[0].numel() >= cut.enough or bool(level == before):  # as low as can be, or infinite
+                break
+            found = again(level)
+    indices, values = found
+    if indices.numel() < cut.k:
+        return kernels.fill(indices, values, cut.k)
+    if indices.numel() > cut.k:
+        kept = kernels.largest(values, cut.k)
+        return indices[kept], values[kept]
+    return found
+
+
+def above(x: Tensor, threshold: Tensor) -> Found:
+    """Where ``|x|`` of ``[n]`` is not below the threshold."""
+    search = Search(x, threshold)
+    for part in chunks(x):
+        search.take(part)
+    return search.found()
 
 
 def runs(x: Tensor, start: int, stride: int, run: int) -> Tensor:
@@ -134,9 +168,9 @@ class Search:
     Each chunk leaves the maxima of its blocks while it is in the cache; after some chunks these tell where to look.
     """
 
-    def __init__(self, x: Tensor, threshold: Tensor, maxima: Tensor | None = None) -> None:
+    def __init__(self, x: Tensor, threshold: Tensor) -> None:
         self._x, self._threshold = x, threshold
-        self.maxima = x.new_empty(x.numel() // BLOCK) if maxima is None else maxima
+        self.maxima = x.new_empty(x.numel() // BLOCK)
         self._rows, self._magnitudes = x.new_empty(0), x.new_empty(0)
         self._room: Tensor | None = None
         self._found: list[Found] = []

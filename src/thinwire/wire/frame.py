@@ -70,7 +70,7 @@ class Entry:
         if code not in codes.CODES:
             raise ThinwireError(f"code is {code!r}; choose {', '.join(codes.CODES)}")
         values, indices = values[values != 0].detach().cpu(), indices[values != 0]
-        scales, packed = codes.encode(values, code, values.numel())
+        scales, packed = codes.encode(values, code)
         return Entry(shape, codes.decode(scales, packed, code, values.numel()), indices, (code, scales, packed))
 
     @property

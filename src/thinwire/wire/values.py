@@ -35,21 +35,22 @@ def sizes(code: str, k: int) -> tuple[int, int]:
     return 1 if code == "sign" else 2, -(-k * CODES[code] // 8)
 
 
-def encode(values: Tensor, code: str, k: int) -> tuple[Tensor, Tensor]:
-    """Encode at most k floats ``[m]``, none of them 0, to (scales, uint8), of the ``sizes`` of k; 0 bits fill it."""
+def encode(values: Tensor, code: str) -> tuple[Tensor, Tensor]:
+    """Encode floats ``[k]`` to (scales, uint8), of the ``sizes`` of k. What is 0 only fills it, and is 0 bits."""
     bits = CODES[code]
     fields = values.lt(0).to(torch.uint8)
     if values.numel():
         magnitude = values.abs().to(float_at_least_32(values.dtype)).clamp_(max=LARGEST)
-        scales = _scales(magnitude, code).float()
+        there = values != 0  # NaN is
+        scales = _scales(magnitude, there, code).float()
         if code != "sign":
             levels = _levels(scales, bits)
             between = ((levels[1:] + levels[:-1]) / 2).to(magnitude.dtype)
-            fields = (fields << (bits - 1)) | torch.bucketize(magnitude, between).to(torch.uint8)
+            fields = (fields << (bits - 1)) | torch.bucketize(magnitude, between).to(torch.uint8).where(there, 0)
         scales = torch.where(values.isfinite().all(), scales, torch.nan)
     else:
-        scales = torch.zeros(sizes(code, k)[0], dtype=torch.float32, device=values.device)
-    return scales, pack_fields(torch.nn.functional.pad(fields, (0, k - values.numel())), bits)
+        scales = torch.zeros(sizes(code, 0)[0], dtype=torch.float32, device=values.device)
+    return scales, pack_fields(fields, bits)
 
 
 def decode(scales: Tensor, packed: Tensor, code: str, k: int) -> Tensor:
@@ -62,18 +63,19 @@ def decode(scales: Tensor, packed: Tensor, code: str, k: int) -> Tensor:
     return torch.cat([levels, -levels])[fields.int()]
 
 
-def _scales(magnitude: Tensor, code: str) -> Tensor:
+def _scales(magnitude: Tensor, there: Tensor, code: str) -> Tensor:
     """float64, so that their rounding to float32 seldom depends on the order of a sum."""
     magnitude = magnitude.double()
-    mean = magnitude.mean()
+    mean = magnitude.sum() / there.sum().clamp(min=1)
     if code == "sign":
         return mean.view(1)
     bits = CODES[code]
     if code == "int2":
         above = magnitude > mean
-        lo, hi = (magnitude.where(part, 0.0).sum() / part.sum().clamp(min=1) for part in (~above, above))
+        lo, hi = (magnitude.where(part, 0.0).sum() / part.sum().clamp(min=1) for part in (there & ~above, above))
     else:
-        lo, hi = magnitude.aminmax()
+        hi = magnitude.amax()
+        lo = magnitude.where(there, hi).amin()
     lo = torch.maximum(lo, mean / 2**bits)
     span = (hi / lo).nan_to_num(1.0).clamp(min=1.0)  # 0 / 0 where all are 0
     return torch.stack([lo, span ** (1 / (2 ** (bits - 1) - 1))])
