@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from thinwire.kernels import bits, blocks
-from thinwire.kernels.reference import REFERENCE, above, settled
+from thinwire.kernels.reference import BITS, REFERENCE, above, settled
 from thinwire.loops import Cut, Found, Pass
 from thinwire.wire import elias_fano
 
@@ -32,7 +32,6 @@ MERGED = 16
 """Runs of indices that are merged; more are sorted."""
 STATES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 GRADS = STATES | {torch.float16: "float16"}
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 Part: TypeAlias = Callable[[], tuple[Any, Any]]
 """A part of a pass; answers the indices and the bits of what it found."""
 

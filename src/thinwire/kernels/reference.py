@@ -23,6 +23,8 @@ SPAN = 2**21
 """Elements that are searched at once: fewer cost calls, more cost memory that is not in the cache."""
 BLOCK = 2**6
 LOG = 6
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+"""Integers of the size of a float."""
 
 
 def at_least(magnitude: Tensor, threshold: Tensor) -> Tensor:
@@ -182,7 +184,10 @@ class Search:
             room = self._room = torch.empty_like(part) if self._room is None else self._room
         whole, block = part.numel() // BLOCK, self._taken // BLOCK
         magnitudes = torch.abs(part, out=room[: part.numel()])[: whole * BLOCK]
-        torch.amax(magnitudes.view(-1, BLOCK), dim=1, out=self.maxima[block : block + whole])
+        maxima = self.maxima[block : block + whole]
+        if (bits := BITS.get(part.dtype)) is not None:  # magnitudes compare like their bits, which takes half the time
+            magnitudes, maxima = magnitudes.view(bits), maxima.view(bits)
+        torch.amax(magnitudes.view(-1, BLOCK), dim=1, out=maxima)
         self._taken += part.numel()
         if self._taken - self._searched >= SPAN or self._taken == self._x.numel():
             self._found.append(self.within(self._searched, self._taken))
