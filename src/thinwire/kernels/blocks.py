@@ -115,6 +115,8 @@ def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, 
             g, u, v, new_u, new_v, momentum, scale, threshold = args
             m, s = splat(b, momentum, VF), splat(b, scale, VF)
             least = b.bitcast(splat(b, threshold, VF), VI)
+            if state == "bfloat16":
+                least = b.trunc(b.lshr(least, _all(16)), VH)
             mask = ir.Constant(I64, 0)
             for start, size in ((g, ITEMSIZE[grad]), (u, ITEMSIZE[state]), (v, ITEMSIZE[state])) if ahead else ():
                 for line in range(0, BLOCK * size, LINE):
@@ -132,15 +134,12 @@ def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, 
                         un = _fused(b, ul, m, gl)
                         vn = b.fadd(vl, un)
                     _store(b, _rounded(b, un) if state == "bfloat16" else un, new_u, j, past_cache)
-                if state == "bfloat16":
-                    short = _rounded(b, vn)
-                    _store(b, short, new_v, j, past_cache)
-                    bits = b.shl(b.zext(short, VI), _all(16))
-                else:
-                    _store(b, vn, new_v, j, past_cache)
-                    bits = b.bitcast(vn, VI)
+                stored = _rounded(b, vn) if state == "bfloat16" else vn
+                _store(b, stored, new_v, j, past_cache)
                 # magnitudes compare like their bits, with NaN above infinity
-                high = b.icmp_unsigned(">=", b.and_(bits, _all(0x7FFFFFFF)), least)
+                bits = stored if state == "bfloat16" else b.bitcast(vn, VI)
+                largest = _all(0x7FFF, VH) if state == "bfloat16" else _all(0x7FFFFFFF)
+                high = b.icmp_unsigned(">=", b.and_(bits, largest), least)
                 found = b.zext(b.bitcast(high, I16), I64)
                 mask = b.or_(mask, b.shl(found, ir.Constant(I64, j * LANES)))
                 if clear:
