@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--workers", type=several, default=["2", "4", "8"])
     parser.add_argument("--links", type=several, default=["1gbit"], help="e.g. 1gbit,100mbit; none for the loopback")
     parser.add_argument("--densities", type=lambda t: [float(d) for d in several(t)], default=[0.001, 0.01])
-    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--blocks", type=int, default=10, help="with 12, what 8 workers gather is above malloc's limit")
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one link and number of workers")
