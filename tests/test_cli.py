@@ -25,7 +25,7 @@ def figures(path):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    done = command("demo", "--quick", "--json", "out.json", cwd=folder, timeout=90)
+    done = command("demo", "--quick", "--seconds", "3", "--json", "out.json", cwd=folder, timeout=90)
     assert done.returncode == 0, done.stderr
     return folder, done
 

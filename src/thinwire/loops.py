@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol, TypeAlias
 
 import torch
@@ -62,16 +61,21 @@ class Cut:
         return math.ceil(self.lower * self.k)
 
     def levels(self) -> Tensor:
-        """``threshold lower^i`` for i from 0 to ``attempts``, never 0: what is 0 is not sent."""
-        info = torch.finfo(self.threshold.dtype)
-        all_of_them = self.threshold * _powers(self.lower, self.attempts, self.threshold.device)
-        return all_of_them.to(self.threshold.dtype).clamp_(min=info.smallest_normal * info.eps)
+        """``threshold lower^i`` for i from 0 to ``attempts``, never 0.
+
+        By multiplications of two numbers alone, so that every device gets the same.
+        """
+        levels, factor = self.threshold.double().view(1), self.lower
+        while levels.numel() <= self.attempts:
+            levels, factor = torch.cat([levels, levels * factor]), factor * factor
+        dtype = self.threshold.dtype
+        return levels[: self.attempts + 1].to(dtype).clamp_(min=smallest(dtype))
 
 
-@lru_cache
-def _powers(base: float, most: int, device: torch.device) -> Tensor:
-    """Kept, since a copy to the device waits."""
-    return torch.tensor([base**i for i in range(most + 1)], dtype=torch.float64, device=device)
+def smallest(dtype: torch.dtype) -> float:
+    """The smallest number above 0: what is 0 is not sent."""
+    info = torch.finfo(dtype)
+    return info.smallest_normal * info.eps
 
 
 class Selection(Protocol):

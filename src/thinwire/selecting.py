@@ -7,8 +7,8 @@ from torch import Tensor
 
 from thinwire.core import Context, Payload
 from thinwire.exchange.groups import Piece
-from thinwire.loops import Cut, Found, Kernels, Pass, Selection
-from thinwire.tensors import Decompressed, flat
+from thinwire.loops import Cut, Found, Kernels, Pass, Selection, smallest
+from thinwire.tensors import Decompressed, ThinwireError, flat
 from thinwire.units import Unit, Worker
 
 
@@ -42,6 +42,12 @@ def select(
             works[j], selections[j] = work, selection
     kernels = worker.kernels
     cuts = [s.cut(kernels.sample(works[j], s.start, s.stride, s.run), kernels) for j, s in selections.items()]
+    for work, cut in zip(works.values(), cuts, strict=True):
+        if cut.threshold.dtype != work.new_residual.dtype:  # kernels compare bits
+            raise ThinwireError(
+                f"a selection's threshold is {cut.threshold.dtype}, and the residual {work.new_residual.dtype}; "
+                "give it the dtype of what was sampled"
+            )
     return dict(zip(works, kernels.accumulate(list(works.values()), cuts), strict=True))
 
 
@@ -54,7 +60,7 @@ def rehearse(units: Sequence[Unit], kernels: Kernels, clear: bool = True) -> Non
             momentum = (None, None) if rule.momentum is None else (u, new_u)
             work = Pass(rule, torch.zeros(65, dtype=grad, device=device), v, new_v, *momentum, clear=clear)
             if kernels.runs(work):
-                threshold = kernels.kth(kernels.sample(work, 0, 4, 2), 1)
+                threshold = kernels.kth(kernels.sample(work, 0, 4, 2), 1).clamp_(min=smallest(state))
                 kernels.accumulate([work], [Cut(threshold, 65)])
                 found, values = kernels.look(new_v, Cut(threshold, 65))
                 kernels.decode_indices(kernels.encode_indices(found, 65), 65, 65)

@@ -4,7 +4,7 @@ Where any rank's gradient was not finite, or the optimizer skips the step, what 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import torch
 
@@ -71,12 +71,11 @@ class Transaction:
         """
         self.pending = True
         clocks: Sequence[int] = ()
-        for verdict in self.verdicts:
-            found = torch.stack([(verdict.clocks != verdict.clocks[0]).any(), verdict.bad.any()]).cpu()  # one wait
-            if bool(found[0]):
+        for verdict, (apart, failed) in zip(self.verdicts, self._said(), strict=True):
+            if apart:
                 clocks = [step + (int(c) - step + CLOCK // 2) % CLOCK - CLOCK // 2 for c in verdict.clocks]
                 break
-            if bool(found[1]):
+            if failed:
                 self._fail(verdict, step)
         if bad and not self.failed:
             self._complain(f"step {step}: a gradient is not finite before it is reduced")
@@ -86,6 +85,11 @@ class Transaction:
             self._part(f"step {step}: the step clocks of the ranks of another shard have parted")
         if failed and not self.failed:
             self._complain(f"step {step}: the gradient of another shard is not finite")
+
+    def _said(self) -> list[list[bool]]:
+        """Of each verdict, whether clocks are apart and whether anything is bad; one wait for all of them."""
+        each = [torch.stack([(v.clocks != v.clocks[0]).any(), v.bad.any()]) for v in self.verdicts]
+        return cast(Any, torch.stack([one.to(each[0].device) for one in each])).tolist() if each else []
 
     def compare(self, clocks: Sequence[int], step: int) -> None:
         """Look at the steps that all ranks are at.

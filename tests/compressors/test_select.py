@@ -6,8 +6,10 @@ import torch
 
 from thinwire.compressors.select import Sampling
 from thinwire.compressors.sidco import SIDCo
+from thinwire.compressors.sparse import TopK
 from thinwire.core import Context
 from thinwire.kernels.reference import REFERENCE
+from thinwire.tensors import ThinwireError
 
 CTX = Context(seed=0, step=0, unit="w", rank=0)
 
@@ -92,3 +94,20 @@ def test_one_exponential_stage_meets_the_density_on_laplace_data(p):
     # the mean that is fitted adds its own error to that of the counts
     expected_spread = (p * (1 - p) * n + n * (p * math.log(p)) ** 2) ** 0.5
     assert abs(mean.mean() - p * n) < 5 * expected_spread / rounds**0.5
+
+
+def test_more_values_than_a_message_holds_are_refused():
+    with pytest.raises(ThinwireError, match=r"3 values for a message of 2, of 20 elements"):
+        TopK(0.1).encode(torch.tensor([1, 2, 3]), torch.ones(3), 20, CTX)
+
+
+def test_what_is_sent_of_fewer_than_a_message_holds_is_what_arrives():
+    compressor, like = TopK(0.1), torch.empty(100)
+    chosen, values = torch.tensor([1, 2, 30]), torch.tensor([1.0, -2.0, 3.0])
+    payload = compressor.encode(chosen, values, 100, CTX)
+    own, got = (torch.zeros(100) for _ in range(2))
+    compressor.own(payload, chosen, like, {}, CTX).add_to(own)
+    compressor.decompress(payload, like, {}, CTX).add_to(got)
+    assert torch.equal(own, got)
+    assert torch.equal(own[chosen], values)
+    assert 0 < sum(t.nbytes for t in payload) < like.nbytes

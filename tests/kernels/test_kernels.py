@@ -10,7 +10,7 @@ from thinwire.core import Context
 from thinwire.exchange.groups import Piece
 from thinwire.kernels.choose import choose
 from thinwire.kernels.reference import BLOCK, CHUNK, REFERENCE
-from thinwire.loops import Accumulation, Cut, Pass
+from thinwire.loops import Accumulation, Cut, Pass, smallest
 from thinwire.selecting import select
 from thinwire.tensors import flat
 from thinwire.units import Unit, Worker
@@ -126,6 +126,35 @@ def test_hostile_values_and_thresholds(kernels, kind, threshold, share):
         assert mine[0].numel() == cut.k
         seen, there = int(mine[1].isnan().sum()), int(work.new_residual.isnan().sum())
         assert bool(seen) == bool(there), "NaN must be seen"
+
+
+@pytest.mark.parametrize(
+    ("held", "value", "lower"),
+    [(torch.bfloat16, 0.9922, 0.999), (torch.float32, 1.4e-45, 0.8), (torch.float32, 4e-45, 0.8)],
+)
+def test_a_threshold_goes_on_down_where_a_level_is_rounded_to_the_one_before(kernels, held, value, lower):
+    x = torch.full((640,), value, dtype=held)
+    x[::100] *= 2
+    cut = Cut(x[0].clone() if held == torch.float32 else torch.tensor(1.0, dtype=held), 64, lower, 10)
+    indices, values = kernels.look(x, cut)
+    assert values.all()
+    for mine, theirs in zip((indices, values), REFERENCE.look(x, cut), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
+def test_any_size_any_number_and_any_ties(kernels, state):
+    """What a kernel looks through by blocks, by chunks or at once."""
+    for n in (1, 63, 64, 65, 200, 1000, 4096, 4099):
+        for kind in ("normal", "equal", "zero", "denormal", "not finite"):
+            x = (hostile(n, kind) * 2.0 ** torch.randint(-2, 3, (n,))).to(state)
+            for k in {1, 2, n // 50 + 1, n // 3 + 1, n}:
+                for place in (1, k, 2 * k):
+                    threshold = REFERENCE.kth(x.abs(), min(place, n)).clamp_(min=smallest(state))
+                    cut = Cut(threshold, k, 0.8, 10)
+                    for mine, theirs in zip(kernels.look(x, cut), REFERENCE.look(x, cut), strict=True):
+                        assert mine.numel() == k
+                        assert same(mine.double(), theirs.double())
 
 
 def test_many_threads_and_unaligned_parts(kernels):
@@ -271,6 +300,16 @@ def test_select_is_compensate_and_compress(kernels, memory, shape, values):
         for key, value in plain.now.items():
             assert torch.equal(value, worker.local["w"].now[key]), key
         assert plain.now["residual"].any()
+
+
+def test_a_threshold_has_the_dtype_of_the_residual(kernels, monkeypatch):
+    unit = Unit("w", torch.empty(400, 500), TopK(0.01), ErrorFeedback(state="bfloat16"), method_compressor=TopK(0.01))
+    worker = Worker(0, kernels=kernels)
+    worker.local["w"] = unit.fresh_local()
+    kth = kernels.kth
+    monkeypatch.setattr(kernels, "kth", lambda *args: kth(*args).float())
+    with pytest.raises(ThinwireError, match=r"threshold is torch\.float32, and the residual torch\.bfloat16"):
+        select([unit], [Piece(0)], [torch.randn(400, 500)], worker, [Context(0, 0, "w", 0)], 1.0)
 
 
 def test_what_a_kernel_cannot_do_is_left_to_the_memory(kernels):

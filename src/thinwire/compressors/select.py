@@ -19,7 +19,7 @@ from torch import Tensor
 from thinwire.core import Context
 from thinwire.kernels.fixed import exactly
 from thinwire.kernels.reference import runs
-from thinwire.loops import Cut, Found, Kernels
+from thinwire.loops import Cut, Found, Kernels, smallest
 
 SAMPLED_AMONG = 64
 """A sample must hold this many of the k largest."""
@@ -84,9 +84,8 @@ class Sampling:
         return Sampling(k, start, stride, run, min(sampled, math.ceil(MARGIN * density * sampled)), lower, attempts)
 
     def cut(self, sampled: Tensor, kernels: Kernels) -> Cut:
-        info = torch.finfo(sampled.dtype)
-        least = info.smallest_normal * info.eps  # what is 0 is not sent
-        return Cut(kernels.kth(sampled, self.rank).clamp_(min=least), self.k, self.lower, self.attempts)
+        threshold = kernels.kth(sampled, self.rank).clamp_(min=smallest(sampled.dtype))
+        return Cut(threshold, self.k, self.lower, self.attempts)
 
     def select(self, x: Tensor, kernels: Kernels) -> Found:
         """About the k largest of ``x`` ``[n]``, and never more; see ``Kernels.look``."""

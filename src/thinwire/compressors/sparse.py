@@ -123,6 +123,8 @@ class TopK(Compressor):
         """The payload that says ``values`` ``[m]`` stand at ``chosen``, int64 ``[m]`` ascending, ``m <= k``, of n."""
         k = self.k(n)
         kernels = ctx.kernels or REFERENCE
+        if values.numel() > k:
+            raise ThinwireError(f"{values.numel()} values for a message of {k}, of {n} elements; send at most {k}")
         if self.values in codes.CODES or values.numel() < k:  # a code has no 0
             chosen, values = kernels.fill(chosen, values, k)
         if self.values in codes.CODES:
@@ -151,7 +153,7 @@ class TopK(Compressor):
         return Sparse(indices, values, self.density, ctx.kernels)
 
     def own(self, payload: Payload, chosen: Tensor, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        if self.values in codes.CODES:
+        if self.values in codes.CODES or chosen.numel() < self.k(like.numel()):
             return self.decompress(payload, like, state, ctx)
         return Sparse(chosen, payload[0], self.density, ctx.kernels)  # indices need not be read back
 

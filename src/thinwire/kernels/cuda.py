@@ -1,6 +1,6 @@
 """The kernels for CUDA, in Triton: one pass that reads g, u, v and writes u, v: 20 bytes an element.
 
-The host waits for none of it: what is found has a fixed shape (``fixed.py``), as the message has.
+The host waits for no count: what is found has a fixed shape (``fixed.py``), as the message has.
 
 ``TRITON_INTERPRET=1`` runs them on CPU tensors, slowly, which is how they are tested where there is no GPU.
 """
@@ -134,4 +134,4 @@ class Cuda(Reference):
             settings = (n, work.rule.momentum or 0.0, work.scale, kind, work.clear, ROWS, BLOCK)
             grid = (_cdiv(blocks, ROWS),)
             _accumulate[grid](work.grad, u, work.old_residual, new_u, new_v, maxima, *settings, enable_fp_fusion=False)
-        return fixed.within(new_v, maxima.view(torch.float32), BLOCK, cut)
+        return fixed.within(new_v, maxima.view(torch.float32)[: n // BLOCK], BLOCK, cut)

@@ -16,7 +16,8 @@ from thinwire.loops import Cut, Found
 def exactly(magnitude: Tensor, threshold: Tensor, k: int) -> Tensor:
     """A mask of k of each row of ``[rows, n]``: what is above its threshold, and of what is equal to it the first."""
     above, ties = magnitude > threshold, magnitude == threshold
-    return above | (ties & (ties.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    place = ties.cumsum(1, dtype=torch.int32 if magnitude.shape[1] < 2**31 else torch.int64)
+    return above | (ties & (place <= k - above.sum(1, keepdim=True)))
 
 
 def largest(x: Tensor, k: int) -> Tensor:
@@ -33,23 +34,32 @@ def largest(x: Tensor, k: int) -> Tensor:
 
 
 def maxima(x: Tensor, block: int) -> Tensor:
-    """The largest magnitude of each ``block`` elements of ``x`` ``[n]``, the last of which may be fewer."""
-    return torch.nn.functional.pad(x.abs(), (0, -x.numel() % block)).view(-1, block).amax(1)
+    """The largest magnitude of each whole ``block`` of ``x`` ``[n]``."""
+    return x[: x.numel() // block * block].view(-1, block).abs().amax(1)
 
 
 def within(x: Tensor, maxima: Tensor, block: int, cut: Cut) -> Found:
-    """``Kernels.look``, where the ``maxima`` of all blocks are known."""
-    hot = largest(maxima, cut.k)
-    at = (hot.unsqueeze(1) * block + torch.arange(block, device=x.device)).view(-1)
-    rows = x[at.clamp(max=x.numel() - 1)].masked_fill_(at >= x.numel(), 0.0) if x.numel() else x
-    chosen = largest(rows, cut.k)
-    indices, values = at[chosen], rows[chosen]
+    """``Kernels.look``, where the ``maxima`` of all whole blocks are known."""
+    indices, values = _largest_of(x, maxima, block, cut.k)
     if not cut.k:
         return indices, values
     magnitude, levels = _finite(values.abs()), cut.levels()
     passed = (magnitude >= levels.unsqueeze(1)).sum(1)  # of all that there is too, where fewer than k pass
     which = (passed < cut.enough).sum().clamp_(max=cut.attempts)
     return fill(indices, values.masked_fill(magnitude < levels.gather(0, which.view(1)), 0.0), cut.k)
+
+
+def _largest_of(x: Tensor, maxima: Tensor, block: int, k: int) -> Found:
+    """The k of largest magnitude; what is left over after the whole blocks is always looked at."""
+    whole = maxima.numel() * block
+    if k >= maxima.numel():
+        chosen = largest(x, k)
+        return chosen, x[chosen]
+    hot = largest(maxima, k)
+    some = torch.cat([x[:whole].view(-1, block).index_select(0, hot).view(-1), x[whole:]])
+    chosen = largest(some, k)
+    inside = hot[(chosen // block).clamp_(max=k - 1)] * block + chosen % block
+    return torch.where(chosen < k * block, inside, chosen + (whole - k * block)), some[chosen]
 
 
 def fill(indices: Tensor, values: Tensor, k: int) -> Found:

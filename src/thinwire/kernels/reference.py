@@ -135,8 +135,9 @@ class Reference:
 def settled(found: Found, cut: Cut, again: Callable[[Tensor], Found], kernels: Kernels) -> Found:
     """What is sent, where ``found`` is all that is not below the threshold; ``again`` finds it for a lower one."""
     if found[0].numel() < cut.enough:
-        for before, level in pairwise(cut.levels()):
-            if found[0].numel() >= cut.enough or bool(level == before):  # as low as can be, or infinite
+        levels = cut.levels()
+        for before, level in pairwise(levels):
+            if found[0].numel() >= cut.enough or bool(before == levels[-1]):  # as low as can be, or infinite
                 break
             found = again(level)
     indices, values = found

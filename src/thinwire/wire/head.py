@@ -6,7 +6,6 @@ message's dtype for each flag, and no clock: a sum could not tell whose it is.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,18 +24,15 @@ def is_bad(values: Tensor) -> Tensor:
 
 def encode(used: Sequence[bool], bad: Tensor, dtype: torch.dtype, step: int) -> Tensor:
     """The head as bytes (uint8), or as elements of ``dtype`` to be summed, beside ``bad``, bool ``[units]``."""
-    flags = torch.cat([_flags(tuple(used), bad.device), bad.to(torch.uint8)])
+    flags = torch.cat([torch.ones(len(used), dtype=torch.uint8, device=bad.device), bad.to(torch.uint8)])
+    for i, one in enumerate(used):
+        if not one:  # by hand, since on CUDA a copy from the host waits
+            flags[i] = 0
     if dtype != torch.uint8:
         return flags.to(dtype)
     packed = torch.nn.functional.pad(flags, (0, -flags.numel() % 8)).view(-1, 8)
     packed = (packed << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(1, dtype=torch.uint8)
     return torch.cat([flags.new_full((1,), step % CLOCK), packed])
-
-
-@lru_cache(maxsize=64)
-def _flags(flags: tuple[bool, ...], device: torch.device) -> Tensor:
-    """Kept, since on CUDA a copy from the host waits, and nearly always all are used."""
-    return torch.tensor(flags, dtype=torch.uint8, device=device)
 
 
 def decode(heads: Tensor, num_units: int) -> tuple[Tensor, Tensor, Tensor]:
