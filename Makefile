@@ -1,7 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint format clean
+# tests that measure no time, and may run beside others
+ALONE := compressors kernels wire
+
+.PHONY: setup demo test lint format clean $(ALONE)
 
 setup: .venv/ready
 
@@ -20,8 +23,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-test: lint
-	$(BIN)/python -m pytest
+test: setup
+	$(MAKE) -j2 --output-sync=target lint $(ALONE)
+	$(BIN)/python -m pytest $(addprefix --ignore=tests/,$(ALONE))
+
+$(ALONE): setup
+	$(BIN)/python -m pytest tests/$@
 
 format: setup
 	$(BIN)/ruff check --fix .
