@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("atheris", reason="the fuzzer runs where atheris has a wheel")
 
 
-@pytest.mark.parametrize(("name", "runs", "longest"), [("frame", 6_000, 400), ("checkpoint", 2_500, 200)])
+@pytest.mark.parametrize(("name", "runs", "longest"), [("frame", 15_000, 400), ("checkpoint", 6_000, 200)])
 def test_the_fuzzer_finds_nothing(tmp_path, name, runs, longest):
     command = [sys.executable, str(Path(__file__).parent / f"fuzz_{name}.py"), f"-runs={runs}", f"-max_len={longest}"]
     done = subprocess.run(

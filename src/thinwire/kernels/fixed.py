@@ -41,8 +41,6 @@ def maxima(x: Tensor, block: int) -> Tensor:
 def within(x: Tensor, maxima: Tensor, block: int, cut: Cut) -> Found:
     """``Kernels.look``, where the ``maxima`` of all whole blocks are known."""
     indices, values = _largest_of(x, maxima, block, cut.k)
-    if not cut.k:
-        return indices, values
     magnitude, levels = _finite(values.abs()), cut.levels()
     passed = (magnitude >= levels.unsqueeze(1)).sum(1)  # of all that there is too, where fewer than k pass
     which = (passed < cut.enough).sum().clamp_(max=cut.attempts)
