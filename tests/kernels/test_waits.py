@@ -33,8 +33,8 @@ class Waits(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.found = []
-        for name in ("tensor", "as_tensor"):
-            monkeypatch.setattr(torch, name, self.made(name, getattr(torch, name)))
+        for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch.Tensor, "numpy")):
+            monkeypatch.setattr(owner, name, self.made(name, getattr(owner, name)))
 
     def made(self, name, original):
         def make(*args, **kwargs):
@@ -62,10 +62,11 @@ def test_what_waits_is_found(monkeypatch):
     x = torch.randn(1000)
     with Waits(monkeypatch) as waits:
         REFERENCE.largest(x, 10)
+        x.nonzero()
         x[x > 0]
         bool(x.any())
         torch.tensor(1.0)
-    assert {"_local_scalar_dense", "nonzero", "index", "tensor"} <= {*waits.found}
+    assert {"_local_scalar_dense", "nonzero", "index", "tensor", "numpy"} <= {*waits.found}
 
 
 def planned(kernels, values, state, device):

@@ -4,7 +4,6 @@ A pass leaves a word of 64 bits for each block of 64 elements, whose bits are wh
 is allocated for a number of elements that nobody knows; a second walk, over these words, finds them.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -92,7 +91,7 @@ class Cpu:
 
     def above(self, x: Tensor, threshold: Tensor) -> Found:
         """Where ``|x|`` of ``[n]`` is not below the threshold."""
-        if x.dtype not in BITS:
+        if x.dtype not in STATES:
             return above(x, threshold)
         masks = numpy.empty(-(-x.numel() // BLOCK), numpy.uint64)
         as_bits = x.view(BITS[x.dtype]).numpy()
@@ -100,12 +99,7 @@ class Cpu:
         return joined([bits.found(masks, as_bits, 0)], x.dtype)
 
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
-        if magnitude.dtype not in STATES:
-            return REFERENCE.kth(magnitude, k)
-        place = magnitude.numel() - k
-        kth = float(numpy.partition(magnitude.float().numpy(), place)[place])
-        kth = math.inf if math.isnan(kth) else kth  # NaN comes last
-        return torch.tensor(kth, dtype=magnitude.dtype, device="cpu")
+        return REFERENCE.kth(magnitude, k)
 
     def largest(self, x: Tensor, k: int) -> Tensor:
         if x.dtype != torch.float32 or not 0 < k < x.numel():

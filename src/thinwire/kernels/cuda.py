@@ -120,6 +120,9 @@ class Cuda(Reference):
     def fill(self, indices: Tensor, values: Tensor, k: int) -> Found:
         return fixed.fill(indices, values, k)
 
+    def kth(self, magnitude: Tensor, k: int) -> Tensor:
+        return fixed.kth(magnitude, k)
+
     def largest(self, x: Tensor, k: int) -> Tensor:
         return fixed.largest(x, k)
 

@@ -20,6 +20,11 @@ def exactly(magnitude: Tensor, threshold: Tensor, k: int) -> Tensor:
     return above | (ties & (place <= k - above.sum(1, keepdim=True)))
 
 
+def kth(magnitude: Tensor, k: int) -> Tensor:
+    """``Kernels.kth``."""
+    return torch.topk(magnitude, k, sorted=False).values.nan_to_num(math.inf, math.inf).min()
+
+
 def largest(x: Tensor, k: int) -> Tensor:
     """``Kernels.largest``."""
     n = x.numel()
@@ -28,8 +33,7 @@ def largest(x: Tensor, k: int) -> Tensor:
     if k == 0:
         return torch.empty(0, dtype=torch.int64, device=x.device)
     magnitude = _finite(x.abs())
-    kth = torch.topk(magnitude, k, sorted=False).values.amin()
-    chosen = exactly(magnitude.view(1, -1), kth, k)
+    chosen = exactly(magnitude.view(1, -1), kth(magnitude, k), k)
     return torch.nonzero_static(chosen.view(-1), size=k).view(-1)
 
 

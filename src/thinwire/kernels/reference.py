@@ -1,8 +1,7 @@
 """The kernels in plain PyTorch: always there, and what the compiled ones must equal bit for bit.
 
-A pass goes over chunks that stay in the cache: new states, the maximum of each block, the cleared gradient. Only
-blocks whose maximum reaches the threshold are looked into, since finding the few that matter among all elements
-(``nonzero``) costs more than the pass itself.
+A pass goes over chunks that stay in the cache: new states, where they reach the threshold, the cleared gradient. On
+the CPU it is NumPy that compares and counts, since torch does neither with vector instructions there.
 """
 
 import math
@@ -11,31 +10,36 @@ from functools import partial
 from itertools import pairwise, repeat
 from typing import Any, cast
 
+import numpy
 import torch
 from torch import Tensor
 
+from thinwire.kernels import fixed
 from thinwire.loops import Cut, Found, Kernels, Pass
 from thinwire.memories.feedback import accumulate
 from thinwire.wire import elias_fano
 
-CHUNK = 2**18
-SPAN = 2**21
-"""Elements that are searched at once: fewer cost calls, more cost memory that is not in the cache."""
+CHUNK = 2**19
 BLOCK = 2**6
-LOG = 6
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
-"""Integers of the size of a float."""
+WORD = 8
+BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+"""Integers of the size of a float: magnitudes compare like their bits, with NaN above infinity."""
 
 
 def at_least(magnitude: Tensor, threshold: Tensor) -> Tensor:
-    """Ascending indices of what is not below the threshold; NaN is not, so that it is sent and seen."""
-    return _not_below(magnitude, threshold).nonzero().view(-1)
-
-
-def _not_below(magnitude: Tensor, threshold: Tensor) -> Tensor:
-    if (bits := BITS.get(magnitude.dtype)) is not None:  # magnitudes compare like their bits, NaN above infinity
-        return magnitude.view(bits) >= threshold.view(1).view(bits)
-    return torch.lt(magnitude, threshold).logical_not_()
+    """Ascending indices of what of ``[n]`` is not below the threshold; NaN is not, so that it is sent and seen."""
+    bits = BITS[magnitude.dtype]
+    magnitude, threshold = magnitude.view(bits), threshold.view(1).view(bits)
+    if magnitude.device.type != "cpu":
+        return (magnitude >= threshold).nonzero().view(-1)
+    n = magnitude.numel()
+    high = numpy.empty(-(-n // WORD) * WORD, numpy.bool_)
+    high[n:] = False
+    numpy.greater_equal(magnitude.numpy(), threshold.numpy(), out=high[:n])
+    words = high.view(numpy.uint64)
+    some = numpy.flatnonzero(words != 0)  # 8 at once, since few are there
+    there = numpy.flatnonzero(words[some].view(numpy.bool_))
+    return torch.from_numpy(some[there // WORD] * WORD + there % WORD)
 
 
 class Reference:
@@ -60,18 +64,16 @@ class Reference:
         ]
 
     def _one(self, work: Pass, cut: Cut) -> Found:
-        search = Search(work.new_residual, cut.threshold)
-        old, new_u, grads = (chunks(x) for x in (work.old_residual, work.new_momentum, work.grad))
-        for grad, v, new_v, u, w in zip(
-            grads, old, chunks(work.new_residual), chunks(work.old_momentum), new_u, strict=False
-        ):
-            accumulate(work.rule, work.scale, grad, v, new_v, u, w)
-            search.take(
-                new_v, grad if grad.dtype == new_v.dtype else None
-            )  # it is in the cache, and read for the last time
+        tensors = (work.grad, work.old_residual, work.new_residual, work.old_momentum, work.new_momentum)
+        found: list[Found] = []
+        for grad, v, new_v, u, new_u in zip(*map(chunks, tensors), strict=False):
+            accumulate(work.rule, work.scale, grad, v, new_v, u, new_u)
+            # it is in the cache, and read for the last time
+            room = grad if grad.dtype == new_v.dtype else None
+            found.append(_within(new_v, cut.threshold, room))
             if work.clear:
                 grad.zero_()
-        return search.found()
+        return joined(found)
 
     def look(self, x: Tensor, cut: Cut) -> Found:
         return settled(above(x, cut.threshold), cut, partial(above, x), self)
@@ -86,12 +88,16 @@ class Reference:
         return indices, values
 
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
-        whole = magnitude.numel() // BLOCK * BLOCK
-        if 4 * k * BLOCK <= whole:  # they stand in the k blocks of largest maximum
-            rows = magnitude[:whole].view(-1, BLOCK)
-            hot = torch.topk(rows.amax(1), k, sorted=False).indices
-            magnitude = torch.cat([rows[hot].view(-1), magnitude[whole:]])
-        return torch.topk(magnitude, k, sorted=False).values.nan_to_num(math.inf, math.inf).min()
+        if magnitude.device.type != "cpu":
+            return fixed.kth(magnitude, k)
+        x = magnitude.abs().view(BITS[magnitude.dtype]).numpy()  # NaN may have a sign
+        columns = x.size // BLOCK
+        if 4 * k <= columns:  # they stand in the k columns of largest maximum
+            grid = x[: columns * BLOCK].reshape(BLOCK, columns)
+            hot = numpy.argpartition(grid.max(0), columns - k)[columns - k :]
+            x = numpy.concatenate([grid[:, hot].ravel(), x[columns * BLOCK :]])
+        kth = torch.from_numpy(numpy.partition(x, x.size - k)[x.size - k :][:1])
+        return kth.view(magnitude.dtype).nan_to_num(math.inf, math.inf)[0]
 
     def largest(self, x: Tensor, k: int) -> Tensor:
         n, magnitude = x.numel(), x.abs()
@@ -151,10 +157,23 @@ def settled(found: Found, cut: Cut, again: Callable[[Tensor], Found], kernels: K
 
 def above(x: Tensor, threshold: Tensor) -> Found:
     """Where ``|x|`` of ``[n]`` is not below the threshold."""
-    search = Search(x, threshold)
-    for part in chunks(x):
-        search.take(part)
-    return search.found()
+    return joined([_within(part, threshold) for part in chunks(x)])
+
+
+def _within(part: Tensor, threshold: Tensor, room: Tensor | None = None) -> Found:
+    """``above`` of one chunk; ``room``, of its size, may be overwritten."""
+    there = at_least(torch.abs(part, out=room), threshold)
+    return there, part[there]
+
+
+def joined(found: Sequence[Found]) -> Found:
+    """What was found in chunk after chunk."""
+    if len(found) == 1:
+        return found[0]
+    indices, values = zip(*found, strict=True)
+    for i, one in enumerate(indices):
+        one += i * CHUNK
+    return torch.cat(indices), torch.cat(values)
 
 
 def runs(x: Tensor, start: int, stride: int, run: int) -> Tensor:
@@ -169,64 +188,6 @@ def chunks(x: Tensor | None) -> Iterable[Any]:
         return repeat(None)
     # elsewhere a launch costs more than the cache gives
     return cast(Any, x).split(CHUNK if x.device.type == "cpu" else max(BLOCK, x.numel()))
-
-
-class Search:
-    """Where ``|x|`` of ``[n]`` is not below the threshold.
-
-    Each chunk leaves the maxima of its blocks while it is in the cache; after some chunks these tell where to look.
-    """
-
-    def __init__(self, x: Tensor, threshold: Tensor) -> None:
-        self._x, self._threshold = x, threshold
-        self.maxima = x.new_empty(x.numel() // BLOCK)
-        self._rows, self._magnitudes = x.new_empty(0), x.new_empty(0)
-        self._room: Tensor | None = None
-        self._found: list[Found] = []
-        self._searched = self._taken = 0
-
-    def take(self, part: Tensor, room: Tensor | None = None) -> None:
-        """The next chunk; ``room`` may be overwritten."""
-        if room is None:
-            room = self._room = torch.empty_like(part) if self._room is None else self._room
-        whole, block = part.numel() // BLOCK, self._taken // BLOCK
-        magnitudes = torch.abs(part, out=room[: part.numel()])[: whole * BLOCK]
-        maxima = self.maxima[block : block + whole]
-        if (bits := BITS.get(part.dtype)) is not None:  # compared as integers, in half the time
-            magnitudes, maxima = magnitudes.view(bits), maxima.view(bits)
-        torch.amax(magnitudes.view(-1, BLOCK), dim=1, out=maxima)
-        self._taken += part.numel()
-        if self._taken - self._searched >= SPAN or self._taken == self._x.numel():
-            self._found.append(self.within(self._searched, self._taken))
-            self._searched = self._taken
-
-    def within(self, start: int, stop: int) -> Found:
-        """What there is from ``start``, of a block, to ``stop``; maxima are known and spent.
-
-        Little is allocated, since fresh memory is slow.
-        """
-        blocks, end = slice(start // BLOCK, stop // BLOCK), stop // BLOCK * BLOCK
-        hot = at_least(self.maxima[blocks], self._threshold)
-        of_blocks = (hot.numel(), BLOCK)
-        rows, magnitudes = self._rows.resize_(of_blocks), self._magnitudes.resize_(of_blocks)
-        torch.index_select(self._x[start:end].view(-1, BLOCK), 0, hot, out=rows)
-        mask = _not_below(torch.abs(rows, out=magnitudes), self._threshold)
-        words = mask.view(-1).view(torch.int64)  # 8 at once, since few are there
-        some = words.nonzero().view(-1)
-        there = words.index_select(0, some).view(torch.bool).nonzero().view(-1)
-        there = some.index_select(0, there >> 3).mul_(8).add_(there & 7)
-        indices = hot.index_select(0, there >> LOG).mul_(BLOCK).add_(there & (BLOCK - 1)).add_(start)
-        values = rows.view(-1).index_select(0, there)
-        if end == stop:
-            return indices, values
-        rest = at_least(self._x[end:stop].abs(), self._threshold).add_(end)
-        return torch.cat([indices, rest]), torch.cat([values, self._x[rest]])
-
-    def found(self) -> Found:
-        if len(self._found) == 1:
-            return self._found[0]
-        indices, values = zip(*self._found, strict=True)
-        return torch.cat(indices), torch.cat(values)
 
 
 REFERENCE = Reference()
