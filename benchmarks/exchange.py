@@ -8,9 +8,8 @@ collectives, one after the other, on the slowest rank; compression is not in the
 
 Measured for ``--workers``, one process a host, in a lab of shaped links (``--links none``: on the loopback). Modelled
 for 16 to 1024 as well: for each collective ``fixed + (N-1) message + bytes * byte``, fitted to the measurements of
-one link by relative least squares; a byte costs more between two workers, where gloo has one connection for both ways
-and takes 1.3 to 1.5 times as long as the link would. From some number of workers on it is the lab's cores that take the
-time, which all hosts share and real ones do not: there a byte costs ``world * shared`` instead, where that explains
+one link by relative least squares. From some number of workers on it is the lab's cores that take the time, which all
+hosts share and real ones do not: there messages and bytes cost ``N`` times a price of their own, where that explains
 more; beyond what was measured it is left out. Where an all-gather would send more than dense, thinwire takes
 an all-reduce, whose messages and bytes are taken to cost what those of an all-gather do. ``auto`` is what that route
 takes from the link that ``thinwire.exchange.cost`` fits at attach. Checked, and printed: two phases send at most 1.2
@@ -74,16 +73,16 @@ def fitted(timed: Sequence[tuple[int, int, Kind, float]]) -> dict[Kind, np.ndarr
     return found
 
 
-TERMS = ("fixed_s", "message_s", "byte_s", "byte_more_of_two_s", "shared_byte_s")
+TERMS = ("fixed_s", "message_s", "byte_s", "shared_message_s", "shared_byte_s")
 
 
 def terms(kind: Kind, nbytes: int, world: int, crowd: float) -> np.ndarray:
-    """What each of ``TERMS`` is multiplied by; from ``crowd`` workers on the lab's cores carry the bytes of all."""
+    """What each of ``TERMS`` is multiplied by; from ``crowd`` workers on the lab's cores do the work of all."""
     messages = 2 * (world - 1) if kind == "all_reduce" else world - 1
     sent = wire_bytes(kind, nbytes, world)
     if world >= crowd:
-        return np.array([1.0, messages, 0.0, 0.0, sent * world])
-    return np.array([1.0, messages, sent, sent if world == 2 else 0.0, 0.0])
+        return np.array([0.0, 0.0, 0.0, messages * world, sent * world])
+    return np.array([1.0, messages, sent, 0.0, 0.0])
 
 
 def measured(

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, ClassVar, Protocol, TypeAlias, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from thinwire.exchange.direct import Direct, Future, pays
 from thinwire.link import Link, wire_bytes
 from thinwire.tensors import ThinwireError
-
-Future: TypeAlias = torch.futures.Future[Any]
 
 # torch 2.13 renames all_gather_into_tensor to all_gather_single and warns at the old name.
 _name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -230,6 +229,7 @@ class ProcessGroup(OneLevel):
         self.rank = dist.get_rank(group)
         self.world = dist.get_world_size(group)
         self.sent = 0.0
+        self._direct = Direct(group)
 
     def all_reduce(self, message: Tensor) -> InFlight:
         work = cast(Any, dist.all_reduce(message, group=self.group, async_op=True))
@@ -237,16 +237,24 @@ class ProcessGroup(OneLevel):
         return InFlight(work.get_future(), message, work)
 
     def all_gather(self, message: Tensor) -> InFlight:
-        gathered = message.new_empty(self.world * message.numel())
-        work = _all_gather(gathered, message, group=self.group, async_op=True)
         self.sent += wire_bytes("all_gather", message.nbytes, self.world)
-        return InFlight(work.get_future(), gathered.view(self.world, -1), work)
+        gathered = message.new_empty(self.world, message.numel())
+        if pays(self.group, message):
+            return self._straight([message] * self.world, gathered)
+        work = _all_gather(gathered.view(-1), message, group=self.group, async_op=True)
+        return InFlight(work.get_future(), gathered, work)
 
     def all_to_all(self, message: Tensor) -> InFlight:
-        received = torch.empty_like(message)
-        work = cast(Any, dist.all_to_all_single(received.view(-1), message.view(-1), group=self.group, async_op=True))
         self.sent += wire_bytes("all_to_all", message.nbytes, self.world)
+        received = torch.empty_like(message)
+        if pays(self.group, message[0]):
+            return self._straight(message.unbind(), received)
+        work = cast(Any, dist.all_to_all_single(received.view(-1), message.view(-1), group=self.group, async_op=True))
         return InFlight(work.get_future(), received, work)
+
+    def _straight(self, rows: Sequence[Tensor], received: Tensor) -> InFlight:
+        sent = self._direct.start(rows, received)
+        return InFlight(sent.future, received, sent)
 
     def broadcast(self, message: Tensor, source: int) -> InFlight:
         root = dist.get_global_rank(self.group, source)
@@ -290,7 +298,7 @@ class ProcessGroup(OneLevel):
             return None
 
     def close(self) -> None:
-        pass
+        self._direct.close()
 
 
 def exchange_failed(collective: Collective, step: int, names: Sequence[str], error: Exception) -> ThinwireError:
