@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from thinwire.exchange.direct import Direct, Future, pays
+from thinwire.exchange.direct import Direct, Future, at_once, pays
 from thinwire.link import Link, wire_bytes
 from thinwire.tensors import ThinwireError
 
@@ -241,6 +241,8 @@ class ProcessGroup(OneLevel):
         gathered = message.new_empty(self.world, message.numel())
         if pays(self.group, message):
             return self._straight([message] * self.world, gathered)
+        if at_once(self.group, message):
+            return self._all_to_all(message.repeat(self.world), gathered)
         work = _all_gather(gathered.view(-1), message, group=self.group, async_op=True)
         return InFlight(work.get_future(), gathered, work)
 
@@ -249,7 +251,10 @@ class ProcessGroup(OneLevel):
         received = torch.empty_like(message)
         if pays(self.group, message[0]):
             return self._straight(message.unbind(), received)
-        work = cast(Any, dist.all_to_all_single(received.view(-1), message.view(-1), group=self.group, async_op=True))
+        return self._all_to_all(message.view(-1), received)
+
+    def _all_to_all(self, rows: Tensor, received: Tensor) -> InFlight:
+        work = cast(Any, dist.all_to_all_single(received.view(-1), rows, group=self.group, async_op=True))
         return InFlight(work.get_future(), received, work)
 
     def _straight(self, rows: Sequence[Tensor], received: Tensor) -> InFlight:

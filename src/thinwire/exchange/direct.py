@@ -24,13 +24,25 @@ WORLD = 4
 """Up to how many ranks: with more, little of what a connection carries stands in the other direction's way."""
 LEAST = 2**16
 """Bytes to a rank from which on it pays: this takes a thread of Python's, and gloo's own are cheaper to wake."""
+FEW = 16
+"""Up to how many ranks a short message goes from each to all others at once: gloo's all-gather is a ring, in which each
+waits N - 1 times for the one before."""
 TAGS = range(2**20, 2**21)  # away from those that people take
 NOBODY = TAGS.stop
 
 
 def pays(group: dist.ProcessGroup, row: Tensor) -> bool:
     """Whether a message of which each other rank gets such a row should go straight to them."""
-    fits = row.nbytes >= LEAST and 1 < dist.get_world_size(group) <= WORLD
+    return row.nbytes >= LEAST and _among(WORLD, group, row)
+
+
+def at_once(group: dist.ProcessGroup, message: Tensor) -> bool:
+    """Whether what all are to get should be sent as an all-to-all: in one stage."""
+    return message.nbytes < LEAST and _among(FEW, group, message)
+
+
+def _among(most: int, group: dist.ProcessGroup, row: Tensor) -> bool:
+    fits = 1 < dist.get_world_size(group) <= most
     return fits and not row.is_cuda and "cpu:gloo" in dist.get_backend_config(group)
 
 
