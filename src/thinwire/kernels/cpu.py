@@ -58,7 +58,9 @@ class Cpu:
         u = work.new_residual if work.old_momentum is None else work.old_momentum
         addresses = (work.grad.data_ptr(), u.data_ptr(), work.old_residual.data_ptr())
         pick(*addresses, start, stride, run, work.rule.momentum or 0.0, work.scale, out)
-        return torch.from_numpy(out).to(work.new_residual.dtype)
+        if work.new_residual.dtype == torch.bfloat16:  # which it has been rounded to
+            return torch.from_numpy((out.view(numpy.uint32) >> 16).astype(numpy.int16)).view(torch.bfloat16)
+        return torch.from_numpy(out)
 
     def accumulate(self, works: Sequence[Pass], cuts: Sequence[Cut]) -> list[Found]:
         counts = [-(-work.grad.numel() // BLOCK) for work in works]

@@ -90,7 +90,8 @@ class Reference:
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
         if magnitude.device.type != "cpu":
             return fixed.kth(magnitude, k)
-        x = magnitude.abs().view(BITS[magnitude.dtype]).numpy()  # NaN may have a sign
+        x = magnitude.view(BITS[magnitude.dtype]).numpy()
+        x = x & numpy.iinfo(x.dtype).max  # NaN may have a sign
         columns = x.size // BLOCK
         if 4 * k <= columns:  # they stand in the k columns of largest maximum
             grid = x[: columns * BLOCK].reshape(BLOCK, columns)
