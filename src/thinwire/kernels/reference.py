@@ -26,20 +26,27 @@ BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: 
 """Integers of the size of a float: magnitudes compare like their bits, with NaN above infinity."""
 
 
-def at_least(magnitude: Tensor, threshold: Tensor) -> Tensor:
-    """Ascending indices of what of ``[n]`` is not below the threshold; NaN is not, so that it is sent and seen."""
+def at_least(magnitude: Tensor, threshold: Tensor, room: Any = None) -> Tensor:
+    """Ascending indices of what of ``[n]`` is not below the threshold; NaN is not, so that it is sent and seen.
+
+    ``room``, of ``mask_room``, may be overwritten.
+    """
     bits = BITS[magnitude.dtype]
     magnitude, threshold = magnitude.view(bits), threshold.view(1).view(bits)
     if magnitude.device.type != "cpu":
         return (magnitude >= threshold).nonzero().view(-1)
     n = magnitude.numel()
-    high = numpy.empty(-(-n // WORD) * WORD, numpy.bool_)
+    high = mask_room(n) if room is None else room[: -(-n // WORD) * WORD]
     high[n:] = False
     numpy.greater_equal(magnitude.numpy(), threshold.numpy(), out=high[:n])
     words = high.view(numpy.uint64)
     some = numpy.flatnonzero(words != 0)  # 8 at once, since few are there
     there = numpy.flatnonzero(words[some].view(numpy.bool_))
     return torch.from_numpy(some[there // WORD] * WORD + there % WORD)
+
+
+def mask_room(n: int) -> Any:
+    return numpy.empty(-(-n // WORD) * WORD, numpy.bool_)
 
 
 class Reference:
@@ -65,15 +72,14 @@ class Reference:
 
     def _one(self, work: Pass, cut: Cut) -> Found:
         tensors = (work.grad, work.old_residual, work.new_residual, work.old_momentum, work.new_momentum)
-        found: list[Found] = []
+        search = Search(work.new_residual, cut.threshold)
         for grad, v, new_v, u, new_u in zip(*map(chunks, tensors), strict=False):
             accumulate(work.rule, work.scale, grad, v, new_v, u, new_u)
             # it is in the cache, and read for the last time
-            room = grad if grad.dtype == new_v.dtype else None
-            found.append(_within(new_v, cut.threshold, room))
+            search.take(new_v, grad if grad.dtype == new_v.dtype else None)
             if work.clear:
                 grad.zero_()
-        return joined(found)
+        return search.found()
 
     def look(self, x: Tensor, cut: Cut) -> Found:
         return settled(above(x, cut.threshold), cut, partial(above, x), self)
@@ -158,23 +164,10 @@ def settled(found: Found, cut: Cut, again: Callable[[Tensor], Found], kernels: K
 
 def above(x: Tensor, threshold: Tensor) -> Found:
     """Where ``|x|`` of ``[n]`` is not below the threshold."""
-    return joined([_within(part, threshold) for part in chunks(x)])
-
-
-def _within(part: Tensor, threshold: Tensor, room: Tensor | None = None) -> Found:
-    """``above`` of one chunk; ``room``, of its size, may be overwritten."""
-    there = at_least(torch.abs(part, out=room), threshold)
-    return there, part[there]
-
-
-def joined(found: Sequence[Found]) -> Found:
-    """What was found in chunk after chunk."""
-    if len(found) == 1:
-        return found[0]
-    indices, values = zip(*found, strict=True)
-    for i, one in enumerate(indices):
-        one += i * CHUNK
-    return torch.cat(indices), torch.cat(values)
+    search = Search(x, threshold)
+    for part in chunks(x):
+        search.take(part)
+    return search.found()
 
 
 def runs(x: Tensor, start: int, stride: int, run: int) -> Tensor:
@@ -189,6 +182,31 @@ def chunks(x: Tensor | None) -> Iterable[Any]:
         return repeat(None)
     # elsewhere a launch costs more than the cache gives
     return cast(Any, x).split(CHUNK if x.device.type == "cpu" else max(BLOCK, x.numel()))
+
+
+class Search:
+    """``above``, chunk after chunk, while each is in the cache. Memory is kept, since fresh memory is slow."""
+
+    def __init__(self, x: Tensor, threshold: Tensor) -> None:
+        self._threshold = threshold
+        self._mask: Any = mask_room(min(CHUNK, x.numel())) if x.device.type == "cpu" else None
+        self._room: Tensor | None = None
+        self._found: list[Found] = []
+        self._taken = 0
+
+    def take(self, part: Tensor, room: Tensor | None = None) -> None:
+        """The next chunk; ``room``, of its size, may be overwritten."""
+        if room is None:
+            room = self._room = torch.empty_like(part) if self._room is None else self._room[: part.numel()]
+        there = at_least(torch.abs(part, out=room), self._threshold, self._mask)
+        self._found.append((there + self._taken, part[there]))
+        self._taken += part.numel()
+
+    def found(self) -> Found:
+        if len(self._found) == 1:
+            return self._found[0]
+        indices, values = zip(*self._found, strict=True)
+        return torch.cat(indices), torch.cat(values)
 
 
 REFERENCE = Reference()
