@@ -1,6 +1,8 @@
 """Messages that go straight to whom they are for: the same answers as gloo's own, and what happens without one."""
 
+import itertools
 import threading
+import time
 from unittest import mock
 
 import pytest
@@ -12,46 +14,83 @@ from thinwire.exchange import direct
 from thinwire.exchange.collectives import ProcessGroup
 
 
+def _rows(world, nbytes, seed, rank):
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    return torch.randint(256, (world, nbytes), dtype=torch.uint8, generator=generator)
+
+
 def _exchanged(groups, sizes):
-    """What all ranks get from each other, with everything under way at once."""
+    """Whether all get what they should, with everything under way at once."""
     flights = []
-    for i, nbytes in enumerate(sizes):
-        for j, group in enumerate(groups):
-            generator = torch.Generator().manual_seed(100 * group.rank + 10 * i + j)
-            rows = torch.randint(256, (group.world, nbytes), dtype=torch.uint8, generator=generator)
-            flights += [group.all_gather(rows[0].clone()), group.all_to_all(rows)]
-    for flight in flights:
+    for seed, (nbytes, group) in enumerate(itertools.product(sizes, groups)):
+        every = [_rows(group.world, nbytes, seed, rank) for rank in range(group.world)]
+        rows = every[group.rank]
+        flights.append((group.all_gather(rows[0].clone()), torch.stack([other[0] for other in every])))
+        flights.append((group.all_to_all(rows), torch.stack([other[group.rank] for other in every])))
+    for flight, _ in flights:
         flight.future.wait()
-    return [flight.answer() for flight in flights]
+    return all(torch.equal(flight.answer(), expected) for flight, expected in flights)
 
 
-def _alike(rank, sizes):
+def _every_way(rank, sizes):
     before = threading.active_count()
-    found = {}
-    for least in (0, 2**40):  # straight, and by gloo's own
+    for least, few in ((0, 0), (2**40, 16), (2**40, 0)):  # straight, at once, and by gloo's own
         groups = [ProcessGroup(dist.group.WORLD) for _ in range(2)]  # of the same ranks, as two sessions have them
-        with mock.patch.object(direct, "LEAST", least):
-            found[least] = _exchanged(groups, sizes)
+        with mock.patch.object(direct, "LEAST", least), mock.patch.object(direct, "FEW", few):
+            assert _exchanged(groups, sizes)
         assert (threading.active_count() == before) == (least > 0)
         for group in groups:
             group.close()
     assert threading.active_count() == before
-    return all(torch.equal(a, b) for a, b in zip(*found.values(), strict=True))
 
 
 @pytest.mark.parametrize("sizes", [[0, 1, 1000], [100_000, 1, 3_000_000, 70_000]], ids=["small", "large"])
-def test_it_answers_what_gloo_does(world2, world4, sizes):
-    assert all(world2.run(_alike, sizes))
-    assert all(world4.run(_alike, sizes))
+def test_everyone_gets_what_was_sent(world2, world4, sizes):
+    world2.run(_every_way, sizes)
+    world4.run(_every_way, sizes)
 
 
-def _pays(rank):
+def _subgroup(rank):
+    ranks = [1, 2, 3]  # whose numbers in the group are others
+    made = dist.new_group(ranks)
+    if rank in ranks:
+        group = ProcessGroup(made)
+        assert _exchanged([group], [100_000])
+        group.close()
+
+
+def test_a_group_numbers_its_own_ranks(world4):
+    world4.run(_subgroup)
+
+
+def _let_go(rank):
+    """Under way when the group is closed, or dropped."""
+    before = threading.active_count()
+    group = ProcessGroup(dist.group.WORLD)
+    flight = group.all_gather(torch.full((30_000_000,), rank, dtype=torch.uint8))
+    group.close()
+    assert flight.future.wait()[1 - rank, 0] == 1 - rank
+    group = ProcessGroup(dist.group.WORLD)
+    group.all_gather(torch.zeros(100_000, dtype=torch.uint8)).future.wait()
+    del group
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    dist.barrier()
+
+
+def test_letting_go_does_no_harm(world2):
+    world2.run(_let_go)
+
+
+def _ways(rank):
     rows = [torch.empty(direct.LEAST - 1, dtype=torch.uint8), torch.empty(direct.LEAST, dtype=torch.uint8)]
-    return [direct.pays(dist.group.WORLD, row) for row in rows]
+    return [(direct.pays(dist.group.WORLD, row), direct.at_once(dist.group.WORLD, row)) for row in rows]
 
 
-def test_short_messages_are_left_to_gloo(world4):
-    assert world4.run(_pays) == [[False, True]] * 4
+def test_long_messages_go_straight_and_short_ones_at_once(world4):
+    assert world4.run(_ways) == [[(False, True), (True, False)]] * 4
 
 
 RANK = """
@@ -65,9 +104,11 @@ def start():
 start().future.wait()
 what = sys.argv[1]
 if group.rank == 1:
-    if what != "dies":
+    if what in ("is late", "leaves"):
         time.sleep(4)
     os._exit(0)
+if what == "is gone":
+    time.sleep(0.5)
 flights = [start(), start()]
 if what != "leaves":
     for flight in flights:
@@ -85,16 +126,21 @@ if what != "leaves":
 """
 
 
-@pytest.mark.parametrize("what", ["dies", "is late", "leaves"])
-def test_nobody_waits_for_ever(what):
-    ranks = start_ranks(2, ["-c", RANK, what])
+@pytest.mark.parametrize(
+    ("what", "interfaces"),
+    [("is gone", "lo"), ("is late", "lo,lo"), ("leaves", "lo")],
+)
+def test_nobody_waits_for_ever(what, interfaces):
+    ranks = start_ranks(2, ["-c", RANK, what], GLOO_SOCKET_IFNAME=interfaces)
     (output, error), _ = finish(ranks)
     assert ranks[0].returncode == 0, error
     if what == "leaves":  # while something is under way
+        assert not error
+        assert not output
         return
     lines = output.splitlines()
     assert lines[1::2][:2] == ["future: RuntimeError"] * 2, output
     assert ("timed out after 1 s" in output) == (what == "is late")
     assert lines[-1] == "threads 1"
-    if what == "dies":
+    if what != "is late":
         assert lines[-2] == "lost [1]"

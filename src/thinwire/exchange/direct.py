@@ -7,12 +7,13 @@ turns. Here a rank announces all that it awaits before it sends anything, and bo
 
 import atexit
 import contextlib
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, TypeAlias
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,8 @@ FEW = 16
 waits N - 1 times for the one before."""
 TAGS = range(2**20, 2**21)  # away from those that people take
 NOBODY = TAGS.stop
+GRACE = 2.0
+"""Seconds for what is under way when a group is let go of."""
 
 
 def pays(group: dist.ProcessGroup, row: Tensor) -> bool:
@@ -43,37 +46,35 @@ def at_once(group: dist.ProcessGroup, message: Tensor) -> bool:
 
 def _among(most: int, group: dist.ProcessGroup, row: Tensor) -> bool:
     fits = 1 < dist.get_world_size(group) <= most
-    return fits and not row.is_cuda and "cpu:gloo" in dist.get_backend_config(group)
+    return fits and row.device.type == "cpu" and "cpu:gloo" in dist.get_backend_config(group)
 
 
 class Sent:
     """An exchange under way: what ``torch.distributed`` calls a work, with a future besides."""
 
-    def __init__(self, direct: "Direct", received: Tensor, works: Sequence[Any]) -> None:
+    def __init__(self, direct: "Direct", received: Tensor) -> None:
         self.future: Future = torch.futures.Future[Any]()
-        self._direct, self._received, self._works = direct, received, works
+        self.works: list[Any] = []
+        self.error: Exception | None = None
+        self._direct, self._received = direct, received
         self._over = Event()
-        self._error: Exception | None = None
-
-    @property
-    def over(self) -> bool:
-        return self._over.is_set()
 
     def finish(self) -> None:
-        """Wait for the network, and complete the future."""
+        """Wait for the network, and complete the future, which runs its callbacks here."""
         try:
-            for work in self._works:
+            for work in self.works if self.error is None else ():
                 work.wait()
-        except Exception as error:
-            self._error = error
-            self._over.set()
-            self.future.set_exception(error)
+        except RuntimeError as error:
+            self.error = error
+        self.works.clear()
+        self._over.set()
+        if self.error is not None:
+            self.future.set_exception(self.error)
         else:
-            self._over.set()
             self.future.set_result(self._received)
 
     def wait(self, timeout: timedelta) -> None:
-        """Wait for the network.
+        """Wait for the network, and for what the exchanges before have called back.
 
         Raises:
             RuntimeError: what gloo raises, or it took longer; then all connections are closed.
@@ -81,8 +82,8 @@ class Sent:
         if not self._over.wait(timeout.total_seconds()):
             self._direct.hang_up()
             raise RuntimeError(f"timed out after {timeout.total_seconds():g} s")
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
 
 
 class Direct:
@@ -91,46 +92,59 @@ class Direct:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group, self._rank, self._world = group, dist.get_rank(group), dist.get_world_size(group)
         self._started = 0
-        self._last: Sent | None = None
         self._queue: SimpleQueue[Sent | None] = SimpleQueue()
         self._thread: Thread | None = None
 
     def start(self, rows: Sequence[Tensor], received: Tensor) -> Sent:
-        """Row r of ``rows`` goes to rank r, and row r of ``received`` comes from it; all ranks call this in turn."""
+        """Row r of ``rows`` goes to rank r, and row r of ``received`` comes from it; all ranks call this in turn.
+
+        Where a connection is gone, waiting says so.
+        """
         if self._thread is None:
             self._thread = Thread(target=_finish_all, args=(self._queue,), name="thinwire-direct", daemon=True)
             self._thread.start()
             _open.add(self)
+            finalize(self, self._queue.put, None)
         tag = TAGS[self._started % len(TAGS)]
         self._started += 1
         received[self._rank].copy_(rows[self._rank])
         others = [(self._rank + i) % self._world for i in range(1, self._world)]
-        awaited = [dist.irecv(received[rank], group=self._group, tag=tag, group_src=rank) for rank in others]
-        sent = [dist.isend(rows[rank], group=self._group, tag=tag, group_dst=rank) for rank in others]
-        self._last = Sent(self, received, [*awaited, *sent])
-        self._queue.put(self._last)
-        return self._last
+        sent = Sent(self, received)
+        try:
+            for rank in others:
+                sent.works.append(dist.irecv(received[rank], group=self._group, tag=tag, group_src=rank))
+            for rank in others:
+                sent.works.append(dist.isend(rows[rank], group=self._group, tag=tag, group_dst=rank))
+        except RuntimeError as error:
+            sent.error = error
+        self._queue.put(sent)
+        return sent
 
     def hang_up(self) -> None:
-        """Close all connections, so that nobody waits any longer: gloo does so where a wait times out."""
-        with contextlib.suppress(RuntimeError):
-            other = (self._rank + 1) % self._world
-            work: Any = dist.irecv(torch.empty(1), group=self._group, tag=NOBODY, group_src=other)
-            work.wait(timedelta(milliseconds=1))
+        """Close all connections of the group, so that nobody waits any longer: gloo does so where a wait times out."""
+        other = (self._rank + 1) % self._world
+        for i in range(len(os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))):  # tags take interfaces in turn
+            with contextlib.suppress(RuntimeError):
+                nothing = torch.empty(1, device="cpu")
+                work: Any = dist.irecv(nothing, group=self._group, tag=NOBODY + i, group_src=other)
+                work.wait(timedelta(milliseconds=1))
 
     def close(self) -> None:
-        """Let go of the thread; what is under way is given up."""
-        if self._thread is not None:
-            if self._last is not None and not self._last.over:
-                self.hang_up()
-            self._queue.put(None)
-            self._thread.join()
-            self._thread = None
+        """Let go of the thread. What is under way has some time to end; then the group's connections are closed."""
+        thread, self._thread = self._thread, None
+        if thread is None or not thread.is_alive():  # as in a child that was forked
+            return
+        self._queue.put(None)
+        thread.join(GRACE)
+        if thread.is_alive():
+            self.hang_up()
+            thread.join()
 
 
 def _finish_all(queue: "SimpleQueue[Sent | None]") -> None:
     while (sent := queue.get()) is not None:
         sent.finish()
+        del sent  # and its messages, while this waits for the next
 
 
 _open: WeakSet[Direct] = WeakSet()

@@ -155,3 +155,4 @@ class Mesh:
 
     def close(self) -> None:
         self.replicas.close()
+        self.shards.close()

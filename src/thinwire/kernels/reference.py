@@ -29,7 +29,7 @@ BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: 
 def at_least(magnitude: Tensor, threshold: Tensor, room: Any = None) -> Tensor:
     """Ascending indices of what of ``[n]`` is not below the threshold; NaN is not, so that it is sent and seen.
 
-    ``room``, of ``mask_room``, may be overwritten.
+    The threshold has the dtype of the magnitudes. ``room``, of ``mask_room``, may be overwritten.
     """
     bits = BITS[magnitude.dtype]
     magnitude, threshold = magnitude.view(bits), threshold.view(1).view(bits)
