@@ -81,7 +81,8 @@ class Sent:
         """
         if not self._over.wait(timeout.total_seconds()):
             self._direct.hang_up()
-            raise RuntimeError(f"timed out after {timeout.total_seconds():g} s")
+            seconds = timeout.total_seconds()
+            raise RuntimeError(f"timed out after {seconds:g} s; the connections of the group are closed now")
         if self.error is not None:
             raise self.error
 
