@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from thinwire.kernels import bits, blocks
-from thinwire.kernels.reference import BITS, REFERENCE, above, settled
+from thinwire.kernels.reference import BITS, REFERENCE, above, kth_largest, settled
 from thinwire.loops import Cut, Found, Pass
 from thinwire.wire import elias_fano
 
@@ -107,8 +107,8 @@ class Cpu:
         if x.dtype != torch.float32 or not 0 < k < x.numel():
             return REFERENCE.largest(x, k)
         as_bits = numpy.minimum(x.view(torch.int32).numpy() & 0x7FFFFFFF, INFINITY)
-        place, out = x.numel() - k, numpy.empty(k, numpy.int64)
-        bits.at_least(as_bits, numpy.partition(as_bits, place)[place], out)
+        out = numpy.empty(k, numpy.int64)
+        bits.at_least(as_bits, kth_largest(as_bits, k)[0], out)
         return torch.from_numpy(out)
 
     def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:

@@ -22,6 +22,8 @@ from thinwire.wire import elias_fano
 CHUNK = 2**19
 BLOCK = 2**6
 WORD = 8
+ALONE = 2**15
+"""Elements up to which torch uses one thread."""
 BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 """Integers of the size of a float: magnitudes compare like their bits, with NaN above infinity."""
 
@@ -38,11 +40,26 @@ def at_least(magnitude: Tensor, threshold: Tensor, room: Any = None) -> Tensor:
     n = magnitude.numel()
     high = mask_room(n) if room is None else room[: -(-n // WORD) * WORD]
     high[n:] = False
-    numpy.greater_equal(magnitude.numpy(), threshold.numpy(), out=high[:n])
+    if (
+        n > ALONE and torch.get_num_threads() > 1
+    ):  # each thread what it has written, which may be far from this one's cache
+        torch.ge(magnitude, threshold, out=torch.from_numpy(high[:n]))
+    else:
+        numpy.greater_equal(magnitude.numpy(), threshold.numpy(), out=high[:n])
     words = high.view(numpy.uint64)
     some = numpy.flatnonzero(words != 0)  # 8 at once, since few are there
     there = numpy.flatnonzero(words[some].view(numpy.bool_))
     return torch.from_numpy(some[there // WORD] * WORD + there % WORD)
+
+
+def kth_largest(x: Any, k: int) -> Any:
+    """The k-th largest of an array ``[n]``, as one of ``[1]``; 1 <= k <= n."""
+    columns = x.size // BLOCK
+    if 4 * k <= columns:  # they stand in the k columns of largest maximum
+        grid = x[: columns * BLOCK].reshape(BLOCK, columns)
+        hot = numpy.argpartition(grid.max(0), columns - k)[columns - k :]
+        x = numpy.concatenate([grid[:, hot].ravel(), x[columns * BLOCK :]])
+    return numpy.partition(x, x.size - k)[x.size - k :][:1]
 
 
 def mask_room(n: int) -> Any:
@@ -97,13 +114,7 @@ class Reference:
         if magnitude.device.type != "cpu":
             return fixed.kth(magnitude, k)
         x = magnitude.view(BITS[magnitude.dtype]).numpy()
-        x = x & numpy.iinfo(x.dtype).max  # NaN may have a sign
-        columns = x.size // BLOCK
-        if 4 * k <= columns:  # they stand in the k columns of largest maximum
-            grid = x[: columns * BLOCK].reshape(BLOCK, columns)
-            hot = numpy.argpartition(grid.max(0), columns - k)[columns - k :]
-            x = numpy.concatenate([grid[:, hot].ravel(), x[columns * BLOCK :]])
-        kth = torch.from_numpy(numpy.partition(x, x.size - k)[x.size - k :][:1])
+        kth = torch.from_numpy(kth_largest(x & numpy.iinfo(x.dtype).max, k))  # NaN may have a sign
         return kth.view(magnitude.dtype).nan_to_num(math.inf, math.inf)[0]
 
     def largest(self, x: Tensor, k: int) -> Tensor:
