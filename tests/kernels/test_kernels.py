@@ -9,7 +9,7 @@ from thinwire import ErrorFeedback, MomentumCorrection, ThinwireError, TopK
 from thinwire.core import Context
 from thinwire.exchange.groups import Piece
 from thinwire.kernels.choose import choose
-from thinwire.kernels.reference import BLOCK, CHUNK, REFERENCE
+from thinwire.kernels.reference import BLOCK, CHUNK, REFERENCE, above, at_least
 from thinwire.loops import Accumulation, Cut, Pass, smallest
 from thinwire.selecting import select
 from thinwire.tensors import flat
@@ -340,3 +340,15 @@ def test_without_numba_the_ledger_says_so(monkeypatch):
     assert "pip install 'thinwire[cpu]'" in note
     with pytest.raises(ThinwireError, match="need numba"):
         choose("cpu", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_not_below_a_threshold(dtype, threads):
+    torch.set_num_threads(threads)  # on several, another library compares
+    for n in (1, 40_001, 2**19 + 77):
+        x = hostile(n, "not finite").to(dtype)
+        threshold = torch.tensor(1.5, dtype=dtype)
+        expected = x.abs().lt(threshold).logical_not().nonzero().view(-1)
+        assert torch.equal(at_least(x.abs(), threshold), expected)
+        assert torch.equal(above(x, threshold)[0], expected)
