@@ -1,7 +1,7 @@
 """The kernels in plain PyTorch: always there, and what the compiled ones must equal bit for bit.
 
 A pass goes over chunks that stay in the cache: new states, where they reach the threshold, the cleared gradient. On
-the CPU it is NumPy that compares and counts, since torch does neither with vector instructions there.
+the CPU NumPy counts, and on one thread compares, since torch does neither with vector instructions there.
 """
 
 import math
@@ -40,9 +40,7 @@ def at_least(magnitude: Tensor, threshold: Tensor, room: Any = None) -> Tensor:
     n = magnitude.numel()
     high = mask_room(n) if room is None else room[: -(-n // WORD) * WORD]
     high[n:] = False
-    if (
-        n > ALONE and torch.get_num_threads() > 1
-    ):  # each thread what it has written, which may be far from this one's cache
+    if n > ALONE and torch.get_num_threads() > 1:  # each thread what it wrote, which may be far from this one's cache
         torch.ge(magnitude, threshold, out=torch.from_numpy(high[:n]))
     else:
         numpy.greater_equal(magnitude.numpy(), threshold.numpy(), out=high[:n])
