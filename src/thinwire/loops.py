@@ -140,6 +140,10 @@ class Kernels(Protocol):
         """All indices that occur in these int64 ``[m_i]``, and the sum of ``alpha * values`` at each, in this order."""
         ...
 
+    def coordinates(self, indices: Tensor, shape: Sequence[int]) -> Tensor:
+        """Where flat indices ``[m]`` stand in a tensor of this shape, int64 ``[len(shape), m]``."""
+        ...
+
     def without_repeats(self, indices: Tensor, values: Tensor) -> Tensor:
         """``values`` ``[k]``, with 0 where an index is the one before."""
         ...

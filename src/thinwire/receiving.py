@@ -51,7 +51,7 @@ def mean_of(
                 break
             few.append((piece, got))
         else:
-            return _added(few, out, share, ctx.kernels)
+            return _added(few, out, share, ctx.kernels or REFERENCE)
     for j, piece in pieces:
         part = piece.of(mean)
         for later, got in enumerate(arrived(j, piece)):
@@ -66,7 +66,7 @@ def _of(ctx: Context, unit: Unit, piece: Piece, rank: int, kernels: Kernels | No
     return Context(ctx.seed, ctx.step, piece.key(unit.name), rank, kernels)
 
 
-def _added(few: Sequence[tuple[Piece, Decompressed]], like: Tensor, share: float, kernels: Kernels | None) -> Tensor:
+def _added(few: Sequence[tuple[Piece, Decompressed]], like: Tensor, share: float, kernels: Kernels) -> Tensor:
     """The sum, in the order in which the dense one would be made.
 
     Raises:
@@ -77,15 +77,8 @@ def _added(few: Sequence[tuple[Piece, Decompressed]], like: Tensor, share: float
         for piece, (indices, values) in ((piece, got.entries()) for piece, got in few)
     ]
     indices, values = [one for one, _ in entries], [some.to(like.dtype) for _, some in entries]
-    there, total = (kernels or REFERENCE).merge(indices, values, share)
+    there, total = kernels.merge(indices, values, share)
     if there.device.type == "cpu" and there.numel() and int(there[-1]) >= like.numel():
         raise IndexError(f"an index of {int(there[-1])} has arrived for a tensor of {like.numel()} elements")
-    where: list[Tensor] = []
-    for size in like.shape[:0:-1]:  # as torch.unravel_index, which is slow
-        rows = there // size
-        where.append(there - rows * size)
-        there = rows
-    where.append(there)
-    return torch.sparse_coo_tensor(
-        torch.stack(where[::-1]), total, like.shape, is_coalesced=True, check_invariants=False
-    )
+    where = kernels.coordinates(there, like.shape)
+    return torch.sparse_coo_tensor(where, total, like.shape, is_coalesced=True, check_invariants=False)

@@ -66,6 +66,7 @@ def rehearse(units: Sequence[Unit], kernels: Kernels, clear: bool = True) -> Non
                 kernels.decode_indices(kernels.encode_indices(found, 65), 65, 65)
                 kernels.largest(values, 1)
                 kernels.merge([found], [kernels.without_repeats(found, values)], 1.0)
+                kernels.coordinates(found, (65,))
                 kernels.add(torch.zeros_like(new_v), found, values, 1.0)
 
 

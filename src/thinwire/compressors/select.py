@@ -21,11 +21,11 @@ from thinwire.kernels.fixed import exactly
 from thinwire.kernels.reference import runs
 from thinwire.loops import Cut, Found, Kernels, smallest
 
-SAMPLED_AMONG = 64
+SAMPLED_AMONG = 32
 """A sample must hold this many of the k largest."""
-MARGIN = 1.25
+MARGIN = 1.35
 """How many elements should pass, in k: their number spreads by 11 %, and too few cost another look at all of them."""
-RUN = 8
+RUN = 16
 """Elements of a sample that stand side by side, in one line of the cache: they come from memory together."""
 EXACT_BELOW = 100_000
 """Elements below which an exact selection is as cheap."""

@@ -49,7 +49,7 @@ class Arrivals:
         self.by_param = {id(one.param): one for one in owned}
         numbers = sorted({one.bucket for one in owned}, reverse=True)
         self.buckets = [[one for one in owned if one.bucket == number] for number in numbers]
-        self.departures = Departures(sparse)
+        self.departures = Departures(sparse, eager=False)
         self.arrived: set[int] = set()
         self.before: set[int] = set()  # what arrived in passes that only added up
         self.passes = Passes(self.end)

@@ -30,10 +30,11 @@ class Departures:
 
     Args:
         sparse: whether a gradient of which few elements have arrived takes its place among ``grads`` as a sparse one.
+        eager: whether somebody waits for the futures, so that they must complete by themselves; see ``Flight``.
     """
 
-    def __init__(self, sparse: bool = False) -> None:
-        self.sparse = sparse
+    def __init__(self, sparse: bool = False, eager: bool = True) -> None:
+        self.sparse, self.eager = sparse, eager
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
         self.held: list[tuple[Bucket, list[Tensor], Tensor, Sequence[bool], Future]] = []
         self.flights: list[Flight] = []
@@ -50,7 +51,7 @@ class Departures:
     def send(
         self, session: Session, bucket: Bucket, grads: list[Tensor], buffer: Tensor, used: Sequence[bool]
     ) -> Future:
-        """Take one bucket; the future completes with ``buffer`` once what was received stands in ``grads``.
+        """Take one bucket; the future completes with ``buffer`` once what was received stands in ``grads``, by ``end``.
 
         Args:
             buffer: what ``grads`` are views of, or any one of them: it tells the device.
@@ -120,6 +121,7 @@ class Departures:
         flight = Flight(
             bucket, outbox, grads, buffer, used, session.seed, step, session.loss_scale, row,
             session.transaction.verdicts, session.workers[0].kernels, self.sparse,
+            self.eager or buffer.is_cuda,
         )  # fmt: skip
         self.flights.append(flight)
         if not bucket.joins or (self.waiting and self.waiting[0].buffer.device != buffer.device):

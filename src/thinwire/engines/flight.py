@@ -1,7 +1,8 @@
 """One bucket on its way through the network.
 
-The hook starts every stage of it, and the callback of the last one receives. A flight must not hold the session: a
-callback runs on a thread of the process group, which would die on its own thread were that the last to hold it.
+The hook starts every stage of it. What arrives is received by whoever waits for it; or eagerly, in a callback of the
+last stage. A flight must not hold the session: a callback runs on a thread of the process group, which would die on its
+own thread were that the last to hold it.
 """
 
 import time
@@ -26,6 +27,8 @@ class Flight:
 
     Args:
         outbox: what ``send`` made of the gradients.
+        eager: receive as soon as it has arrived, which a future promises; on CUDA that only queues work. On CPUs a second
+            thread would take a core away from the backward pass, and find its code in no cache.
         used: which of its units this rank used.
         verdicts: where ``receive`` adds what all ranks learned.
     """
@@ -41,15 +44,16 @@ class Flight:
     row: StepRow
     verdicts: list[Verdict]
     kernels: Kernels
-    sparse: bool = False
+    sparse: bool
+    eager: bool
     inbox: list[InFlight] = field(default_factory=list[InFlight])
     promise: Future | None = None
-    """What DDP was given where the last stage had not been started by then."""
+    """What was given away before the last stage had been started, or where it is received late."""
     landed: Future | None = None
-    """Completes with the buffer, once the gradients are in it."""
+    """Where it is eager, completes with the buffer, once the gradients are in it."""
 
     def done(self) -> Future:
-        """What DDP waits for."""
+        """What DDP waits for: completes with the buffer."""
         if self.landed is not None:
             return self.landed
         if self.promise is None:
@@ -60,7 +64,7 @@ class Flight:
         """The exchange has been started; where it is the only stage, the rest follows by itself."""
         self.outbox.messages.clear()
         self.inbox, self.started = inbox, time.perf_counter()
-        if not self.bucket.relays and not any(arrived.then for arrived in inbox):
+        if self.eager and not self.bucket.relays and not any(arrived.then for arrived in inbox):
             self._land()
 
     def go_on(self, worker: Worker, collective: Collective, timeout: float) -> None:
@@ -75,13 +79,19 @@ class Flight:
             with Stopwatch(self.row, "send_seconds"):
                 self.inbox = pipeline.relay(self.bucket, self.inbox, worker, self.step, collective)
             self.inbox = [arrived.last(timeout) for arrived in self.inbox]
-        self._land()
+        if self.eager:
+            self._land()
 
     def wait(self, timeout: float) -> None:
         """Wait until the gradients are there."""
+        if not self.eager:
+            self.started = time.perf_counter()  # until now it has cost nobody any time
         for arrived in self.inbox:
             arrived.wait(timeout)
-        self.done().wait()
+        if self.eager:
+            self.done().wait()
+        else:
+            self.done().set_result(self._finish())
 
     def _land(self) -> None:
         futures = [arrived.future for arrived in self.inbox]
@@ -91,7 +101,7 @@ class Flight:
         if (promise := self.promise) is not None:
             self.landed.then(lambda exchanged: settle(promise, exchanged))
 
-    def _finish(self, _: Future) -> Tensor:
+    def _finish(self, _: Future | None = None) -> Tensor:
         for arrived in self.inbox:
             arrived.future.wait()  # raises what the exchange raised; all have ended, or on CUDA have been enqueued
         self.row.exchange_seconds += time.perf_counter() - self.started

@@ -61,6 +61,37 @@ def found(masks: Any, x: Any, offset: int) -> Any:
 
 
 @_compiled
+def kth_largest(x: Any, k: int, infinity: int) -> int:
+    """Of magnitudes that are given as bits ``[n]``, with or without a sign; above infinity all are as large as it."""
+    sign, largest = x.dtype.type((1 << (8 * x.itemsize - 1)) - 1), x.dtype.type(infinity)
+    magnitude = numpy.empty_like(x)
+    for i in range(x.size):
+        magnitude[i] = min(x[i] & sign, largest)
+    columns = x.size // 64
+    if 4 * k <= columns:  # none of them is below the k-th largest of the columns' maxima
+        maxima = magnitude[:columns].copy()
+        for r in range(1, 64):
+            row = magnitude[r * columns : (r + 1) * columns]
+            for c in range(columns):
+                maxima[c] = max(maxima[c], row[c])
+        least = numpy.partition(maxima, columns - k)[columns - k]
+        magnitude = magnitude[magnitude >= least]
+    return numpy.partition(magnitude, magnitude.size - k)[magnitude.size - k]
+
+
+@_compiled
+def coordinates(there: Any, shape: Any, out: Any) -> None:
+    """``out`` ``[dimensions, m]``: where flat indices ``[m]`` stand in a tensor of this shape."""
+    for j in range(there.size):
+        rest = there[j]
+        for d in range(shape.size - 1, 0, -1):
+            rows = rest // shape[d]
+            out[d, j] = rest - rows * shape[d]
+            rest = rows
+        out[0, j] = rest
+
+
+@_compiled
 def at_least(x: Any, least: int, out: Any) -> None:
     """Where bits of magnitudes are above ``least``, and of those equal to it the first, as far as ``out`` has room."""
     ties = out.size
@@ -125,6 +156,15 @@ def merge(every: Any, values: Any, heads: Any, ends: Any, alpha: float, there: A
                 heads[r] += 1
         total[m] = here
         m += 1
+
+
+@_compiled
+def repeats(indices: Any) -> int:
+    """How many are the one before."""
+    count = 0
+    for j in range(1, indices.size):
+        count += indices[j] == indices[j - 1]
+    return count
 
 
 @_compiled

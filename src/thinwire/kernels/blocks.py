@@ -15,6 +15,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from thinwire.kernels.bits import lowest_bit
+
 _intrinsic: Any = intrinsic
 _njit: Callable[..., Any] = cast(Any, numba).njit
 _types: Any = types
@@ -89,12 +91,23 @@ def _fetch(b: Any, address: Any) -> None:
     name = "llvm.prefetch.p0"
     kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
     ask = b.module.globals.get(name) or ir.Function(b.module, kind, name)
-    b.call(ask, [b.inttoptr(address, byte), ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+    b.call(ask, [b.inttoptr(address, byte), ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+
+
+def _stepped(b: Any, kind: str, g: Any, u: Any, v: Any, m: Any) -> tuple[Any, Any]:
+    """``Accumulation`` of 16 elements: the new u, None where there is none, and the new v."""
+    if kind == "plain":
+        return None, b.fadd(v, g)
+    if kind == "nesterov":
+        un = b.fmul(b.fadd(u, g), m)
+        return un, b.fadd(b.fadd(v, g), un)
+    un = _fused(b, u, m, g)
+    return un, b.fadd(v, un)
 
 
 @cache
 def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, ahead: int = 0) -> Any:
-    """``f(g, u, v, new_u, new_v, momentum, scale, threshold) -> mask`` for one block at these addresses.
+    """``f(g, u, v, new_u, new_v, kept, momentum, scale, threshold) -> mask`` for one block at these addresses.
 
     Args:
         kind: ``"plain"`` (no momentum), ``"momentum"`` or ``"nesterov"``.
@@ -104,15 +117,18 @@ def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, 
         ahead: bytes of the state to fetch ahead; where several threads share the memory, the processor's own guess is
             too short.
 
-    Bit ``i`` of the mask is set where ``|v'_i|`` is not below the threshold.
+    Bit ``i`` of the mask is set where ``|v'_i|`` is not below the threshold; ``kept`` gets another copy of v', to be
+    read at once.
     """
 
     @_intrinsic
-    def block(_: Any, g: Any, u: Any, v: Any, new_u: Any, new_v: Any, momentum: Any, scale: Any, threshold: Any) -> Any:
-        address = (_types.int64,) * 5
+    def block(
+        _: Any, g: Any, u: Any, v: Any, new_u: Any, new_v: Any, kept: Any, momentum: Any, scale: Any, threshold: Any
+    ) -> Any:
+        address = (_types.int64,) * 6
 
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            g, u, v, new_u, new_v, momentum, scale, threshold = args
+            g, u, v, new_u, new_v, kept, momentum, scale, threshold = args
             m, s = splat(b, momentum, VF), splat(b, scale, VF)
             least = b.bitcast(splat(b, threshold, VF), VI)
             if state == "bfloat16":
@@ -122,20 +138,13 @@ def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, 
                 for line in range(0, BLOCK * size, LINE):
                     _fetch(b, b.add(start, ir.Constant(I64, ahead * size // ITEMSIZE[state] + line)))
             for j in range(BLOCK // LANES):
-                gl, vl = b.fmul(_load(b, g, j, grad), s), _load(b, v, j, state)
-                if kind == "plain":
-                    vn = b.fadd(vl, gl)
-                else:
-                    ul = _load(b, u, j, state)
-                    if kind == "nesterov":
-                        un = b.fmul(b.fadd(ul, gl), m)
-                        vn = b.fadd(b.fadd(vl, gl), un)
-                    else:
-                        un = _fused(b, ul, m, gl)
-                        vn = b.fadd(vl, un)
+                ul = None if kind == "plain" else _load(b, u, j, state)
+                un, vn = _stepped(b, kind, b.fmul(_load(b, g, j, grad), s), ul, _load(b, v, j, state), m)
+                if un is not None:
                     _store(b, _rounded(b, un) if state == "bfloat16" else un, new_u, j, past_cache)
                 stored = _rounded(b, vn) if state == "bfloat16" else vn
                 _store(b, stored, new_v, j, past_cache)
+                _store(b, stored, kept, j, False)
                 # magnitudes compare like their bits, with NaN above infinity
                 bits = stored if state == "bfloat16" else b.bitcast(vn, VI)
                 largest = _all(0x7FFF, VH) if state == "bfloat16" else _all(0x7FFFFFFF)
@@ -149,6 +158,26 @@ def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, 
         return _types.uint64(*address, _types.float32, _types.float32, _types.float32), generate
 
     return block
+
+
+@cache
+def magnitudes(kind: str, grad: str, state: str) -> Any:
+    """``f(g, u, v, out, momentum, scale)``: ``|v'|`` of 16 elements at these addresses, as float32, to ``out``."""
+
+    @_intrinsic
+    def run(_: Any, g: Any, u: Any, v: Any, out: Any, momentum: Any, scale: Any) -> Any:
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            g, u, v, out, momentum, scale = args
+            gl = b.fmul(_load(b, g, 0, grad), splat(b, scale, VF))
+            ul = None if kind == "plain" else _load(b, u, 0, state)
+            _, x = _stepped(b, kind, gl, ul, _load(b, v, 0, state), splat(b, momentum, VF))
+            bits = b.shl(b.zext(_rounded(b, x), VI), _all(16)) if state == "bfloat16" else b.bitcast(x, VI)
+            _store(b, b.bitcast(b.and_(bits, _all(0x7FFFFFFF)), VF), out, 0, False)
+            return context.get_dummy_value()
+
+        return _types.void(*(_types.int64,) * 4, _types.float32, _types.float32), generate
+
+    return run
 
 
 @_intrinsic
@@ -202,9 +231,27 @@ def copy(_: Any, to: Any, source: Any, nbytes: Any) -> Any:
     return _types.void(_types.int64, _types.int64, _types.int64), generate
 
 
+@_njit(nogil=True)
+def _collect(word: int, first: int, kept: Any, indices: Any, values: Any, count: int) -> int:
+    """What the bits of a mask say stands in a block from ``first`` on, as far as there is room; counts all of it."""
+    one = numpy.uint64(1)
+    while word:
+        if count < indices.size:
+            j = lowest_bit(word)
+            indices[count], values[count] = first + j, kept[j]
+        word &= word - one
+        count += 1
+    return count
+
+
 @cache
 def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, clear: bool, ahead: int) -> Any:
-    """``f(g, u, v, new_u, new_v, n, momentum, scale, threshold, masks)``: addresses of ``n`` elements each."""
+    """``f(g, u, v, new_u, new_v, n, momentum, scale, threshold, offset, indices, values) -> count``.
+
+    Args:
+        g, u, v, new_u, new_v: addresses of ``n`` elements each, the first of which is number ``offset``.
+        indices, values: room for what is not below the threshold; the count may exceed it. Values are bits.
+    """
     block = accumulate(kind, grad, state, past_cache, clear, ahead)
     edge = accumulate(kind, grad, state, False, clear)
     wide_g, wide = BLOCK * ITEMSIZE[grad], BLOCK * ITEMSIZE[state]
@@ -220,13 +267,18 @@ def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, clear: boo
         momentum: float,
         scale: float,
         threshold: float,
-        masks: Any,
-    ) -> None:
+        offset: int,
+        indices: Any,
+        values: Any,
+    ) -> int:
         m, s, t = numpy.float32(momentum), numpy.float32(scale), numpy.float32(threshold)
-        whole = n // 64
+        kept = numpy.empty(64, values.dtype)
+        k, whole, count = kept.ctypes.data, n // 64, 0
         for i in range(whole):
             a, b = i * wide_g, i * wide
-            masks[i] = block(g + a, u + b, v + b, new_u + b, new_v + b, m, s, t)
+            word = block(g + a, u + b, v + b, new_u + b, new_v + b, k, m, s, t)
+            if word:
+                count = _collect(word, offset + i * 64, kept, indices, values, count)
         rest = n - whole * 64
         if rest:  # the last elements go through a block of their own
             room = numpy.zeros((5, 64), numpy.float32)
@@ -236,13 +288,16 @@ def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, clear: boo
             copy(r, g + a, rest_g)
             copy(r + step, u + b, rest_s)
             copy(r + 2 * step, v + b, rest_s)
-            word = edge(r, r + step, r + 2 * step, r + 3 * step, r + 4 * step, m, s, t)
+            word = edge(r, r + step, r + 2 * step, r + 3 * step, r + 4 * step, k, m, s, t)
             copy(g + a, r, rest_g)
             if new_u != new_v:
                 copy(new_u + b, r + 3 * step, rest_s)
             copy(new_v + b, r + 4 * step, rest_s)
-            masks[whole] = word & ((numpy.uint64(1) << numpy.uint64(rest)) - numpy.uint64(1))
+            word &= (numpy.uint64(1) << numpy.uint64(rest)) - numpy.uint64(1)
+            count = _collect(word, offset + whole * 64, kept, indices, values, count)
             room[0, 0] = 0.0  # its memory is in use until here
+        kept[0] = 0  # as is this
+        return count
 
     return run
 
@@ -250,7 +305,7 @@ def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, clear: boo
 @cache
 def compiled_sample(kind: str, grad: str, state: str) -> Any:
     """``f(g, u, v, start, stride, run, momentum, scale, out)``: magnitudes of what a pass would leave there."""
-    load_g, load_s = load(grad), load(state)
+    load_g, load_s, vector = load(grad), load(state), magnitudes(kind, grad, state)
     size_g, size = ITEMSIZE[grad], ITEMSIZE[state]
     plain, nesterov, short = kind == "plain", kind == "nesterov", state == "bfloat16"
 
@@ -259,6 +314,7 @@ def compiled_sample(kind: str, grad: str, state: str) -> Any:
         g: int, u: int, v: int, start: int, stride: int, run: int, momentum: float, scale: float, out: Any
     ) -> None:
         m, s = numpy.float32(momentum), numpy.float32(scale)
+        to, whole = out.ctypes.data, run // 16 * 16
         for i in range(out.size // run):
             first = start + i * stride
             later = first + AHEAD * stride
@@ -266,14 +322,17 @@ def compiled_sample(kind: str, grad: str, state: str) -> Any:
             fetch(v + later * size)
             if not plain:
                 fetch(u + later * size)
-            for at in range(first, first + run):
-                x, y = load_g(g + at * size_g) * s, load_s(v + at * size)
+            for at in range(0, whole, 16):
+                here = first + at
+                vector(g + here * size_g, u + here * size, v + here * size, to + (i * run + at) * 4, m, s)
+            for here in range(first + whole, first + run):
+                x, y = load_g(g + here * size_g) * s, load_s(v + here * size)
                 if plain:
                     z = y + x
                 elif nesterov:
-                    z = (y + x) + (load_s(u + at * size) + x) * m
+                    z = (y + x) + (load_s(u + here * size) + x) * m
                 else:
-                    z = y + fused(load_s(u + at * size), m, x)
-                out[i * run + at - first] = abs(as_bfloat16(z)) if short else abs(z)
+                    z = y + fused(load_s(u + here * size), m, x)
+                out[i * run + here - first] = abs(as_bfloat16(z)) if short else abs(z)
 
     return pick

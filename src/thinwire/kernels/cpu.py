@@ -1,7 +1,8 @@
 """The kernels for CPUs, compiled by numba (``pip install thinwire[cpu]``): one pass over memory, on several threads.
 
-A pass leaves a word of 64 bits for each block of 64 elements, whose bits are what reaches the threshold. So nothing
-is allocated for a number of elements that nobody knows; a second walk, over these words, finds them.
+A pass goes over blocks of 64 elements, and keeps what reaches the threshold while the block is at hand: to read it
+later would be a wait for memory at every element. There is room for about twice what is asked for; where a threshold
+lets more pass, another look finds them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,23 +17,26 @@ import torch
 from torch import Tensor
 
 from thinwire.kernels import bits, blocks
-from thinwire.kernels.reference import BITS, REFERENCE, above, kth_largest, settled
+from thinwire.kernels.reference import BITS, REFERENCE, above, settled
 from thinwire.loops import Cut, Found, Pass
 from thinwire.wire import elias_fano
 
 BLOCK = blocks.BLOCK
 MIN_BLOCKS = 2**12
 """Fewer blocks than this are not worth another thread."""
-AHEAD = 3072
+AHEAD = 2048
 """Bytes of state to fetch ahead where several threads share the memory."""
-INFINITY = 0x7F800000
+INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80}
 """Its bits; those of NaN are above."""
+BITS_OF = {torch.float32: numpy.int32, torch.bfloat16: numpy.int16}
 MERGED = 16
 """Runs of indices that are merged; more are sorted."""
 STATES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 GRADS = STATES | {torch.float16: "float16"}
-Part: TypeAlias = Callable[[], tuple[Any, Any]]
-"""A part of a pass; answers the indices and the bits of what it found."""
+Kept: TypeAlias = tuple[Any, Any]
+"""Indices, and the bits of the values there."""
+Part: TypeAlias = Callable[[], Kept | None]
+"""A part of a pass; answers what it found, None if that was far more than asked for."""
 
 
 def _kind(work: Pass) -> str:
@@ -44,7 +48,6 @@ class Cpu:
 
     def __init__(self) -> None:
         self.name = f"cpu (numba {numba.__version__})"
-        self._masks = numpy.empty(0, numpy.uint64)
         self._pool: ThreadPoolExecutor | None = None
         self._threads = 1
 
@@ -65,14 +68,12 @@ class Cpu:
     def accumulate(self, works: Sequence[Pass], cuts: Sequence[Cut]) -> list[Found]:
         counts = [-(-work.grad.numel() // BLOCK) for work in works]
         *firsts, total = accumulate(counts, initial=0)
-        if self._masks.size < total:
-            self._masks = numpy.empty(total, numpy.uint64)
         threads = max(1, min(torch.get_num_threads(), total // MIN_BLOCKS))
-        ahead = AHEAD if threads > 1 else 0
+        ahead = AHEAD
         edges = [total * t // threads for t in range(threads + 1)]
         shares: list[dict[int, Part]] = [
             {
-                i: self._part(work, cut.threshold, first, max(low - first, 0), min(high - first, count), ahead)
+                i: _part(work, cut, max(low - first, 0), min(high - first, count), ahead)
                 for i, (work, cut, first, count) in enumerate(zip(works, cuts, firsts, counts, strict=True))
                 if low < first + count and first < high
             }
@@ -81,8 +82,9 @@ class Cpu:
         done = self._run_all([partial(_run, share) for share in shares])
         answers: list[Found] = []
         for i, (work, cut) in enumerate(zip(works, cuts, strict=True)):
-            found = joined([found[i] for found in done if i in found], work.new_residual.dtype)
-            answers.append(settled(found, cut, partial(self.above, work.new_residual), self))
+            parts, again = [found[i] for found in done if i in found], partial(self.above, work.new_residual)
+            found = again(cut.threshold) if None in parts else joined(parts, work.new_residual.dtype)
+            answers.append(settled(found, cut, again, self))
         return answers
 
     def look(self, x: Tensor, cut: Cut) -> Found:
@@ -101,14 +103,19 @@ class Cpu:
         return joined([bits.found(masks, as_bits, 0)], x.dtype)
 
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
-        return REFERENCE.kth(magnitude, k)
+        if magnitude.dtype not in STATES:
+            return REFERENCE.kth(magnitude, k)
+        as_bits = magnitude.view(BITS[magnitude.dtype]).numpy()
+        kth = bits.kth_largest(as_bits, k, INFINITY[magnitude.dtype])
+        return torch.tensor(kth, dtype=BITS[magnitude.dtype]).view(magnitude.dtype)
 
     def largest(self, x: Tensor, k: int) -> Tensor:
         if x.dtype != torch.float32 or not 0 < k < x.numel():
             return REFERENCE.largest(x, k)
-        as_bits = numpy.minimum(x.view(torch.int32).numpy() & 0x7FFFFFFF, INFINITY)
+        infinity = INFINITY[x.dtype]
+        as_bits = numpy.minimum(x.view(torch.int32).numpy() & 0x7FFFFFFF, infinity)
         out = numpy.empty(k, numpy.int64)
-        bits.at_least(as_bits, kth_largest(as_bits, k)[0], out)
+        bits.at_least(as_bits, bits.kth_largest(as_bits, k, infinity), out)
         return torch.from_numpy(out)
 
     def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
@@ -125,26 +132,6 @@ class Cpu:
         others = [cast(ThreadPoolExecutor, self._pool).submit(share) for share in shares[1:]]
         return [shares[0](), *(other.result() for other in others)]
 
-    def _part(self, work: Pass, threshold: Tensor, first: int, low: int, high: int, ahead: int) -> Part:
-        """Blocks ``low`` to ``high`` of a pass, whose first block has word ``first``."""
-        n = work.grad.numel()
-        v, new_v = work.old_residual, work.new_residual
-        u = v if work.old_momentum is None else work.old_momentum
-        new_u = new_v if work.new_momentum is None else work.new_momentum
-        tensors = (work.grad, u, v, new_u, new_v)
-        addresses = [t.data_ptr() + low * BLOCK * t.itemsize for t in tensors]
-        aligned = all(address % (blocks.LANES * new_v.itemsize) == 0 for address in addresses[3:])
-        run = blocks.compiled_pass(_kind(work), GRADS[work.grad.dtype], STATES[new_v.dtype], aligned, work.clear, ahead)
-        count = min(n, high * BLOCK) - low * BLOCK
-        masks = self._masks[first + low : first + high]
-        least, as_bits = float(threshold), new_v.view(BITS[new_v.dtype]).numpy()
-
-        def part() -> tuple[Any, Any]:
-            run(*addresses, count, work.rule.momentum or 0.0, work.scale, least, masks)
-            return bits.found(masks, as_bits, low * BLOCK)
-
-        return part
-
     def merge(self, indices: Sequence[Tensor], values: Sequence[Tensor], alpha: float) -> Found:
         if len(indices) > MERGED or values[0].dtype != torch.float32:
             return REFERENCE.merge(indices, values, alpha)
@@ -155,9 +142,16 @@ class Cpu:
         count = bits.merge(every.numpy(), summed.numpy(), heads, ends, alpha, there.numpy(), total.numpy())
         return (there[:count], total[:count]) if count >= 0 else REFERENCE.merge(indices, values, alpha)
 
+    def coordinates(self, indices: Tensor, shape: Sequence[int]) -> Tensor:
+        out = numpy.empty((len(shape), indices.numel()), numpy.int64)
+        bits.coordinates(indices.numpy(), numpy.array(shape, numpy.int64), out)
+        return torch.from_numpy(out)
+
     def without_repeats(self, indices: Tensor, values: Tensor) -> Tensor:
         if values.dtype != torch.float32:
             return REFERENCE.without_repeats(indices, values)
+        if not bits.repeats(indices.numpy()):
+            return values
         values = values.clone()
         bits.without_repeats(indices.numpy(), values.numpy())
         return values
@@ -180,11 +174,31 @@ class Cpu:
             self._pool = None
 
 
+def _part(work: Pass, cut: Cut, low: int, high: int, ahead: int) -> Part:
+    """Blocks ``low`` to ``high`` of a pass."""
+    n = work.grad.numel()
+    v, new_v = work.old_residual, work.new_residual
+    u = v if work.old_momentum is None else work.old_momentum
+    new_u = new_v if work.new_momentum is None else work.new_momentum
+    addresses = [t.data_ptr() + low * BLOCK * t.itemsize for t in (work.grad, u, v, new_u, new_v)]
+    aligned = all(address % (blocks.LANES * new_v.itemsize) == 0 for address in addresses[3:])
+    run = blocks.compiled_pass(_kind(work), GRADS[work.grad.dtype], STATES[new_v.dtype], aligned, work.clear, ahead)
+    settings = (min(n, high * BLOCK) - low * BLOCK, work.rule.momentum or 0.0, work.scale, float(cut.threshold))
+
+    def part() -> Kept | None:
+        indices = numpy.empty(2 * cut.k + BLOCK, numpy.int64)
+        values = numpy.empty(indices.size, BITS_OF[new_v.dtype])
+        count = run(*addresses, *settings, low * BLOCK, indices, values)
+        return (indices[:count], values[:count]) if count <= indices.size else None
+
+    return part
+
+
 def _run(parts: Mapping[int, Part]) -> dict[int, Any]:
     return {i: part() for i, part in parts.items()}
 
 
-def joined(parts: Sequence[tuple[Any, Any]], dtype: torch.dtype) -> Found:
+def joined(parts: Sequence[Kept], dtype: torch.dtype) -> Found:
     """What was found, part after part."""
     each = [torch.from_numpy(indices) for indices, _ in parts], [torch.from_numpy(as_bits) for _, as_bits in parts]
     indices, values = (some[0] if len(some) == 1 else torch.cat(some or [torch.empty(0)]) for some in each)

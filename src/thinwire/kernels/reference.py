@@ -141,6 +141,14 @@ class Reference:
             total.index_add_(0, at, own, alpha=alpha)  # on CPU in this order
         return there, total
 
+    def coordinates(self, indices: Tensor, shape: Sequence[int]) -> Tensor:
+        where: list[Tensor] = []
+        for size in shape[:0:-1]:  # as torch.unravel_index, which is slow
+            rows = indices // size
+            where.append(indices - rows * size)
+            indices = rows
+        return torch.stack([indices, *reversed(where)])
+
     def without_repeats(self, indices: Tensor, values: Tensor) -> Tensor:
         return torch.cat([values[:1], values[1:].masked_fill(indices[1:] == indices[:-1], 0.0)])
 

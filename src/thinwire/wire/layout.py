@@ -45,7 +45,7 @@ class Layout:
             u, t = tensors[j]
             self.parts.append(Part(u, tuple(t.shape), t.dtype, offset))
             offset += self.parts[-1].nbytes
-        self.in_order = [part for _, part in sorted(zip(self.order, self.parts, strict=True), key=lambda pair: pair[0])]
+        self.places = sorted(range(len(self.order)), key=lambda place: self.order[place])
         self.num_units = len(payloads)
         self.nbytes = -(-offset // alignment) * alignment
         self.padding = self.nbytes - offset
@@ -70,10 +70,14 @@ class Layout:
 
     def unpack(self, message: Tensor) -> list[Payload]:
         """The payloads in a message, as views of it."""
+        sizes = [*(part.nbytes for part in self.parts), self.padding]
+        tensors = [
+            piece.view(part.dtype) if len(part.shape) == 1 else piece.view(part.dtype).view(part.shape)
+            for piece, part in zip(message[: self.nbytes].split(sizes), self.parts, strict=False)
+        ]
         payloads: list[list[Tensor]] = [[] for _ in range(self.num_units)]
-        for part in self.in_order:
-            tensor = message[part.offset : part.offset + part.nbytes].view(part.dtype).view(part.shape)
-            payloads[part.unit].append(tensor)
+        for j in self.places:
+            payloads[self.parts[j].unit].append(tensors[j])
         return [tuple(payload) for payload in payloads]
 
 
