@@ -29,11 +29,9 @@ from thinwire.selecting import rehearse
 from thinwire.succession import agree, hand_on
 from thinwire.tensors import ThinwireError, norm
 from thinwire.transaction import OnNonfinite, Scaler, Transaction
-from thinwire.units import Probe, Unit, Worker, carry, resolve, set_stage
+from thinwire.units import TURN_BYTES, Probe, Unit, Worker, carry, resolve, set_stage
 
 PROBE_EVERY = 100
-JOIN_BYTES = 2**14
-"""Gathered messages of fewer bytes wait for the next bucket's."""
 
 
 class Policy(Protocol):
@@ -154,7 +152,7 @@ class Session:
         if link is None and self.method.route == "auto":
             link, how = measure(self.collective, self.timeout, self.units[0].param.device), "measured"
         self._link = link
-        self.join_bytes = JOIN_BYTES if link is None else link.latency * link.bandwidth / 8
+        self.join_bytes = TURN_BYTES if link is None else link.latency * link.bandwidth / 8
         if self.method.route == "auto":
             self.ledger.note(f"routes are chosen for a link of {link} ({how})")
 
@@ -181,7 +179,8 @@ class Session:
             self._buckets: dict[tuple[int, ...], Bucket] = {}
             self._period = math.lcm(*(unit.method_compressor.period for unit in self.units))
             self.routing = Routing(self.method.route, self.method.second, self._link)
-            for note in set_stage(self.units, density, self.collective.world, self.method.route, self.method.second):
+            settings = (self.method.route, self.method.second, self.join_bytes)
+            for note in set_stage(self.units, density, self.collective.world, *settings):
                 self.ledger.note(note)
 
     def _describe(self, method: Method, units: Sequence[Unit]) -> list[tuple[str, str]]:

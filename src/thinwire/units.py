@@ -24,8 +24,9 @@ from thinwire.tensors import Decompressed, ThinwireError, flat, is_dense
 DENSE = Cast()
 GATHER_BYTES = 2**20
 """Uncompressed parameters of this size, all together, may be gathered with the compressed ones..."""
-EXTRA_BYTES = 2**16
-"""...while that makes one worker send at most this much more a step: 0.5 ms at 1 Gb/s."""
+TURN_BYTES = 2**14
+"""...while that makes one worker send at most this much more for each turn of the all-reduce that it saves: what takes
+0.13 ms at 1 Gb/s, about as long as a message takes to set out."""
 
 
 @dataclass
@@ -243,12 +244,18 @@ def compressed_bytes(compressor: Compressor, like: Tensor, world: int, route: Ro
 
 
 def set_stage(
-    units: Sequence[Unit], density: float | None, world: int, route: Route = "all_gather", second: float = 1.0
+    units: Sequence[Unit],
+    density: float | None,
+    world: int,
+    route: Route = "all_gather",
+    second: float = 1.0,
+    turn_bytes: float = TURN_BYTES,
 ) -> list[str]:
     """Give each unit the compressor of a warm-up stage (None: the final one), or none where dense is cheaper.
 
     Args:
         route, second: of the method.
+        turn_bytes: what the link carries in the time that a message takes to set out.
 
     Returns:
         Notes for the ledger: what goes by another rule than it was meant for, and what is sent dense because compressed
@@ -261,7 +268,7 @@ def set_stage(
     notes = [f"{_listed(names)}: {reason}; the plan's next rule counts" for reason, names in declined.items()]
     plain_nbytes = sum(payload_nbytes(unit.method_compressor, unit.like) for unit in units if not unit.compressed)
     extra = wire_bytes("all_gather", plain_nbytes, world) - wire_bytes("all_reduce", plain_nbytes, world)
-    small = plain_nbytes <= GATHER_BYTES and (route == "two_phase" or extra <= EXTRA_BYTES)  # there it costs no more
+    small = plain_nbytes <= GATHER_BYTES and (route == "two_phase" or extra <= 2 * (world - 1) * turn_bytes)
     compresses = any(not (unit.method_compressor.summable or unit.method_compressor.led) for unit in units)
     for unit in units:
         unit.gathered = compresses and small and not unit.compressed

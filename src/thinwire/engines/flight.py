@@ -27,10 +27,10 @@ class Flight:
 
     Args:
         outbox: what ``send`` made of the gradients.
-        eager: receive as soon as it has arrived, which a future promises; on CUDA that only queues work. On CPUs a second
-            thread would take a core away from the backward pass, and find its code in no cache.
         used: which of its units this rank used.
         verdicts: where ``receive`` adds what all ranks learned.
+        eager: receive as soon as it has arrived, as a future promises; on CUDA that only queues work. On CPUs a second
+            thread would take a core away from the backward pass, and find its code in no cache.
     """
 
     bucket: Bucket

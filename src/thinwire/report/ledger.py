@@ -26,7 +26,7 @@ class StepRow:
     gather_bytes: float = 0.0  # of all-gathers of parameters since the last step, where they are compressed
     gather_dense_bytes: float = 0.0
     send_seconds: float = 0.0
-    exchange_seconds: float = 0.0  # from the start of each exchange to its end; without a wrapper, what was waited for it
+    exchange_seconds: float = 0.0  # from start to end of each exchange; on a bare model, what was waited for
     receive_seconds: float = 0.0
     error: float | None = None  # ||x - sent||² / ||x||² over the compressed units, where it was measured
 
