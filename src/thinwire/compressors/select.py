@@ -25,7 +25,7 @@ SAMPLED_AMONG = 32
 """A sample must hold this many of the k largest."""
 MARGIN = 1.35
 """How many elements should pass, in k: their number spreads by 11 %, and too few cost another look at all of them."""
-RUN = 16
+RUN = 32
 """Elements of a sample that stand side by side, in one line of the cache: they come from memory together."""
 EXACT_BELOW = 100_000
 """Elements below which an exact selection is as cheap."""

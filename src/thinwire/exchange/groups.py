@@ -73,12 +73,12 @@ class Group(ABC):
         """The head of a message of these payloads, where it has one."""
         if not self.has_head:
             return []
-        right = torch.zeros((), dtype=torch.bool, device=payloads[0][0].device)
-        bad: list[Tensor] = []
+        totals: list[Tensor] = []
         for i in self.units:
-            found = [head.is_bad(payloads[j][0]) for j, _ in self.by_unit.get(i, []) if units[i].guarded]
-            bad.append(torch.stack(found).any() if len(found) > 1 else [*found, right][0])
-        return [(head.encode([used[i] for i in self.units], torch.stack(bad), self.dtype, step),)]
+            found = [head.total(payloads[j][0]) for j, _ in self.by_unit.get(i, []) if units[i].guarded]
+            totals.append(torch.stack(found).sum() if len(found) > 1 else [*found, payloads[0][0].new_zeros(())][0])
+        bad = torch.stack(totals).isfinite().logical_not_()
+        return [(head.encode([used[i] for i in self.units], bad, self.dtype, step),)]
 
     @abstractmethod
     def pack(self, payloads: Sequence[Payload], head: Sequence[Payload], *, in_place: bool) -> Tensor:

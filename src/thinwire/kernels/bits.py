@@ -61,7 +61,7 @@ def found(masks: Any, x: Any, offset: int) -> Any:
 
 
 @_compiled
-def kth_largest(x: Any, k: int, infinity: int) -> int:
+def kth_largest(x: Any, k: int, infinity: int) -> Any:
     """Of magnitudes that are given as bits ``[n]``, with or without a sign; above infinity all are as large as it."""
     sign, largest = x.dtype.type((1 << (8 * x.itemsize - 1)) - 1), x.dtype.type(infinity)
     magnitude = numpy.empty_like(x)
@@ -92,15 +92,21 @@ def coordinates(there: Any, shape: Any, out: Any) -> None:
 
 
 @_compiled
-def at_least(x: Any, least: int, out: Any) -> None:
-    """Where bits of magnitudes are above ``least``, and of those equal to it the first, as far as ``out`` has room."""
+def largest(x: Any, infinity: int, out: Any) -> None:
+    """Where the magnitudes of ``kth_largest`` stand that are above the last that ``out`` has room for.
+
+    Of those equal to it the first, as far as there is room.
+    """
+    sign, most = x.dtype.type((1 << (8 * x.itemsize - 1)) - 1), x.dtype.type(infinity)
+    least = kth_largest(x, out.size, infinity)
     ties = out.size
-    for bits in x:
-        ties -= bits > least
+    for i in range(x.size):
+        ties -= min(x[i] & sign, most) > least
     at = 0
     for i in range(x.size):
-        if x[i] > least or (x[i] == least and ties > 0):
-            ties -= x[i] == least
+        here = min(x[i] & sign, most)
+        if here > least or (here == least and ties > 0):
+            ties -= here == least
             out[at] = i
             at += 1
 

@@ -232,7 +232,7 @@ def copy(_: Any, to: Any, source: Any, nbytes: Any) -> Any:
 
 
 @_njit(nogil=True)
-def _collect(word: int, first: int, kept: Any, indices: Any, values: Any, count: int) -> int:
+def _collect(word: Any, first: int, kept: Any, indices: Any, values: Any, count: int) -> int:
     """What the bits of a mask say stands in a block from ``first`` on, as far as there is room; counts all of it."""
     one = numpy.uint64(1)
     while word:

@@ -112,10 +112,8 @@ class Cpu:
     def largest(self, x: Tensor, k: int) -> Tensor:
         if x.dtype != torch.float32 or not 0 < k < x.numel():
             return REFERENCE.largest(x, k)
-        infinity = INFINITY[x.dtype]
-        as_bits = numpy.minimum(x.view(torch.int32).numpy() & 0x7FFFFFFF, infinity)
         out = numpy.empty(k, numpy.int64)
-        bits.at_least(as_bits, bits.kth_largest(as_bits, k, infinity), out)
+        bits.largest(x.view(torch.int32).numpy(), INFINITY[x.dtype], out)
         return torch.from_numpy(out)
 
     def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:

@@ -17,9 +17,14 @@ CLOCK = 256
 """Steps until the clock of a head begins again."""
 
 
+def total(values: Tensor) -> Tensor:
+    """Is not finite where any value is not: a sum finds it in one read, without a temporary."""
+    return values.sum(dtype=float_at_least_32(values.dtype))
+
+
 def is_bad(values: Tensor) -> Tensor:
-    """Whether anything is not finite; a sum finds it in one read, without a temporary."""
-    return values.sum(dtype=float_at_least_32(values.dtype)).isfinite().logical_not()
+    """Whether anything is not finite."""
+    return total(values).isfinite().logical_not()
 
 
 def encode(used: Sequence[bool], bad: Tensor, dtype: torch.dtype, step: int) -> Tensor:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -71,9 +72,10 @@ class Layout:
     def unpack(self, message: Tensor) -> list[Payload]:
         """The payloads in a message, as views of it."""
         sizes = [*(part.nbytes for part in self.parts), self.padding]
+        pieces = cast("tuple[Tensor, ...]", cast(Any, message[: self.nbytes]).split(sizes))
         tensors = [
             piece.view(part.dtype) if len(part.shape) == 1 else piece.view(part.dtype).view(part.shape)
-            for piece, part in zip(message[: self.nbytes].split(sizes), self.parts, strict=False)
+            for piece, part in zip(pieces, self.parts, strict=False)  # the padding comes after
         ]
         payloads: list[list[Tensor]] = [[] for _ in range(self.num_units)]
         for j in self.places:
