@@ -1,6 +1,7 @@
 """A model without a wrapper, on real gloo processes."""
 
 import gc
+import threading
 import warnings
 import weakref
 
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import thinwire
 from tests.engines.models import Net, accumulated, batch, build, flat_parameters, loss_of, simulated
 from tests.engines.test_ddp import close
-from thinwire import ThinwireError, Warmup, cast, dense, dgc, topk
+from thinwire import ThinwireError, Warmup, cast, dense, dgc, pipeline, topk
 from thinwire.engines.plain import Plain
 
 
@@ -391,6 +392,36 @@ def _lives(rank, wrapped):
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_nothing_keeps_a_model(world2, wrapped):
     assert all(world2.run(_lives, wrapped))
+
+
+def _receivers(rank, wrapped):
+    """The threads that receive."""
+    threads, receive = set(), pipeline.receive
+
+    def watched(*args, **kwargs):
+        threads.add(threading.current_thread())
+        return receive(*args, **kwargs)
+
+    pipeline.receive = watched
+    try:
+        model, optimizer = build()
+        ddp = DistributedDataParallel(model)
+        options = {} if wrapped else {"process_group": dist.group.WORLD}
+        wire = thinwire.attach(ddp if wrapped else model, dgc(0.005), optimizer=optimizer, **options)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss_of(ddp if wrapped else model, batch(rank, step)).backward()
+            optimizer.step()
+        end(wire)
+    finally:
+        pipeline.receive = receive
+    return threads == {threading.current_thread()}
+
+
+def test_who_waits_receives(world2):
+    """DDP waits for a future, which another thread completes; without it no thread is woken to receive."""
+    assert world2.run(_receivers, False) == [True, True]
+    assert world2.run(_receivers, True) == [False, False]
 
 
 def test_buckets_are_filled_from_the_end(monkeypatch):

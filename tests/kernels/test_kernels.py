@@ -107,6 +107,19 @@ def test_a_pass_leaves_what_float64_says_and_the_same_bits(kernels, rule, state,
             assert torch.equal(work.new_momentum, other.new_momentum)
 
 
+@pytest.mark.parametrize(("rule", "grad", "state"), DTYPES)
+def test_a_sample_is_what_the_pass_will_leave(kernels, rule, state, grad):
+    """Runs of whole vectors, of less, and of both."""
+    for kind in ("normal", "denormal", "not finite"):
+        work = a_pass(rule, 1000, grad, state, scale=2.0**-3, kind=kind)
+        picked = {run: kernels.sample(work, 5, 90, run).float() for run in (1, 16, 32, 37)}
+        kernels.accumulate([work], [every(1000, 1.0, state)])
+        left = work.new_residual.abs().float()
+        for run, found in picked.items():
+            where = [first + i for first in range(5, 1000 - run + 1, 90) for i in range(run)]
+            assert same(found.sort().values, left[where].sort().values)
+
+
 @pytest.mark.parametrize("kind", ["equal", "zero", "denormal", "not finite"])
 @pytest.mark.parametrize("threshold", [1e-45, 1e-41, 1.0, INF])
 def test_hostile_values_and_thresholds(kernels, kind, threshold):
@@ -156,19 +169,21 @@ def test_any_size_any_number_and_any_ties(kernels, state):
                         assert same(mine.double(), theirs.double())
 
 
-def test_many_threads_and_unaligned_parts(kernels):
+@pytest.mark.parametrize(("threshold", "share"), [(2.0, 100), (2.0, 10**5), (0.01, 10**4)])
+def test_many_threads_and_unaligned_parts(kernels, threshold, share):
+    """Also where a threshold lets far more pass than was asked for, in each thread's part."""
     n = 2**20 + 33
-    whole = a_pass(RULES[1], n + 3)
+    whole, cut = a_pass(RULES[1], n + 3), Cut(level(threshold), n // share)
     parts = [whole.grad[3:], whole.old_residual[1:-2], whole.new_residual[1:-2], whole.old_momentum[2:-1]]
     work = Pass(RULES[1], *parts, whole.new_momentum[2:-1])
     other = again(work)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        found, values = kernels.accumulate([work], [Cut(level(2.0), n // 100)])[0]
+        found, values = kernels.accumulate([work], [cut])[0]
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found, REFERENCE.accumulate([other], [Cut(level(2.0), n // 100)])[0][0])
+    assert torch.equal(found, REFERENCE.accumulate([other], [cut])[0][0])
     assert torch.equal(values, work.new_residual[found])
     assert torch.equal(work.new_residual, other.new_residual)
     assert torch.equal(work.new_momentum, other.new_momentum)
@@ -225,6 +240,13 @@ def test_what_is_merged_is_what_is_added(kernels, workers, dtype):
         there, total = kernels.merge(indices, values, 1 / workers)
         assert torch.equal(there, torch.cat(indices).unique())
         assert torch.equal(total, expected[there])
+
+
+@pytest.mark.parametrize("shape", [(600,), (20, 30), (5, 1, 12, 10)])
+def test_coordinates_are_those_of_torch(kernels, shape):
+    indices = torch.randperm(600)[:100].sort().values
+    assert torch.equal(kernels.coordinates(indices, shape), torch.stack(torch.unravel_index(indices, shape)))
+    assert kernels.coordinates(indices[:0], shape).shape == (len(shape), 0)
 
 
 def test_a_gradient_may_be_left(kernels):

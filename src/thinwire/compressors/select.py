@@ -5,8 +5,8 @@ result depends on no sort algorithm. Nothing is ever cut off by position.
 
 Source: Y. Lin et al., "Deep Gradient Compression", 2018, arXiv:1712.01887, section 5 (hierarchical sampling).
 
-Departures: the sample holds at least 80 elements above the threshold, where the reference code is content with
-10; it starts at another element in each step; the threshold is one that a quarter more than k elements should pass,
+Departures: the sample holds at least 43 elements above the threshold, where the reference code is content with
+10; it starts at another element in each step; the threshold is one that a third more than k elements should pass,
 so that k of them nearly always do; and of those that do the largest are kept, where the reference code keeps the first.
 """
 
@@ -24,9 +24,9 @@ from thinwire.loops import Cut, Found, Kernels, smallest
 SAMPLED_AMONG = 32
 """A sample must hold this many of the k largest."""
 MARGIN = 1.35
-"""How many elements should pass, in k: their number spreads by 11 %, and too few cost another look at all of them."""
+"""How many elements should pass, in k: their number spreads by 15 %, and too few cost another look at all of them."""
 RUN = 32
-"""Elements of a sample that stand side by side, in one line of the cache: they come from memory together."""
+"""Elements of a sample that stand side by side: they come from memory together, and a page costs more than a line."""
 EXACT_BELOW = 100_000
 """Elements below which an exact selection is as cheap."""
 

@@ -1,7 +1,7 @@
 """The kernels for CPUs, compiled by numba (``pip install thinwire[cpu]``): one pass over memory, on several threads.
 
 A pass goes over blocks of 64 elements, and keeps what reaches the threshold while the block is at hand: to read it
-later would be a wait for memory at every element. There is room for about twice what is asked for; where a threshold
+later would be a wait for memory at every element. There is room for some times what is asked for; where a threshold
 lets more pass, another look finds them.
 """
 
@@ -29,6 +29,8 @@ AHEAD = 2048
 INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80}
 """Its bits; those of NaN are above."""
 BITS_OF = {torch.float32: numpy.int32, torch.bfloat16: numpy.int16}
+ROOM = 4
+"""What a pass can keep, in k; a threshold read off a sample lets 1 to 2 k pass."""
 MERGED = 16
 """Runs of indices that are merged; more are sorted."""
 STATES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -184,7 +186,7 @@ def _part(work: Pass, cut: Cut, low: int, high: int, ahead: int) -> Part:
     settings = (min(n, high * BLOCK) - low * BLOCK, work.rule.momentum or 0.0, work.scale, float(cut.threshold))
 
     def part() -> Kept | None:
-        indices = numpy.empty(2 * cut.k + BLOCK, numpy.int64)
+        indices = numpy.empty(ROOM * cut.k + BLOCK, numpy.int64)
         values = numpy.empty(indices.size, BITS_OF[new_v.dtype])
         count = run(*addresses, *settings, low * BLOCK, indices, values)
         return (indices[:count], values[:count]) if count <= indices.size else None
