@@ -145,7 +145,7 @@ class Kernels(Protocol):
         ...
 
     def without_repeats(self, indices: Tensor, values: Tensor) -> Tensor:
-        """``values`` ``[k]``, with 0 where an index is the one before."""
+        """``values`` ``[k]``, with 0 where an index is the one before; where none is, perhaps no copy."""
         ...
 
     def encode_indices(self, indices: Tensor, n: int) -> Tensor:

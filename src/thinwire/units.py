@@ -23,10 +23,10 @@ from thinwire.tensors import Decompressed, ThinwireError, flat, is_dense
 
 DENSE = Cast()
 GATHER_BYTES = 2**20
-"""Uncompressed parameters of this size, all together, may be gathered with the compressed ones..."""
+"""Uncompressed parameters of this size, all together, may be gathered with the compressed ones, while the bytes that
+this adds take no longer than the turns of the all-reduce that it saves."""
 TURN_BYTES = 2**14
-"""...while that makes one worker send at most this much more for each turn of the all-reduce that it saves: what takes
-0.13 ms at 1 Gb/s, about as long as a message takes to set out."""
+"""What a link carries while a message sets out, where its latency is not known: 0.13 ms at 1 Gb/s."""
 
 
 @dataclass
@@ -255,7 +255,7 @@ def set_stage(
 
     Args:
         route, second: of the method.
-        turn_bytes: what the link carries in the time that a message takes to set out.
+        turn_bytes: see ``TURN_BYTES``.
 
     Returns:
         Notes for the ledger: what goes by another rule than it was meant for, and what is sent dense because compressed

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 import warnings
 import weakref
 
@@ -422,6 +423,27 @@ def test_who_waits_receives(world2):
     """DDP waits for a future, which another thread completes; without it no thread is woken to receive."""
     assert world2.run(_receivers, False) == [True, True]
     assert world2.run(_receivers, True) == [False, False]
+
+
+def _waited(rank, method):
+    """Seconds of a backward pass over a slow link, and what the ledger says was waited for."""
+    model, optimizer, wire = start(rank, method, link="100kbit,1ms")
+    for step in range(3):
+        dist.barrier()
+        optimizer.zero_grad()
+        loss = loss_of(model, batch(rank, step))
+        begin = time.perf_counter()
+        loss.backward()
+        seconds = time.perf_counter() - begin
+        optimizer.step()
+    end(wire)
+    return seconds, wire.ledger.rows[-1].exchange_seconds
+
+
+@pytest.mark.parametrize("route", ["all_gather", "two_phase"])
+def test_the_ledger_says_what_was_waited_for(world2, route):
+    for seconds, waited in world2.run(_waited, dgc(0.05, route=route)):
+        assert 0.8 * seconds < waited < seconds
 
 
 def test_buckets_are_filled_from_the_end(monkeypatch):

@@ -169,11 +169,17 @@ def test_any_size_any_number_and_any_ties(kernels, state):
                         assert same(mine.double(), theirs.double())
 
 
-@pytest.mark.parametrize(("threshold", "share"), [(2.0, 100), (2.0, 10**5), (0.01, 10**4)])
-def test_many_threads_and_unaligned_parts(kernels, threshold, share):
-    """Also where a threshold lets far more pass than was asked for, in each thread's part."""
+@pytest.mark.parametrize(
+    ("threshold", "share", "swollen", "looks"), [(4.0, 100, 1, 0), (6.0, 1000, 10, 1), (0.01, 10**4, 1, 1)]
+)
+def test_many_threads_and_unaligned_parts(kernels, monkeypatch, threshold, share, swollen, looks):
+    """Also where a threshold lets far more pass than was asked for, in one thread's part or in all."""
     n = 2**20 + 33
     whole, cut = a_pass(RULES[1], n + 3), Cut(level(threshold), n // share)
+    whole.grad[: n // 3].mul_(swollen)
+    again_looked: list[Cut] = []
+    if above := getattr(kernels, "above", None):
+        monkeypatch.setattr(kernels, "above", lambda *args: (again_looked.append(cut), above(*args))[1])
     parts = [whole.grad[3:], whole.old_residual[1:-2], whole.new_residual[1:-2], whole.old_momentum[2:-1]]
     work = Pass(RULES[1], *parts, whole.new_momentum[2:-1])
     other = again(work)
@@ -185,6 +191,7 @@ def test_many_threads_and_unaligned_parts(kernels, threshold, share):
         torch.set_num_threads(before)
     assert torch.equal(found, REFERENCE.accumulate([other], [cut])[0][0])
     assert torch.equal(values, work.new_residual[found])
+    assert len(again_looked) == (looks if above else 0)
     assert torch.equal(work.new_residual, other.new_residual)
     assert torch.equal(work.new_momentum, other.new_momentum)
     assert whole.grad[:3].abs().min() > 0, "wrote outside its range"

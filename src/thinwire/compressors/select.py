@@ -7,7 +7,7 @@ Source: Y. Lin et al., "Deep Gradient Compression", 2018, arXiv:1712.01887, sect
 
 Departures: the sample holds at least 43 elements above the threshold, where the reference code is content with
 10; it starts at another element in each step; the threshold is one that a third more than k elements should pass,
-so that k of them nearly always do; and of those that do the largest are kept, where the reference code keeps the first.
+so that k of them mostly do; and of those that do the largest are kept, where the reference code keeps the first.
 """
 
 import math
@@ -24,7 +24,8 @@ from thinwire.loops import Cut, Found, Kernels, smallest
 SAMPLED_AMONG = 32
 """A sample must hold this many of the k largest."""
 MARGIN = 1.35
-"""How many elements should pass, in k: their number spreads by 15 %, and too few cost another look at all of them."""
+"""How many elements should pass, in k. Their number spreads by 0.2 k, and more where neighbours are alike; fewer than
+``lower`` k cost another look at all of them."""
 RUN = 32
 """Elements of a sample that stand side by side: they come from memory together, and a page costs more than a line."""
 EXACT_BELOW = 100_000

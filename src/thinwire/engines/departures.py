@@ -83,7 +83,7 @@ class Departures:
             stages = sum(len(group.stages) for flight in self.flights for group in flight.bucket.groups)
             session.ledger.note(
                 f"{stages - self.joined} exchanges a step for {len(self.flights)} buckets: gathered messages of less "
-                f"than {session.join_bytes:,.0f} bytes travel together"
+                f"than {session.turn_bytes:,.0f} bytes travel together"
             )
         self.flights.clear()
 
@@ -127,7 +127,7 @@ class Departures:
         if not bucket.joins or (self.waiting and self.waiting[0].buffer.device != buffer.device):
             self._depart(session)
         self.waiting.append(flight)
-        if not bucket.joins or sum(one.outbox.messages[0].nbytes for one in self.waiting) >= session.join_bytes:
+        if not bucket.joins or sum(one.outbox.messages[0].nbytes for one in self.waiting) >= session.turn_bytes:
             self._depart(session)
         return flight.done()
 

@@ -5,6 +5,7 @@ last stage. A flight must not hold the session: a callback runs on a thread of t
 own thread were that the last to hold it.
 """
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class Flight:
     """Where it is eager, completes with the buffer, once the gradients are in it."""
 
     def done(self) -> Future:
-        """What DDP waits for: completes with the buffer."""
+        """Completes with the buffer; never, where ``wait`` raises."""
         if self.landed is not None:
             return self.landed
         if self.promise is None:
@@ -71,27 +72,35 @@ class Flight:
         """Wait for all stages but the last, and start what follows each."""
         if self.landed is not None:
             return
-        self.inbox = [arrived.last(timeout) for arrived in self.inbox]
+        with self._waiting():
+            self.inbox = [arrived.last(timeout) for arrived in self.inbox]
+            if self.bucket.relays:
+                self._await(timeout)
         if self.bucket.relays:
-            for arrived in self.inbox:
-                arrived.wait(timeout)
-                arrived.future.wait()
             with Stopwatch(self.row, "send_seconds"):
                 self.inbox = pipeline.relay(self.bucket, self.inbox, worker, self.step, collective)
-            self.inbox = [arrived.last(timeout) for arrived in self.inbox]
+            with self._waiting():
+                self.inbox = [arrived.last(timeout) for arrived in self.inbox]
         if self.eager:
             self._land()
 
     def wait(self, timeout: float) -> None:
         """Wait until the gradients are there."""
-        if not self.eager:
-            self.started = time.perf_counter()  # until now it has cost nobody any time
-        for arrived in self.inbox:
-            arrived.wait(timeout)
+        with self._waiting():
+            self._await(timeout)
         if self.eager:
             self.done().wait()
         else:
-            self.done().set_result(self._finish())
+            self.done().set_result(self._receive())
+
+    def _await(self, timeout: float) -> None:
+        for arrived in self.inbox:
+            arrived.wait(timeout)
+            arrived.future.wait()  # raises what the exchange raised
+
+    def _waiting(self) -> contextlib.AbstractContextManager[object]:
+        """Late, what is not waited for costs nobody any time."""
+        return contextlib.nullcontext() if self.eager else Stopwatch(self.row, "exchange_seconds")
 
     def _land(self) -> None:
         futures = [arrived.future for arrived in self.inbox]
@@ -101,10 +110,13 @@ class Flight:
         if (promise := self.promise) is not None:
             self.landed.then(lambda exchanged: settle(promise, exchanged))
 
-    def _finish(self, _: Future | None = None) -> Tensor:
+    def _finish(self, _: Future) -> Tensor:
         for arrived in self.inbox:
             arrived.future.wait()  # raises what the exchange raised; all have ended, or on CUDA have been enqueued
         self.row.exchange_seconds += time.perf_counter() - self.started
+        return self._receive()
+
+    def _receive(self) -> Tensor:
         for arrived in self.inbox:
             for tensor in (arrived.result, arrived.brought):
                 if tensor is not None and tensor.is_cuda:

@@ -62,21 +62,22 @@ def found(masks: Any, x: Any, offset: int) -> Any:
 
 @_compiled
 def kth_largest(x: Any, k: int, infinity: int) -> Any:
-    """Of magnitudes that are given as bits ``[n]``, with or without a sign; above infinity all are as large as it."""
+    """Of magnitudes that are given as bits ``[n]``, with or without a sign; above infinity all are as large as it.
+
+    For k far below n / 64: none of the k is below the k-th largest of the maxima of columns.
+    """
     sign, largest = x.dtype.type((1 << (8 * x.itemsize - 1)) - 1), x.dtype.type(infinity)
     magnitude = numpy.empty_like(x)
     for i in range(x.size):
         magnitude[i] = min(x[i] & sign, largest)
     columns = x.size // 64
-    if 4 * k <= columns:  # none of them is below the k-th largest of the columns' maxima
-        maxima = magnitude[:columns].copy()
-        for r in range(1, 64):
-            row = magnitude[r * columns : (r + 1) * columns]
-            for c in range(columns):
-                maxima[c] = max(maxima[c], row[c])
-        least = numpy.partition(maxima, columns - k)[columns - k]
-        magnitude = magnitude[magnitude >= least]
-    return numpy.partition(magnitude, magnitude.size - k)[magnitude.size - k]
+    maxima = magnitude[:columns].copy()
+    for r in range(1, 64):
+        row = magnitude[r * columns : (r + 1) * columns]
+        for c in range(columns):
+            maxima[c] = max(maxima[c], row[c])
+    some = magnitude[magnitude >= numpy.partition(maxima, columns - k)[columns - k]]
+    return numpy.partition(some, some.size - k)[some.size - k]
 
 
 @_compiled
@@ -92,13 +93,12 @@ def coordinates(there: Any, shape: Any, out: Any) -> None:
 
 
 @_compiled
-def largest(x: Any, infinity: int, out: Any) -> None:
-    """Where the magnitudes of ``kth_largest`` stand that are above the last that ``out`` has room for.
+def at_least(x: Any, least: int, infinity: int, out: Any) -> None:
+    """Where the magnitudes of ``kth_largest`` are above ``least``, and of those equal to it the first.
 
-    Of those equal to it the first, as far as there is room.
+    As far as ``out`` has room.
     """
     sign, most = x.dtype.type((1 << (8 * x.itemsize - 1)) - 1), x.dtype.type(infinity)
-    least = kth_largest(x, out.size, infinity)
     ties = out.size
     for i in range(x.size):
         ties -= min(x[i] & sign, most) > least

@@ -26,6 +26,8 @@ LANES = 16
 LINE = 64
 AHEAD = 16
 """Runs of a sample to fetch ahead."""
+FETCHED = 2048
+"""Bytes of the state that a pass fetches ahead."""
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 VF, VI, VH = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -114,8 +116,8 @@ def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, 
         grad, state: dtypes; ``Accumulation`` in float32, and bfloat16 states once more when stored.
         past_cache: states are aligned to a vector, and are not kept in the cache.
         clear: set the gradient to zero.
-        ahead: bytes of the state to fetch ahead; where several threads share the memory, the processor's own guess is
-            too short.
+        ahead: bytes of the state to fetch ahead, into the second cache: the first one's places for lines under way are
+            few, and the stores need them.
 
     Bit ``i`` of the mask is set where ``|v'_i|`` is not below the threshold; ``kept`` gets another copy of v', to be
     read at once.
@@ -245,14 +247,14 @@ def _collect(word: Any, first: int, kept: Any, indices: Any, values: Any, count:
 
 
 @cache
-def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, clear: bool, ahead: int) -> Any:
+def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, clear: bool) -> Any:
     """``f(g, u, v, new_u, new_v, n, momentum, scale, threshold, offset, indices, values) -> count``.
 
     Args:
         g, u, v, new_u, new_v: addresses of ``n`` elements each, the first of which is number ``offset``.
         indices, values: room for what is not below the threshold; the count may exceed it. Values are bits.
     """
-    block = accumulate(kind, grad, state, past_cache, clear, ahead)
+    block = accumulate(kind, grad, state, past_cache, clear, FETCHED)
     edge = accumulate(kind, grad, state, False, clear)
     wide_g, wide = BLOCK * ITEMSIZE[grad], BLOCK * ITEMSIZE[state]
 

@@ -1,7 +1,7 @@
 """The kernels for CPUs, compiled by numba (``pip install thinwire[cpu]``): one pass over memory, on several threads.
 
 A pass goes over blocks of 64 elements, and keeps what reaches the threshold while the block is at hand: to read it
-later would be a wait for memory at every element. There is room for some times what is asked for; where a threshold
+later would be a wait for memory at every element. There is room for four times what is asked for; where a threshold
 lets more pass, another look finds them.
 """
 
@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 
 from thinwire.kernels import bits, blocks
-from thinwire.kernels.reference import BITS, REFERENCE, above, settled
+from thinwire.kernels.reference import BITS, REFERENCE, above, kth_largest, settled
 from thinwire.loops import Cut, Found, Pass
 from thinwire.wire import elias_fano
 
 BLOCK = blocks.BLOCK
 MIN_BLOCKS = 2**12
 """Fewer blocks than this are not worth another thread."""
-AHEAD = 2048
-"""Bytes of state to fetch ahead where several threads share the memory."""
 INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80}
 """Its bits; those of NaN are above."""
 BITS_OF = {torch.float32: numpy.int32, torch.bfloat16: numpy.int16}
@@ -71,11 +69,10 @@ class Cpu:
         counts = [-(-work.grad.numel() // BLOCK) for work in works]
         *firsts, total = accumulate(counts, initial=0)
         threads = max(1, min(torch.get_num_threads(), total // MIN_BLOCKS))
-        ahead = AHEAD
         edges = [total * t // threads for t in range(threads + 1)]
         shares: list[dict[int, Part]] = [
             {
-                i: _part(work, cut, max(low - first, 0), min(high - first, count), ahead)
+                i: _part(work, cut, max(low - first, 0), min(high - first, count))
                 for i, (work, cut, first, count) in enumerate(zip(works, cuts, firsts, counts, strict=True))
                 if low < first + count and first < high
             }
@@ -107,15 +104,14 @@ class Cpu:
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
         if magnitude.dtype not in STATES:
             return REFERENCE.kth(magnitude, k)
-        as_bits = magnitude.view(BITS[magnitude.dtype]).numpy()
-        kth = bits.kth_largest(as_bits, k, INFINITY[magnitude.dtype])
-        return torch.tensor(kth, dtype=BITS[magnitude.dtype]).view(magnitude.dtype)
+        kth = _kth_largest(magnitude.view(BITS[magnitude.dtype]).numpy(), k, INFINITY[magnitude.dtype])
+        return torch.tensor(kth, dtype=BITS[magnitude.dtype], device="cpu").view(magnitude.dtype)
 
     def largest(self, x: Tensor, k: int) -> Tensor:
         if x.dtype != torch.float32 or not 0 < k < x.numel():
             return REFERENCE.largest(x, k)
-        out = numpy.empty(k, numpy.int64)
-        bits.largest(x.view(torch.int32).numpy(), INFINITY[x.dtype], out)
+        as_bits, infinity, out = x.view(torch.int32).numpy(), INFINITY[x.dtype], numpy.empty(k, numpy.int64)
+        bits.at_least(as_bits, _kth_largest(as_bits, k, infinity), infinity, out)
         return torch.from_numpy(out)
 
     def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
@@ -174,7 +170,14 @@ class Cpu:
             self._pool = None
 
 
-def _part(work: Pass, cut: Cut, low: int, high: int, ahead: int) -> Part:
+def _kth_largest(as_bits: Any, k: int, infinity: int) -> int:
+    """One compiled call for the threshold of a sample; what is not far below the number of elements NumPy finds."""
+    if 4 * k <= as_bits.size // BLOCK:
+        return int(bits.kth_largest(as_bits, k, infinity))
+    return min(int(kth_largest(as_bits & numpy.iinfo(as_bits.dtype).max, k)[0]), infinity)
+
+
+def _part(work: Pass, cut: Cut, low: int, high: int) -> Part:
     """Blocks ``low`` to ``high`` of a pass."""
     n = work.grad.numel()
     v, new_v = work.old_residual, work.new_residual
@@ -182,14 +185,15 @@ def _part(work: Pass, cut: Cut, low: int, high: int, ahead: int) -> Part:
     new_u = new_v if work.new_momentum is None else work.new_momentum
     addresses = [t.data_ptr() + low * BLOCK * t.itemsize for t in (work.grad, u, v, new_u, new_v)]
     aligned = all(address % (blocks.LANES * new_v.itemsize) == 0 for address in addresses[3:])
-    run = blocks.compiled_pass(_kind(work), GRADS[work.grad.dtype], STATES[new_v.dtype], aligned, work.clear, ahead)
-    settings = (min(n, high * BLOCK) - low * BLOCK, work.rule.momentum or 0.0, work.scale, float(cut.threshold))
+    run = blocks.compiled_pass(_kind(work), GRADS[work.grad.dtype], STATES[new_v.dtype], aligned, work.clear)
+    count = min(n, high * BLOCK) - low * BLOCK
+    settings = (count, work.rule.momentum or 0.0, work.scale, float(cut.threshold))
 
     def part() -> Kept | None:
-        indices = numpy.empty(ROOM * cut.k + BLOCK, numpy.int64)
+        indices = numpy.empty(min(count, ROOM * cut.k + BLOCK), numpy.int64)
         values = numpy.empty(indices.size, BITS_OF[new_v.dtype])
-        count = run(*addresses, *settings, low * BLOCK, indices, values)
-        return (indices[:count], values[:count]) if count <= indices.size else None
+        found = run(*addresses, *settings, low * BLOCK, indices, values)
+        return (indices[:found], values[:found]) if found <= indices.size else None
 
     return part
 

@@ -26,7 +26,7 @@ class StepRow:
     gather_bytes: float = 0.0  # of all-gathers of parameters since the last step, where they are compressed
     gather_dense_bytes: float = 0.0
     send_seconds: float = 0.0
-    exchange_seconds: float = 0.0  # from start to end of each exchange; on a bare model, what was waited for
+    exchange_seconds: float = 0.0  # from start to end of each; on CPUs without DDP, what was waited for
     receive_seconds: float = 0.0
     error: float | None = None  # ||x - sent||² / ||x||² over the compressed units, where it was measured
 
@@ -93,7 +93,7 @@ class Ledger:
             ("ratio over all steps", f"{self.ratio:,.1f}"),
             ("compress, ms", f"{statistics.median(row.send_seconds for row in last) * 1e3:.2f}"),
             (
-                "exchange, ms (overlaps with backward)",
+                "exchange, ms (DDP, CUDA: overlaps)",
                 f"{statistics.median(row.exchange_seconds for row in last) * 1e3:.2f}",
             ),
             ("decompress, ms", f"{statistics.median(row.receive_seconds for row in last) * 1e3:.2f}"),
