@@ -152,7 +152,7 @@ class Session:
         if link is None and self.method.route == "auto":
             link, how = measure(self.collective, self.timeout, self.units[0].param.device), "measured"
         self._link = link
-        self.turn_bytes = (0.0 if link is None else link.latency * link.bandwidth / 8) or TURN_BYTES
+        self.turn_bytes = TURN_BYTES if link is None else link.latency * link.bandwidth / 8
         if self.method.route == "auto":
             self.ledger.note(f"routes are chosen for a link of {link} ({how})")
 
@@ -179,7 +179,8 @@ class Session:
             self._buckets: dict[tuple[int, ...], Bucket] = {}
             self._period = math.lcm(*(unit.method_compressor.period for unit in self.units))
             self.routing = Routing(self.method.route, self.method.second, self._link)
-            settings = (self.method.route, self.method.second, self.turn_bytes)
+            # one turn after the other takes its time also on a link without latency
+            settings = (self.method.route, self.method.second, self.turn_bytes or TURN_BYTES)
             for note in set_stage(self.units, density, self.collective.world, *settings):
                 self.ledger.note(note)
 
