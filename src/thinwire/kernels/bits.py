@@ -41,8 +41,8 @@ def count_bits(_: Any, word: Any) -> Any:
 
 
 @_compiled
-def found(masks: Any, x: Any, offset: int) -> Any:
-    """Where bits are set, ascending, from ``offset`` on; and what ``x`` ``[n]`` holds there."""
+def found(masks: Any, x: Any) -> Any:
+    """Where bits are set, ascending; and what ``x`` ``[n]`` holds there."""
     one = numpy.uint64(1)
     count = 0
     for word in masks:
@@ -52,7 +52,7 @@ def found(masks: Any, x: Any, offset: int) -> Any:
     for i in range(masks.size):
         word = masks[i]
         while word:
-            indices[at] = offset + i * 64 + lowest_bit(word)
+            indices[at] = i * 64 + lowest_bit(word)
             word &= word - one
             at += 1
     for at in range(count):  # a loop of its own, so that many of these loads are under way together

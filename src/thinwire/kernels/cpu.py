@@ -99,7 +99,7 @@ class Cpu:
         masks = numpy.empty(-(-x.numel() // BLOCK), numpy.uint64)
         as_bits = x.view(BITS[x.dtype]).numpy()
         bits.above(as_bits, int(threshold.view(BITS[x.dtype])), masks)
-        return joined([bits.found(masks, as_bits, 0)], x.dtype)
+        return joined([bits.found(masks, as_bits)], x.dtype)
 
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
         if magnitude.dtype not in STATES:
