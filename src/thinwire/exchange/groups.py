@@ -77,7 +77,7 @@ class Group(ABC):
         for i in self.units:
             found = [head.total(payloads[j][0]) for j, _ in self.by_unit.get(i, []) if units[i].guarded]
             totals.append(torch.stack(found).sum() if len(found) > 1 else [*found, payloads[0][0].new_zeros(())][0])
-        bad = torch.stack(totals).isfinite().logical_not_()
+        bad = head.not_finite(torch.stack(totals))
         return [(head.encode([used[i] for i in self.units], bad, self.dtype, step),)]
 
     @abstractmethod
@@ -139,9 +139,7 @@ class Whole(Group):
     def opened(self, arrived: InFlight) -> tuple[list[tuple[int, list[Payload]]], Tensor | None]:
         result = arrived.answer()
         rows = result.view(torch.uint8).unsqueeze(0) if self.kind == "all_reduce" else result
-        senders = [self.layout.unpack(row) for row in rows]
-        heads = torch.stack([payloads[-1][0] for payloads in senders]) if self.has_head else None
-        return list(enumerate(senders)), heads
+        return list(enumerate(self.layout.unpack_all(rows))), self.layout.columns(rows)[-1] if self.has_head else None
 
     @property
     def stages(self) -> Sequence[tuple[Kind, int]]:

@@ -104,7 +104,7 @@ class TwoPhase(Group):
         self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: Collective
     ) -> InFlight:
         received = arrived.answer()
-        rows = [self.first.layouts[worker.rank].unpack(row) for row in received]
+        rows = self.first.layouts[worker.rank].unpack_all(received)
         means = [
             self._pass_on(units[piece.unit], piece, [payloads[j] for payloads in rows], worker, step)
             for j, piece in enumerate(self.owned[worker.rank])

@@ -82,14 +82,17 @@ def kth_largest(x: Any, k: int, infinity: int) -> Any:
 
 @_compiled
 def coordinates(there: Any, shape: Any, out: Any) -> None:
-    """``out`` ``[dimensions, m]``: where flat indices ``[m]`` stand in a tensor of this shape."""
+    """``out`` ``[dimensions, m]``: where flat indices ``[m]`` below 2^53 stand in a tensor of this shape."""
     for j in range(there.size):
-        rest = there[j]
-        for d in range(shape.size - 1, 0, -1):
-            rows = rest // shape[d]
-            out[d, j] = rest - rows * shape[d]
-            rest = rows
-        out[0, j] = rest
+        out[0, j] = there[j]
+    for d in range(shape.size - 1, 0, -1):
+        size, share = shape[d], 1.0 / shape[d]
+        for j in range(there.size):
+            flat = out[0, j]
+            row = int(flat * share)  # or a neighbour of it; a division of integers takes many times as long
+            column = flat - row * size
+            row += (column >= size) - (column < 0)
+            out[0, j], out[d, j] = row, flat - row * size
 
 
 @_compiled
@@ -139,29 +142,39 @@ def add(out: Any, indices: Any, values: Any, alpha: float) -> None:
 
 
 @_compiled
-def merge(every: Any, values: Any, heads: Any, ends: Any, alpha: float, there: Any, total: Any) -> int:
-    """Merge runs that ascend, each from ``heads`` to ``ends``; answers how many differ, or -1: one does not ascend.
+def merge(every: Any, values: Any, edges: Any, alpha: float, there: Any, total: Any) -> int:
+    """Merge runs that ascend, between each two ``edges``; answers how many differ, or -1: one does not ascend.
 
     ``there``: those that differ, ascending; ``total``: the sum of ``alpha * values`` at each, in the order of the runs.
+    All arrays are overwritten.
     """
+    x, v, new_x, new_v = every, values, there, total
+    one, step = numpy.uint64(1), 1  # of indices without a sign numba does not ask whether they count from the end
+    while step < edges.size - 1:  # neighbours by pairs, so of equal ones that of the earlier run stays first
+        for r in range(0, edges.size - 1, 2 * step):
+            i, middle = numpy.uint64(edges[r]), numpy.uint64(edges[min(r + step, edges.size - 1)])
+            j, end, at = middle, numpy.uint64(edges[min(r + 2 * step, edges.size - 1)]), i
+            while i < middle and j < end:
+                later = numpy.uint64(x[j] < x[i])  # a number: a branch would be foreseen half of the time
+                new_x[at], new_v[at] = min(x[i], x[j]), v[i + (j - i) * later]
+                i, j, at = i + one - later, j + later, at + one
+            rest = middle - i + end - j  # of one of them
+            first = i if i < middle else j
+            new_x[at : at + rest], new_v[at : at + rest] = x[first : first + rest], v[first : first + rest]
+        x, v, new_x, new_v = new_x, new_v, x, v
+        step *= 2
     a = numpy.float32(alpha)
     m = 0
-    while True:
-        least, left = 0, False
-        for r in range(heads.size):
-            if heads[r] < ends[r] and (not left or every[heads[r]] < least):
-                least, left = every[heads[r]], True
-        if not left:
-            return m
-        if m and least <= there[m - 1]:
+    for j in range(x.size):
+        here, term = x[j], a * v[j]
+        if m and here == there[m - 1]:
+            total[m - 1] += term
+        elif m and here < there[m - 1]:
             return -1
-        there[m], here = least, numpy.float32(0.0)
-        for r in range(heads.size):
-            while heads[r] < ends[r] and every[heads[r]] == least:
-                here += a * values[heads[r]]
-                heads[r] += 1
-        total[m] = here
-        m += 1
+        else:
+            there[m], total[m] = here, numpy.float32(0.0) + term
+            m += 1
+    return m
 
 
 @_compiled
@@ -202,24 +215,28 @@ def encode(indices: Any, width: int, low_bytes: int, out: Any) -> None:
         out[at] = pending & numpy.uint64(255)
 
 
+@_njit(nogil=True)
+def _words(packed: Any) -> Any:
+    """As words of 64 bits, and one more, of zeros."""
+    words = numpy.zeros(packed.size // 8 + 2, numpy.uint64)
+    words.view(numpy.uint8)[: packed.size] = packed
+    return words
+
+
 @_compiled
 def decode(packed: Any, width: int, low_bytes: int, out: Any) -> None:
-    pending, filled, at, j = numpy.uint64(0), 0, 0, 0
-    for i in range(low_bytes, packed.size):
-        byte = packed[i]
-        while byte and j < out.size:
-            position = lowest_bit(numpy.uint64(byte))
-            byte &= byte - numpy.uint8(1)
-            low = numpy.int64(0)
-            for part in range(0, width, 32):
-                bits = min(32, width - part)
-                while filled < bits:
-                    pending |= numpy.uint64(packed[at]) << numpy.uint64(filled)
-                    filled += 8
-                    at += 1
-                low |= numpy.int64(pending & ((numpy.uint64(1) << numpy.uint64(bits)) - numpy.uint64(1))) << part
-                pending >>= numpy.uint64(bits)
-                filled -= bits
-            out[j] = ((((i - low_bytes) * 8 + position) - j) << width) | low
-            j += 1
-    out[j:] = 0  # of bytes that are damaged
+    low, high = _words(packed[:low_bytes]), _words(packed[low_bytes:])
+    one = numpy.uint64(1)
+    mask = (numpy.int64(1) << width) - 1
+    count = 0
+    for i in range(high.size):
+        word = high[i]
+        while word and count < out.size:
+            out[count] = (i * 64 + lowest_bit(word) - count) << width
+            word &= word - one
+            count += 1
+    for j in range(count if width else 0):
+        i, shift = (j * width) >> 6, numpy.uint64((j * width) & 63)
+        rest = (low[i + 1] << one) << (numpy.uint64(63) - shift)  # nothing, where all of it stands in one word
+        out[j] |= numpy.int64(low[i] >> shift | rest) & mask
+    out[count:] = 0  # of bytes that are damaged

@@ -133,9 +133,8 @@ class Cpu:
             return REFERENCE.merge(indices, values, alpha)
         every, summed = torch.cat([*indices]), torch.cat([*values])
         there, total = torch.empty_like(every), torch.empty_like(summed)
-        *starts, end = accumulate((one.numel() for one in indices), initial=0)
-        heads, ends = numpy.array(starts, numpy.int64), numpy.array([*starts[1:], end], numpy.int64)
-        count = bits.merge(every.numpy(), summed.numpy(), heads, ends, alpha, there.numpy(), total.numpy())
+        edges = numpy.array([*accumulate((one.numel() for one in indices), initial=0)], numpy.int64)
+        count = bits.merge(every.numpy(), summed.numpy(), edges, alpha, there.numpy(), total.numpy())
         return (there[:count], total[:count]) if count >= 0 else REFERENCE.merge(indices, values, alpha)
 
     def coordinates(self, indices: Tensor, shape: Sequence[int]) -> Tensor:

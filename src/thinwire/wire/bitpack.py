@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+BESIDE = sum(1 << (56 - 7 * j) for j in range(8))
+"""Moves bit ``8 j`` of a word to bit ``56 + j``."""
+
 
 def pack_fields(fields: Tensor, width: int) -> Tensor:
     """Pack uint8 ``[m]`` below ``2**width``, ``width`` from 1 to 8, into uint8 ``[ceil(m * width / 8)]``.
@@ -13,7 +16,10 @@ def pack_fields(fields: Tensor, width: int) -> Tensor:
         shifts = torch.arange(width, dtype=torch.uint8, device=fields.device)
         return pack_fields(((fields.unsqueeze(1) >> shifts) & 1).view(-1), 1)
     each = 8 // width
-    padded = torch.nn.functional.pad(fields, (0, -fields.numel() % each)).view(-1, each)
+    padded = torch.nn.functional.pad(fields, (0, -fields.numel() % each))
+    if width == 1:  # a multiplication brings the lowest bit of each of 8 bytes into the last of them
+        return (padded.view(torch.int64) * BESIDE).view(torch.uint8)[7::8].clone(memory_format=torch.contiguous_format)
+    padded = padded.view(-1, each)
     packed = padded[:, 0].clone()
     for j in range(1, each):
         packed |= padded[:, j] << (j * width)

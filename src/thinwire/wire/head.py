@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from thinwire.tensors import float_at_least_32
-from thinwire.wire.bitpack import unpack_bits
+from thinwire.wire.bitpack import pack_bits, unpack_bits
 
 CLOCK = 256
 """Steps until the clock of a head begins again."""
@@ -22,9 +22,14 @@ def total(values: Tensor) -> Tensor:
     return values.sum(dtype=float_at_least_32(values.dtype))
 
 
+def not_finite(totals: Tensor) -> Tensor:
+    """Of each; ``x - x`` is 0 for what is finite, else NaN."""
+    return (totals - totals).ne(0)
+
+
 def is_bad(values: Tensor) -> Tensor:
     """Whether anything is not finite."""
-    return total(values).isfinite().logical_not()
+    return not_finite(total(values))
 
 
 def encode(used: Sequence[bool], bad: Tensor, dtype: torch.dtype, step: int) -> Tensor:
@@ -35,17 +40,16 @@ def encode(used: Sequence[bool], bad: Tensor, dtype: torch.dtype, step: int) -> 
             flags[i] = 0
     if dtype != torch.uint8:
         return flags.to(dtype)
-    packed = torch.nn.functional.pad(flags, (0, -flags.numel() % 8)).view(-1, 8)
-    packed = (packed << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(1, dtype=torch.uint8)
-    return torch.cat([flags.new_full((1,), step % CLOCK), packed])
+    return torch.cat([flags.new_full((1,), step % CLOCK), pack_bits(flags)])
 
 
 def decode(heads: Tensor, num_units: int) -> tuple[Tensor, Tensor, Tensor]:
     """From the heads of all senders, ``[senders, n]``: (used, bad), each bool ``[senders, num_units]``, and clocks."""
-    flags, clocks = heads, torch.zeros_like(heads[:, 0], dtype=torch.uint8)
     if heads.dtype == torch.uint8:
-        flags, clocks = unpack_bits(heads[:, 1:].reshape(-1)).view(len(heads), -1), heads[:, 0]
-    return flags[:, :num_units] > 0, flags[:, num_units : 2 * num_units] > 0, clocks
+        flags, clocks = unpack_bits(heads[:, 1:].reshape(-1)).view(len(heads), -1).bool(), heads[:, 0]
+    else:
+        flags, clocks = heads > 0, torch.zeros_like(heads[:, 0], dtype=torch.uint8)
+    return flags[:, :num_units], flags[:, num_units : 2 * num_units], clocks
 
 
 def size(num_units: int, dtype: torch.dtype) -> int:

@@ -71,16 +71,33 @@ class Layout:
 
     def unpack(self, message: Tensor) -> list[Payload]:
         """The payloads in a message, as views of it."""
-        sizes = [*(part.nbytes for part in self.parts), self.padding]
-        pieces = cast("tuple[Tensor, ...]", cast(Any, message[: self.nbytes]).split(sizes))
-        tensors = [
-            piece.view(part.dtype) if len(part.shape) == 1 else piece.view(part.dtype).view(part.shape)
-            for piece, part in zip(pieces, self.parts, strict=False)  # the padding comes after
+        return self.unpack_all(message.unsqueeze(0))[0]
+
+    def unpack_all(self, messages: Tensor) -> list[list[Payload]]:
+        """Those in each of ``messages`` ``[senders, n]``, n at least ``nbytes``."""
+        payloads: list[list[list[Tensor]]] = [[[] for _ in range(self.num_units)] for _ in range(len(messages))]
+        for part, column in zip(self._listed, self.columns(messages), strict=True):
+            for own, tensor in zip(payloads, column.unbind(), strict=True):
+                own[part.unit].append(tensor)
+        return [[tuple(payload) for payload in own] for own in payloads]
+
+    def columns(self, messages: Tensor) -> list[Tensor]:
+        """The tensors of all payloads, in their order, each ``[senders, *shape]``: views of ``[senders, n]``."""
+        pieces = cast("tuple[Tensor, ...]", cast(Any, messages[:, : self.nbytes]).split(self._sizes, 1))
+        columns = [pieces[place].view(self.parts[place].dtype) for place in self.places]
+        return [
+            column if len(part.shape) == 1 else column.view(len(messages), *part.shape)
+            for part, column in zip(self._listed, columns, strict=True)
         ]
-        payloads: list[list[Tensor]] = [[] for _ in range(self.num_units)]
-        for j in self.places:
-            payloads[self.parts[j].unit].append(tensors[j])
-        return [tuple(payload) for payload in payloads]
+
+    @cached_property
+    def _listed(self) -> list[Part]:
+        """The parts in the order of the payloads."""
+        return [self.parts[place] for place in self.places]
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [*(part.nbytes for part in self.parts), self.padding]
 
 
 def _adjacent(pieces: Sequence[Tensor]) -> bool:
