@@ -15,7 +15,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from thinwire.loops import Accumulation, Kernels, Selection
+from thinwire.loops import Accumulation, Found, Kernels, Selection
 from thinwire.tensors import Decompressed, Sparse, ThinwireError
 
 Payload: TypeAlias = tuple[Tensor, ...]
@@ -125,6 +125,15 @@ class Compressor(ABC):
     @abstractmethod
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         """What any receiver gets from ``payload``; ``like`` gives shape and dtype, never values."""
+
+    def together(
+        self, payloads: Sequence[Payload], like: Tensor, ctx: Context, alpha: float, most: float
+    ) -> Found | None:
+        """What all ranks sent, at once: ascending indices, and the sum of ``alpha`` times the values at each.
+
+        None where only ``decompress`` knows, or where more than a share ``most`` of the elements can be among them.
+        """
+        return None
 
     def sampling(self, shape: Sequence[int], ctx: Context) -> Selection | None:
         """How this step's elements are chosen by a threshold, so that a kernel may do it; None where they are not."""
@@ -248,6 +257,11 @@ class Chain(Compressor):
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         return self.first.decompress(self._decode(payload, like, ctx), like, state, ctx)
+
+    def together(
+        self, payloads: Sequence[Payload], like: Tensor, ctx: Context, alpha: float, most: float
+    ) -> Found | None:
+        return self.first.together([self._decode(one, like, ctx) for one in payloads], like, ctx, alpha, most)
 
     def commit(self, payload: Payload, like: Tensor, old: State, new: State, ctx: Context) -> None:
         self.first.commit(self._decode(payload, like, ctx), like, old, new, ctx)

@@ -140,6 +140,10 @@ class Kernels(Protocol):
         """All indices that occur in these int64 ``[m_i]``, and the sum of ``alpha * values`` at each, in this order."""
         ...
 
+    def gather(self, packed: Sequence[Tensor], values: Sequence[Tensor], n: int, alpha: float) -> Found:
+        """``merge`` of what each sender's ``packed`` indices and ``values`` ``[k]`` are after ``without_repeats``."""
+        ...
+
     def coordinates(self, indices: Tensor, shape: Sequence[int]) -> Tensor:
         """Where flat indices ``[m]`` stand in a tensor of this shape, int64 ``[len(shape), m]``."""
         ...

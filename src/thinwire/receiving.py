@@ -5,10 +5,11 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor
 
+from thinwire.adding import added
 from thinwire.core import Context, Payload
 from thinwire.exchange.groups import Group, Piece
 from thinwire.kernels.reference import REFERENCE
-from thinwire.loops import Kernels
+from thinwire.loops import Found, Kernels
 from thinwire.tensors import Decompressed, float_at_least_32
 from thinwire.units import Unit
 
@@ -37,21 +38,24 @@ def mean_of(
     wide, share = float_at_least_32(out.dtype), 1.0 / len(senders)
     mean = out if out.dtype == wide else torch.empty_like(out, dtype=wide)  # short dtypes are summed in float32
     packer = group.packer(unit)
+    whole = sparse and mean is out and out.ndim > 0 and out.is_contiguous()
+    if whole and unit.memory.passes_on and not packer.learns and "carried" not in unit.shared.now:
+        found: list[Found] = []
+        for j, piece in pieces:
+            theirs, known = [(rank, payloads[j]) for rank, payloads in senders], piece.of_state(unit.shared.now)
+            here = _of(ctx, unit, piece, 0, ctx.kernels)
+            some = added(packer, theirs, piece.of(mean), known, here, share, FEW)
+            if some is None:
+                break
+            found.append((some[0] + piece.run[0], some[1]) if piece.run else some)
+        else:
+            return _as_sparse(found, out, ctx.kernels or REFERENCE)
 
     def arrived(j: int, piece: Piece) -> Generator[Decompressed]:
         part, known = piece.of(mean), piece.of_state(unit.shared.now)
         for rank, payloads in senders:
             yield packer.decompress(payloads[j], part, known, _of(ctx, unit, piece, rank, ctx.kernels))
 
-    whole = sparse and mean is out and out.ndim > 0 and out.is_contiguous()
-    if whole and unit.memory.passes_on and not packer.learns and "carried" not in unit.shared.now:
-        few: list[tuple[Piece, Decompressed]] = []
-        for piece, got in ((own, got) for j, own in pieces for got in arrived(j, own)):
-            if got.density * len(senders) > FEW:
-                break
-            few.append((piece, got))
-        else:
-            return _added(few, out, share, ctx.kernels or REFERENCE)
     for j, piece in pieces:
         part = piece.of(mean)
         for later, got in enumerate(arrived(j, piece)):
@@ -66,19 +70,14 @@ def _of(ctx: Context, unit: Unit, piece: Piece, rank: int, kernels: Kernels | No
     return Context(ctx.seed, ctx.step, piece.key(unit.name), rank, kernels)
 
 
-def _added(few: Sequence[tuple[Piece, Decompressed]], like: Tensor, share: float, kernels: Kernels) -> Tensor:
-    """The sum, in the order in which the dense one would be made.
+def _as_sparse(found: Sequence[Found], like: Tensor, kernels: Kernels) -> Tensor:
+    """Of runs that follow each other.
 
     Raises:
         IndexError: an index from the network lies outside.
     """
-    entries = [
-        (indices + piece.run[0] if piece.run else indices, values)
-        for piece, (indices, values) in ((piece, got.entries()) for piece, got in few)
-    ]
-    indices, values = [one for one, _ in entries], [some.to(like.dtype) for _, some in entries]
-    there, total = kernels.merge(indices, values, share)
+    there, total = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
     if there.device.type == "cpu" and there.numel() and int(there[-1]) >= like.numel():
         raise IndexError(f"an index of {int(there[-1])} has arrived for a tensor of {like.numel()} elements")
     where = kernels.coordinates(there, like.shape)
-    return torch.sparse_coo_tensor(where, total, like.shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(where, total.to(like.dtype), like.shape, is_coalesced=True, check_invariants=False)

@@ -5,11 +5,13 @@ import torch
 
 from tests.engines.models import simulated
 from thinwire import Link, Method, ThinwireError, Warmup, dgc, pipeline, topk
+from thinwire.adding import added
 from thinwire.compressors.sparse import TopK
 from thinwire.core import Absorbed, Context
 from thinwire.exchange.local import Local
 from thinwire.exchange.routes import Routing, plan_bucket
-from thinwire.exchange.two_phase import added, cut, without
+from thinwire.exchange.two_phase import cut, without
+from thinwire.tensors import Sparse
 from thinwire.units import Worker, resolve, set_stage
 
 SHAPES = {"w": (30, 7), "empty": (0, 5), "b": (3,), "one": (1, 1), "v": (11, 13), "a": (1,)}
@@ -102,7 +104,9 @@ def test_the_second_selection_is_exact(world):
     total = torch.zeros(1, 40, dtype=torch.float64)
     for part in parts:
         part.add_to(total)
-    mean = added(parts, x[0])
+    payloads = [(rank, one.compress(t, {}, CTX)) for rank, t in enumerate(x)]
+    there, values = added(one, payloads, x[0], {}, CTX)
+    mean = Sparse(there, values, 1.0)
     dense = torch.full_like(total, torch.nan)
     mean.write_to(dense)
     assert torch.equal(dense, total)

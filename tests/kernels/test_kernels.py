@@ -249,6 +249,31 @@ def test_what_is_merged_is_what_is_added(kernels, workers, dtype):
         assert torch.equal(total, expected[there])
 
 
+@pytest.mark.parametrize("workers", [1, 2, 5, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_gathered_is_what_is_decoded_one_by_one_and_added(kernels, workers, dtype):
+    for n, k in ((500, 100), (1, 1), (64, 64), (2**31, 7)):
+        indices = [torch.randint(0, n, (k,)).sort().values for _ in range(workers)]
+        values = [torch.randn(k).to(dtype) for _ in range(workers)]
+        packed = [REFERENCE.encode_indices(one, n) for one in indices]
+        read = [REFERENCE.without_repeats(*one) for one in zip(indices, values, strict=True)]
+        there, total = kernels.gather(packed, values, n, 1 / workers)
+        expected = REFERENCE.merge(indices, read, 1 / workers)
+        assert torch.equal(there, expected[0])
+        assert torch.equal(total, expected[1])
+
+
+def test_damaged_bytes_are_read_alike(kernels):
+    """Within one upper part low bits may descend then."""
+    for _ in range(20):
+        packed = [torch.randint(0, 256, (sum(elias_fano.sizes(50, 1000)),), dtype=torch.uint8) for _ in range(3)]
+        values = [torch.randn(50) for _ in range(3)]
+        for mine, theirs in zip(
+            kernels.gather(packed, values, 1000, 1.0), REFERENCE.gather(packed, values, 1000, 1.0), strict=True
+        ):
+            assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("shape", [(600,), (20, 30), (5, 1, 12, 10)])
 def test_coordinates_are_those_of_torch(kernels, shape):
     indices = torch.randperm(600)[:100].sort().values

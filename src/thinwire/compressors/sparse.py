@@ -13,7 +13,7 @@ from thinwire.compressors.select import EXACT_BELOW, Sampling, sample_size
 from thinwire.core import Compressor, Context, Payload, State
 from thinwire.kernels.reference import REFERENCE
 from thinwire.loops import Found
-from thinwire.tensors import Decompressed, Sparse, ThinwireError, flat
+from thinwire.tensors import Decompressed, Sparse, ThinwireError, flat, float_at_least_32
 from thinwire.wire import elias_fano
 from thinwire.wire import values as codes
 
@@ -145,12 +145,23 @@ class TopK(Compressor):
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         n, k = like.numel(), self.k(like.numel())
         indices = (ctx.kernels or REFERENCE).decode_indices(payload[-1], k, n)
-        values = payload[0]
-        if self.values in codes.CODES:
-            values = codes.decode(payload[0], payload[1], self.values, k)
         # what fills a message is 0, also where a code, or what stands after >>, has no 0
-        values = (ctx.kernels or REFERENCE).without_repeats(indices, values)
+        values = (ctx.kernels or REFERENCE).without_repeats(indices, self._values(payload, n))
         return Sparse(indices, values, self.density, ctx.kernels)
+
+    def _values(self, payload: Payload, n: int) -> Tensor:
+        if self.values in codes.CODES:
+            return codes.decode(payload[0], payload[1], self.values, self.k(n))
+        return payload[0]
+
+    def together(
+        self, payloads: Sequence[Payload], like: Tensor, ctx: Context, alpha: float, most: float
+    ) -> Found | None:
+        if self.density * len(payloads) > most:
+            return None
+        n, dtype = like.numel(), float_at_least_32(like.dtype)
+        values = [self._values(payload, n).to(dtype) for payload in payloads]
+        return (ctx.kernels or REFERENCE).gather([payload[-1] for payload in payloads], values, n, alpha)
 
     def own(self, payload: Payload, chosen: Tensor, like: Tensor, state: State, ctx: Context) -> Decompressed:
         if self.values in codes.CODES or chosen.numel() < self.k(like.numel()):

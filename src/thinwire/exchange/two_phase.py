@@ -19,18 +19,18 @@ a rule for another world size; here it stands with the owner's first one.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
+from thinwire.adding import added
 from thinwire.core import Compressor, Context, Payload
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.exchange.groups import Group, Piece
-from thinwire.kernels.reference import REFERENCE
 from thinwire.link import Kind, wire_bytes
-from thinwire.loops import Kernels
-from thinwire.tensors import Decompressed, Sparse, float_at_least_32
+from thinwire.loops import Found
+from thinwire.tensors import Decompressed, Sparse
 from thinwire.units import Unit, Worker, payload_like, payload_nbytes
 from thinwire.wire.layout import Layout
 
@@ -118,19 +118,13 @@ class TwoPhase(Group):
         """The owner's part: add what all ranks sent of a piece, compress the mean, and keep what that leaves."""
         world, like, known = len(payloads), piece.of(unit.like), piece.of_state(unit.shared.now)
         key = piece.key(unit.name)
-        contexts = [Context(worker.seed, step, key, rank, worker.kernels) for rank in range(world + 1)]
-        mean = added(
-            [
-                unit.compressor.decompress(payload, like, known, ctx)
-                for payload, ctx in zip(payloads, contexts, strict=False)
-            ],
-            like,
-            worker.kernels,
-        )
+        ctx = Context(worker.seed, step, key, world, worker.kernels)  # beyond the ranks: whoever owns it
+        there, total = cast(Found, added(unit.compressor, [*enumerate(payloads)], like, known, ctx))
+        mean = Sparse(there, total, there.numel() / like.numel())
         mean.values.mul_(1.0 / world)
         again = self.packer(unit)
-        payload = again.compress_sparse(mean, like, known, contexts[world])
-        rest = without(mean, again.decompress(payload, like, known, contexts[world]))
+        payload = again.compress_sparse(mean, like, known, ctx)
+        rest = without(mean, again.decompress(payload, like, known, ctx))
         rest.values.mul_(world)
         unit.memory.returned(rest, piece.of_state(worker.local[unit.name].next))
         return payload
@@ -180,20 +174,6 @@ def two_phase(
         second=rows(budget, []),
         budget=budget,
     )
-
-
-def added(parts: Sequence[Decompressed], like: Tensor, kernels: Kernels = REFERENCE) -> Sparse:
-    """The sum of one piece over all ranks, in rank order, at every element that any of them sent."""
-    dtype = float_at_least_32(like.dtype)
-    if parts[0].density >= 1.0:
-        total = torch.empty(like.numel(), dtype=dtype, device=parts[0].entries()[1].device)
-        parts[0].write_to(total)
-        for part in parts[1:]:
-            part.add_to(total)
-        return Sparse(torch.arange(like.numel(), device=total.device), total, 1.0)
-    indices, values = zip(*(part.entries() for part in parts), strict=True)
-    there, total = kernels.merge(indices, [some.to(dtype) for some in values], 1.0)
-    return Sparse(there, total, there.numel() / like.numel())
 
 
 def without(x: Sparse, sent: Decompressed) -> Sparse:

@@ -240,3 +240,17 @@ def decode(packed: Any, width: int, low_bytes: int, out: Any) -> None:
         rest = (low[i + 1] << one) << (numpy.uint64(63) - shift)  # nothing, where all of it stands in one word
         out[j] |= numpy.int64(low[i] >> shift | rest) & mask
     out[count:] = 0  # of bytes that are damaged
+
+
+@_compiled
+def gather(
+    packed: Any, width: int, low_bytes: int, every: Any, values: Any, alpha: float, there: Any, total: Any
+) -> int:
+    """``decode`` to ``every``, ``without_repeats`` and ``merge``, of what is ``packed`` ``[senders, bytes]``."""
+    senders = packed.shape[0]
+    k = every.size // senders
+    for r in range(senders):
+        own = every[r * k : r * k + k]
+        decode(packed[r], width, low_bytes, own)
+        without_repeats(own, values[r * k : r * k + k])
+    return merge(every, values, numpy.arange(senders + 1) * k, alpha, there, total)

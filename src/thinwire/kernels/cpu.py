@@ -29,8 +29,6 @@ INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80}
 BITS_OF = {torch.float32: numpy.int32, torch.bfloat16: numpy.int16}
 ROOM = 4
 """What a pass can keep, in k; a threshold read off a sample lets 1 to 2 k pass."""
-MERGED = 16
-"""Runs of indices that are merged; more are sorted."""
 STATES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 GRADS = STATES | {torch.float16: "float16"}
 Kept: TypeAlias = tuple[Any, Any]
@@ -129,13 +127,25 @@ class Cpu:
         return [shares[0](), *(other.result() for other in others)]
 
     def merge(self, indices: Sequence[Tensor], values: Sequence[Tensor], alpha: float) -> Found:
-        if len(indices) > MERGED or values[0].dtype != torch.float32:
+        if values[0].dtype != torch.float32:
             return REFERENCE.merge(indices, values, alpha)
         every, summed = torch.cat([*indices]), torch.cat([*values])
         there, total = torch.empty_like(every), torch.empty_like(summed)
         edges = numpy.array([*accumulate((one.numel() for one in indices), initial=0)], numpy.int64)
         count = bits.merge(every.numpy(), summed.numpy(), edges, alpha, there.numpy(), total.numpy())
         return (there[:count], total[:count]) if count >= 0 else REFERENCE.merge(indices, values, alpha)
+
+    def gather(self, packed: Sequence[Tensor], values: Sequence[Tensor], n: int, alpha: float) -> Found:
+        if values[0].dtype != torch.float32:
+            return REFERENCE.gather(packed, values, n, alpha)
+        senders, k = len(packed), values[0].numel()
+        coded, summed = torch.cat([*packed]).view(senders, -1).numpy(), torch.cat([*values]).numpy()
+        every, there, total = (numpy.empty(senders * k, dtype) for dtype in (numpy.int64, numpy.int64, numpy.float32))
+        width, low = elias_fano.low_width(k, n), elias_fano.sizes(k, n)[0]
+        count = bits.gather(coded, width, low, every, summed, alpha, there, total)
+        if count < 0:
+            return REFERENCE.gather(packed, values, n, alpha)
+        return torch.from_numpy(there[:count]), torch.from_numpy(total[:count])
 
     def coordinates(self, indices: Tensor, shape: Sequence[int]) -> Tensor:
         out = numpy.empty((len(shape), indices.numel()), numpy.int64)

@@ -141,6 +141,10 @@ class Reference:
             total.index_add_(0, at, own, alpha=alpha)  # on CPU in this order
         return there, total
 
+    def gather(self, packed: Sequence[Tensor], values: Sequence[Tensor], n: int, alpha: float) -> Found:
+        indices = [self.decode_indices(one, own.numel(), n) for one, own in zip(packed, values, strict=True)]
+        return self.merge(indices, list(map(self.without_repeats, indices, values)), alpha)
+
     def coordinates(self, indices: Tensor, shape: Sequence[int]) -> Tensor:
         where: list[Tensor] = []
         for size in shape[:0:-1]:  # as torch.unravel_index, which is slow
