@@ -30,7 +30,7 @@ def flat(x: Tensor) -> Tensor:
         ThinwireError: the elements of ``x`` do not fill one block of memory.
     """
     if x.is_contiguous():
-        return x.view(-1)
+        return x if x.ndim == 1 else x.view(-1)
     if not is_dense(x):
         raise ThinwireError(
             f"a tensor of shape {tuple(x.shape)} has strides {x.stride()}, which leave gaps; use x.contiguous()"

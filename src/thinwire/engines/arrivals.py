@@ -60,6 +60,7 @@ class Arrivals:
         """The buckets that have left: their gradients, and which of them this rank has not, but perhaps another."""
         self.exchanged_since_step = False
         self.warned = False
+        self.checked = False  # since the last backward pass
 
     def install(self, session: Session) -> None:
         """Pass this model's gradients through the session from now on."""
@@ -103,6 +104,7 @@ class Arrivals:
         if self.session is None or not torch.is_grad_enabled() or in_backward():
             return
         self.check_same()
+        self.checked = True
         self.session.check()
         self._warn_of_old(self.session, 0)
 
@@ -123,7 +125,9 @@ class Arrivals:
         if under_way.begun:
             return
         try:
-            self.check_same()  # not everything that brings gradients comes by before_forward
+            if not self.checked:  # not everything that brings gradients comes by before_forward
+                self.check_same()
+            self.checked = False
             self._warn_of_old(session, 1)
             under_way.begun, self.repeated = True, False
             self.arrived.clear()
@@ -136,7 +140,6 @@ class Arrivals:
             self.passes.over()  # whoever keeps the error keeps the pass alive
             raise
 
-    @torch.no_grad()
     def arrives(self, param: Tensor) -> None:
         """The gradient of this parameter is there."""
         if (session := self.session) is None:
@@ -165,6 +168,7 @@ class Arrivals:
     def _is_there(self, bucket: Sequence[Owned]) -> bool:
         return all(id(one.param) in self.arrived for one in bucket)
 
+    @torch.no_grad()
     def _send(self, session: Session, bucket: list[Owned]) -> None:
         found = [one.param.grad for one in bucket]
         grads = [

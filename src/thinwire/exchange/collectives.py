@@ -242,7 +242,7 @@ class ProcessGroup(OneLevel):
         if pays(self.group, message):
             return self._straight([message] * self.world, gathered)
         if at_once(self.group, message):
-            return self._all_to_all(message.repeat(self.world), gathered)
+            return self._all_to_all(torch.cat([message] * self.world), gathered)
         work = _all_gather(gathered.view(-1), message, group=self.group, async_op=True)
         return InFlight(work.get_future(), gathered, work)
 
