@@ -17,12 +17,12 @@ from torch import Tensor
 
 from thinwire.core import Compressor, Context
 from thinwire.exchange.cost import measure
-from thinwire.link import Link, wire_bytes
+from thinwire.link import Link
 from thinwire.policy.allocate import improve, total
 from thinwire.policy.plan import Method, Rule
 from thinwire.session import Session
 from thinwire.tensors import ThinwireError, flat
-from thinwire.units import DENSE, Unit, Worker, compressed_bytes, payload_nbytes
+from thinwire.units import DENSE, Unit, Worker, bytes_alone, payload_nbytes
 
 Objective: TypeAlias = Literal["bytes", "seconds"]
 Error: TypeAlias = Literal["l2", "l2sq"]
@@ -225,12 +225,9 @@ class LGreCo:
         nbytes = payload_nbytes(option, unit.like)
         if self.objective == "bytes" and world == 1:
             return nbytes
-        if option.summable:
-            sent, messages = wire_bytes("all_reduce", nbytes, world), 2 * (world - 1)
-        else:
-            sent, messages = compressed_bytes(option, unit.like, world, base.route, base.second), world - 1
-            if option.led or (base.route != "all_gather" and option.cuttable):
-                messages *= 2
+        sent, messages = bytes_alone(option, unit.like, world, base.route, base.second), world - 1
+        if option.summable or option.led or (base.route != "all_gather" and option.cuttable):
+            messages *= 2
         if self.objective == "bytes":
             return sent
         if self._link is None:

@@ -229,8 +229,10 @@ def check_sum(unit: Unit) -> None:
             )
 
 
-def compressed_bytes(compressor: Compressor, like: Tensor, world: int, route: Route, second: float) -> float:
-    """Bytes a worker sends for a unit of its own, on the route that takes the fewest of those allowed."""
+def bytes_alone(compressor: Compressor, like: Tensor, world: int, route: Route, second: float) -> float:
+    """Bytes a worker sends for a unit alone, on the route that takes the fewest of those allowed."""
+    if compressor.summable:
+        return wire_bytes("all_reduce", payload_nbytes(compressor, like), world)
     if compressor.led:
         values, *choice = payload_like(compressor, like)
         chosen = sum(t.nbytes for t in choice)
@@ -279,7 +281,7 @@ def set_stage(
         if asked.summable:
             continue
         like = unit.like
-        compressed = compressed_bytes(asked, like, world, route, second)
+        compressed = bytes_alone(asked, like, world, route, second)
         plain = wire_bytes("all_reduce", payload_nbytes(DENSE, like), world)
         if compressed >= plain and world > 1:
             unit.compressor = DENSE

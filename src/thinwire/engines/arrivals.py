@@ -1,7 +1,8 @@
 """Gradients that autograd brings one by one: in which order they leave, and when a backward pass has ended.
 
 A bucket leaves when its gradients are there, in one order on all ranks; where a parameter arrives more than once in a
-backward pass, when that has ended. DDP has this in its reducer; every other engine has it here.
+backward pass, when that has ended. On CPUs buckets whose messages are small wait for each other. DDP has this in its
+reducer; every other engine has it here.
 """
 
 import warnings
@@ -15,9 +16,18 @@ from torch import Tensor, nn
 
 from thinwire.engines.departures import ACCUMULATED, Departures
 from thinwire.engines.passes import Passes, in_backward
+from thinwire.exchange.routes import Routing
+from thinwire.link import Link
 from thinwire.session import Session
 from thinwire.sharding import own, wrapped
 from thinwire.tensors import ThinwireError, flat
+from thinwire.units import bytes_alone
+
+DEPARTURE = 3e-3
+"""Seconds of a core that a departure costs in the midst of a backward pass, since nothing of the code that compresses
+is in a cache then. What the link carries in this time can as well wait for the next bucket."""
+USUAL = Link(1e9)
+"""What is assumed of a link that is not known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +58,9 @@ class Arrivals:
         self.session: Session | None = None
         self.by_param = {id(one.param): one for one in owned}
         numbers = sorted({one.bucket for one in owned}, reverse=True)
-        self.buckets = [[one for one in owned if one.bucket == number] for number in numbers]
+        self.parts = [[one for one in owned if one.bucket == number] for number in numbers]
+        self.buckets = self.parts  # those of them that leave together
+        self.routing: Routing | None = None  # that this was decided for
         self.departures = Departures(sparse, eager=False)
         self.arrived: set[int] = set()
         self.before: set[int] = set()  # what arrived in passes that only added up
@@ -135,6 +147,8 @@ class Arrivals:
             self.departures.begin()
             self.exchanged_since_step = session.optimizer is not None
             session.begin_step()
+            if self.routing is not session.routing:  # which is another at every stage
+                self._join(session)
             self.settle(session)
         except Exception:
             self.passes.over()  # whoever keeps the error keeps the pass alive
@@ -164,6 +178,27 @@ class Arrivals:
         self.count_arrival(session, one)
         while self.overlaps and len(self.left) < len(self.buckets) and self._is_there(self.buckets[len(self.left)]):
             self._send(session, self.buckets[len(self.left)])
+
+    def _join(self, session: Session) -> None:
+        """Decide which buckets leave together; the same on all ranks."""
+        routing, world = session.routing, session.collective.world
+        enough = DEPARTURE * (routing.link or USUAL).bandwidth / 8
+        joins = not any(one.param.is_cuda for one in self.owned)  # there it costs this core nothing
+        joined: list[list[Owned]] = []
+        sent = enough
+        for part in self.parts:
+            if sent >= enough or not joins:
+                joined.append([])
+                sent = 0.0
+            joined[-1] += part
+            for unit in (session.by_param[id(one.param)] for one in part):
+                sent += bytes_alone(unit.compressor, unit.like, world, routing.route, routing.second)
+        self.routing, self.buckets = routing, joined
+        if len(joined) < len(self.parts):
+            session.ledger.note(
+                f"{len(self.parts)} buckets leave as {len(joined)}: on a CPU a departure costs as much as "
+                f"{enough:,.0f} bytes on a link of {routing.link or f'{USUAL}, which is assumed'}"
+            )
 
     def _is_there(self, bucket: Sequence[Owned]) -> bool:
         return all(id(one.param) in self.arrived for one in bucket)
