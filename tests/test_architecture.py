@@ -14,7 +14,7 @@ FLOORS = [
     ["kernels"],
     ["compressors"],
     ["policy", "untrusted"],
-    ["units", "methods"],
+    ["units", "methods", "adding"],
     ["exchange", "clipping"],
     ["selecting", "receiving"],
     ["optimizers", "optim", "pipeline", "checkpoint"],

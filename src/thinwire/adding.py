@@ -32,7 +32,7 @@ def added(
         state: the compressor's.
         ctx: of the piece, on any rank.
     """
-    if (found := compressor.together([payload for _, payload in payloads], like, ctx, alpha, most)) is not None:
+    if (found := compressor.together(payloads, like, ctx, alpha, most)) is not None:
         return found
     parts: list[Decompressed] = []
     for rank, payload in payloads:

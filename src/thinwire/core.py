@@ -127,9 +127,9 @@ class Compressor(ABC):
         """What any receiver gets from ``payload``; ``like`` gives shape and dtype, never values."""
 
     def together(
-        self, payloads: Sequence[Payload], like: Tensor, ctx: Context, alpha: float, most: float
+        self, payloads: Sequence[tuple[int, Payload]], like: Tensor, ctx: Context, alpha: float, most: float
     ) -> Found | None:
-        """What all ranks sent, at once: ascending indices, and the sum of ``alpha`` times the values at each.
+        """What ranks sent, at once: ascending indices, and the sum of ``alpha`` times the values at each.
 
         None where only ``decompress`` knows, or where more than a share ``most`` of the elements can be among them.
         """
@@ -259,9 +259,10 @@ class Chain(Compressor):
         return self.first.decompress(self._decode(payload, like, ctx), like, state, ctx)
 
     def together(
-        self, payloads: Sequence[Payload], like: Tensor, ctx: Context, alpha: float, most: float
+        self, payloads: Sequence[tuple[int, Payload]], like: Tensor, ctx: Context, alpha: float, most: float
     ) -> Found | None:
-        return self.first.together([self._decode(one, like, ctx) for one in payloads], like, ctx, alpha, most)
+        decoded = [(rank, self._decode(one, like, replace(ctx, rank=rank))) for rank, one in payloads]
+        return self.first.together(decoded, like, ctx, alpha, most)
 
     def commit(self, payload: Payload, like: Tensor, old: State, new: State, ctx: Context) -> None:
         self.first.commit(self._decode(payload, like, ctx), like, old, new, ctx)

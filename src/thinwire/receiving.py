@@ -47,6 +47,7 @@ def mean_of(
             some = added(packer, theirs, piece.of(mean), known, here, share, FEW)
             if some is None:
                 break
+            _check(some[0], piece.of(mean).numel())
             found.append((some[0] + piece.run[0], some[1]) if piece.run else some)
         else:
             return _as_sparse(found, out, ctx.kernels or REFERENCE)
@@ -70,14 +71,18 @@ def _of(ctx: Context, unit: Unit, piece: Piece, rank: int, kernels: Kernels | No
     return Context(ctx.seed, ctx.step, piece.key(unit.name), rank, kernels)
 
 
-def _as_sparse(found: Sequence[Found], like: Tensor, kernels: Kernels) -> Tensor:
-    """Of runs that follow each other.
+def _check(there: Tensor, n: int) -> None:
+    """On CUDA nobody waits to see.
 
     Raises:
-        IndexError: an index from the network lies outside.
+        IndexError: an index from the network lies outside of the n elements.
     """
+    if there.device.type == "cpu" and there.numel() and int(there[-1]) >= n:
+        raise IndexError(f"an index of {int(there[-1])} has arrived for {n} elements")
+
+
+def _as_sparse(found: Sequence[Found], like: Tensor, kernels: Kernels) -> Tensor:
+    """Of runs that follow each other."""
     there, total = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
-    if there.device.type == "cpu" and there.numel() and int(there[-1]) >= like.numel():
-        raise IndexError(f"an index of {int(there[-1])} has arrived for a tensor of {like.numel()} elements")
     where = kernels.coordinates(there, like.shape)
     return torch.sparse_coo_tensor(where, total.to(like.dtype), like.shape, is_coalesced=True, check_invariants=False)

@@ -264,14 +264,21 @@ def test_what_is_gathered_is_what_is_decoded_one_by_one_and_added(kernels, worke
 
 
 def test_damaged_bytes_are_read_alike(kernels):
-    """Within one upper part low bits may descend then."""
-    for _ in range(20):
-        packed = [torch.randint(0, 256, (sum(elias_fano.sizes(50, 1000)),), dtype=torch.uint8) for _ in range(3)]
-        values = [torch.randn(50) for _ in range(3)]
-        for mine, theirs in zip(
-            kernels.gather(packed, values, 1000, 1.0), REFERENCE.gather(packed, values, 1000, 1.0), strict=True
-        ):
-            assert torch.equal(mine, theirs)
+    """Low bits may descend within an upper part, and upper parts be missing or reach too far; none is below 0."""
+    n, k = 1000, 50
+    size, low = sum(elias_fano.sizes(k, n)), elias_fano.sizes(k, n)[0]
+    for missing in (False, True):
+        packed = [torch.randint(0, 256, (size,), dtype=torch.uint8) for _ in range(3)]
+        if missing:
+            packed[1][low:] &= 1
+        values = [torch.randn(k) for _ in range(3)]
+        indices = [kernels.decode_indices(one, k, n) for one in packed]
+        assert all(map(torch.equal, indices, (REFERENCE.decode_indices(one, k, n) for one in packed)))
+        expected = REFERENCE.merge(indices, list(map(REFERENCE.without_repeats, indices, values)), 1.0)
+        found = kernels.gather(packed, values, n, 1.0)
+        assert all(map(torch.equal, found, expected))
+        assert found[0][0] >= 0
+        assert any((own.diff() < 0).any() for own in indices)
 
 
 @pytest.mark.parametrize("shape", [(600,), (20, 30), (5, 1, 12, 10)])
@@ -279,6 +286,7 @@ def test_coordinates_are_those_of_torch(kernels, shape):
     indices = torch.randperm(600)[:100].sort().values
     assert torch.equal(kernels.coordinates(indices, shape), torch.stack(torch.unravel_index(indices, shape)))
     assert kernels.coordinates(indices[:0], shape).shape == (len(shape), 0)
+    assert kernels.coordinates(indices[:0], (*shape, 0)).shape == (len(shape) + 1, 0)
 
 
 def test_a_gradient_may_be_left(kernels):

@@ -27,6 +27,21 @@ def test_round_trip_aligned_and_sized():
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, theirs, strict=True))
 
 
+def test_messages_of_all_senders_are_views():
+    sent = [payloads() for _ in range(3)]
+    layout = Layout(sent[0])
+    messages = torch.stack([layout.pack(own) for own in sent])
+    wide = torch.nn.functional.pad(messages, (8, 16))[:, 8:]  # as where several messages travelled together
+    for received in (messages, wide):
+        found, columns = layout.unpack_all(received)
+        for ours, theirs in zip(sent, found, strict=True):
+            flat = [[t for payload in each for t in payload] for each in (ours, theirs)]
+            assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*flat, strict=True))
+        received.zero_()
+        assert not any(column.any() for column in columns)
+        assert not found[2][0][0].any()
+
+
 def test_golden_bytes():
     sent = [
         (torch.tensor([1.0]), torch.tensor([7, 8], dtype=torch.uint8)),

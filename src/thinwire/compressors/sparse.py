@@ -155,13 +155,13 @@ class TopK(Compressor):
         return payload[0]
 
     def together(
-        self, payloads: Sequence[Payload], like: Tensor, ctx: Context, alpha: float, most: float
+        self, payloads: Sequence[tuple[int, Payload]], like: Tensor, ctx: Context, alpha: float, most: float
     ) -> Found | None:
         if self.density * len(payloads) > most:
             return None
         n, dtype = like.numel(), float_at_least_32(like.dtype)
-        values = [self._values(payload, n).to(dtype) for payload in payloads]
-        return (ctx.kernels or REFERENCE).gather([payload[-1] for payload in payloads], values, n, alpha)
+        values = [self._values(payload, n).to(dtype) for _, payload in payloads]
+        return (ctx.kernels or REFERENCE).gather([payload[-1] for _, payload in payloads], values, n, alpha)
 
     def own(self, payload: Payload, chosen: Tensor, like: Tensor, state: State, ctx: Context) -> Decompressed:
         if self.values in codes.CODES or chosen.numel() < self.k(like.numel()):

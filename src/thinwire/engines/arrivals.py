@@ -183,7 +183,8 @@ class Arrivals:
         """Decide which buckets leave together; the same on all ranks."""
         routing, world = session.routing, session.collective.world
         enough = DEPARTURE * (routing.link or USUAL).bandwidth / 8
-        joins = not any(one.param.is_cuda for one in self.owned)  # there it costs this core nothing
+        # on CUDA it costs this core nothing; and on other routes than this the bits depend on what travels together
+        joins = routing.route == "all_gather" and not any(one.param.is_cuda for one in self.owned)
         joined: list[list[Owned]] = []
         sent = enough
         for part in self.parts:
@@ -194,7 +195,7 @@ class Arrivals:
             for unit in (session.by_param[id(one.param)] for one in part):
                 sent += bytes_alone(unit.compressor, unit.like, world, routing.route, routing.second)
         self.routing, self.buckets = routing, joined
-        if len(joined) < len(self.parts):
+        if len(joined) < len(self.parts) and world > 1:
             session.ledger.note(
                 f"{len(self.parts)} buckets leave as {len(joined)}: on a CPU a departure costs as much as "
                 f"{enough:,.0f} bytes on a link of {routing.link or f'{USUAL}, which is assumed'}"

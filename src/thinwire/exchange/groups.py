@@ -139,7 +139,8 @@ class Whole(Group):
     def opened(self, arrived: InFlight) -> tuple[list[tuple[int, list[Payload]]], Tensor | None]:
         result = arrived.answer()
         rows = result.view(torch.uint8).unsqueeze(0) if self.kind == "all_reduce" else result
-        return list(enumerate(self.layout.unpack_all(rows))), self.layout.columns(rows)[-1] if self.has_head else None
+        senders, columns = self.layout.unpack_all(rows)
+        return list(enumerate(senders)), columns[-1] if self.has_head else None
 
     @property
     def stages(self) -> Sequence[tuple[Kind, int]]:

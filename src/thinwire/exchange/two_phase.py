@@ -104,15 +104,14 @@ class TwoPhase(Group):
         self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: Collective
     ) -> InFlight:
         received = arrived.answer()
-        rows = self.first.layouts[worker.rank].unpack_all(received)
+        rows, columns = self.first.layouts[worker.rank].unpack_all(received)
         means = [
             self._pass_on(units[piece.unit], piece, [payloads[j] for payloads in rows], worker, step)
             for j, piece in enumerate(self.owned[worker.rank])
         ]
         message = received.new_zeros(self.second.nbytes)
         self.second.fill(message, worker.rank, means)
-        heads = torch.stack([payloads[-1][0] for payloads in rows]) if self.has_head else None
-        return replace(collective.all_gather(message), brought=heads)
+        return replace(collective.all_gather(message), brought=columns[-1] if self.has_head else None)
 
     def _pass_on(self, unit: Unit, piece: Piece, payloads: Sequence[Payload], worker: Worker, step: int) -> Payload:
         """The owner's part: add what all ranks sent of a piece, compress the mean, and keep what that leaves."""

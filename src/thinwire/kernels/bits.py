@@ -83,6 +83,8 @@ def kth_largest(x: Any, k: int, infinity: int) -> Any:
 @_compiled
 def coordinates(there: Any, shape: Any, out: Any) -> None:
     """``out`` ``[dimensions, m]``: where flat indices ``[m]`` below 2^53 stand in a tensor of this shape."""
+    if not there.size:  # a dimension may be 0
+        return
     for j in range(there.size):
         out[0, j] = there[j]
     for d in range(shape.size - 1, 0, -1):

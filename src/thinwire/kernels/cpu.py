@@ -103,7 +103,7 @@ class Cpu:
         if magnitude.dtype not in STATES:
             return REFERENCE.kth(magnitude, k)
         kth = _kth_largest(magnitude.view(BITS[magnitude.dtype]).numpy(), k, INFINITY[magnitude.dtype])
-        return torch.tensor(kth, dtype=BITS[magnitude.dtype], device="cpu").view(magnitude.dtype)
+        return torch.from_numpy(numpy.array(kth, BITS_OF[magnitude.dtype])).view(magnitude.dtype)
 
     def largest(self, x: Tensor, k: int) -> Tensor:
         if x.dtype != torch.float32 or not 0 < k < x.numel():
@@ -143,8 +143,9 @@ class Cpu:
         every, there, total = (numpy.empty(senders * k, dtype) for dtype in (numpy.int64, numpy.int64, numpy.float32))
         width, low = elias_fano.low_width(k, n), elias_fano.sizes(k, n)[0]
         count = bits.gather(coded, width, low, every, summed, alpha, there, total)
-        if count < 0:
-            return REFERENCE.gather(packed, values, n, alpha)
+        if count < 0:  # of bytes that are damaged
+            indices = [self.decode_indices(one, k, n) for one in packed]
+            return REFERENCE.merge(indices, list(map(self.without_repeats, indices, values)), alpha)
         return torch.from_numpy(there[:count]), torch.from_numpy(total[:count])
 
     def coordinates(self, indices: Tensor, shape: Sequence[int]) -> Tensor:

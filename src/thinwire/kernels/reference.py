@@ -179,7 +179,7 @@ def settled(found: Found, cut: Cut, again: Callable[[Tensor], Found], kernels: K
         return kernels.fill(indices, values, cut.k)
     if indices.numel() > cut.k:
         kept = kernels.largest(values, cut.k)
-        return indices[kept], values[kept]
+        return indices.index_select(0, kept), values.index_select(0, kept)
     return found
 
 

@@ -15,6 +15,8 @@ def pack_fields(fields: Tensor, width: int) -> Tensor:
     if 8 % width:
         shifts = torch.arange(width, dtype=torch.uint8, device=fields.device)
         return pack_fields(((fields.unsqueeze(1) >> shifts) & 1).view(-1), 1)
+    if not fields.numel():
+        return torch.empty(0, dtype=torch.uint8, device=fields.device)
     each = 8 // width
     padded = torch.nn.functional.pad(fields, (0, -fields.numel() % each))
     if width == 1:  # a multiplication brings the lowest bit of each of 8 bytes into the last of them

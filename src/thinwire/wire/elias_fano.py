@@ -48,7 +48,8 @@ def decode(packed: Tensor, k: int, n: int) -> Tensor:
     low_bytes, _ = sizes(k, n)
     ones = torch.nonzero_static(unpack_bits(packed[low_bytes:]), size=k).view(-1)  # the count is known: no sync
     high = ones - torch.arange(k, device=packed.device)
-    return (high << width) | unpack_words(packed[:low_bytes], k, width)
+    indices = (high << width) | unpack_words(packed[:low_bytes], k, width)
+    return indices.masked_fill_(ones < 0, 0)  # of bytes that are damaged
 
 
 def decode_checked(packed: Tensor, k: int, n: int) -> Tensor:

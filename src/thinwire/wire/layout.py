@@ -71,18 +71,21 @@ class Layout:
 
     def unpack(self, message: Tensor) -> list[Payload]:
         """The payloads in a message, as views of it."""
-        return self.unpack_all(message.unsqueeze(0))[0]
+        return self.unpack_all(message[: self.nbytes].unsqueeze(0))[0][0]
 
-    def unpack_all(self, messages: Tensor) -> list[list[Payload]]:
-        """Those in each of ``messages`` ``[senders, n]``, n at least ``nbytes``."""
+    def unpack_all(self, messages: Tensor) -> tuple[list[list[Payload]], list[Tensor]]:
+        """Those in each of ``messages`` ``[senders, n]``, n at least ``nbytes`` and a multiple of the largest itemsize.
+
+        Also each of their tensors, in their order, for all senders, ``[senders, *shape]``; all are views.
+        """
         payloads: list[list[list[Tensor]]] = [[[] for _ in range(self.num_units)] for _ in range(len(messages))]
-        for part, column in zip(self._listed, self.columns(messages), strict=True):
+        columns = self._columns(messages)
+        for part, column in zip(self._listed, columns, strict=True):
             for own, tensor in zip(payloads, column.unbind(), strict=True):
                 own[part.unit].append(tensor)
-        return [[tuple(payload) for payload in own] for own in payloads]
+        return [[tuple(payload) for payload in own] for own in payloads], columns
 
-    def columns(self, messages: Tensor) -> list[Tensor]:
-        """The tensors of all payloads, in their order, each ``[senders, *shape]``: views of ``[senders, n]``."""
+    def _columns(self, messages: Tensor) -> list[Tensor]:
         pieces = cast("tuple[Tensor, ...]", cast(Any, messages[:, : self.nbytes]).split(self._sizes, 1))
         columns = [pieces[place].view(self.parts[place].dtype) for place in self.places]
         return [
