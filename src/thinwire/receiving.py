@@ -1,6 +1,6 @@
 """What a unit receives: the mean over all senders, as a gradient or, where few elements arrive, as a sparse tensor."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from thinwire.core import Context, Payload
 from thinwire.exchange.groups import Group, Piece
 from thinwire.kernels.reference import REFERENCE
 from thinwire.loops import Found, Kernels
-from thinwire.tensors import Decompressed, float_at_least_32
+from thinwire.tensors import float_at_least_32
 from thinwire.units import Unit
 
 FEW = 1 / 32
@@ -52,18 +52,14 @@ def mean_of(
         else:
             return _as_sparse(found, out, ctx.kernels or REFERENCE)
 
-    def arrived(j: int, piece: Piece) -> Generator[Decompressed]:
-        part, known = piece.of(mean), piece.of_state(unit.shared.now)
-        for rank, payloads in senders:
-            yield packer.decompress(payloads[j], part, known, _of(ctx, unit, piece, rank, ctx.kernels))
-
     for j, piece in pieces:
-        part = piece.of(mean)
-        for later, got in enumerate(arrived(j, piece)):
+        part, known = piece.of(mean), piece.of_state(unit.shared.now)
+        for later, (rank, payloads) in enumerate(senders):
+            got = packer.decompress(payloads[j], part, known, _of(ctx, unit, piece, rank, ctx.kernels))
             got.add_to(part, share) if later or (clear and mean is out) else got.write_to(part, share)
         if unit.compressor.summable and not unit.gathered:  # the only sender is the mean
-            now, new = piece.of_state(unit.shared.now), piece.of_state(unit.shared.next)
-            packer.commit(senders[0][1][j], part, now, new, _of(ctx, unit, piece, 0, None))
+            new = piece.of_state(unit.shared.next)
+            packer.commit(senders[0][1][j], part, known, new, _of(ctx, unit, piece, 0, None))
     return mean
 
 

@@ -457,12 +457,12 @@ def test_buckets_are_filled_from_the_end(monkeypatch):
     ]  # fmt: skip
 
 
-def _departures(rank, link):
+def _departures(rank, method, link):
     """How often gradients leave in the third step, and what has become of the parameters."""
     plain.BUCKET, before, sends, send = 8000, plain.BUCKET, [], pipeline.send
     pipeline.send = lambda *args: sends.append(wire.step) or send(*args)
     try:
-        model, optimizer, wire = start(rank, dgc(0.005), link=link)
+        model, optimizer, wire = start(rank, method, link=link)
         for step in range(3):
             optimizer.zero_grad()
             loss_of(model, batch(rank, step)).backward()
@@ -476,6 +476,9 @@ def _departures(rank, link):
 
 def test_buckets_wait_for_each_other_unless_the_link_is_slow(world2):
     """What a departure costs a core is 3 ms, in which 1 Gb/s carries all of this model and 100 kb/s 37 bytes."""
-    together, alone = (world2.run(_departures, link) for link in (None, "100kbit"))
+    together, alone = (world2.run(_departures, dgc(0.005), link) for link in (None, "100kbit"))
     assert [found[:2] for found in (*together, *alone)] == [(1, 1), (1, 1), (2, 0), (2, 0)]
     assert all(torch.equal(found[2], together[0][2]) for found in (*together, *alone))
+    owned = world2.run(_departures, dgc(0.005, route="two_phase"), None)  # what an owner gets depends on the bucket
+    assert [found[:2] for found in owned] == [(2, 0), (2, 0)]
+    assert torch.equal(owned[0][2], owned[1][2])

@@ -144,8 +144,7 @@ class Cpu:
         width, low = elias_fano.low_width(k, n), elias_fano.sizes(k, n)[0]
         count = bits.gather(coded, width, low, every, summed, alpha, there, total)
         if count < 0:  # of bytes that are damaged
-            indices = [self.decode_indices(one, k, n) for one in packed]
-            return REFERENCE.merge(indices, list(map(self.without_repeats, indices, values)), alpha)
+            return REFERENCE.gather(packed, values, n, alpha)
         return torch.from_numpy(there[:count]), torch.from_numpy(total[:count])
 
     def coordinates(self, indices: Tensor, shape: Sequence[int]) -> Tensor:
