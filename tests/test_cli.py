@@ -43,6 +43,10 @@ def test_demo_writes_results(demo):
     assert found["dgc", "ratio"] > 10
     assert found["dgc", "steps"] > found["dense", "steps"]
     assert "emulated 100 Mb/s" in done.stdout
+    assert "held-out loss" in done.stdout.splitlines()[-2]  # the verdict
+    for case in ("dense", "fp16", "dgc"):
+        parts = sum(found[case, f"{part}_ms"] for part in ("compute", "compress", "decompress", "rest"))
+        assert parts >= 0.999 * found[case, "step_ms"]
 
 
 def test_report_in_a_real_browser(demo, chromium):

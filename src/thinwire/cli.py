@@ -15,10 +15,13 @@ try:
 except ModuleNotFoundError as missing:  # pragma: no cover
     sys.exit(f"the command line needs {missing.name}; install it with: pip install 'thinwire[cli]'")
 
+import torch
+
 import thinwire
 from thinwire.demo import report, run
 from thinwire.demo.simulation import SimulationSettings, simulate_text
 from thinwire.demo.train import Settings
+from thinwire.kernels.choose import choose
 from thinwire.link import Link
 from thinwire.report import html, results
 from thinwire.tensors import ThinwireError
@@ -74,13 +77,16 @@ def demo(
         settings = dataclasses.replace(settings, seconds=min(seconds, 5.0), hidden=128, evaluations=3)
     console = Console(stderr=True)
     console.print(report.setting(settings), highlight=False)
+    if (note := choose("auto", torch.device("cpu"))[1]) is not None:
+        console.print(note, highlight=False)
     with _progress(console) as bars:
         tasks: dict[str, TaskID] = {
             case: bars.add_task(case, total=settings.seconds, info="waits") for case in run.CASES
         }
 
         def progress(case: str, trained: float, step: int, loss: float) -> None:
-            info = f"{trained:4.0f} s  step {step:>5}  loss {loss:.3f}"
+            stage = "  warm-up" if step <= settings.warmup(case) else ""
+            info = f"{trained:4.0f} s  step {step:>5}  loss {loss:.3f}{stage}"
             bars.update(tasks[case], completed=trained, info=info)
 
         cases = run.run(settings, progress=progress)
@@ -88,8 +94,9 @@ def demo(
     meta = results.meta(thinwire.__version__, settings=dataclasses.asdict(settings), link=f"emulated {link}")
     for path in (out / "results.json", *([json_file] if json_file else [])):
         results.write(path, meta, rows)
-    html.write(out / "report.html", report.html_page(cases, settings, rows))
+    html.write(out / "report.html", report.html_page(cases, settings, rows, meta))
     _print_table(settings.wire, report.HEADER, report.table(rows))
+    click.echo(report.verdict(cases, settings))
     click.echo(f"{out / 'results.json'}  {out / 'report.html'}")
 
 

@@ -3,6 +3,7 @@
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +17,8 @@ from thinwire.tensors import ThinwireError
 from thinwire.units import Unit, Worker
 
 log = logging.getLogger("thinwire")
+warn_once = cache(log.warning)
+"""Log a text the first time that this process has it."""
 
 MOVED = ("momentum", "nesterov", "weight_decay")
 CLEARED: dict[str, Any] = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}

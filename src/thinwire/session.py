@@ -22,7 +22,7 @@ from thinwire.exchange.routes import Bucket, Routing, plan_bucket
 from thinwire.link import wire_bytes
 from thinwire.loops import Kernels
 from thinwire.optim.joint import Joint
-from thinwire.optimizers import Handover, check_optimizer, log, release_optimizer
+from thinwire.optimizers import Handover, check_optimizer, log, release_optimizer, warn_once
 from thinwire.policy.plan import Method
 from thinwire.report.ledger import Ledger, StepRow
 from thinwire.selecting import rehearse
@@ -220,11 +220,12 @@ class Session:
             self._leave()
 
     def use_kernels(self, kernels: Kernels, note: str | None) -> None:
-        """Name the kernels in the ledger, and let go of them at detach."""
+        """Name the kernels in the ledger, and let go of them at detach; ``note``: see ``choose``."""
         self.ledger.kernels = kernels.name
         self.cleanup.callback(kernels.close)
         if note is not None:
             self.ledger.note(note)
+            warn_once(note)
 
     def _leave(self) -> None:
         states = [state.now for worker in self.workers for state in worker.local.values()]

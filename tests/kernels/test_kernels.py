@@ -1,16 +1,20 @@
 """Every kernel leaves the same bits as plain PyTorch, which does the same as the memory and the compressor alone."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
+import thinwire
 from thinwire import ErrorFeedback, MomentumCorrection, ThinwireError, TopK
 from thinwire.core import Context
 from thinwire.exchange.groups import Piece
 from thinwire.kernels.choose import choose
 from thinwire.kernels.reference import BLOCK, CHUNK, REFERENCE, above, at_least
 from thinwire.loops import Accumulation, Cut, Pass, smallest
+from thinwire.optimizers import warn_once
 from thinwire.selecting import select
 from thinwire.tensors import flat
 from thinwire.units import Unit, Worker
@@ -402,6 +406,45 @@ def test_without_numba_the_ledger_says_so(monkeypatch):
     assert "pip install 'thinwire[cpu]'" in note
     with pytest.raises(ThinwireError, match="need numba"):
         choose("cpu", torch.device("cpu"))
+
+
+def test_plain_kernels_are_said_once(monkeypatch, caplog):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    warn_once.cache_clear()
+    caplog.set_level("WARNING", logger="thinwire")
+    for _ in range(2):
+        model = torch.nn.Linear(4, 4)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        thinwire.simulate(
+            model, thinwire.dense(), optimizer=sgd, batches=lambda w, s: torch.ones(1, 4), loss=lambda m, x: m(x).sum(),
+            workers=1, steps=1, kernels="auto",
+        )  # fmt: skip
+    assert sum("plain PyTorch, which is slower" in text for text in caplog.messages) == 1
+
+
+def test_what_is_rehearsed_is_all_that_runs():
+    """A fresh process: nothing that is compiled is first compiled in a step."""
+    code = """
+import torch
+from numba.core.dispatcher import Dispatcher
+import thinwire
+from thinwire.kernels import bits
+model = torch.nn.Linear(512, 512)
+compiled = lambda: {name: len(f.signatures) for name, f in vars(bits).items()
+                    if isinstance(f, Dispatcher) and name[0] != "_"}
+counts = []
+def loss(model, x):
+    counts.append(compiled())
+    return model(x).square().mean()
+sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+method = thinwire.dgc(0.001, warmup=thinwire.Warmup(4))
+batches = lambda w, s: torch.randn(4, 512)
+thinwire.simulate(model, method, optimizer=sgd, batches=batches, loss=loss, workers=2, steps=6, kernels="cpu")
+assert counts[0] and all(counts[0].values()), counts[0]
+assert counts[0] == compiled(), (counts[0], compiled())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("threads", [1, 2])

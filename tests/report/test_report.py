@@ -1,7 +1,10 @@
 import json
+from html import escape
 
 import pytest
 
+from thinwire.demo import report, run
+from thinwire.demo.train import CaseResult, Point, Settings
 from thinwire.report import html, results
 from thinwire.report.ledger import Ledger, StepRow
 
@@ -41,8 +44,56 @@ def test_results_shape(tmp_path):
 
 @pytest.mark.parametrize("evil", ["<script>alert(1)</script>", "a & b", 'say "x"'])
 def test_the_page_escapes_and_needs_no_network(evil):
-    plots = [html.Plot("p", "x", "y", {"one": ([0, 1], [2, 3])}), html.Plot("q", "x", "y", {"one": ([0], [2])}, True)]
-    text = html.page(evil, evil, plots, [evil], [[evil]], {evil: evil})
+    plots = [html.Plot("p", "x", "y", {"one": ([0, 1], [2, 3])}), html.Bars("q", "x", {"one": (2, evil)})]
+    text = html.page(evil, evil, evil, [html.Table([evil], [[evil]], evil)], plots, {evil: evil}, [evil])
     assert "<script" not in text
     assert text.count("<svg") == 2
     assert "src=" not in text
+
+
+def test_the_page_fits_a_phone(tmp_path, chromium):
+    """At 400 px nothing is cut off: every cell of a wide table is in sight, with its column's name before it."""
+    columns = [f"a long name of column {i}" for i in range(8)]
+    wide = html.Table(columns, [["1,234,567,890 bytes"] * 8] * 3)
+    page = html.page("t", "v", "i " * 200, [wide], [html.Bars("b", "x", {"one": (1.0, "1,000")})], {}, ["x" * 500])
+    frame = f'<iframe id="phone" width="400" height="800" srcdoc="{escape(page)}"></iframe>'
+    look = """<p id="seen"></p><script>window.onload = () => {
+        const phone = document.getElementById("phone").contentDocument, cells = [...phone.querySelectorAll("td")];
+        const inside = cells.filter(c => c.getBoundingClientRect().right <= 400 && c.offsetHeight > 0).length;
+        const named = getComputedStyle(cells[1], "::before").content;
+        document.getElementById("seen").textContent =
+            `${phone.documentElement.scrollWidth <= 400} ${inside} of ${cells.length} ${named}`; }</script>"""
+    (tmp_path / "page.html").write_text(frame + look)
+    dom, console = chromium(tmp_path / "page.html")
+    assert 'true 24 of 24 "a long name of column 1: "' in dom.replace("&quot;", '"'), dom[-300:]
+    assert "CONSOLE" not in console, console
+
+
+def _case(case, steps, warmup, loss):
+    points = [Point(0.0, 0, 4.0), Point(1.0, steps, loss)]
+    split = {"compute": 1.0, "compress": 2.0, "decompress": 0.5}
+    return CaseResult(case, steps, points, [0.01] * steps, warmup, 1e6 / steps, 1e6, steps / 10, split_ms=split)
+
+
+@pytest.mark.parametrize("steps", [1, 39, 40])
+def test_a_demo_that_ends_in_its_warm_up_says_so(steps):
+    cases = [_case("dense", 10, 0, 3.0), _case("dgc", steps, 40, 2.0)]
+    rows = run.rows(cases)
+    text = report.html_page(cases, Settings(), rows, results.meta("0"))
+    assert report.table(rows)[1][0] == "dgc (warm-up)"
+    assert "Too short for a verdict" in report.verdict(cases, Settings())
+    assert f"dgc did {steps} steps and its warm-up takes 40" in text
+    assert text.count("(warm-up)") == 2  # in the table, and at its bar
+
+
+def test_the_verdict_names_the_lowest_loss():
+    done = [_case("dense", 10, 0, 3.0), _case("dgc", 41, 40, 2.0)]
+    assert report.table(run.rows(done))[1][0] == "dgc"
+    assert "dgc reached the lowest held-out loss (dense 3.000, dgc 2.000)" in report.verdict(done, Settings())
+    assert "4.1 times the steps of dense" in report.verdict(done, Settings())
+    lost = [_case("dense", 10, 0, 1.0), _case("dgc", 41, 40, 2.0)]
+    assert "leave compression off" in report.verdict(lost, Settings())
+    meta = results.meta("0.1")
+    page = report.html_page(lost, Settings(), run.rows(lost), meta)
+    for said in (meta["command"], "thinwire 0.1", results.cpu(), "2 cores" if meta["cores"] == 2 else "cores", "rest"):
+        assert escape(said) in page

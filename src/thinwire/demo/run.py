@@ -27,7 +27,7 @@ def run(settings: Settings, cases: Sequence[str] = CASES, progress: Progress | N
 
 
 def rows(results: Sequence[CaseResult]) -> list[Row]:
-    """The figures of each case; bytes and ratios are of the steps after the warm-up."""
+    """List the figures of each case; bytes and ratios are of the steps after the warm-up, if the run got so far."""
     table: list[Row] = []
     for result in results:
         quartiles = statistics.quantiles(result.step_seconds, n=4) if result.steps > 1 else result.step_seconds * 3
@@ -40,6 +40,9 @@ def rows(results: Sequence[CaseResult]) -> list[Row]:
             Row(result.case, "ratio", result.ratio),
             Row(result.case, "ratio_compressed", result.ratio_compressed),
             Row(result.case, "step_ms", middle, low, high),
+            *(Row(result.case, f"{part}_ms", ms) for part, ms in result.split_ms.items()),
+            Row(result.case, "rest_ms", max(0.0, middle - sum(result.split_ms.values()))),
+            Row(result.case, "warmup_steps", result.warmup),
         ]
     return table
 

@@ -1,5 +1,6 @@
 """What one worker of the demo does: ordinary DDP training, for a number of seconds."""
 
+import logging
 import os
 import statistics
 import time
@@ -47,6 +48,10 @@ class Settings:
             return thinwire.cast("float16")
         return thinwire.dgc(self.density, clip=CLIP, warmup=thinwire.Warmup(WARMUP_STEPS))
 
+    def warmup(self, case: str) -> int:
+        """Steps of the case's warm-up; 0 if it has none."""
+        return warmup.steps if (warmup := self.method(case).warmup) else 0
+
 
 @dataclass
 class Point:
@@ -65,17 +70,25 @@ class CaseResult:
     steps: int = 0
     points: list[Point] = field(default_factory=list[Point])
     step_seconds: list[float] = field(default_factory=list[float])
+    warmup: int = 0  # steps until the method sends as few bytes as it was asked to
     wire_bytes: float = 0.0  # of the last step
     wire_bytes_total: float = 0.0
     ratio: float = 1.0  # after warm-up, over all parameters
     ratio_compressed: float = 1.0
+    split_ms: dict[str, float] = field(default_factory=dict[str, float])  # medians of the parts of a step
     report: str = ""
+
+    @property
+    def in_warmup(self) -> bool:
+        """True if the run ended before the warm-up did, so that bytes and ratio are those of the warm-up."""
+        return self.steps <= self.warmup
 
 
 def train(rank: int, case: str, settings: Settings, rendezvous: str, tell: Callable[[str, Any], None]) -> None:
     """Train as ``rank``, telling ``("progress", (seconds, step, loss))`` and at the end ``("result", CaseResult)``."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    logging.getLogger("thinwire").setLevel(logging.ERROR)  # the page has the ledger's notes, and bars fill the console
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=settings.workers)
     try:
         result = _train(rank, case, settings, tell)
@@ -93,8 +106,10 @@ def _train(rank: int, case: str, settings: Settings, tell: Callable[[str, Any], 
     ddp = DistributedDataParallel(model)
     method = settings.method(case)
     wire = thinwire.attach(ddp, method, optimizer=optimizer, link=settings.link)
-    result = CaseResult(case)
+    result = CaseResult(case, warmup=settings.warmup(case))
     held_out = text.held_out_batch(64, 128)
+    alone = _seconds_alone(ddp, text.batch(0, rank, settings.batch, settings.length, settings.seed))
+    optimizer.zero_grad()
 
     def evaluate(seconds: float) -> None:
         if rank == 0:
@@ -127,12 +142,28 @@ def _train(rank: int, case: str, settings: Settings, tell: Callable[[str, Any], 
     rows = list(wire.ledger.rows)
     result.wire_bytes = rows[-1].wire_bytes
     result.wire_bytes_total = wire.ledger.wire_bytes
-    after = rows[WARMUP_STEPS:] or rows[-1:]
+    after = rows[result.warmup :] or rows[-1:]
     result.ratio = statistics.median(row.dense_bytes / row.wire_bytes for row in after)
     if any(row.compressed_wire_bytes for row in after):
         result.ratio_compressed = statistics.median(
             row.compressed_dense_bytes / row.compressed_wire_bytes for row in after
         )
+    result.split_ms = {
+        "compute": alone * 1e3,
+        "compress": statistics.median(row.send_seconds for row in after) * 1e3,
+        "decompress": statistics.median(row.receive_seconds for row in after) * 1e3,
+    }
     result.report = wire.report()
     wire.detach()
     return result
+
+
+def _seconds_alone(ddp: DistributedDataParallel, batch: torch.Tensor) -> float:
+    """Measure a forward and a backward pass without an exchange: the median of three, after one that is not counted."""
+    seconds: list[float] = []
+    for _ in range(4):
+        started = time.perf_counter()
+        with ddp.no_sync():
+            loss_of(ddp, batch).backward()  # pyright: ignore[reportUnknownMemberType]
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])

@@ -40,7 +40,7 @@ def choose(asked: Choice, device: torch.device) -> tuple[Kernels, str | None]:
             missing = f"they can't be loaded: {error!r:.200}"
     if asked != "auto":
         raise ThinwireError(f"kernels={asked!r} can't run: {missing}; kernels='auto' takes what there is")
-    return REFERENCE, f"plain PyTorch compresses, since of compiled kernels {missing}"
+    return REFERENCE, f"kernels are plain PyTorch, which is slower: compiled ones are not used, since {missing}"
 
 
 def _load(kind: str) -> Kernels:

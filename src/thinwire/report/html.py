@@ -1,4 +1,4 @@
-"""A page of plots and a table: one file, no network, no script. Needs the extra ``thinwire[cli]``."""
+"""A page of tables and plots: one file, no network, no script. Needs the extra ``thinwire[cli]``."""
 
 import html
 import io
@@ -8,39 +8,74 @@ from pathlib import Path
 from typing import Any
 
 COLOURS = ("#4c6a92", "#d08c3f", "#2f8f6b", "#a0527a", "#777777", "#222222")
+# On a narrow screen a row of a table becomes a block, with the name of the column before each cell.
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222;
+       overflow-wrap: break-word; }
+.verdict { font-size: 1.15rem; font-weight: 600; }
 table { border-collapse: collapse; margin: 1rem 0; width: 100%; }
+caption { text-align: left; font-weight: 600; }
 th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; }
-figure { margin: 2rem 0; } figcaption { color: #555; } svg { width: 100%; height: auto; }
+figure { margin: 2rem 0; max-width: 42rem; } figcaption { color: #555; } svg { width: 100%; height: auto; }
 pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: 13px; }
+footer { color: #555; font-size: .9rem; }
+@media (max-width: 40rem) {
+  thead { display: none; }
+  tr, td, td:first-child { display: block; text-align: left; }
+  tr { border-top: 2px solid #999; padding: .3rem 0; }
+  td { border: 0; padding: .1rem 0; } td:first-child { font-weight: 600; }
+  td:not(:first-child)::before { content: attr(data-column) ": "; color: #555; }
+}
 """
 
 
 @dataclass(frozen=True)
+class Table:
+    """Rows of text under a header."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
 class Plot:
-    """One line for each case, or one bar where a line has a single point."""
+    """One line for each case."""
 
     title: str
     x: str
     y: str
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-    log_y: bool = False
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One bar for each case, on a linear scale, with its label at its end."""
+
+    title: str
+    x: str
+    bars: Mapping[str, tuple[float, str]]  # length and label
     caption: str = ""
 
 
 def page(
     title: str,
+    verdict: str,
     intro: str,
-    plots: Sequence[Plot],
-    header: Sequence[str],
-    table: Sequence[Sequence[str]],
+    tables: Sequence[Table],
+    plots: Sequence[Plot | Bars],
     details: Mapping[str, str],
+    footer: Sequence[str] = (),
 ) -> str:
-    """The page as HTML text."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table)
+    """Build the page as HTML text.
+
+    Args:
+        verdict: the result in a sentence.
+        details: folded texts, by the line that unfolds them.
+        footer: one line each.
+    """
     figures = "".join(
         f'<figure id="plot{i}">{_svg(plot)}<figcaption>{html.escape(plot.caption)}</figcaption></figure>'
         for i, plot in enumerate(plots)
@@ -53,8 +88,9 @@ def page(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
         f"<style>{STYLE}</style></head>"
-        f"<body><h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{figures}{folded}</body></html>\n"
+        f'<body><h1>{html.escape(title)}</h1><p class="verdict">{html.escape(verdict)}</p><p>{html.escape(intro)}</p>'
+        f"{''.join(map(_table, tables))}{figures}{folded}"
+        f"<footer>{'<br>'.join(map(html.escape, footer))}</footer></body></html>\n"
     )
 
 
@@ -62,26 +98,44 @@ def write(path: str | Path, text: str) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-def _svg(plot: Plot) -> str:
+def _table(table: Table) -> str:
+    caption = f"<caption>{html.escape(table.caption)}</caption>" if table.caption else ""
+    columns = [html.escape(cell) for cell in table.header]
+    head = "".join(f"<th>{column}</th>" for column in columns)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<td data-column="{column}">{html.escape(cell)}</td>' for column, cell in zip(columns, row, strict=True)
+        )
+        + "</tr>"
+        for row in table.rows
+    )
+    return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _svg(plot: Plot | Bars) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure: Any = Figure(figsize=(8, 3.6), layout="constrained")
+    # 5 inches: scaled down to a phone's 4, its letters are still 9 points
+    figure: Any = Figure(figsize=(5, 3.2 if isinstance(plot, Plot) else 2.2), layout="constrained")
     FigureCanvasSVG(figure)
     axes: Any = figure.subplots()
-    for i, (case, (xs, ys)) in enumerate(plot.lines.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        if len(xs) == 1:
-            axes.bar(case, ys[0], color=colour, width=0.6)
-            axes.annotate(f"{ys[0]:,.0f}", (case, ys[0]), ha="center", va="bottom")
-        else:
-            axes.plot(xs, ys, marker="o", markersize=3, color=colour, label=case)
-            axes.legend(frameon=False)
-    axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
-    if plot.log_y:
-        axes.set_yscale("log")
+    if isinstance(plot, Plot):
+        for i, (case, (xs, ys)) in enumerate(plot.lines.items()):
+            axes.plot(xs, ys, marker="o", markersize=3, color=COLOURS[i % len(COLOURS)], label=case)
+        axes.legend(frameon=False)
+        axes.set(ylabel=plot.y)
+        axes.margins(y=0.15)
+    else:
+        lengths = [length for length, _ in plot.bars.values()]
+        drawn = axes.barh(list(plot.bars), lengths, color=[COLOURS[i % len(COLOURS)] for i in range(len(lengths))])
+        axes.bar_label(drawn, [f" {label}" for _, label in plot.bars.values()])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.6 * max(lengths, default=1.0))  # room for the labels
+        axes.locator_params(axis="x", nbins=4)
+    axes.set(title=plot.title, xlabel=plot.x)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(y=0.15)
     text = io.StringIO()
     figure.savefig(text, format="svg")
     svg = text.getvalue()

@@ -1,5 +1,6 @@
 """The one JSON shape of everything that measures: what ran, and a row for each figure."""
 
+import contextlib
 import json
 import os
 import platform
@@ -33,9 +34,22 @@ def meta(version: str, **more: Any) -> dict[str, Any]:
         "numpy": numpy.__version__,
         "python": platform.python_version(),
     }
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    name = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
+    command = " ".join([name, *sys.argv[1:]])
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"command": command, "versions": versions, "cores": os.cpu_count(), "date": date, **more}
+    return {
+        "command": command, "versions": versions, "cpu": cpu(), "cores": os.cpu_count(), "date": date, **more
+    }  # fmt: skip
+
+
+def cpu() -> str:
+    """The processor's name, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def write(path: str | Path, meta: dict[str, Any], rows: Iterable[Row]) -> None:
