@@ -8,14 +8,15 @@ import thinwire
 SOURCE = Path(thinwire.__file__).parent
 FLOORS = [
     ["tensors", "_version"],
-    ["loops"],
+    ["loops", "checks"],
+    ["context"],
     ["core", "sharding"],
     ["link", "memories", "theory", "wire", "report"],
     ["kernels"],
     ["compressors"],
     ["policy", "untrusted"],
     ["units", "methods", "adding"],
-    ["exchange", "clipping"],
+    ["exchange", "clipping", "given"],
     ["selecting", "receiving"],
     ["optimizers", "optim", "pipeline", "checkpoint"],
     ["succession", "transaction"],

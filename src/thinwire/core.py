@@ -8,14 +8,15 @@ is what a receiver reconstructs from one payload, in a form that can be added wi
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias, TypeVar
-from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from thinwire.loops import Accumulation, Found, Kernels, Selection
+from thinwire.checks import of_type, settle
+from thinwire.context import NOWHERE, Context
+from thinwire.loops import Accumulation, Found, Selection
 from thinwire.tensors import Decompressed, Sparse, ThinwireError
 
 Payload: TypeAlias = tuple[Tensor, ...]
@@ -25,34 +26,6 @@ State: TypeAlias = dict[str, Tensor]
 """What is remembered of one unit; a checkpoint is a copy of it. ``residual`` is always "asked, not yet sent"."""
 
 D = TypeVar("D", bound="Memory")
-
-
-@dataclass(frozen=True)
-class Context:
-    """Where and when something is compressed; all randomness is a function of it, so none is checkpointed."""
-
-    seed: int
-    step: int
-    unit: str
-    rank: int
-    kernels: Kernels | None = field(default=None, compare=False, repr=False)
-    """Which loops to use; None for plain PyTorch. The result is the same."""
-
-    exact: bool = field(default=False, compare=False)
-    """Whether all of what is asked arrives, as in a dense stage; only the sender is told."""
-
-    def draw(self, bound: int) -> int:
-        """An integer in [0, bound), the same on every machine for equal contexts."""
-        return crc32(f"{self.seed}/{self.step}/{self.unit}/{self.rank}".encode()) % bound
-
-    def generator(self, *, shared: bool = False) -> torch.Generator:
-        """Randomness of this rank; or, where ``shared``, the same on all ranks."""
-        who = "all" if shared else self.rank
-        return torch.Generator().manual_seed(crc32(f"{self.seed}/{self.step}/{self.unit}/{who}".encode()))
-
-
-NOWHERE = Context(seed=0, step=0, unit="", rank=0)
-"""For what depends on no context: shapes, mostly."""
 
 
 class Compressor(ABC):
@@ -73,6 +46,19 @@ class Compressor(ABC):
     """Whether its state follows the mean of all payloads, which only a sum gives."""
     led: ClassVar[bool] = False
     """Whether all ranks send the elements that one of them, the leader of the step, has chosen: see ``follow``."""
+
+    @property
+    def title(self) -> str:
+        """How errors call it."""
+        return type(self).__name__
+
+    @property
+    def valued(self) -> bool:
+        """Whether its payload begins with the values that it keeps, as they are or all times a factor.
+
+        Then what stands after ``>>`` may code them, and what that loses of them is lost of the whole.
+        """
+        return False
 
     @property
     def needs_feedback(self) -> bool:
@@ -184,11 +170,12 @@ class Chain(Compressor):
     orthogonal to the rest, ``||x - C(x)||^2 = ||x - s||^2 + ||s - then(s)||^2``, so contractions multiply.
 
     Args:
-        first: its payload begins with floating-point values, e.g. ``TopK``, ``RandK``, ``PowerSGD``.
+        first: its payload begins with the values it keeps, e.g. ``TopK``, ``RandK``, ``PowerSGD``, ``Cast``.
         then: codes a vector and keeps no state, e.g. ``Quantize(4)``, ``Cast("float16")``.
 
     Raises:
-        ThinwireError: ``then`` needs matrices or keeps a state, or ``first`` needs sums and ``then`` has none.
+        ThinwireError: ``then`` needs matrices or keeps a state, ``first`` sends codes and their scales instead of
+            values, or it needs sums and ``then`` has none.
 
     **Wire**: the payload of ``then`` for the values, and the rest of ``first``'s.
 
@@ -201,17 +188,36 @@ class Chain(Compressor):
     then: Compressor
 
     def __post_init__(self) -> None:
+        for part in ("first", "then"):
+            settle(
+                self,
+                **{part: of_type(Compressor, "what stands beside >> is a compressor, as in TopK(0.01) >> Quantize(4)")},
+            )
+        first, then = self.first.title, self.then.title
         if self.then.period != 1 or self.then.min_ndim or self.then.init(torch.zeros(1), NOWHERE):
+            raise ThinwireError(f"{then} needs matrices or keeps a state; what stands after >> codes a vector")
+        if self.then.led:
+            raise ThinwireError(f"{then} sends what one rank has chosen for all; it can't stand after >>, only before")
+        if not self.first.valued:
+            turned = f": {then} >> {first}" if self.then.valued else ""
             raise ThinwireError(
-                f"{type(self.then).__name__} needs matrices or keeps a state; what stands after >> codes a vector"
+                f"{first} >> {then} would code the scales of {first} instead of values, and may lose more than sending "
+                f"nothing; a compressor that keeps values stands first{turned}, as in TopK(0.01) >> Quantize(4)"
             )
         if (self.first.learns or self.first.led) and not self.then.summable:
-            first, then = type(self.first).__name__, type(self.then).__name__
             raise ThinwireError(f"{first} needs the sum of what is sent, which {then} prevents; use Cast('float16')")
         # what is said of a class elsewhere depends on the parts here
         for name in ("min_ndim", "period", "cuttable", "learns", "led"):
             object.__setattr__(self, name, getattr(self.first, name))
         object.__setattr__(self, "summable", self.first.summable and self.then.summable)
+
+    @property
+    def title(self) -> str:
+        return f"{self.first.title} >> {self.then.title}"
+
+    @property
+    def valued(self) -> bool:
+        return self.then.valued
 
     @property
     def needs_feedback(self) -> bool:
@@ -315,6 +321,11 @@ class Memory(ABC):
     def passes_on(self) -> bool:
         """Whether ``receive`` answers the mean as it is, so that one of few elements may stay a sparse tensor."""
         return type(self).receive is Memory.receive
+
+    @property
+    def uncompressed(self) -> "Memory | None":
+        """The memory beside it for parameters that are sent dense; None for one that forgets."""
+        return None
 
     derived: ClassVar[frozenset[str]] = frozenset()
     """What of the state follows from the optimizer's, and so is in no checkpoint."""

@@ -7,12 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from thinwire.checks import settle, share, whole
 from thinwire.compressors import chunked
-from thinwire.compressors.buckets import check_bucket
 from thinwire.compressors.select import largest_of_each
 from thinwire.core import Compressor, Context, Payload, State
 from thinwire.kernels.reference import REFERENCE
-from thinwire.tensors import Decompressed, Sparse, ThinwireError, flat
+from thinwire.tensors import Decompressed, Sparse, flat
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,17 @@ class BlockTopK(Compressor):
     block: int = 4096
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.density <= 1.0:
-            raise ThinwireError(f"density is {self.density}; it is kept/total and must be in (0, 1], e.g. 0.01")
-        check_bucket("block", self.block)
+        settle(self, density=share("0.01"), block=whole(1))
 
     def with_density(self, density: float) -> "BlockTopK":
         return replace(self, density=max(density, self.density))
 
     def denser(self, factor: float) -> "BlockTopK":
         return replace(self, density=min(1.0, factor * self.density))
+
+    @property
+    def valued(self) -> bool:
+        return True
 
     @property
     def needs_feedback(self) -> bool:

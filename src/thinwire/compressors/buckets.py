@@ -10,14 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from thinwire.tensors import ThinwireError
-
 LARGEST = torch.finfo(torch.float32).max
-
-
-def check_bucket(name: str, size: int) -> None:
-    if size < 1:
-        raise ThinwireError(f"{name} is {size}; it counts the elements that share a scale and must be at least 1")
 
 
 def count(n: int, size: int) -> int:

@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from thinwire.checks import dtype, optional, settle
 from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Dense, Sparse, ThinwireError, flat
+from thinwire.tensors import Decompressed, Dense, Sparse, flat
 
 DTYPES = {
     "float64": torch.float64,
@@ -17,15 +18,12 @@ DTYPES = {
 }
 
 
+OWN = ", or None for the tensor's own"
+
+
 def dtype_named(name: str | None, default: torch.dtype) -> torch.dtype:
     """The dtype of that name, or ``default`` for None."""
-    if name is None:
-        return default
-    if name not in DTYPES:
-        raise ThinwireError(
-            f"dtype {name!r} can't be sent; choose one of {', '.join(DTYPES)}, or None for the tensor's own"
-        )
-    return DTYPES[name]
+    return default if name is None else DTYPES[name]
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Cast(Compressor):
     """Sends every element, cast to ``dtype``; with None it is the identity.
 
     Args:
-        dtype: ``"float16"``, ``"bfloat16"``, ``"float32"``, ``"float64"``, or None for the tensor's own.
+        dtype: ``"float16"`` or ``torch.float16``, ``"bfloat16"``, ``"float32"``, ``"float64"``; None for the tensor's.
 
     Raises:
         ThinwireError: an unknown dtype.
@@ -49,7 +47,11 @@ class Cast(Compressor):
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        dtype_named(self.dtype, torch.float32)
+        settle(self, dtype=optional(dtype(tuple(DTYPES), OWN)))
+
+    @property
+    def valued(self) -> bool:
+        return True
 
     def contraction(self, n: int) -> float | None:
         return 1.0 if self.dtype is None else 0.999

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from thinwire.checks import settle, share, whole
 from thinwire.compressors import chunked
-from thinwire.compressors.buckets import check_bucket
 from thinwire.compressors.select import largest_of_each
 from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Dense, Sparse, ThinwireError, flat, float_at_least_32
+from thinwire.tensors import Decompressed, Dense, Sparse, flat, float_at_least_32
 
 
 def chunk_of(n: int, largest: int) -> int:
@@ -114,15 +114,17 @@ class DctTopK(Compressor):
     chunk: int = 64
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.density <= 1.0:
-            raise ThinwireError(f"density is {self.density}; it is kept/total and must be in (0, 1], e.g. 32 / 4096")
-        check_bucket("chunk", self.chunk)
+        settle(self, density=share("32 / 4096"), chunk=whole(1))
 
     def with_density(self, density: float) -> "DctTopK":
         return replace(self, density=max(density, self.density))
 
     def denser(self, factor: float) -> "DctTopK":
         return replace(self, density=min(1.0, factor * self.density))
+
+    @property
+    def valued(self) -> bool:
+        return True
 
     @property
     def needs_feedback(self) -> bool:

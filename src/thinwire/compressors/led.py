@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from thinwire.checks import settle, share
 from thinwire.compressors.select import Sampling
 from thinwire.compressors.sparse import TopK
 from thinwire.core import Compressor, Context, Payload, State
@@ -46,7 +47,7 @@ class CLTK(Compressor):
     density: float
 
     def __post_init__(self) -> None:
-        TopK(self.density)  # says what is wrong
+        settle(self, density=share("0.01"))
 
     @cached_property
     def _own(self) -> TopK:
@@ -57,6 +58,10 @@ class CLTK(Compressor):
 
     def denser(self, factor: float) -> "CLTK":
         return replace(self, density=min(1.0, factor * self.density))
+
+    @property
+    def valued(self) -> bool:
+        return True
 
     @property
     def needs_feedback(self) -> bool:

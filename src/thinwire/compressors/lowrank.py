@@ -11,8 +11,9 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
+from thinwire.checks import real, settle, whole
 from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Dense, ThinwireError, flat, float_at_least_32
+from thinwire.tensors import Decompressed, Dense, flat, float_at_least_32
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -115,10 +116,15 @@ class PowerSGD(Compressor):
     min_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ThinwireError(f"rank is {self.rank}; it must be at least 1, and 4 is a safe start")
-        if not self.min_rate >= 0.0:
-            raise ThinwireError(f"min_rate is {self.min_rate}; it must be at least 0, which takes every matrix")
+        settle(
+            self,
+            rank=whole(1, says="it must be at least 1 and whole, and 4 is a safe start"),
+            min_rate=real(0.0, hint=", which takes every matrix"),
+        )
+
+    @property
+    def valued(self) -> bool:
+        return True
 
     @property
     def needs_feedback(self) -> bool:

@@ -8,9 +8,10 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from thinwire.compressors.buckets import as_float32, check_bucket, count, in_buckets, l2, scale_of
+from thinwire.checks import one_of, settle, whole
+from thinwire.compressors.buckets import as_float32, count, in_buckets, l2, scale_of
 from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Dense, Sparse, ThinwireError, flat
+from thinwire.tensors import Decompressed, Dense, Sparse, flat
 from thinwire.wire.bitpack import pack_fields, unpack_fields
 
 
@@ -66,14 +67,11 @@ class QSGD(Compressor):
     norm: Literal["l2", "max"] = "l2"
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ThinwireError(
-                f"bits is {self.bits}; QSGD takes 2 to 8: of 1 bit the sign would be all, with 2^0 - 1 = 0 magnitudes; "
-                "use Sign() with ErrorFeedback(), or TernGrad(), and beyond 8 Cast('float16')"
-            )
-        check_bucket("bucket", self.bucket)
-        if self.norm not in ("l2", "max"):
-            raise ThinwireError(f"norm is {self.norm!r}; choose 'l2' or 'max'")
+        says = (
+            "QSGD takes 2 to 8: of 1 bit the sign would be all, with 2^0 - 1 = 0 magnitudes; use Sign() with "
+            "ErrorFeedback(), or TernGrad(), and beyond 8 Cast('float16')"
+        )
+        settle(self, bits=whole(2, 8, says=says), bucket=whole(1), norm=one_of("l2", "max"))
 
     @property
     def levels(self) -> int:
@@ -162,11 +160,8 @@ class Quantize(Compressor):
     rounding: Literal["nearest", "stochastic"] = "nearest"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise ThinwireError(f"bits is {self.bits}; Quantize takes 1 to 8; beyond, use Cast('float16')")
-        check_bucket("bucket", self.bucket)
-        if self.rounding not in ("nearest", "stochastic"):
-            raise ThinwireError(f"rounding is {self.rounding!r}; choose 'nearest' or 'stochastic'")
+        bits = whole(1, 8, says="Quantize takes 1 to 8, whole; beyond, use Cast('float16')")
+        settle(self, bits=bits, bucket=whole(1), rounding=one_of("nearest", "stochastic"))
 
     @property
     def needs_feedback(self) -> bool:

@@ -7,8 +7,9 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
+from thinwire.checks import flag, settle, share
 from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Sparse, ThinwireError, flat
+from thinwire.tensors import Decompressed, Sparse, flat
 from thinwire.wire.head import is_bad
 
 MASK_ABOVE = 1 / 64
@@ -68,8 +69,7 @@ class RandK(Compressor):
     summable: ClassVar[bool]
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.density <= 1.0:
-            raise ThinwireError(f"density is {self.density}; it is kept/total and must be in (0, 1], e.g. 0.01")
+        settle(self, density=share("0.01"), shared=flag, scaled=flag)
         object.__setattr__(self, "summable", self.shared)
 
     def with_density(self, density: float) -> "RandK":
@@ -77,6 +77,10 @@ class RandK(Compressor):
 
     def denser(self, factor: float) -> "RandK":
         return replace(self, density=min(1.0, factor * self.density))
+
+    @property
+    def valued(self) -> bool:
+        return True
 
     @property
     def needs_feedback(self) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from thinwire.checks import of_type, settle
 from thinwire.core import Compressor, Context, Payload, State
 from thinwire.tensors import Decompressed, Sparse, ThinwireError
 
@@ -60,6 +61,9 @@ class Scaled(Compressor):
     compressor: Compressor
 
     def __post_init__(self) -> None:
+        settle(
+            self, compressor=of_type(Compressor, "Scaled takes an unbiased compressor, such as QSGD(2) or RandK(0.01)")
+        )
         if self.compressor.variance(2**20) is None:
             raise ThinwireError(
                 f"{type(self.compressor).__name__} is biased, and so has no variance to scale by; "
@@ -67,6 +71,14 @@ class Scaled(Compressor):
             )
         for name in ("summable", "min_ndim", "cuttable", "period"):
             object.__setattr__(self, name, getattr(self.compressor, name))
+
+    @property
+    def title(self) -> str:
+        return f"Scaled({self.compressor.title})"
+
+    @property
+    def valued(self) -> bool:
+        return self.compressor.valued
 
     @property
     def needs_feedback(self) -> bool:

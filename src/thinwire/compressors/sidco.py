@@ -8,10 +8,11 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from thinwire.compressors.sparse import TopK
+from thinwire.checks import one_of, optional, settle, share, whole
+from thinwire.compressors.sparse import VALUES, TopK
 from thinwire.compressors.threshold import bounded
 from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Sparse, ThinwireError, flat
+from thinwire.tensors import Decompressed, Sparse, flat
 
 FIRST = 0.25
 """The share of the elements that the first of several stages lets through."""
@@ -113,11 +114,8 @@ class SIDCo(Compressor):
     values: str | None = None
 
     def __post_init__(self) -> None:
-        if self.stages is not None and self.stages < 1:
-            raise ThinwireError(f"stages is {self.stages}; it must be at least 1, or None to adapt it")
-        if self.fit not in FITS:
-            raise ThinwireError(f"fit is {self.fit!r}; choose one of {', '.join(FITS)}")
-        self.packer()
+        stages = optional(whole(1, hint=", or None to adapt it"))
+        settle(self, density=share("0.01"), stages=stages, fit=one_of(*FITS), values=VALUES)
 
     def packer(self) -> TopK:
         """What turns a selection into a payload, and back."""
@@ -128,6 +126,10 @@ class SIDCo(Compressor):
 
     def denser(self, factor: float) -> "SIDCo":
         return replace(self, density=min(1.0, factor * self.density))
+
+    @property
+    def valued(self) -> bool:
+        return self.packer().valued
 
     @property
     def needs_feedback(self) -> bool:

@@ -6,9 +6,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from thinwire.compressors.buckets import as_float32, check_bucket, count, in_buckets, l2, scale_of
+from thinwire.checks import one_of, settle, whole
+from thinwire.compressors.buckets import as_float32, count, in_buckets, l2, scale_of
 from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Dense, Sparse, ThinwireError, flat
+from thinwire.tensors import Decompressed, Dense, Sparse, flat
 from thinwire.wire.bitpack import pack_bits, unpack_bits
 
 
@@ -51,9 +52,7 @@ class Sign(Compressor):
     scale: Literal["l1", "l2", "none"] = "l1"
 
     def __post_init__(self) -> None:
-        check_bucket("block", self.block)
-        if self.scale not in ("l1", "l2", "none"):
-            raise ThinwireError(f"scale is {self.scale!r}; choose 'l1', 'l2' or 'none'")
+        settle(self, block=whole(1), scale=one_of("l1", "l2", "none"))
 
     @property
     def needs_feedback(self) -> bool:

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from thinwire.compressors.cast import DTYPES, dtype_named
+from thinwire.checks import dtype, one_of, optional, real, settle, share, whole
+from thinwire.compressors.cast import DTYPES, OWN, dtype_named
 from thinwire.compressors.select import EXACT_BELOW, Sampling, sample_size
 from thinwire.core import Compressor, Context, Payload, State
 from thinwire.kernels.reference import REFERENCE
@@ -16,6 +17,9 @@ from thinwire.loops import Found
 from thinwire.tensors import Decompressed, Sparse, ThinwireError, flat, float_at_least_32
 from thinwire.wire import elias_fano
 from thinwire.wire import values as codes
+
+VALUES = optional(dtype((*codes.CODES, *DTYPES), OWN))
+"""What values may be sent in."""
 
 
 @dataclass(frozen=True)
@@ -63,25 +67,25 @@ class TopK(Compressor):
     attempts: int = 10
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.density <= 1.0:
-            raise ThinwireError(f"density is {self.density}; it is kept/total and must be in (0, 1], e.g. 0.001")
-        if self.selection not in ("auto", "exact", "sampled"):
-            raise ThinwireError(f"selection is {self.selection!r}; choose 'auto', 'exact' or 'sampled'")
-        if not 0.0 < self.sample_ratio <= 1.0 or not 0.0 < self.lower < 1.0 or self.attempts < 0:
-            raise ThinwireError(
-                f"sample_ratio {self.sample_ratio} must be in (0, 1], lower {self.lower} in (0, 1), "
-                f"attempts {self.attempts} at least 0"
-            )
-        if self.values is not None and self.values not in (*codes.CODES, *DTYPES):
-            raise ThinwireError(
-                f"values is {self.values!r}; choose {', '.join((*codes.CODES, *DTYPES))}, or None for the tensor's own"
-            )
+        settle(
+            self,
+            density=share("0.001"),
+            values=VALUES,
+            selection=one_of("auto", "exact", "sampled"),
+            sample_ratio=share("0.0025", "a share of the elements"),
+            lower=real(0.0, 1.0, above=True, below=True),
+            attempts=whole(0),
+        )
 
     def with_density(self, density: float) -> "TopK":
         return replace(self, density=max(density, self.density))
 
     def denser(self, factor: float) -> "TopK":
         return replace(self, density=min(1.0, factor * self.density))
+
+    @property
+    def valued(self) -> bool:
+        return self.values not in codes.CODES
 
     @property
     def needs_feedback(self) -> bool:

@@ -7,9 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from thinwire.checks import optional, real, settle
 from thinwire.compressors.buckets import as_float32, l2, scale_of
 from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Dense, Sparse, ThinwireError, flat
+from thinwire.tensors import Decompressed, Dense, Sparse, flat
 from thinwire.wire.bitpack import pack_trits, unpack_trits
 
 
@@ -47,8 +48,7 @@ class TernGrad(Compressor):
     clip: float | None = 2.5
 
     def __post_init__(self) -> None:
-        if self.clip is not None and not self.clip > 0.0:
-            raise ThinwireError(f"clip is {self.clip}; it counts root mean squares and must be above 0, or None")
+        settle(self, clip=optional(real(0.0, above=True, hint=", in root mean squares, or None for no clipping")))
 
     def variance(self, n: int) -> float | None:
         return (math.sqrt(max(n, 1)) - 1.0) / 2.0 + 1e-6 if self.clip is None else None

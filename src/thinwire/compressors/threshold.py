@@ -6,10 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.compressors.sparse import TopK
+from thinwire.checks import real, settle, share
+from thinwire.compressors.sparse import VALUES, TopK
 from thinwire.core import Compressor, Context, Payload, State
 from thinwire.kernels.reference import REFERENCE, at_least
-from thinwire.tensors import Decompressed, Sparse, ThinwireError, flat
+from thinwire.tensors import Decompressed, Sparse, flat
 
 
 def bounded(magnitude: Tensor, threshold: float, k: int) -> Tensor:
@@ -58,11 +59,8 @@ class Threshold(Compressor):
     values: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.threshold > 0.0:
-            raise ThinwireError(f"threshold is {self.threshold}; it must be above 0; TopK(density) needs none")
-        if not 0.0 < self.capacity <= 1.0:
-            raise ThinwireError(f"capacity is {self.capacity}; it is the most kept/total and must be in (0, 1]")
-        self.packer()
+        threshold = real(0.0, above=True, hint="; TopK(density) needs none")
+        settle(self, threshold=threshold, capacity=share("0.01", "the most kept/total"), values=VALUES)
 
     def packer(self) -> TopK:
         """What turns a selection into a payload, and back."""
@@ -73,6 +71,10 @@ class Threshold(Compressor):
 
     def denser(self, factor: float) -> "Threshold":
         return replace(self, capacity=min(1.0, factor * self.capacity))
+
+    @property
+    def valued(self) -> bool:
+        return self.packer().valued
 
     @property
     def needs_feedback(self) -> bool:

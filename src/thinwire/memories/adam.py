@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from thinwire.checks import real, settle
 from thinwire.core import NOWHERE, Absorbed, Context, Memory, State
 from thinwire.memories.feedback import zeros
-from thinwire.tensors import Decompressed, ThinwireError, float_at_least_32
+from thinwire.tensors import Decompressed, float_at_least_32
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,15 @@ class CompressedMomentum(Memory):
     beta1: float = 0.9
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.beta1 < 1.0:
-            raise ThinwireError(f"beta1 is {self.beta1}; it must be in [0, 1), e.g. 0.9")
+        settle(self, beta1=real(0.0, 1.0, below=True, hint=", e.g. 0.9"))
 
     @property
     def residual_gain(self) -> float:
         return 1.0 / (1.0 - self.beta1)
+
+    @property
+    def uncompressed(self) -> "CompressedMomentum":
+        return self
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad)
@@ -114,6 +118,10 @@ class SteadyFeedback(Memory):
 
     feeds_back: ClassVar[bool] = True
     gives: ClassVar[str] = "gradient beside dense steps"
+
+    @property
+    def uncompressed(self) -> "SteadyFeedback":
+        return self
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad)

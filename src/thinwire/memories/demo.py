@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from thinwire.checks import flag, real, settle
 from thinwire.core import NOWHERE, Context, Memory, State
 from thinwire.memories.feedback import signs, zeros
-from thinwire.tensors import Decompressed, ThinwireError, float_at_least_32
+from thinwire.tensors import Decompressed, float_at_least_32
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,11 @@ class DecoupledMomentum(Memory):
     sign: bool = True
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.decay < 1.0:
-            raise ThinwireError(f"decay is {self.decay}; it must be in [0, 1), e.g. 0.999")
+        settle(self, decay=real(0.0, 1.0, below=True, hint=", e.g. 0.999"), sign=flag)
+
+    @property
+    def uncompressed(self) -> "DecoupledMomentum":
+        return self
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad)

@@ -9,12 +9,14 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from thinwire.checks import dtype, real, settle
 from thinwire.core import NOWHERE, Context, Memory, State
 from thinwire.loops import Accumulation
-from thinwire.tensors import Decompressed, ThinwireError, float_at_least_32
+from thinwire.tensors import Decompressed, float_at_least_32
 
 StateDtype: TypeAlias = Literal["float32", "bfloat16"]
 """What local states are kept in; float64 gradients keep float64 where float32 is asked for."""
+STATE = dtype(("float32", "bfloat16"))
 
 
 def zeros(like: Tensor) -> Tensor:
@@ -96,11 +98,12 @@ class ErrorFeedback(Memory):
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        check_state(self.state)
-        if not 0.0 < self.beta <= 1.0:
-            raise ThinwireError(f"beta is {self.beta}; it filters what is remembered and must be in (0, 1], e.g. 0.1")
-        if not 0.0 < self.decay <= 1.0:
-            raise ThinwireError(f"decay is {self.decay}; it multiplies the residual and must be in (0, 1], e.g. 0.999")
+        settle(
+            self,
+            state=STATE,
+            decay=real(0.0, 1.0, above=True, hint=": it multiplies the residual, e.g. 0.999"),
+            beta=real(0.0, 1.0, above=True, hint=": it filters what is remembered, e.g. 0.1"),
+        )
 
     @property
     def accumulation(self) -> Accumulation | None:
@@ -128,8 +131,3 @@ class ErrorFeedback(Memory):
 
     def returned(self, rest: Decompressed, new: State) -> None:
         rest.add_to(new["residual"], alpha=self.beta)
-
-
-def check_state(state: str) -> None:
-    if state not in ("float32", "bfloat16"):
-        raise ThinwireError(f"state is {state!r}; choose 'float32' or 'bfloat16'")

@@ -9,12 +9,19 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from thinwire.checks import Check, flag, one_of, real, settle
 from thinwire.core import NOWHERE, Absorbed, Context, Memory, State
 from thinwire.loops import Accumulation
-from thinwire.memories.feedback import StateDtype, accumulate, check_state, zeros
-from thinwire.tensors import Decompressed, ThinwireError, float_at_least_32
+from thinwire.memories.feedback import STATE, StateDtype, accumulate, zeros
+from thinwire.tensors import Decompressed, float_at_least_32
 
 WeightDecay: TypeAlias = Literal["separate", "local", "decoupled"]
+SGD: dict[str, Check] = {
+    "momentum": real(0.0, 1.0, below=True, hint=", e.g. 0.9"),
+    "nesterov": flag,
+    "weight_decay": real(0.0),
+    "decay": one_of("separate", "local", "decoupled"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,7 @@ class MomentumCorrection(Memory):
     state: StateDtype = "float32"
 
     def __post_init__(self) -> None:
-        check_state(self.state)
-        check_momentum(self.momentum, self.weight_decay, self.decay)
-        if not 0.0 <= self.mask_below_density <= 1.0:
-            raise ThinwireError(f"mask_below_density is {self.mask_below_density}; it must be in [0, 1]")
+        settle(self, **SGD, masking=flag, mask_below_density=real(0.0, 1.0), state=STATE)
 
     @property
     def residual_gain(self) -> float:
@@ -76,6 +80,10 @@ class MomentumCorrection(Memory):
     def passes_on(self) -> bool:
         plain = not self.weight_decay or self.decay == "local"
         return plain and type(self).receive is MomentumCorrection.receive
+
+    @property
+    def uncompressed(self) -> "Momentum":
+        return Momentum(decay=self.decay)
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return torch.bfloat16 if self.state == "bfloat16" else float_at_least_32(grad)
@@ -141,7 +149,11 @@ class Momentum(Memory):
     decay: WeightDecay = "separate"
 
     def __post_init__(self) -> None:
-        check_momentum(self.momentum, self.weight_decay, self.decay)
+        settle(self, **SGD)
+
+    @property
+    def uncompressed(self) -> "Momentum":
+        return self
 
     def init_shared(self, like: Tensor) -> State:
         return {"momentum": zeros(like).to(float_at_least_32(like.dtype))} if self.momentum else {}
@@ -169,12 +181,3 @@ class Momentum(Memory):
 
     def give_buffer(self, local: State, shared: State) -> tuple[Tensor | None, Tensor | None]:
         return None, shared.get("momentum")
-
-
-def check_momentum(momentum: float, weight_decay: float, decay: str) -> None:
-    if not 0.0 <= momentum < 1.0:
-        raise ThinwireError(f"momentum is {momentum}; it must be in [0, 1)")
-    if weight_decay < 0.0:
-        raise ThinwireError(f"weight_decay is {weight_decay}; it must not be negative")
-    if decay not in ("separate", "local", "decoupled"):
-        raise ThinwireError(f"decay is {decay!r}; choose 'separate', 'local' or 'decoupled'")

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from thinwire.checks import of_type, optional, real, settle
 from thinwire.core import NOWHERE, Compressor, Context, Memory, State
 from thinwire.memories.feedback import zeros
 from thinwire.tensors import Decompressed, ThinwireError, float_at_least_32
@@ -64,12 +65,12 @@ class EF21(Memory):
     downlink: Compressor | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.eta <= 1.0:
-            raise ThinwireError(
-                f"eta is {self.eta}; it is the newest gradient's weight and must be in (0, 1], e.g. 0.1"
-            )
-        if not 0.0 < self.participation <= 1.0:
-            raise ThinwireError(f"participation is {self.participation}; it is a probability and must be in (0, 1]")
+        settle(
+            self,
+            eta=real(0.0, 1.0, above=True, hint=": it is the newest gradient's weight, e.g. 0.1"),
+            participation=real(0.0, 1.0, above=True, hint=": it is a probability"),
+            downlink=optional(of_type(Compressor, "downlink takes a compressor, e.g. TopK(0.05)")),
+        )
         if self.downlink is not None:
             check_downlink(self.downlink)
 
@@ -155,8 +156,7 @@ class EControl(Memory):
     eta: float
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.eta <= 1.0:
-            raise ThinwireError(f"eta is {self.eta}; it must be in [0, 1], and about the density to be stable")
+        settle(self, eta=real(0.0, 1.0, hint=", and about the density to be stable"))
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad)

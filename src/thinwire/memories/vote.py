@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from thinwire.checks import real, settle
 from thinwire.core import NOWHERE, Compressor, Context, Memory, State
 from thinwire.memories.feedback import signs, zeros
-from thinwire.tensors import ThinwireError, float_at_least_32
+from thinwire.tensors import float_at_least_32
 
 TIE = 1e-5
 """What is closer to 0 than this, over the largest mean, is a tie, also where the mean itself was sent: votes are summed
@@ -43,11 +44,14 @@ class MajorityVote(Memory):
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.momentum < 1.0:
-            raise ThinwireError(f"momentum is {self.momentum}; it must be in [0, 1)")
+        settle(self, momentum=real(0.0, 1.0, below=True, hint=", e.g. 0.9"))
 
     def makes_up_for(self, compressor: Compressor) -> bool:
         return compressor.votes
+
+    @property
+    def uncompressed(self) -> "MajorityVote":
+        return self
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad) if self.momentum else grad

@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from thinwire.compressors.cast import Cast
+import torch
+
+from thinwire import checks
+from thinwire.checks import texts
+from thinwire.compressors.cast import DTYPES, Cast
 from thinwire.compressors.sparse import TopK
 from thinwire.memories.feedback import ErrorFeedback, NoMemory, StateDtype
 from thinwire.memories.momentum import Momentum, MomentumCorrection, WeightDecay
@@ -11,6 +15,7 @@ from thinwire.policy.plan import Method, Route, Rule
 from thinwire.policy.schedule import Warmup
 
 IDENTITY = Rule(Cast(), NoMemory())
+SENT = checks.dtype(tuple(DTYPES), "; thinwire.dense() sends gradients as they are")
 
 
 def dense(*, clip: float | None = None) -> Method:
@@ -24,12 +29,19 @@ def dense(*, clip: float | None = None) -> Method:
     return Method("dense", (IDENTITY,), clip)
 
 
-def cast(dtype: str = "float16") -> Method:
+def cast(dtype: str | torch.dtype = "float16") -> Method:
     """Sends every gradient in a shorter dtype and forgets what the cast lost, like PyTorch's fp16 and bf16 hooks.
+
+    Args:
+        dtype: ``"float16"`` or ``torch.float16``, ``"bfloat16"`` and so on.
+
+    Raises:
+        ThinwireError: another dtype.
 
     **Wire**: half of ``dense()`` for ``"float16"`` and ``"bfloat16"``.
     """
-    return Method(dtype, (Rule(Cast(dtype), NoMemory()),))
+    name = SENT("dtype", dtype)
+    return Method(name, (Rule(Cast(name), NoMemory()),))
 
 
 def topk(
@@ -37,9 +49,9 @@ def topk(
     *,
     values: str | None = None,
     selection: Literal["auto", "exact", "sampled"] = "auto",
-    warmup: Warmup | None = None,
+    warmup: Warmup | int | None = None,
     clip: float | None = None,
-    keep_dense: Sequence[str] = (),
+    keep_dense: Sequence[str] | str = (),
     route: Route = "all_gather",
     second: float = 1.0,
     state: StateDtype = "float32",
@@ -53,7 +65,7 @@ def topk(
         density: kept / total of each parameter, in (0, 1]; 0.01 is a safe start.
         values: precision of what is sent, e.g. ``"float16"``, ``"int4"`` or ``"sign"``; what it loses stays in the
             residual. See ``thinwire.TopK``, as for ``selection``.
-        warmup: densities of the first steps.
+        warmup: densities of the first steps; a number of steps is ``Warmup(steps)``.
         clip: local gradient clipping, see ``thinwire.Method``.
         keep_dense: globs of parameter names to send dense.
         route, second: how it travels, see ``thinwire.Method``.
@@ -72,24 +84,24 @@ def topk(
     Source: S. Stich et al., "Sparsified SGD with Memory", 2018, arXiv:1809.07599.
     """
     rules = (
-        *(Rule(Cast(), NoMemory(), match=glob) for glob in keep_dense),
+        *(Rule(Cast(), NoMemory(), match=glob) for glob in texts("keep_dense", keep_dense)),
         Rule(TopK(density, values, selection), ErrorFeedback(state), min_ndim=2),
         IDENTITY,
     )
-    return Method("topk", rules, clip, warmup, route, second)
+    return Method("topk", rules, clip, Warmup.read("warmup", warmup), route, second)
 
 
 def dgc(
     density: float = 0.001,
     *,
-    warmup: Warmup | None = None,
+    warmup: Warmup | int | None = None,
     clip: float | None = None,
     masking: bool = True,
     mask_below_density: float = 0.05,
     decay: WeightDecay = "separate",
     values: str | None = None,
     selection: Literal["auto", "exact", "sampled"] = "auto",
-    keep_dense: Sequence[str] = (),
+    keep_dense: Sequence[str] | str = (),
     route: Route = "all_gather",
     second: float = 1.0,
     state: StateDtype = "float32",
@@ -102,7 +114,8 @@ def dgc(
 
     Args:
         density: kept / total of each parameter, in (0, 1].
-        warmup: densities of the first steps; the paper's advice is ``Warmup(steps)`` over 1 to 5 % of the training.
+        warmup: densities of the first steps; the paper's advice is ``Warmup(steps)`` over 1 to 5 % of the training. A
+            number of steps is that.
         clip: local gradient clipping: the threshold that you would use on the mean gradient. It needs the norm of
             the whole gradient, so the exchange starts only when backward has finished.
         masking, mask_below_density, decay: see ``thinwire.MomentumCorrection``.
@@ -130,7 +143,7 @@ def dgc(
     """
     after_averaging = Momentum(decay=decay)
     rules = (
-        *(Rule(Cast(), after_averaging, match=glob) for glob in keep_dense),
+        *(Rule(Cast(), after_averaging, match=glob) for glob in texts("keep_dense", keep_dense)),
         Rule(
             TopK(density, values, selection),
             MomentumCorrection(decay=decay, masking=masking, mask_below_density=mask_below_density, state=state),
@@ -138,4 +151,4 @@ def dgc(
         ),
         Rule(Cast(), after_averaging),
     )
-    return Method("dgc", rules, clip, warmup, route, second)
+    return Method("dgc", rules, clip, Warmup.read("warmup", warmup), route, second)

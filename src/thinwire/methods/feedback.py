@@ -7,6 +7,7 @@ and momentum, where the method has none of its own, stays with the user's optimi
 from collections.abc import Sequence
 from typing import Any, TypedDict, Unpack
 
+from thinwire.checks import texts
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.sparse import TopK
 from thinwire.core import Compressor, Memory
@@ -21,9 +22,9 @@ from thinwire.tensors import ThinwireError
 class Options(TypedDict, total=False):
     """What every recipe here takes besides; see ``thinwire.Method``."""
 
-    warmup: Warmup | None
+    warmup: Warmup | int | None
     clip: float | None
-    keep_dense: Sequence[str]
+    keep_dense: Sequence[str] | str
     route: Route
     second: float
 
@@ -36,7 +37,8 @@ def ef14(compressor: float | Compressor, *, decay: float = 1.0, **options: Unpac
     Args:
         compressor: a density in (0, 1], for Top-k; or a compressor.
         decay: see ``thinwire.ErrorFeedback``.
-        options: ``warmup``, ``clip``, ``keep_dense`` (globs of parameter names), ``route``, ``second``.
+        options: ``warmup`` (a number of steps is ``Warmup(steps)``), ``clip``, ``keep_dense`` (globs of parameter
+            names), ``route``, ``second``.
 
     Raises:
         ThinwireError: a value outside its range, or a compressor that may lose more than it is given.
@@ -199,11 +201,12 @@ def econtrol(compressor: float | Compressor, *, eta: float | None = None, **opti
     Source: Y. Gao, R. Islamov, S. Stich, "EControl: Fast Distributed Optimization with Compression and Error Control",
     2024, arXiv:2311.05645.
     """
+    chosen = _compressor(compressor)
     if eta is None:
-        eta = _compressor(compressor).contraction(TYPICAL) if isinstance(compressor, Compressor) else compressor
+        eta = chosen.contraction(TYPICAL) if isinstance(compressor, Compressor) else compressor
         if eta is None:
             raise ThinwireError(f"nothing is known of the contraction of {compressor}; give econtrol an eta, e.g. 0.01")
-    return _method("econtrol", compressor, EControl(eta), options)
+    return _method("econtrol", chosen, EControl(eta), options)
 
 
 def _compressor(given: float | Compressor) -> Compressor:
@@ -212,7 +215,7 @@ def _compressor(given: float | Compressor) -> Compressor:
 
 def _method(name: str, compressor: float | Compressor, memory: Memory, options: Options) -> Method:
     rules = (
-        *(Rule(Cast(), NoMemory(), match=glob) for glob in options.get("keep_dense", ())),
+        *(Rule(Cast(), NoMemory(), match=glob) for glob in texts("keep_dense", options.get("keep_dense", ()))),
         Rule(_compressor(compressor), memory, min_ndim=2),
         IDENTITY,
     )

@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 
+from thinwire.checks import flag, real
 from thinwire.compressors.cast import dtype_named
 from thinwire.methods.basic import dgc, topk
 from thinwire.policy.plan import Method, Route
 from thinwire.policy.schedule import Warmup
-from thinwire.tensors import ThinwireError
 from thinwire.wire import values as codes
 
 VALUES = "int4"
@@ -35,11 +35,8 @@ def density_for(bits_per_parameter: float, values: str | None) -> float:
         >>> 0.001 < density_for(0.02, "sign") < 0.002
         True
     """
-    if not 0.0 < bits_per_parameter <= bits_of(1.0, values):
-        raise ThinwireError(
-            f"bits_per_parameter is {bits_per_parameter}; it must be above 0 and at most {bits_of(1.0, values):g}, "
-            f"which sends everything with values={values!r}"
-        )
+    most = real(0.0, bits_of(1.0, values), above=True, hint=f", which sends everything with values={values!r}")
+    bits_per_parameter = most("bits_per_parameter", bits_per_parameter)
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -51,9 +48,9 @@ def lean(
     bits_per_parameter: float = 0.06,
     *,
     momentum: bool = True,
-    warmup: Warmup | None = None,
+    warmup: Warmup | int | None = None,
     clip: float | None = None,
-    keep_dense: Sequence[str] = (),
+    keep_dense: Sequence[str] | str = (),
     route: Route = "all_gather",
 ) -> Method:
     """Spends a budget of bits where they buy the most: on more elements with 4-bit values, rather than few in 32 bits.
@@ -80,6 +77,6 @@ def lean(
     ``benchmarks/results/frontier_cpu2_202611.md``.
     """
     density = density_for(bits_per_parameter, VALUES)
-    make = partial(dgc, masking=False) if momentum else topk
+    make = partial(dgc, masking=False) if flag("momentum", momentum) else topk
     method = make(density, values=VALUES, warmup=warmup, clip=clip, keep_dense=keep_dense, route=route)
     return replace(method, name="lean")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from thinwire.checks import real, texts
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.lowrank import PowerSGD
 from thinwire.memories.feedback import ErrorFeedback, NoMemory, StateDtype
@@ -14,9 +15,9 @@ def powersgd(
     rank: int = 4,
     *,
     min_compression_rate: float = 2.0,
-    warmup: Warmup | None = None,
+    warmup: Warmup | int | None = None,
     clip: float | None = None,
-    keep_dense: Sequence[str] = (),
+    keep_dense: Sequence[str] | str = (),
     state: StateDtype = "float32",
 ) -> Method:
     """PowerSGD with error feedback, for any optimizer, whose momentum comes after averaging.
@@ -28,7 +29,8 @@ def powersgd(
     Args:
         rank: directions, at least 1: 1 to 4 for convolutions, up to 32 for transformers.
         min_compression_rate: see above; 0 takes all matrices.
-        warmup: ``Warmup(steps, (1.0,))`` sends dense at first, as the authors advise for about 10 % of the training.
+        warmup: ``Warmup(steps, (1.0,))`` sends dense at first, as the authors advise for about 10 % of the training. A
+            number of steps is that.
         clip: local gradient clipping, see ``thinwire.Method``.
         keep_dense: globs of parameter names to send dense.
         state: what the residual is kept in, see ``thinwire.ErrorFeedback``.
@@ -48,9 +50,10 @@ def powersgd(
     Departures: see ``thinwire.PowerSGD``. Half a power iteration a step is half the bytes of a whole one, so compare at
     twice the rank.
     """
+    least = real(0.0, hint=", which takes every matrix")("min_compression_rate", min_compression_rate)
     rules = (
-        *(Rule(Cast(), NoMemory(), match=glob) for glob in keep_dense),
-        Rule(PowerSGD(rank, min_compression_rate), ErrorFeedback(state)),
+        *(Rule(Cast(), NoMemory(), match=glob) for glob in texts("keep_dense", keep_dense)),
+        Rule(PowerSGD(rank, least), ErrorFeedback(state)),
         IDENTITY,
     )
-    return Method("powersgd", rules, clip, warmup)
+    return Method("powersgd", rules, clip, Warmup.read("warmup", warmup, (1.0,)))

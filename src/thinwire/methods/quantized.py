@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from thinwire.checks import flag
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.natural import Natural
 from thinwire.compressors.quantize import QSGD, Quantize
@@ -69,7 +70,8 @@ def maxmin(
 
     Departures: the owner's own share is rounded as those of all others are.
     """
-    return _matrices("maxmin", Quantize(bits, bucket, rounding), ErrorFeedback() if feedback else NoMemory(), route)
+    memory = ErrorFeedback() if flag("feedback", feedback) else NoMemory()
+    return _matrices("maxmin", Quantize(bits, bucket, rounding), memory, route)
 
 
 def terngrad(*, clip: float | None = 2.5, route: Route = "two_phase") -> Method:

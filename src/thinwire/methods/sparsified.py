@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from thinwire.compressors.cast import Cast
+from thinwire.checks import dtype, flag, optional
+from thinwire.compressors.cast import DTYPES, Cast
 from thinwire.compressors.dct import DctTopK
 from thinwire.compressors.led import CLTK
 from thinwire.compressors.random import RandK
@@ -20,7 +21,7 @@ def randk(
     *,
     feedback: bool = True,
     shared: bool = True,
-    warmup: Warmup | None = None,
+    warmup: Warmup | int | None = None,
     state: StateDtype = "float32",
 ) -> Method:
     """Rand-k: random positions that all workers draw alike, so that an all-reduce carries them without any index.
@@ -43,9 +44,9 @@ def randk(
 
     Source: S. Stich, J.-B. Cordonnier, M. Jaggi, "Sparsified SGD with Memory", 2018, arXiv:1809.07599.
     """
-    compressor = RandK(density, shared, scaled=not feedback)
+    compressor = RandK(density, shared, scaled=not flag("feedback", feedback))
     memory = ErrorFeedback(state) if feedback else NoMemory()
-    return Method("randk", (Rule(compressor, memory, min_ndim=2), IDENTITY), warmup=warmup)
+    return Method("randk", (Rule(compressor, memory, min_ndim=2), IDENTITY), warmup=Warmup.read("warmup", warmup))
 
 
 def sidco(
@@ -53,7 +54,7 @@ def sidco(
     *,
     fit: Literal["exponential", "gamma", "pareto"] = "exponential",
     values: str | None = None,
-    warmup: Warmup | None = None,
+    warmup: Warmup | int | None = None,
     route: Route = "all_gather",
     state: StateDtype = "float32",
 ) -> Method:
@@ -79,11 +80,11 @@ def sidco(
     Technique for Distributed Training Systems", 2021, arXiv:2101.10761.
     """
     rules = (Rule(SIDCo(density, fit=fit, values=values), ErrorFeedback(state), min_ndim=2), IDENTITY)
-    return Method("sidco", rules, warmup=warmup, route=route)
+    return Method("sidco", rules, warmup=Warmup.read("warmup", warmup), route=route)
 
 
 def scalecom(
-    density: float, *, beta: float = 1.0, warmup: Warmup | None = None, state: StateDtype = "float32"
+    density: float, *, beta: float = 1.0, warmup: Warmup | int | None = None, state: StateDtype = "float32"
 ) -> Method:
     """ScaleCom: Top-k with error feedback, of which one worker, each in its turn, makes the choice for all.
 
@@ -110,7 +111,7 @@ def scalecom(
     Training", 2020, arXiv:2104.11125, algorithm 1.
     """
     memory = ErrorFeedback(state, beta=beta)
-    return Method("scalecom", (Rule(CLTK(density), memory, min_ndim=2), IDENTITY), warmup=warmup)
+    return Method("scalecom", (Rule(CLTK(density), memory, min_ndim=2), IDENTITY), warmup=Warmup.read("warmup", warmup))
 
 
 def decoupled_momentum(
@@ -142,5 +143,6 @@ def decoupled_momentum(
     Source: B. Peng, J. Quesnelle, D. Kingma, "DeMo: Decoupled Momentum Optimization", 2024, arXiv:2411.19870.
     """
     memory = DecoupledMomentum(decay, sign)
-    chosen: Compressor = DctTopK(density, chunk) if values is None else DctTopK(density, chunk) >> Cast(values)
+    coded = optional(dtype(tuple(DTYPES), ", or None for float32"))("values", values)
+    chosen: Compressor = DctTopK(density, chunk) if coded is None else DctTopK(density, chunk) >> Cast(coded)
     return Method("demo", (Rule(chosen, memory, min_ndim=2), Rule(Cast(), memory)))

@@ -7,8 +7,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
+from thinwire.checks import of_type, one_of, optional, real, settle, shown, whole
 from thinwire.compressors import catalogue
 from thinwire.core import Compressor, Memory
 from thinwire.policy.schedule import Warmup
@@ -30,7 +31,16 @@ class Rule:
     min_numel: int = 0
 
     def __post_init__(self) -> None:
-        kind = type(self.compressor).__name__
+        example = "a rule is Rule(compressor, memory), e.g. Rule(TopK(0.01), ErrorFeedback())"
+        settle(
+            self,
+            compressor=of_type(Compressor, example),
+            memory=of_type(Memory, example),
+            match=of_type(str, "it is a glob of parameter names, e.g. '*.weight'"),
+            min_ndim=whole(0),
+            min_numel=whole(0),
+        )
+        kind = self.compressor.title
         if self.compressor.needs_feedback and not self.memory.makes_up_for(self.compressor):
             raise ThinwireError(
                 f"{kind} is biased, and {type(self.memory).__name__} forgets what it does not send: training need not "
@@ -47,6 +57,16 @@ class Rule:
     def means(self, name: str, shape: Sequence[int], numel: int) -> bool:
         """Whether the rule is written for such a parameter; its compressor may decline it all the same."""
         return len(shape) >= self.min_ndim and numel >= self.min_numel and fnmatchcase(name, self.match)
+
+
+def _rules(name: str, value: Any) -> tuple[Rule, ...]:
+    given: tuple[object, ...] = tuple(cast("list[object]", value)) if isinstance(value, (list, tuple)) else (value,)
+    if not given or not all(isinstance(rule, Rule) for rule in given):
+        raise ThinwireError(
+            f"{name} is {shown(cast(object, value))}; a method has a tuple of rules, e.g. "
+            "(Rule(TopK(0.01), ErrorFeedback()), Rule(Cast(), NoMemory()))"
+        )
+    return cast("tuple[Rule, ...]", given)
 
 
 @dataclass(frozen=True)
@@ -73,12 +93,15 @@ class Method:
     second: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.route not in get_args(Route):
-            raise ThinwireError(f"route is {self.route!r}; choose one of {', '.join(get_args(Route))}")
-        if not self.second > 0.0:
-            raise ThinwireError(f"second is {self.second}; it multiplies the density and must be above 0")
-        if self.clip is not None and not self.clip > 0.0:
-            raise ThinwireError(f"clip is {self.clip}; it must be above 0, or None for no clipping")
+        settle(
+            self,
+            name=of_type(str, "it is the method's name in tables, e.g. 'mine'"),
+            rules=_rules,
+            clip=optional(real(0.0, above=True, hint=", or None for no clipping")),
+            warmup=Warmup.read,
+            route=one_of(*get_args(Route)),
+            second=real(0.0, above=True, hint=": it multiplies the density"),
+        )
 
     @property
     def absorbs(self) -> bool:

@@ -4,10 +4,24 @@ Source: Y. Lin et al., "Deep Gradient Compression", 2018, arXiv:1712.01887, sect
 """
 
 from dataclasses import dataclass
+from typing import Any, cast
 
+from thinwire.checks import optional, settle, share, shown, whole
 from thinwire.tensors import ThinwireError
 
 PAPER = (0.25, 0.0625, 0.015625, 0.004)
+
+
+def _densities(name: str, value: Any) -> tuple[float, ...]:
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise ThinwireError(f"{name} is {shown(value)}; it must be a list of densities, e.g. (0.25, 0.0625)")
+    stages: list[float] = []
+    for density in cast("list[Any]", value):
+        try:
+            stages.append(share("0.25")("it", density))
+        except ThinwireError as error:
+            raise ThinwireError(f"warm-up stage {shown(density)} is not a density; {error}") from None
+    return tuple(stages)
 
 
 @dataclass(frozen=True)
@@ -34,17 +48,30 @@ class Warmup:
     steps_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(self.stages))
-        for density in self.stages:
-            if not 0.0 < density <= 1.0:
-                raise ThinwireError(f"warm-up stage {density} is not a density; each must be in (0, 1]")
-        if self.steps_per_epoch is not None and self.steps_per_epoch < 1:
-            raise ThinwireError(f"steps_per_epoch is {self.steps_per_epoch}; it must be at least 1")
+        settle(
+            self,
+            steps=whole(0, hint=", of optimizer steps, or of epochs with steps_per_epoch="),
+            stages=_densities,
+            steps_per_epoch=optional(whole(1, hint=", e.g. len(loader)")),
+        )
         if not self.stages or self.length < len(self.stages):
             raise ThinwireError(
                 f"a warm-up of {self.length} steps can't hold {len(self.stages)} stages; "
                 "give more steps, fewer stages, or no warm-up"
             )
+
+    @staticmethod
+    def read(name: str, given: Any, stages: tuple[float, ...] = PAPER) -> "Warmup | None":
+        """A warm-up as it may be given: a number of steps is one with ``stages``, and 0 or None is none.
+
+        Raises:
+            ThinwireError: it is neither.
+        """
+        if given is None or isinstance(given, Warmup):
+            return given
+        example = "give a number of steps, e.g. 400, or thinwire.Warmup(400, stages)"
+        steps = whole(0, says=example)(name, given)
+        return Warmup(steps, stages) if steps else None
 
     @property
     def length(self) -> int:

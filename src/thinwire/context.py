@@ -1,0 +1,36 @@
+"""Where and when something is compressed."""
+
+from dataclasses import dataclass, field
+from zlib import crc32
+
+import torch
+
+from thinwire.loops import Kernels
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where and when something is compressed; all randomness is a function of it, so none is checkpointed."""
+
+    seed: int
+    step: int
+    unit: str
+    rank: int
+    kernels: Kernels | None = field(default=None, compare=False, repr=False)
+    """Which loops to use; None for plain PyTorch. The result is the same."""
+
+    exact: bool = field(default=False, compare=False)
+    """Whether all of what is asked arrives, as in a dense stage; only the sender is told."""
+
+    def draw(self, bound: int) -> int:
+        """An integer in [0, bound), the same on every machine for equal contexts."""
+        return crc32(f"{self.seed}/{self.step}/{self.unit}/{self.rank}".encode()) % bound
+
+    def generator(self, *, shared: bool = False) -> torch.Generator:
+        """Randomness of this rank; or, where ``shared``, the same on all ranks."""
+        who = "all" if shared else self.rank
+        return torch.Generator().manual_seed(crc32(f"{self.seed}/{self.step}/{self.unit}/{who}".encode()))
+
+
+NOWHERE = Context(seed=0, step=0, unit="", rank=0)
+"""For what depends on no context: shapes, mostly."""
