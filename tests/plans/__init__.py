@@ -1,0 +1,1 @@
+"""Random plans of real training runs, and the laws that every one of them must hold."""

@@ -1,0 +1,135 @@
+"""What one rank does of a plan: it trains, writes down what the laws need, and goes on from a checkpoint once more."""
+
+import contextlib
+import io
+import logging
+import traceback
+import warnings
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.plans import methods
+from tests.plans.checkpoints import fold, load, save
+from tests.plans.engines import Run, start
+from tests.plans.model import Model, loss
+from tests.plans.plan import Plan
+from tests.plans.ranks import group_of, mesh_of
+from tests.plans.records import Step, Told, digests, local_states, named, part_of, parts_of, same, shared_states
+from tests.plans.traffic import counted
+from thinwire import ThinwireError
+
+
+def run(rank: int, text: str, folder: str) -> bytes | None:
+    """Called on every rank of a world of at least the plan's size; those beyond it only take part in making groups."""
+    plan = Plan.from_json(text)
+    logging.getLogger("thinwire").setLevel(logging.ERROR)
+    if plan.engine == "fsdp2":
+        mesh_of(plan.world // plan.shards, plan.shards)
+    for size in sorted({plan.world, plan.fold or plan.world}):
+        group_of(size)
+    if rank >= plan.world:
+        return None
+    told = Told()
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            _run(plan, rank, folder, told)
+        told.warned = [str(one.message) for one in seen if "thinwire" in one.filename]
+    except BaseException:
+        told.raised = traceback.format_exc()
+    torch.save(told, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+def _run(plan: Plan, rank: int, folder: str, told: Told) -> None:
+    try:
+        run = start(plan, plan.method, seed=plan.seed)
+    except ThinwireError as error:
+        told.refused = str(error)
+        return
+    saved: list[bytes] = []
+    _whole(plan, run, rank, told, saved, folder)
+    told.sent, told.notes = run.wire.collective.sent, run.wire.ledger.notes
+    run.wire.detach()
+    told.left = [
+        {key: group[key] for key in ("momentum", "nesterov", "weight_decay") if key in group}
+        for group in run.optimizer.param_groups
+    ]
+    told.left_digests = digests(run)
+    for state in saved:
+        switched = plan.switch is not None and plan.switch < (plan.checkpoint or 0) and not told.refused_switch
+        method = plan.then if switched and plan.then is not None else plan.method
+        again = load(plan, method, state, folder)
+        for step in range(plan.checkpoint or 0, plan.steps):
+            _switch(plan, again, step, Told())
+            _exchange(plan, again, rank, step)
+            again.optimizer.step()
+        told.resumed = parts_of(again.inner)
+        again.wire.detach()
+        if plan.fold is not None:
+            fold(plan, method, rank, state, folder, told)
+
+
+def _whole(plan: Plan, run: Run, rank: int, told: Told, saved: list[bytes], folder: str) -> None:
+    """The uninterrupted run."""
+    twin = Model(plan, plan.seed)
+    for step in range(plan.steps):
+        _switch(plan, run, step, told)
+        one = _before(plan, run, rank, step, twin)
+        with counted(
+            mesh_of(plan.world // plan.shards, plan.shards)["replicate"].get_group()
+            if plan.engine == "fsdp2"
+            else group_of(plan.world)
+        ) as sent:
+            _exchange(plan, run, rank, step)
+        one.counted = sent[0]
+        _received(run, one)
+        run.optimizer.step()
+        _after(run, one)
+        told.steps.append(one)
+        if step + 1 == plan.checkpoint:
+            saved.append(save(plan, run, folder))
+            told.saved, told.saved_shared = local_states(run), shared_states(run)
+
+
+def _exchange(plan: Plan, run: Run, rank: int, step: int) -> None:
+    run.optimizer.zero_grad()
+    for part in range(plan.accumulate):
+        with contextlib.nullcontext() if part == plan.accumulate - 1 else run.quiet():
+            loss(plan, run.model, rank, step, part).backward()
+
+
+def _switch(plan: Plan, run: Run, step: int, told: Told) -> None:
+    if step != plan.switch or plan.then is None:
+        return
+    before = local_states(run)
+    try:
+        run.wire.set_method(methods.build(plan.then))
+    except ThinwireError as error:
+        told.refused_switch = str(error)
+        told.changed_by_refusal = not same(before, local_states(run))
+
+
+def _before(plan: Plan, run: Run, rank: int, step: int, twin: Model) -> Step:
+    with torch.no_grad():
+        for mine, theirs in zip(twin.parameters(), run.inner.parameters(), strict=True):
+            mine.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
+    twin.zero_grad()
+    for part in range(plan.accumulate):
+        loss(plan, twin, rank, step, part).backward()
+    asked = {name: part_of(param.grad) for name, param in named(twin).items()}
+    return Step(asked, local_states(run), shared_states(run), parts_of(run.inner))
+
+
+def _received(run: Run, one: Step) -> None:
+    wire = run.wire
+    one.received = {name: part_of(param.grad) for name, param in named(run.inner).items()}
+    one.row, one.clip, one.skipped = wire.row, wire.method.clip, wire.transaction.failed
+    one.units = {u.name: (u.memory, u.method_compressor, u.compressor, u.gathered) for u in wire.units}
+
+
+def _after(run: Run, one: Step) -> None:
+    one.after, one.shared_after = local_states(run), shared_states(run)
+    one.params_after = parts_of(run.inner)
+    one.digests = digests(run)

@@ -1,0 +1,36 @@
+"""What is really handed to torch.distributed, counted apart from thinwire's own count."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from thinwire.exchange import collectives
+from thinwire.link import Kind, wire_bytes
+
+
+@contextlib.contextmanager
+def counted(group: dist.ProcessGroup | None) -> Iterator[list[float]]:
+    """The bytes that this rank sends to a group meanwhile, in a list of one."""
+    total, kept = [0.0], {name: getattr(dist, name) for name in ("all_reduce", "all_to_all_single", "broadcast")}
+    gather = collectives._all_gather
+
+    def watching(call: Any, kind: Kind, which: int) -> Any:
+        def made(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("group") is group:
+                total[0] += wire_bytes(kind, args[which].nbytes, dist.get_world_size(group))
+            return call(*args, **kwargs)
+
+        return made
+
+    dist.all_reduce = watching(kept["all_reduce"], "all_reduce", 0)
+    dist.all_to_all_single = watching(kept["all_to_all_single"], "all_to_all", 1)
+    dist.broadcast = watching(kept["broadcast"], "broadcast", 0)
+    collectives._all_gather = watching(gather, "all_gather", 1)
+    try:
+        yield total
+    finally:
+        collectives._all_gather = gather
+        for name, call in kept.items():
+            setattr(dist, name, call)
