@@ -20,6 +20,8 @@ def save(plan: Plan, run: Run, folder: str) -> bytes:
         dcp.save({"wire": run.wire}, checkpoint_id=folder, process_group=group_of(plan.world))
     else:
         state["wire"] = run.wire.state_dict()
+    if run.scaler is not None:
+        state["scaler"] = run.scaler.state_dict()
     torch.save(state, buffer := io.BytesIO())
     return buffer.getvalue()
 
@@ -28,21 +30,30 @@ def _read(plan: Plan, saved: bytes) -> dict[str, Any]:
     return torch.load(io.BytesIO(saved), weights_only=plan.engine != "fsdp2")  # DTensors of a model need more
 
 
-def load(plan: Plan, method: Spec, saved: bytes, folder: str) -> Run:
-    """Another model, of other weights, that goes on where the first was."""
+def _trained(state: dict[str, Any], model: Any, optimizer: Any) -> None:
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+
+
+def restore(plan: Plan, run: Run, saved: bytes, folder: str, trained: bool = True) -> None:
+    """Load into an attached run."""
     state = _read(plan, saved)
-
-    def restore(model: Any, optimizer: Any) -> None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-
-    run = start(plan, method, plan.seed + 1, load=restore if plan.order == "before" else None)
-    if plan.order == "after":
-        restore(run.inner, run.optimizer)
+    if trained:
+        _trained(state, run.inner, run.optimizer)
+    if run.scaler is not None:
+        run.scaler.load_state_dict(state["scaler"])
     if plan.saved == "folder":
         run.wire.load(folder)
     else:
         run.wire.load_state_dict(state["wire"])
+
+
+def load(plan: Plan, method: Spec, saved: bytes, folder: str) -> Run:
+    """Another model, of other weights, that goes on where the first was."""
+    before = plan.order == "before"
+    state = _read(plan, saved)
+    run = start(plan, method, plan.seed + 1, load=lambda *both: _trained(state, *both) if before else None)
+    restore(plan, run, saved, folder, trained=not before)
     return run
 
 
@@ -53,10 +64,8 @@ def fold(plan: Plan, method: Spec, rank: int, saved: bytes, folder: str, told: T
     dist.all_gather_object(every, saved, group=group_of(plan.world))
     if rank >= world:
         return
-    state = _read(plan, saved)
     run = start(plan, method, plan.seed + 2, world)
-    run.inner.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
+    _trained(_read(plan, saved), run.inner, run.optimizer)
     if plan.saved == "folder":
         run.wire.load(folder, on_world_change="fold")
     else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -27,44 +28,66 @@ class Run:
     model: nn.Module
     inner: Model
     optimizer: torch.optim.Optimizer
-    wire: thinwire.Session
-    quiet: Callable[[], AbstractContextManager[Any]]
-    """Backward passes inside it add up, and send nothing."""
+    scaler: Any
+    options: Spec
+    """Of attach."""
+    wire: Any = None
+
+    def attach(self, method: Spec) -> None:
+        made = methods.build(method)
+        self.wire = thinwire.attach(self.model, made, optimizer=self.optimizer, **self.options)
+
+    def quiet(self) -> AbstractContextManager[Any]:
+        """Backward passes inside it add up, and send nothing."""
+        if isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return self.wire.no_sync() if "process_group" in self.options else _unsynchronised(self.model)
+
+    def step(self) -> None:
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
 
 
 def start(
     plan: Plan, method: Spec, seed: int, world: int | None = None, load: Callable[[Any, Any], None] | None = None
 ) -> Run:
-    """Build, wrap and attach; ``load`` is called before attach, with the model and the optimizer.
+    """Build, wrap and attach.
 
     Args:
         world: another number of ranks than the plan's.
+        load: called before attach, with the model and the optimizer.
     """
     inner = Model(plan, seed)
-    group = group_of(world or plan.world)
-    made = methods.build(method)
     options: Spec = {"kernels": plan.kernels, "link": plan.link, "seed": plan.seed, "timeout": TIMEOUT}
     options |= plan.options or {}
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2) if plan.scaler else None
+    if scaler is not None:
+        options["scaler"] = scaler
     if plan.nodes and world is None:
         options["nodes"] = plan.nodes
-    model: nn.Module = inner
     if plan.engine == "fsdp2":
         _shard(plan, inner, options)
     optimizer = optimizer_of(plan, inner)
     if load is not None:
         load(inner, optimizer)
-    quiet: Callable[[], AbstractContextManager[Any]]
+    model: nn.Module = inner
     if plan.engine == "ddp":
-        model = DistributedDataParallel(inner, process_group=group, **(plan.wrap or {}))
-        quiet = model.no_sync
+        model = DistributedDataParallel(inner, process_group=group_of(world or plan.world), **(plan.wrap or {}))
     elif plan.engine == "bare":
-        options["process_group"] = group
-    wire = thinwire.attach(model, made, optimizer=optimizer, **options)
-    if plan.engine == "bare":
-        quiet = wire.no_sync
-    elif plan.engine == "fsdp2":
-        quiet = lambda: _unsynchronised(inner)  # noqa: E731
-    return Run(model, inner, optimizer, wire, quiet)
+        options["process_group"] = group_of(world or plan.world)
+    run = Run(model, inner, optimizer, scaler, options)
+    run.attach(method)
+    return run
+
+
+def replicas(plan: Plan) -> dist.ProcessGroup | None:
+    """The ranks that exchange what thinwire sends."""
+    if plan.engine == "fsdp2":
+        return mesh_of(plan.world // plan.shards, plan.shards)["replicate"].get_group()
+    return group_of(plan.world)
 
 
 def _shard(plan: Plan, inner: Model, options: Spec) -> None:

@@ -1,13 +1,11 @@
 """Worlds of processes that plans are sent to, and what becomes of a plan."""
 
-import io
 import shutil
 import tempfile
 
-import torch
-
 from tests.plans import laws
 from tests.plans.outcome import Outcome
+from tests.plans.packing import unpack
 from tests.plans.plan import Plan
 from tests.plans.records import Told
 from tests.plans.running import run
@@ -33,7 +31,7 @@ class Fleet:
             return Outcome(plan, [f"no hang, no death: {error}"])
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        told: list[Told] = [torch.load(io.BytesIO(one), weights_only=False) for one in answers[: plan.world]]
+        told: list[Told] = [unpack(one) for one in answers[: plan.world]]
         if any(one.raised for one in told):
             world.stop()  # the ranks may have parted
         return laws.judge(plan, told)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from tests.plans import methods
+from tests.plans.ambient import KINDS
 from tests.plans.draws import Draw
 from tests.plans.plan import Layer, Plan, Spec
 
@@ -26,6 +27,7 @@ def draw(seed: int) -> Plan:
     )  # fmt: skip
     plan = replace(plan, **_engine(d, plan), **_later(d, plan, partner, kind))
     plain = all(layer.dtype == "float32" for layer in layers)
+    plan = replace(plan, **_manners(d, plan, plain))
     return replace(plan, kernels="cpu" if world == 2 and plain and d.chance(0.5) else "reference")
 
 
@@ -38,6 +40,8 @@ def _engine(d: Draw, plan: Plan) -> Spec:
             )
             if unused or d.chance(0.2):
                 wrap["find_unused_parameters"] = True
+            elif plan.accumulate == 1 and d.chance(0.1):
+                wrap["static_graph"] = True
             return {"wrap": wrap, "nodes": 2 if plan.world == 4 and d.chance(0.2) else None}
         case "bare":
             sparse = plan.optimizer["kind"] == "SGD" and d.chance(0.3)
@@ -50,6 +54,25 @@ def _engine(d: Draw, plan: Plan) -> Spec:
                 coder = {"kind": "quantize", "bits": 8, "bucket": 64}
                 options = d.maybe(0.25, reduce_scatter=({**coder, "rounding": "stochastic"},), all_gather=(coder,))
             return {"shards": shards, "options": options}
+
+
+def _manners(d: Draw, plan: Plan, plain: bool) -> Spec:
+    """What a loop does besides."""
+    scaled = plan.engine != "fsdp2" and not any(one.dtype == "float16" or one.sparse for one in plan.layers)
+    kinds = [kind for kind in KINDS if kind != "autocast" or plain]
+    manners: Spec = {
+        "zeros": d.chance(0.15),
+        "looks": d.chance(0.2),
+        "scale": d.one(1e4, 1e-4) if d.chance(0.1) else 1.0,
+        "scaler": scaled and d.chance(0.1),
+        "ambient": d.one(*kinds) if d.chance(0.15) else "",
+        "change": d.one("set_method", "set_method", "reattach"),
+    }
+    if not manners["zeros"] and not manners["scaler"] and plan.bad is None and d.chance(0.1):
+        manners["left_out"] = d.between(0, plan.steps - 1)
+    if plan.checkpoint is not None and plan.switch is None and d.chance(0.25):
+        manners["order"] = "rollback"
+    return manners
 
 
 def _later(d: Draw, plan: Plan, partner: str | None, kind: str) -> Spec:
@@ -84,6 +107,8 @@ def _optimizer(d: Draw, kind: str) -> Spec:
             options = {"lr": 0.01, "eps": 1e-4, "weight_decay": decay, "freeze_step": d.one(1, 2, "auto")}
         case _:
             options = {"lr": 0.01, "weight_decay": decay, "eps": 1e-4}
+    if kind in ("SGD", "Adam", "AdamW") and d.chance(0.15):
+        options |= {d.one("foreach", "fused"): True}
     return {"kind": kind, "options": options, "groups": d.one(1, 1, 2)}
 
 
@@ -99,7 +124,20 @@ def _layers(d: Draw) -> tuple[Layer, ...]:
 
 
 def _odd(d: Draw) -> Layer:
-    kind = d.one("linear", "tied", "conv2d", "conv3d", "embedding", "norm", "scalar", "empty", "one", "turned", "large")
+    kind = d.one(
+        "linear",
+        "tied",
+        "conv2d",
+        "conv3d",
+        "embedding",
+        "norm",
+        "batchnorm",
+        "scalar",
+        "empty",
+        "one",
+        "turned",
+        "large",
+    )
     sizes = {
         "linear": (d.one(1, 3, 17), d.one(1, 5)),
         "tied": (d.one(5, 16),),
@@ -107,6 +145,7 @@ def _odd(d: Draw) -> Layer:
         "conv3d": (d.one(1, 2), 4, 2),
         "embedding": (d.one(7, 50), d.one(1, 8)),
         "norm": (d.one(3, 10),),
+        "batchnorm": (d.one(3, 10),),
         "scalar": (),
         "empty": d.one((0,), (0, 3), (4, 0), (2, 0, 3)),
         "one": d.one((1,), (1, 1)),

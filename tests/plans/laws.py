@@ -62,7 +62,7 @@ def conserved(plan: Plan, told: list[Told]) -> Found:
         return
     for number in range(plan.steps):
         steps = [one.steps[number] for one in told]
-        if steps[0].skipped:
+        if steps[0].skipped or steps[0].left_out:
             continue
         workers = workers_of(plan, steps)
         clip(workers, steps[0].clip)
@@ -76,11 +76,15 @@ def void(plan: Plan, told: list[Told]) -> Found:
     """A step that is skipped has changed nothing."""
     for rank, one in enumerate(told):
         for number, step in enumerate(one.steps):
-            if step.skipped:
+            if step.skipped or step.left_out:
                 moved = [n for n, x in step.params.items() if not _equal(x, step.params_after[n])]
                 moved += [n for n in step.before if not _same(step.before[n], step.after[n])]
                 moved += [n for n in step.shared_before if not _same(step.shared_before[n], step.shared_after[n])]
                 yield f"step {number} was skipped, and rank {rank} has changed {moved[0]}" if moved else ""
+    for number in range(plan.steps):
+        steps = [one.steps[number] for one in told]
+        finite = all(bool(g.isfinite().all()) for step in steps for g in step.asked.values() if g is not None)
+        yield f"step {number} was skipped, and all gradients are finite" if steps[0].skipped and finite else ""
 
 
 def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

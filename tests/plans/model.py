@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import thinwire
+from tests.plans.ambient import ambient
 from tests.plans.plan import Layer, Plan
 
 WIDTH = 12
@@ -48,6 +49,8 @@ def module_of(layer: Layer) -> nn.Module:
         module = nn.Embedding(*sizes, sparse=layer.sparse)
     elif kind == "norm":
         module = nn.LayerNorm(*sizes)
+    elif kind == "batchnorm":
+        module = nn.BatchNorm1d(*sizes)
     else:
         module = Bare(sizes, kind == "turned")
     module = module.to(getattr(torch, layer.dtype))
@@ -73,7 +76,7 @@ def inputs(layer: Layer, x: Tensor) -> Tensor:
         return shaped(2, layer.sizes[0], 5, 4)
     if layer.kind == "conv3d":
         return shaped(2, layer.sizes[0], 3, 4, 3)
-    if layer.kind in ("linear", "large", "tied", "norm"):
+    if layer.kind in ("linear", "large", "tied", "norm", "batchnorm"):
         return shaped(4, layer.sizes[0])
     return x.to(dtype)
 
@@ -98,7 +101,8 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.plan = plan
-        self.layers = nn.ModuleList(module_of(layer) for layer in plan.layers)
+        with ambient("float32"):  # so that all models of a plan begin alike
+            self.layers = nn.ModuleList(module_of(layer) for layer in plan.layers)
 
     def forward(self, x: Tensor, worker: int, step: int, part: int) -> Tensor:
         """The loss of one micro-batch."""
@@ -117,12 +121,12 @@ class Model(nn.Module):
 
 def batch(plan: Plan, rank: int, step: int, part: int) -> Tensor:
     generator = torch.Generator().manual_seed(((plan.seed * 101 + step) * 7 + part) * 11 + rank)
-    return torch.randn(4, WIDTH, generator=generator)
+    return torch.randn(4, WIDTH, generator=generator, dtype=torch.float32)
 
 
 def loss(plan: Plan, model: nn.Module, rank: int, step: int, part: int) -> Tensor:
     """A share of the step's loss; infinite where the plan says so."""
-    value = model(batch(plan, rank, step, part), plan.worker_of(rank), step, part) / plan.accumulate
+    value = model(batch(plan, rank, step, part), plan.worker_of(rank), step, part) * (plan.scale / plan.accumulate)
     return value * torch.inf if plan.bad == (step, rank) and part == 0 else value
 
 

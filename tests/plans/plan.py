@@ -41,16 +41,27 @@ class Plan:
     wrap: Spec | None = None
     """Options of DDP."""
     options: Spec | None = None
-    """Further options of attach: sparse_gradients, reduce_scatter, all_gather, scaler."""
+    """Further options of attach: sparse_gradients, reduce_scatter, all_gather."""
     bad: tuple[int, int] | None = None
     """At which step a gradient is not finite, and on which rank."""
+    left_out: int | None = None
+    """At which step no rank calls the optimizer."""
+    zeros: bool = False
+    """Whether gradients are set to zero instead of None."""
+    looks: bool = False
+    """Whether the model is also called without gradients before each step."""
+    scale: float = 1.0
+    """Of the loss."""
+    scaler: bool = False
+    ambient: str = ""
     switch: int | None = None
     """Before which step the method changes to ``then``."""
     then: Spec | None = None
+    change: str = "set_method"  # or detach, and attach again
     checkpoint: int | None = None
     """After how many steps a checkpoint is taken, from which a second run goes on."""
     saved: str = "files"  # files: torch.save a rank; folder: torch.distributed.checkpoint
-    order: str = "after"  # whether model and optimizer are loaded after attach, or before
+    order: str = "after"  # model and optimizer are loaded after attach or before, or all into the running session
     fold: int | None = None
     """Another world size that the checkpoint is loaded at too."""
 

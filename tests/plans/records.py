@@ -35,6 +35,10 @@ class Step:
     counted: float = 0.0
     """Bytes that were handed to the collectives of the replicas."""
     skipped: bool = False
+    left_out: bool = False
+    """No rank called the optimizer."""
+    scale: float = 1.0
+    """Of the loss."""
 
 
 @dataclass
@@ -48,11 +52,9 @@ class Told:
     raised: str = ""
     warned: list[str] = field(default_factory=list)
     saved: States = field(default_factory=dict)
-    saved_shared: States = field(default_factory=dict)
     resumed: dict[str, Tensor | None] | None = None
     folded: tuple[States, States] | None = None
     folded_digests: dict[str, str] = field(default_factory=dict)
-    sent: float = 0.0
     left: list[dict[str, Any]] = field(default_factory=list)
     left_digests: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -1,7 +1,6 @@
 """What one rank does of a plan: it trains, writes down what the laws need, and goes on from a checkpoint once more."""
 
 import contextlib
-import io
 import logging
 import traceback
 import warnings
@@ -10,9 +9,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.plans import methods
-from tests.plans.checkpoints import fold, load, save
-from tests.plans.engines import Run, start
+from tests.plans.ambient import ambient
+from tests.plans.checkpoints import fold, load, restore, save
+from tests.plans.engines import Run, replicas, start
 from tests.plans.model import Model, loss
+from tests.plans.packing import pack
 from tests.plans.plan import Plan
 from tests.plans.ranks import group_of, mesh_of
 from tests.plans.records import Step, Told, digests, local_states, named, part_of, parts_of, same, shared_states
@@ -38,37 +39,47 @@ def run(rank: int, text: str, folder: str) -> bytes | None:
         told.warned = [str(one.message) for one in seen if "thinwire" in one.filename]
     except BaseException:
         told.raised = traceback.format_exc()
-    torch.save(told, buffer := io.BytesIO())
-    return buffer.getvalue()
+    return pack(told)
 
 
 def _run(plan: Plan, rank: int, folder: str, told: Told) -> None:
     try:
-        run = start(plan, plan.method, seed=plan.seed)
+        with ambient(plan.ambient):
+            run = start(plan, plan.method, seed=plan.seed)
     except ThinwireError as error:
         told.refused = str(error)
         return
     saved: list[bytes] = []
     _whole(plan, run, rank, told, saved, folder)
-    told.sent, told.notes = run.wire.collective.sent, run.wire.ledger.notes
+    told.notes = run.wire.ledger.notes
+    if saved and plan.order == "rollback":
+        restore(plan, run, saved[0], folder)
+        _rest(plan, run, rank, told)
     run.wire.detach()
-    told.left = [
-        {key: group[key] for key in ("momentum", "nesterov", "weight_decay") if key in group}
-        for group in run.optimizer.param_groups
-    ]
+    kept = ("momentum", "nesterov", "weight_decay")
+    told.left = [{key: group[key] for key in kept if key in group} for group in run.optimizer.param_groups]
     told.left_digests = digests(run)
-    for state in saved:
-        switched = plan.switch is not None and plan.switch < (plan.checkpoint or 0) and not told.refused_switch
-        method = plan.then if switched and plan.then is not None else plan.method
-        again = load(plan, method, state, folder)
-        for step in range(plan.checkpoint or 0, plan.steps):
-            _switch(plan, again, step, Told())
-            _exchange(plan, again, rank, step)
-            again.optimizer.step()
-        told.resumed = parts_of(again.inner)
+    if not saved:
+        return
+    switched = plan.switch is not None and plan.switch < (plan.checkpoint or 0) and not told.refused_switch
+    method = plan.then if switched and plan.then is not None else plan.method
+    if plan.order != "rollback":
+        again = load(plan, method, saved[0], folder)
+        _rest(plan, again, rank, told)
         again.wire.detach()
-        if plan.fold is not None:
-            fold(plan, method, rank, state, folder, told)
+    if plan.fold is not None:
+        fold(plan, method, rank, saved[0], folder, told)
+
+
+def _rest(plan: Plan, run: Run, rank: int, told: Told) -> None:
+    """From the checkpoint to the end, once more."""
+    for step in range(plan.checkpoint or 0, plan.steps):
+        _switch(plan, run, step, Told())
+        with ambient(plan.ambient):
+            _exchange(plan, run, rank, step)
+            if step != plan.left_out:
+                run.step()
+    told.resumed = parts_of(run.inner)
 
 
 def _whole(plan: Plan, run: Run, rank: int, told: Told, saved: list[bytes], folder: str) -> None:
@@ -76,28 +87,31 @@ def _whole(plan: Plan, run: Run, rank: int, told: Told, saved: list[bytes], fold
     twin = Model(plan, plan.seed)
     for step in range(plan.steps):
         _switch(plan, run, step, told)
-        one = _before(plan, run, rank, step, twin)
-        with counted(
-            mesh_of(plan.world // plan.shards, plan.shards)["replicate"].get_group()
-            if plan.engine == "fsdp2"
-            else group_of(plan.world)
-        ) as sent:
-            _exchange(plan, run, rank, step)
-        one.counted = sent[0]
-        _received(run, one)
-        run.optimizer.step()
+        with ambient(plan.ambient):
+            one = _before(plan, run, rank, step, twin)
+            with counted(replicas(plan)) as sent:
+                _exchange(plan, run, rank, step)
+            one.counted = sent[0]
+            _received(run, one)
+            if step != plan.left_out:
+                run.step()
         _after(run, one)
+        one.left_out = step == plan.left_out
         told.steps.append(one)
         if step + 1 == plan.checkpoint:
             saved.append(save(plan, run, folder))
-            told.saved, told.saved_shared = local_states(run), shared_states(run)
+            told.saved = local_states(run)
 
 
 def _exchange(plan: Plan, run: Run, rank: int, step: int) -> None:
-    run.optimizer.zero_grad()
+    run.optimizer.zero_grad(set_to_none=not plan.zeros)
+    if plan.looks:
+        with torch.no_grad():
+            loss(plan, run.model, rank, step, 0)
     for part in range(plan.accumulate):
         with contextlib.nullcontext() if part == plan.accumulate - 1 else run.quiet():
-            loss(plan, run.model, rank, step, part).backward()
+            value = loss(plan, run.model, rank, step, part)
+            (value if run.scaler is None else run.scaler.scale(value)).backward()
 
 
 def _switch(plan: Plan, run: Run, step: int, told: Told) -> None:
@@ -105,10 +119,18 @@ def _switch(plan: Plan, run: Run, step: int, told: Told) -> None:
         return
     before = local_states(run)
     try:
-        run.wire.set_method(methods.build(plan.then))
+        if plan.change == "set_method":
+            run.wire.set_method(methods.build(plan.then))
+            return
+        run.wire.detach()
+        try:
+            run.attach(plan.then)
+        except ThinwireError:
+            run.attach(plan.method)
+            raise
     except ThinwireError as error:
         told.refused_switch = str(error)
-        told.changed_by_refusal = not same(before, local_states(run))
+        told.changed_by_refusal = plan.change == "set_method" and not same(before, local_states(run))
 
 
 def _before(plan: Plan, run: Run, rank: int, step: int, twin: Model) -> Step:
@@ -127,6 +149,7 @@ def _received(run: Run, one: Step) -> None:
     one.received = {name: part_of(param.grad) for name, param in named(run.inner).items()}
     one.row, one.clip, one.skipped = wire.row, wire.method.clip, wire.transaction.failed
     one.units = {u.name: (u.memory, u.method_compressor, u.compressor, u.gathered) for u in wire.units}
+    one.scale = run.scaler.get_scale() if run.scaler is not None else 1.0
 
 
 def _after(run: Run, one: Step) -> None:

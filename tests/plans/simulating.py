@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from tests.plans import methods
+from tests.plans.ambient import ambient
 from tests.plans.model import Model, loss, optimizer_of
-from tests.plans.plan import Plan
+from tests.plans.plan import Plan, Spec
 from tests.plans.records import Step, parts_of
 from thinwire.sim.workers import SimulatedWorkers
 from thinwire.units import DENSE
@@ -21,6 +22,12 @@ def expressible(plan: Plan, refused_switch: bool) -> bool:
     if plan.nodes or plan.shards > 1 or any(layer.sparse for layer in plan.layers):
         return False
     if plan.options and ({"reduce_scatter", "all_gather"} & plan.options.keys()):
+        return False
+    if (
+        plan.scaler
+        or plan.left_out is not None
+        or (plan.zeros and any(layer.used != "always" for layer in plan.layers))
+    ):
         return False
     if "auto" in routes and plan.link != ASSUMED:  # chosen by a link that is measured
         return False
@@ -43,7 +50,7 @@ def simulated(plan: Plan, refused_switch: bool) -> list[dict[str, Tensor | None]
     """The parameters after each step."""
     model = Model(plan, plan.seed)
     optimizer = optimizer_of(plan, model)
-    sim = SimulatedWorkers(model, methods.build(plan.method), optimizer, plan.workers, plan.seed, "reference")
+    sim = _workers(plan, plan.method, model, optimizer)
     found: list[dict[str, Tensor | None]] = []
 
     def of(rank: int, step: int) -> Tensor:
@@ -53,11 +60,20 @@ def simulated(plan: Plan, refused_switch: bool) -> list[dict[str, Tensor | None]
 
     for step in range(plan.steps):
         if step == plan.switch and plan.then is not None and not refused_switch:
-            sim.session.set_method(methods.build(plan.then))
-        sim.step(lambda rank, step=step: of(rank, step))
+            if plan.change == "set_method":
+                sim.session.set_method(methods.build(plan.then))
+            else:
+                sim.session.detach()
+                sim = _workers(plan, plan.then, model, optimizer)
+        with ambient(plan.ambient if plan.ambient == "autocast" else ""):  # gradients differ under it, nothing else may
+            sim.step(lambda rank, step=step: of(rank, step))
         found.append(parts_of(model))
     sim.session.detach()
     return found
+
+
+def _workers(plan: Plan, method: Spec, model: Model, optimizer: torch.optim.Optimizer) -> SimulatedWorkers:
+    return SimulatedWorkers(model, methods.build(method), optimizer, plan.workers, plan.seed, "reference")
 
 
 def summed(steps: list[Step]) -> bool:

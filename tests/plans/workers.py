@@ -49,10 +49,14 @@ def _worker(plan: Plan, ranks: list[Step]) -> Worker:
         states([one.after for one in parts]),
         states([one.shared_before for one in parts]),
         states([one.shared_after for one in parts]),
-        {name: whole([one.received[name] for one in parts]) for name in ranks[0].received},
+        {name: _over(whole([one.received[name] for one in parts]), ranks[0].scale) for name in ranks[0].received},
         {name: whole([one.params[name] for one in parts]) for name in ranks[0].params},
         {name: x.dtype for name, x in ranks[0].params.items() if x is not None},
     )
+
+
+def _over(x: Tensor | None, scale: float) -> Tensor | None:
+    return None if x is None else x / scale
 
 
 def _mean(found: list[Tensor | None]) -> Tensor | None:
