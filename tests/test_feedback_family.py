@@ -358,6 +358,24 @@ def test_a_residual_that_meets_differences_is_delivered_once():
     assert_mirrored(sim)
 
 
+@pytest.mark.parametrize(
+    "before",
+    [ef14(0.1), ef14(thinwire.Sign()), thinwire.powersgd(1, min_compression_rate=0)],
+    ids=["topk", "sign", "powersgd"],
+)
+def test_a_residual_that_meets_voters_counts_once(before):
+    param, sim = start(before)
+    advance(param, sim, 5)
+    assert all(state["residual"].abs().max() > 0 for state in states_of(sim)[0])
+    sim.session.set_method(thinwire.signsgd(0.5))
+    now = param.detach().clone()
+    advance(param, sim, 1)
+    targets = torch.randn(4, *param.shape, generator=torch.Generator().manual_seed(2))
+    for state, target in zip(states_of(sim)[0], targets, strict=True):
+        assert set(state) == {"momentum"}
+        torch.testing.assert_close(state["momentum"], 0.5 * (now - target))
+
+
 def test_ranks_that_change_method_together_deliver_the_residual(world2):
     for kept, left in world2.run(_switch):
         assert kept

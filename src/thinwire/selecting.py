@@ -103,7 +103,8 @@ def ask(
     else:
         x = unit.memory.compensate(piece.of(grad), piece.of(unit.own), known | now, new, 1.0 / loss_scale, ctx)
         if (carried := now.get("carried")) is not None:  # the residual that an earlier method left
-            x.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
+            # not in place: what is asked may be a momentum itself, in which it would go on counting
+            x = torch.add(x, carried, alpha=1.0 if unit.memory.stateful else loss_scale).to(x.dtype)
         payload = unit.compressor.compress(x, known, ctx)
         own = unit.compressor.decompress(payload, x, known, ctx)
     return x, payload, own

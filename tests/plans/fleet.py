@@ -8,7 +8,7 @@ from tests.plans.outcome import Outcome
 from tests.plans.packing import unpack
 from tests.plans.plan import Plan
 from tests.plans.records import Told
-from tests.plans.running import run
+from tests.plans.running import ready, run
 from tests.world import World
 
 HOSTS = {2: 2, 3: 5, 4: 4, 5: 5}
@@ -25,6 +25,8 @@ class Fleet:
         if size not in self.worlds:
             self.worlds[size] = World(size)
         world, folder = self.worlds[size], tempfile.mkdtemp()
+        if not world.processes:  # to start them takes long where much else is running
+            world.run(ready, timeout=10 * PATIENCE)
         try:
             answers = world.run(run, plan.to_json(), folder, timeout=PATIENCE)
         except (TimeoutError, AssertionError) as error:
@@ -36,6 +38,8 @@ class Fleet:
             world.stop()  # the ranks may have parted
         return laws.judge(plan, told)
 
-    def stop(self) -> None:
+    def stop(self, *but: World) -> None:
+        """End the processes, but those of worlds that others use too."""
         for world in self.worlds.values():
-            world.stop()
+            if world not in but:
+                world.stop()

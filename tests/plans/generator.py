@@ -28,6 +28,8 @@ def draw(seed: int) -> Plan:
     plan = replace(plan, **_engine(d, plan), **_later(d, plan, partner, kind))
     plain = all(layer.dtype == "float32" for layer in layers)
     plan = replace(plan, **_manners(d, plan, plain))
+    if engine == "fsdp2":  # PyTorch has none for DTensors
+        plan.optimizer["options"].pop("fused", None)
     return replace(plan, kernels="cpu" if world == 2 and plain and d.chance(0.5) else "reference")
 
 

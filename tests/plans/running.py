@@ -21,6 +21,10 @@ from tests.plans.traffic import counted
 from thinwire import ThinwireError
 
 
+def ready(rank: int) -> None:
+    """What a rank answers once it has been started."""
+
+
 def run(rank: int, text: str, folder: str) -> bytes | None:
     """Called on every rank of a world of at least the plan's size; those beyond it only take part in making groups."""
     plan = Plan.from_json(text)
