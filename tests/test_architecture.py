@@ -7,7 +7,7 @@ import thinwire
 
 SOURCE = Path(thinwire.__file__).parent
 FLOORS = [
-    ["tensors", "_version"],
+    ["tensors", "ambient", "_version"],
     ["loops", "checks"],
     ["context"],
     ["core", "sharding"],

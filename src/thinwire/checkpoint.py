@@ -87,8 +87,8 @@ def save(
         **clock,
         "method": method,
         "plan": {unit.name: plan_of(unit, local[unit.name]) for unit in units},
-        "rank": rows(torch.tensor(float(worker.rank))),
-        **({"shard": shared(torch.tensor(float(shard)))} if shards > 1 else {}),
+        "rank": rows(torch.tensor(float(worker.rank), dtype=torch.float32, device="cpu")),
+        **({"shard": shared(torch.tensor(float(shard), dtype=torch.float32, device="cpu"))} if shards > 1 else {}),
         "local": {
             unit.name: {key: rows(t.clone(), unit.param) for key, t in local[unit.name].items()} for unit in units
         },
@@ -246,7 +246,7 @@ def read_folder(folder: str | Path, key: str) -> dict[str, Any]:
                 tensor = hasattr(entry, "size")
                 if tensor and entry.size.numel() * entry.properties.dtype.itemsize > there:
                     raise ValueError(f"{name} is said to have {entry.size.numel()} elements in {there} bytes of files")
-                wanted[name] = torch.empty(entry.size, dtype=entry.properties.dtype) if tensor else 0
+                wanted[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu") if tensor else 0
         with warnings.catch_warnings():  # it says that it reads alone, which is what we ask for
             warnings.simplefilter("ignore")
             _load(wanted, storage_reader=FileSystemReader(folder), no_dist=True)
@@ -361,8 +361,8 @@ def _rows(value: Any, what: str, shape: tuple[int, ...], rank: int, world: int) 
 
 def _check_shard(state: Mapping[str, Any], units: Sequence[Unit]) -> None:
     shard, shards = place(units[0].param)
-    saved = read_tensor(state["shard"], "shard") if "shard" in state else torch.zeros(0)
-    if saved.numel() == 1 and shards > 1 and float(saved) != shard:
+    saved = read_tensor(state["shard"], "shard") if "shard" in state else None
+    if saved is not None and saved.numel() == 1 and shards > 1 and float(saved) != shard:
         raise ThinwireError(f"this is the state of shard {float(saved):g}, and shard {shard} loads it")
 
 

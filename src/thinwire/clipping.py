@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
+from thinwire.ambient import undisturbed
 from thinwire.tensors import norm
 
 
-@torch.no_grad()
+@undisturbed
 def clip(
     grads: Sequence[Tensor], threshold: float, world: int, whole: Callable[[Tensor], Tensor] = lambda own: own
 ) -> None:

@@ -34,3 +34,6 @@ class Context:
 
 NOWHERE = Context(seed=0, step=0, unit="", rank=0)
 """For what depends on no context: shapes, mostly."""
+
+NUMBER = torch.zeros(1, dtype=torch.float32, device="meta")
+"""One number of no value, for the question whether a compressor keeps a state of vectors."""

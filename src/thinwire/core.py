@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from thinwire.checks import of_type, settle
-from thinwire.context import NOWHERE, Context
+from thinwire.context import NOWHERE, NUMBER, Context
 from thinwire.loops import Accumulation, Found, Selection
 from thinwire.tensors import Decompressed, Sparse, ThinwireError
 
@@ -194,7 +194,7 @@ class Chain(Compressor):
                 **{part: of_type(Compressor, "what stands beside >> is a compressor, as in TopK(0.01) >> Quantize(4)")},
             )
         first, then = self.first.title, self.then.title
-        if self.then.period != 1 or self.then.min_ndim or self.then.init(torch.zeros(1), NOWHERE):
+        if self.then.period != 1 or self.then.min_ndim or self.then.init(NUMBER, NOWHERE):
             raise ThinwireError(f"{then} needs matrices or keeps a state; what stands after >> codes a vector")
         if self.then.led:
             raise ThinwireError(f"{then} sends what one rank has chosen for all; it can't stand after >>, only before")

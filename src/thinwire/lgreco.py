@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 import torch
 from torch import Tensor
 
+from thinwire.ambient import undisturbed
 from thinwire.core import Compressor, Context
 from thinwire.exchange.cost import measure
 from thinwire.link import Link
@@ -249,7 +250,7 @@ def mean_row(rows: Iterable[Sequence[float]]) -> list[float]:
     return [math.fsum(column) / len(column) for column in zip(*rows, strict=True)]
 
 
-@torch.no_grad()
+@undisturbed
 def losses(x: Tensor, options: Sequence[Compressor], ctx: Context) -> list[float]:
     """``||x - C(x)||^2`` of each; a family that knows a shortcut takes it, any other is tried."""
     found: dict[int, float] = {}

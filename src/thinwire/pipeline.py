@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from thinwire.ambient import undisturbed
 from thinwire.core import Context
 from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.exchange.routes import Bucket
@@ -46,7 +47,7 @@ class Outbox:
     """The units whose gradients are zero now, so that what arrives can be added to them."""
 
 
-@torch.no_grad()
+@undisturbed
 def send(
     bucket: Bucket,
     grads: Sequence[Tensor],
@@ -58,9 +59,8 @@ def send(
 ) -> Outbox:
     """The sending half: from one rank's gradients to its messages, one for each group of the bucket.
 
-    Everything that only this rank remembers is prepared here, to be final once the optimizer has stepped. The
-    gradients may be overwritten; ``clear`` asks for zeros where they have been read for the last time, so that what
-    arrives can be added to them.
+    What this rank alone remembers is prepared here, to be final once the optimizer has stepped. Gradients may be
+    overwritten; ``clear`` asks for zeros where they have been read for the last time, so that more can be added.
     """
     messages: list[Tensor] = []
     cleared: set[int] = set()
@@ -91,7 +91,7 @@ def route(bucket: Bucket, messages: Sequence[Tensor], collective: Collective, st
     return [group.start(message, collective, step) for group, message in zip(bucket.groups, messages, strict=True)]
 
 
-@torch.no_grad()
+@undisturbed
 def relay(
     bucket: Bucket, inbox: Sequence[InFlight], worker: Worker, step: int, collective: Collective
 ) -> list[InFlight]:
@@ -102,7 +102,7 @@ def relay(
     ]
 
 
-@torch.no_grad()
+@undisturbed
 def receive(
     bucket: Bucket,
     inbox: Sequence[InFlight],
@@ -131,7 +131,7 @@ def receive(
             used, bad, clocks = head.decode(flags, len(group.units))
             verdicts.append(Verdict(tuple(bucket.units[i] for i in group.units), used, bad, clocks))
             if bad.is_cuda or bool(bad.any()):  # on CUDA nobody waits to see
-                poison = torch.zeros((), device=bad.device).masked_fill_(bad.any(), torch.nan)
+                poison = torch.zeros((), dtype=torch.float32, device=bad.device).masked_fill_(bad.any(), torch.nan)
         for i, pieces in group.by_unit.items():
             unit, out = bucket.units[i], outs[i]
             ctx = Context(seed, step, unit.name, 0, kernels)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from thinwire import checkpoint
 from thinwire._version import __version__
+from thinwire.ambient import undisturbed_methods
 from thinwire.exchange.collectives import TIMEOUT, Collective
 from thinwire.exchange.cost import measure
 from thinwire.exchange.routes import Bucket, Routing, plan_bucket
@@ -41,6 +42,7 @@ class Policy(Protocol):
         """The optimizer has stepped, on all ranks; ``session.set_method`` may be called if all of them do."""
 
 
+@undisturbed_methods
 class Session:
     """One attached model.
 
@@ -74,8 +76,7 @@ class Session:
         self.workers = list(workers or [Worker(collective.rank, seed)])
         self.ledger = Ledger(method.name, collective.world, collective.label)
         self.transaction = Transaction(optimizer, self.ledger, on_nonfinite)
-        self.step = 0
-        self.units: list[Unit] = []
+        self.step, self.units = 0, list[Unit]()
         self.scaler, self.timeout, self.policy = scaler, timeout, policy
         self.fits: Callable[[Method], None] = lambda method: None
         """Raises what keeps a method from being used with this model; the engine's."""

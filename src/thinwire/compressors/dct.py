@@ -29,8 +29,8 @@ def chunk_of(n: int, largest: int) -> int:
 @lru_cache(maxsize=64)
 def basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The orthonormal DCT-II, ``[n, n]``: row j is the j-th cosine."""
-    j, i = torch.arange(n, dtype=torch.float64).unsqueeze(1), torch.arange(n, dtype=torch.float64)
-    rows = torch.cos(math.pi / n * j * (i + 0.5)) * math.sqrt(2.0 / n)
+    i = torch.arange(n, dtype=torch.float64, device="cpu")
+    rows = torch.cos(math.pi / n * i.unsqueeze(1) * (i + 0.5)) * math.sqrt(2.0 / n)
     rows[0] /= math.sqrt(2.0)
     return rows.to(device, dtype)
 

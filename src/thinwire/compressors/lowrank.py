@@ -36,7 +36,7 @@ def orthonormalise(x: Tensor, fallback: Tensor) -> Tensor:
 
 def random_columns(rows: int, rank: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """Orthonormal columns ``[rows, rank]`` of any direction, on the CPU."""
-    drawn = torch.randn(rows, rank, generator=generator, dtype=torch.float64)
+    drawn = torch.randn(rows, rank, generator=generator, dtype=torch.float64, device="cpu")
     return orthonormalise(drawn, drawn).to(dtype)
 
 
@@ -180,7 +180,7 @@ class PowerSGD(Compressor):
         n, m = matrix.shape
         squares = matrix @ matrix.mT if n <= m else matrix.mT @ matrix
         spectrum = cast(Tensor, torch.linalg.eigvalsh(squares.double())).clamp_(min=0.0)  # ascending
-        tails = spectrum.cumsum(0)
+        tails = spectrum.cpu().cumsum(0)  # on CUDA none that is always the same
         ranks = [min(cast(PowerSGD, one).rank, n, m) for one in family]
         return [float(tails[-1 - rank]) if rank < tails.numel() else 0.0 for rank in ranks]
 

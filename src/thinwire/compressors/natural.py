@@ -51,10 +51,10 @@ class Natural(Compressor):
             exponents, signs = (x.new_empty(size, dtype=torch.uint8) for size in (n, -(-n // 8)))
             return x.new_empty(1, dtype=torch.float32), exponents, signs
         y = as_float32(flat(x))
-        finite = torch.where(y.isfinite().all(), 0.0, torch.nan).view(1)
+        finite = y.new_zeros(1).masked_fill_(y.isfinite().all().logical_not(), torch.nan)
         largest = 2.0 ** min(127, math.frexp(torch.finfo(x.dtype).max)[1] - 1)
         bits = y.clamp(-largest, largest).view(torch.int32)
-        luck = torch.randint(2**MANTISSA, (n,), dtype=torch.int32, generator=ctx.generator()).to(x.device)
+        luck = torch.randint(2**MANTISSA, (n,), dtype=torch.int32, generator=ctx.generator(), device="cpu").to(x.device)
         up = (bits & (2**MANTISSA - 1)) > luck
         exponents = ((bits >> MANTISSA) & 0xFF) + up
         return finite, exponents.to(torch.uint8), pack_bits((y < 0).to(torch.uint8))

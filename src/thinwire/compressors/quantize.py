@@ -25,7 +25,7 @@ def lost_in_rounding(levels: Tensor, *, randomly: bool) -> Tensor:
 def rounded_randomly(levels: Tensor, ctx: Context) -> Tensor:
     """Each of ``levels``, floats not below 0, to one of its two neighbours, in the mean to itself."""
     low = levels.floor()
-    luck = torch.rand(levels.shape, generator=ctx.generator()).to(levels.device)
+    luck = torch.rand(levels.shape, generator=ctx.generator(), dtype=torch.float32, device="cpu").to(levels.device)
     return low.add_(luck < levels - low)
 
 
@@ -112,7 +112,7 @@ class QSGD(Compressor):
         n = like.numel()
         rows = in_buckets(unpack_fields(packed, self.bits)[:n], self.bucket)
         s = self.levels
-        table = torch.arange(s + 1, device=packed.device) / s
+        table = torch.arange(s + 1, dtype=torch.float32, device=packed.device) / s
         shares = torch.cat([table, -table])[rows.int()]
         return Dense(shares.mul_(scales.unsqueeze(1)).view(-1)[:n])
 
@@ -214,7 +214,7 @@ class Quantize(Compressor):
         ends, packed = payload
         n, top = like.numel(), 2**self.bits - 1
         rows = in_buckets(unpack_fields(packed, self.bits)[:n], self.bucket)
-        up = (torch.arange(top + 1, device=packed.device) / top)[rows.int()]
+        up = (torch.arange(top + 1, dtype=torch.float32, device=packed.device) / top)[rows.int()]
         return Dense(((1.0 - up) * ends[:, :1] + up * ends[:, 1:]).view(-1)[:n])
 
     def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:

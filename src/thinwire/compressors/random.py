@@ -22,15 +22,15 @@ def distinct(n: int, k: int, generator: torch.Generator) -> Tensor:
     Drawn one by one, where what is drawn twice does not count; of more than n/2, those that are left out are drawn.
     """
     if k <= MASK_ABOVE * n:
-        chosen = torch.empty(0, dtype=torch.int64)
+        chosen = torch.empty(0, dtype=torch.int64, device="cpu")
         while missing := k - chosen.numel():
-            drawn = torch.randint(n, (missing,), generator=generator)
+            drawn = torch.randint(n, (missing,), generator=generator, device="cpu")
             chosen = cast(Tensor, torch.unique(torch.cat([chosen, drawn])))
         return chosen
     fewer = min(k, n - k)
-    mask = torch.zeros(n, dtype=torch.bool)
+    mask = torch.zeros(n, dtype=torch.bool, device="cpu")
     while missing := fewer - int(mask.count_nonzero()):
-        mask[torch.randint(n, (missing,), generator=generator)] = True
+        mask[torch.randint(n, (missing,), generator=generator, device="cpu")] = True
     return (mask if fewer == k else ~mask).nonzero().view(-1)
 
 
@@ -106,7 +106,7 @@ class RandK(Compressor):
             limit = torch.finfo(x.dtype).max
             values = values.mul_(n / k).clamp_(-limit, limit)
         if n:
-            values[:1].add_(torch.where(is_bad(x), torch.nan, 0.0))
+            values[:1].masked_fill_(is_bad(x), torch.nan)
         return (values,)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:

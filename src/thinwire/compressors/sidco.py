@@ -53,8 +53,8 @@ def gamma(a: Tensor, q: float) -> float:
 
 
 def _tail(shape: float) -> Callable[[float], float]:
-    alpha = torch.tensor(shape, dtype=torch.float64)
-    return lambda t: float(cast(Tensor, torch.special.gammaincc(alpha, torch.tensor(t, dtype=torch.float64))))
+    alpha = torch.tensor(shape, dtype=torch.float64, device="cpu")
+    return lambda t: float(cast(Tensor, torch.special.gammaincc(alpha, torch.full_like(alpha, t))))
 
 
 FITS: dict[str, tuple[Callable[[Tensor, float], float], Callable[[Tensor, float], float]]] = {

@@ -73,15 +73,15 @@ class Sign(Compressor):
         y = as_float32(flat(x))
         negative = y < 0
         if self.scale == "none" and not (there := y != 0).all():
-            coins = torch.randint(2, (n,), dtype=torch.uint8, generator=ctx.generator()).to(x.device)
+            coins = torch.randint(2, (n,), dtype=torch.uint8, generator=ctx.generator(), device="cpu").to(x.device)
             negative = torch.where(there, negative, coins > 0)
         return self._scales(y), pack_bits(negative.to(torch.uint8))
 
     def _scales(self, y: Tensor) -> Tensor:
         n = y.numel()
         if self.scale == "none":
-            some = torch.where(y.isfinite().all(), 1.0, torch.nan)
-            return some.masked_fill((y == 0).all(), 0.0).view(1)
+            some = y.new_ones(1).masked_fill_(y.isfinite().all().logical_not(), torch.nan)
+            return some.masked_fill_((y == 0).all(), 0.0)
         rows = in_buckets(y, self.block)
         sizes = torch.full((len(rows),), self.block, dtype=torch.float64, device=y.device)
         sizes[-1:] -= len(rows) * self.block - n

@@ -107,10 +107,11 @@ class TopK(Compressor):
         ks = [one.k(n) for one in alike]
         magnitudes = flat(x).abs()
         if 4 * (most := max((k for k in ks if k < n), default=0)) > n:  # a selection would be as dear as a sort
-            tails = torch.nn.functional.pad(magnitudes.sort().values.double().square().cumsum(0), (1, 0))
+            squares = magnitudes.sort().values.double().square().cpu()  # where a sum in order is always the same
+            tails = torch.nn.functional.pad(squares.cumsum(0), (1, 0))
             return [float(tails[n - k]) for k in ks]
         whole = float(magnitudes.double().square().sum())
-        heads = magnitudes.topk(most).values.double().square().cumsum(0)
+        heads = magnitudes.topk(most).values.double().square().cpu().cumsum(0)
         return [0.0 if k == n else max(0.0, whole - float(heads[k - 1])) for k in ks]
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:

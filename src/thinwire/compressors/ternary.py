@@ -67,7 +67,7 @@ class TernGrad(Compressor):
             rms = l2(y.view(1, -1)) / math.sqrt(n)
             scale = scale.double().minimum(self.clip * rms)
         scale = scale_of(scale)
-        luck = torch.rand(n, generator=ctx.generator()).to(x.device)
+        luck = torch.rand(n, generator=ctx.generator(), dtype=torch.float32, device="cpu").to(x.device)
         sent = luck * scale < magnitude
         return scale, pack_trits(torch.where(y < 0, 2, 1).to(torch.uint8).mul_(sent & (magnitude > 0)))
 

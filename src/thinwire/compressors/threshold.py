@@ -15,7 +15,7 @@ from thinwire.tensors import Decompressed, Sparse, flat
 
 def bounded(magnitude: Tensor, threshold: float, k: int) -> Tensor:
     """Ascending indices of ``magnitude`` ``[n]`` not below ``threshold``: of them the k largest, and at least one."""
-    chosen = at_least(magnitude, torch.tensor(threshold, dtype=torch.float64).to(magnitude))
+    chosen = at_least(magnitude, torch.tensor(threshold, dtype=torch.float64, device="cpu").to(magnitude))
     if chosen.numel() > k:
         return chosen[REFERENCE.largest(magnitude[chosen], k)]
     return chosen if chosen.numel() else REFERENCE.largest(magnitude, min(k, 1))

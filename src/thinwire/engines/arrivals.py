@@ -14,6 +14,7 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor, nn
 
+from thinwire.ambient import undisturbed
 from thinwire.engines.departures import ACCUMULATED, Departures
 from thinwire.engines.passes import Passes, in_backward
 from thinwire.exchange.routes import Routing
@@ -204,7 +205,7 @@ class Arrivals:
     def _is_there(self, bucket: Sequence[Owned]) -> bool:
         return all(id(one.param) in self.arrived for one in bucket)
 
-    @torch.no_grad()
+    @undisturbed
     def _send(self, session: Session, bucket: list[Owned]) -> None:
         found = [one.param.grad for one in bucket]
         grads = [
@@ -225,7 +226,7 @@ class Arrivals:
                 one.param.grad = None
         self.departures.send(session, planned, grads, grads[0], used)
 
-    @torch.no_grad()
+    @undisturbed
     def end(self) -> None:
         """The backward pass has ended."""
         session, now = self.session, self.passes.now

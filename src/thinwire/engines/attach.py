@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from thinwire.ambient import undisturbed
 from thinwire.core import Compressor
 from thinwire.engines.ddp import Ddp
 from thinwire.engines.fsdp2 import Fsdp2, is_fsdp1, is_fsdp2
@@ -60,6 +61,7 @@ class Engine(Protocol):
         ...
 
 
+@undisturbed
 def attach(
     model: nn.Module,
     method: Method,

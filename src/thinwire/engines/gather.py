@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from thinwire.ambient import undisturbed
 from thinwire.core import Compressor, Context
 from thinwire.exchange.collectives import ProcessGroup
 from thinwire.exchange.reduce_scatter import layout_of
@@ -40,7 +41,7 @@ class Gather:
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
-    @torch.no_grad()
+    @undisturbed
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.parallel import DistributedDataParallel
 
+from thinwire.ambient import undisturbed
 from thinwire.engines.departures import ACCUMULATED, Departures
 from thinwire.engines.names import clean
 from thinwire.exchange.collectives import Future
@@ -90,6 +91,7 @@ class Dispatcher:
         if self.used is not None:
             self.used.add(id(param))
 
+    @undisturbed
     def hook(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         if isinstance(bucket, tuple):
             raise ThinwireError(

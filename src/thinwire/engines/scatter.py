@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from thinwire.ambient import undisturbed
 from thinwire.core import Context
 from thinwire.exchange.collectives import ProcessGroup
 from thinwire.exchange.reduce_scatter import reduce_scatter
@@ -43,6 +44,7 @@ class Scatter:
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
+    @undisturbed
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> Any:

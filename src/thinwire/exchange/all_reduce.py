@@ -6,10 +6,10 @@ It is a compressed reduce-scatter, and an all-gather of the sums, which their ow
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from thinwire.ambient import undisturbed
 from thinwire.core import Compressor, Context, State
 from thinwire.exchange.collectives import InFlight
 from thinwire.exchange.reduce_scatter import Carrier, layout_of, reduce_scatter
@@ -28,7 +28,7 @@ def payload_bytes(compressor: Compressor, x: Tensor, world: int) -> int:
     return world * layout_of(compressor, -(-x.numel() // world), float_at_least_32(x.dtype)).nbytes
 
 
-@torch.no_grad()
+@undisturbed
 def all_reduce(
     x: Tensor, compressor: Compressor, carrier: Gatherer, context: Callable[[int, int], Context], timeout: float
 ) -> None:

@@ -298,7 +298,11 @@ class ProcessGroup(OneLevel):
 
     def _ask(self, rank: int) -> Any:
         try:
-            return dist.isend(torch.zeros(1, device="cpu"), dist.get_global_rank(self.group, rank), group=self.group)
+            return dist.isend(
+                torch.zeros(1, dtype=torch.float32, device="cpu"),
+                dist.get_global_rank(self.group, rank),
+                group=self.group,
+            )
         except RuntimeError:
             return None
 

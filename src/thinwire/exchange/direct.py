@@ -126,7 +126,7 @@ class Direct:
         other = (self._rank + 1) % self._world
         for i in range(len(os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))):  # tags take interfaces in turn
             with contextlib.suppress(RuntimeError):
-                nothing = torch.empty(1, device="cpu")
+                nothing = torch.empty(1, dtype=torch.float32, device="cpu")
                 work: Any = dist.irecv(nothing, group=self._group, tag=NOBODY + i, group_src=other)
                 work.wait(timedelta(milliseconds=1))
 

@@ -59,7 +59,8 @@ class Mesh:
         self.label = f"{replicas.label}, {self.world} replicas of {shards.world} shards"
         column = dist.get_process_group_ranks(group) if group is not None else [dist.get_rank()]
         columns = [json.loads(said) for said in shards.exchange_text(json.dumps(column))]
-        ranks = torch.tensor(columns).t() if len({len(c) for c in columns}) == 1 else torch.empty(0)
+        whole = len({len(c) for c in columns}) == 1
+        ranks = torch.tensor(columns if whole else [], dtype=torch.int64, device="cpu").t()
         if ranks.unique().numel() != self.everyone.world:
             raise ThinwireError(
                 f"replicas are on ranks {columns}, one list for each shard, which do not make a mesh: replicate= and "
@@ -101,7 +102,9 @@ class Mesh:
 
     def any_replica(self, flag: bool, timeout: float) -> bool:
         """Whether it is so on any replica of this shard; waits."""
-        flight = self.replicas.all_reduce(torch.tensor([float(flag)], device=self.device)).last(timeout)
+        flight = self.replicas.all_reduce(torch.tensor([float(flag)], dtype=torch.float32, device=self.device)).last(
+            timeout
+        )
         flight.wait(timeout)
         flight.future.wait()
         return bool(flight.answer())

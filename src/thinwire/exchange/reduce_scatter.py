@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from thinwire.core import NOWHERE, Compressor, Context, Memory, State
+from thinwire.ambient import undisturbed
+from thinwire.core import NOWHERE, NUMBER, Compressor, Context, Memory, State
 from thinwire.exchange.collectives import InFlight
 from thinwire.tensors import ThinwireError, float_at_least_32
 from thinwire.units import payload_like
@@ -34,7 +35,7 @@ def layout_of(compressor: Compressor, numel: int, dtype: torch.dtype) -> Layout:
     return Layout([payload_like(compressor, torch.empty(numel, dtype=dtype, device="meta"))])
 
 
-@torch.no_grad()
+@undisturbed
 def reduce_scatter(
     rows: Tensor,
     out: Tensor,
@@ -81,7 +82,7 @@ def reduce_scatter(
 
 def check_flat(argument: str, carries: str, compressor: Compressor) -> None:
     """Raises a ``ThinwireError`` where a compressor can't work on any run of elements by itself."""
-    if compressor.min_ndim or compressor.period != 1 or compressor.init(torch.zeros(1), NOWHERE):
+    if compressor.min_ndim or compressor.period != 1 or compressor.init(NUMBER, NOWHERE):
         raise ThinwireError(
             f"{argument}={type(compressor).__name__} needs matrices, keeps a state or changes its shapes; the "
             f"{carries}: use one like thinwire.Quantize(8) or thinwire.Cast('bfloat16')"

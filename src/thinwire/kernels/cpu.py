@@ -214,5 +214,8 @@ def _run(parts: Mapping[int, Part]) -> dict[int, Any]:
 def joined(parts: Sequence[Kept], dtype: torch.dtype) -> Found:
     """What was found, part after part."""
     each = [torch.from_numpy(indices) for indices, _ in parts], [torch.from_numpy(as_bits) for _, as_bits in parts]
-    indices, values = (some[0] if len(some) == 1 else torch.cat(some or [torch.empty(0)]) for some in each)
+    indices, values = (
+        some[0] if len(some) == 1 else torch.cat(some or [torch.empty(0, dtype=torch.float32, device="cpu")])
+        for some in each
+    )
     return indices.long(), values.view(dtype)

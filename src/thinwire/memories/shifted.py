@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from thinwire.checks import of_type, optional, real, settle
-from thinwire.core import NOWHERE, Compressor, Context, Memory, State
+from thinwire.core import NOWHERE, NUMBER, Compressor, Context, Memory, State
 from thinwire.memories.feedback import zeros
 from thinwire.tensors import Decompressed, ThinwireError, float_at_least_32
 
@@ -91,7 +91,10 @@ class EF21(Memory):
     def present(self, ctx: Context) -> bool:
         """Whether this rank takes part in this step."""
         coin = replace(ctx, unit="participation").generator()
-        return self.participation == 1.0 or torch.rand((), generator=coin).item() < self.participation
+        return (
+            self.participation == 1.0
+            or torch.rand((), generator=coin, dtype=torch.float32, device="cpu").item() < self.participation
+        )
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
@@ -191,7 +194,7 @@ class EControl(Memory):
 def check_downlink(downlink: Compressor) -> None:
     """It is applied to the mean of any tensor, outside of any message."""
     kind = type(downlink).__name__
-    if downlink.min_ndim or downlink.init(torch.zeros(1), NOWHERE):
+    if downlink.min_ndim or downlink.init(NUMBER, NOWHERE):
         raise ThinwireError(f"{kind} needs matrices or keeps a state, which a downlink can't; use e.g. TopK(0.05)")
     alpha = downlink.contraction(2**20)
     if alpha is not None and alpha <= 0.0:

@@ -77,7 +77,7 @@ class OneBitLamb(Freezing):
             denom = denominator(v, t, group)
             direction = grad / denom
             step = direction.add(param, alpha=group["weight_decay"])
-            ratio = state.get("coeff", torch.ones((), device=param.device))
+            ratio = state.get("coeff", torch.ones((), dtype=v.dtype, device=param.device))
             ratio = ratio * self._factor(denom, g, direction, step, state, group)
         else:
             refresh(v, g, beta2)

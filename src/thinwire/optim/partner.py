@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from thinwire.ambient import undisturbed
 from thinwire.core import Absorbed
 from thinwire.tensors import ThinwireError, float_at_least_32
 
@@ -69,7 +70,7 @@ class Partner(torch.optim.Optimizer):
     def after(self) -> None:
         """A step has been made."""
 
-    @torch.no_grad()
+    @undisturbed
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Step all parameters that have a gradient; where none has, nothing happens, and no time passes.
 
@@ -205,7 +206,7 @@ def fresh(state: dict[str, Any], param: Tensor, *names: str) -> None:
     """Fill the state of a parameter that has none: zeros, in float32 at least."""
     if not state:
         dtype = float_at_least_32(param.dtype)
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
         for name in names:
             state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 

@@ -87,7 +87,7 @@ class Entry:
             raise ThinwireError(f"an entry of {self.numel} elements was declared; at most {max_numel} are made dense")
         if self.indices is None:
             return self.values.view(self.shape)
-        out = torch.zeros(self.numel, dtype=self.values.dtype)
+        out = torch.zeros(self.numel, dtype=self.values.dtype, device="cpu")
         return out.index_add_(0, self.indices, self.values).view(self.shape)
 
 
@@ -324,7 +324,7 @@ class _Reader:
 
 
 def _tensor(data: bytes, dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
 
 
 def _text(text: str, length: str) -> bytes:
