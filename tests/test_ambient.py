@@ -204,4 +204,4 @@ def _each_engine(rank, engine, names):
 @pytest.mark.parametrize("engine", ["ddp", "plain", "fsdp2"])
 def test_nothing_set_around_a_run_counts(world2, engine):
     names = ["powersgd", "natural"] if engine == "ddp" else ["demo", "qsgd"]
-    assert world2.run(_each_engine, engine, names) == [[], []]
+    assert world2.run(_each_engine, engine, names, timeout=180.0) == [[], []]

@@ -11,6 +11,7 @@ FLOORS = [
     ["loops", "checks"],
     ["context"],
     ["core", "sharding"],
+    ["supported"],
     ["link", "memories", "theory", "wire", "report"],
     ["kernels"],
     ["compressors"],

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from thinwire.compressors import catalogue
 from thinwire.core import Context, Memory, State
-from thinwire.sharding import cut, place, shard_dim
+from thinwire.sharding import cut, place, shape_of, shard_dim
 from thinwire.tensors import ThinwireError, flat, float_at_least_32, norm
 from thinwire.units import Unit, Worker, mirrored
 from thinwire.untrusted import read_integer, read_mapping, read_tensor, shown
@@ -117,8 +117,8 @@ def _largest(unit: Unit) -> State:
     dim, (_, shards) = shard_dim(unit.param), place(unit.param)
     if dim is None or shards == 1:
         return {}
-    shape = [-(-n // shards) if i == dim else n for i, n in enumerate(unit.param.shape)]
-    like = torch.empty(shape, device="meta", dtype=unit.memory.dtype(unit.param.dtype))
+    shape = [-(-n // shards) if i == dim else n for i, n in enumerate(shape_of(unit.param))]
+    like = torch.empty(shape, device="meta", dtype=unit.like.dtype)
     return unit.method_compressor.init(like, Context(unit.seed, 0, unit.name, 0))
 
 
@@ -134,7 +134,7 @@ def _as_it_is(tensor: Tensor, like: Tensor | None = None) -> Tensor:
 
 def plan_of(unit: Unit, local: State) -> str:
     parts = (catalogue.to_json(unit.method_compressor), catalogue.to_json(unit.memory))
-    shape, keys = list(unit.param.shape), sorted(local)
+    shape, keys = list(shape_of(unit.param)), sorted(local)
     return json.dumps({"shape": shape, "compressor": parts[0], "memory": parts[1], "local": keys}, sort_keys=True)
 
 
@@ -301,7 +301,7 @@ def _memory(plan: Any, unit: Unit) -> Memory:
 
 def _check_plan(plan: Mapping[str, Any], units: Sequence[Unit]) -> None:
     for unit in units:
-        shape = json.dumps(list(unit.param.shape))
+        shape = json.dumps(list(shape_of(unit.param)))
         if unit.name not in plan:
             raise ThinwireError(f"the checkpoint has no unit {unit.name!r} (of shape {shape}); it is of another model")
         if not isinstance(plan[unit.name], str) or f'"shape": {shape}' not in plan[unit.name]:
@@ -332,7 +332,7 @@ def _row(value: Any, unit: Unit, key: str, rank: int, world: int) -> Tensor:
 
 def _cut(tensor: Tensor, unit: Unit, leading: int = 0) -> Tensor:
     """What this rank holds of a tensor that is all of it, as one read from a folder is."""
-    whole = tuple(tensor.shape[leading:]) == tuple(unit.param.shape)
+    whole = tuple(tensor.shape[leading:]) == tuple(shape_of(unit.param))
     return cut(tensor, unit.param, leading) if whole else tensor
 
 

@@ -44,6 +44,8 @@ class Compressor(ABC):
     """After how many steps the shapes of a payload repeat; they may depend on ``step % period``."""
     learns: ClassVar[bool] = False
     """Whether its state follows the mean of all payloads, which only a sum gives."""
+    linear: ClassVar[bool] = False
+    """Whether it treats every number by itself and a sum as a sum, so that a complex one may go as two."""
     led: ClassVar[bool] = False
     """Whether all ranks send the elements that one of them, the leader of the step, has chosen: see ``follow``."""
 
@@ -310,6 +312,9 @@ class Memory(ABC):
 
     absorbs: ClassVar[bool] = False
     """Whether this memory takes momentum and weight decay over from the optimizer."""
+
+    linear: ClassVar[bool] = False
+    """Whether what the optimizer gets is linear in the gradients, number by number: a complex one may go as two."""
 
     feeds_back: ClassVar[bool] = False
     """Whether what was not sent comes back, which needs a compressor that contracts."""

@@ -76,7 +76,7 @@ class Handover:
         for unit in units:
             buffer = averaged_buffer(unit, workers, collective, timeout)
             if buffer is not None:
-                buffer = buffer.to(unit.param.dtype, copy=True)
+                buffer = buffer.to(unit.own.dtype, copy=True)
                 self.optimizer.state[unit.param]["momentum_buffer"] = wrapped(buffer, unit.param)
         self.release()
 

@@ -53,7 +53,7 @@ def select(
 
 def rehearse(units: Sequence[Unit], kernels: Kernels, clear: bool = True) -> None:
     """Compile what will run, so that no training step has to wait for it. ``clear``: see ``select``."""
-    kinds = {(unit.memory.accumulation, unit.param.dtype, unit.like.dtype, unit.param.device) for unit in units}
+    kinds = {(unit.memory.accumulation, unit.own.dtype, unit.like.dtype, unit.param.device) for unit in units}
     for rule, grad, state, device in kinds:
         if rule is not None:
             v, new_v, u, new_u = (torch.zeros(65, dtype=state, device=device) for _ in range(4))

@@ -1,6 +1,7 @@
 """Parameters of which a rank holds a part: DTensors sharded over a mesh of one dimension, as FSDP2 leaves them.
 
-A parameter that is no DTensor is its own only part, so who calls these need not ask.
+A parameter that is no DTensor is its own only part, so who calls these need not ask; nor whether it is complex, since
+then what a rank holds of it are real numbers, in one dimension more.
 """
 
 from collections.abc import Sequence
@@ -12,15 +13,22 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 def own(x: Tensor) -> Tensor:
-    """What this rank holds of ``x``, as an ordinary tensor in the same memory."""
-    if not isinstance(x, DTensor):
-        return x
-    with torch.no_grad():
-        return x.to_local().detach()
+    """What this rank holds of ``x``, as an ordinary tensor of real numbers in the same memory."""
+    if isinstance(x, DTensor):
+        with torch.no_grad():
+            x = x.to_local().detach()
+    return torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x
+
+
+def shape_of(x: Tensor) -> torch.Size:
+    """The shape of all of ``x``, in real numbers."""
+    return torch.Size((*x.shape, 2)) if x.is_complex() else x.shape
 
 
 def wrapped(part: Tensor, like: Tensor) -> Tensor:
-    """``part``, as this rank's part of a tensor that is sharded as ``like`` is."""
+    """``part``, as this rank's part of a tensor that is sharded as ``like`` is, and complex if it is."""
+    if like.is_complex():
+        part = torch.view_as_complex(part)
     if not isinstance(like, DTensor):
         return part
     return DTensor.from_local(

@@ -19,6 +19,7 @@ from thinwire.link import wire_bytes
 from thinwire.loops import Kernels
 from thinwire.policy.plan import Method, Route
 from thinwire.sharding import own
+from thinwire.supported import check_complex, check_parameter
 from thinwire.tensors import Decompressed, ThinwireError, flat, is_dense
 
 DENSE = Cast()
@@ -56,7 +57,7 @@ class Unit:
     @property
     def like(self) -> Tensor:
         """A meta tensor with the shape, strides and dtype of what is compressed."""
-        return torch.empty_like(self.own, device="meta", dtype=self.memory.dtype(self.param.dtype))
+        return torch.empty_like(self.own, device="meta", dtype=self.memory.dtype(self.own.dtype))
 
     @property
     def compressed(self) -> bool:
@@ -93,7 +94,7 @@ class Unit:
         return self.method_compressor.init(self._blank(), Context(self.seed, 0, self.name, 0))
 
     def _blank(self) -> Tensor:
-        return torch.empty_like(self.own, dtype=self.memory.dtype(self.param.dtype))
+        return torch.empty_like(self.own, dtype=self.memory.dtype(self.own.dtype))
 
     def describe(self) -> str:
         """One line that must be the same on all ranks."""
@@ -205,12 +206,14 @@ def resolve(
     units: list[Unit] = []
     guarded = any(rule.memory.stateful for rule in method.rules)
     for name, param in named:
+        check_parameter(name, param)
         rule, declined = method.choice(name, param.shape, param.numel())
         memory = rule.memory.absorb(settings[name]) if name in settings else rule.memory
         unit = Unit(
             name, param, rule.compressor, memory, method_compressor=rule.compressor, guarded=guarded, seed=seed,
             declined=declined,
         )  # fmt: skip
+        check_complex(name, param, method.name, rule.compressor, memory)
         check_sum(unit)
         unit.shared = unit.fresh_shared()
         units.append(unit)

@@ -43,6 +43,7 @@ class Cast(Compressor):
 
     summable: ClassVar[bool] = True
     cuttable: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
 
     dtype: str | None = None
 

@@ -207,6 +207,9 @@ class Arrivals:
 
     @undisturbed
     def _send(self, session: Session, bucket: list[Owned]) -> None:
+        for one in bucket:
+            if (grad := one.param.grad) is not None and (grad.is_conj() or grad.is_neg()):
+                one.param.grad = grad.resolve_conj().resolve_neg()  # memory held something else than the gradient
         found = [one.param.grad for one in bucket]
         grads = [
             torch.zeros_like(own(one.param)) if grad is None else grad.to_dense() if grad.is_sparse else own(grad)

@@ -107,6 +107,11 @@ class Fsdp2:
         if meta := [owned.name for owned in self.owned if own(owned.param).is_meta]:
             raise ThinwireError(f"parameter {meta[0]!r} is on the meta device; initialise the model, then attach")
         if self.scatter is not None or self.gather is not None:
+            if numbers := [owned.name for owned in self.owned if owned.param.is_complex()]:
+                raise ThinwireError(
+                    f"parameter {numbers[0]!r} is complex, and reduce_scatter= and all_gather= are for real ones: "
+                    "leave them out"
+                )
             for name, module in self.modules:
                 _check_one_group(name, module)
         if self.scatter is not None:

@@ -23,6 +23,7 @@ from thinwire.exchange.collectives import Future
 from thinwire.exchange.routes import Bucket
 from thinwire.pipeline import Verdict
 from thinwire.session import Session
+from thinwire.sharding import own
 from thinwire.tensors import ThinwireError
 from thinwire.wire import head
 
@@ -128,7 +129,7 @@ class Dispatcher:
         self, session: Session, planned: Bucket, bucket: GradBucket, buffer: Tensor
     ) -> torch.futures.Future[torch.Tensor]:
         session.collective.mean_inside(buffer, session.timeout)
-        grads = [unit.grad_like(grad) for unit, grad in zip(planned.units, bucket.gradients(), strict=True)]
+        grads = [unit.grad_like(own(grad)) for unit, grad in zip(planned.units, bucket.gradients(), strict=True)]
         used = [self.used is None or id(unit.param) in self.used for unit in planned.units]
         if self.used is not None:
             used = session.collective.any_inside(used, buffer, session.timeout)

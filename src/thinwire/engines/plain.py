@@ -25,6 +25,7 @@ from thinwire.policy.plan import Method
 from thinwire.selecting import rehearse
 from thinwire.session import Session
 from thinwire.succession import agree
+from thinwire.supported import check_parameter, parts
 from thinwire.tensors import ThinwireError
 
 BUCKET = 25 * 2**20
@@ -93,6 +94,8 @@ class Plain:
         if not named:
             raise ThinwireError("the model has no parameter that requires a gradient; there is nothing to exchange")
         self._check_attached(named)
+        for name, param in named:
+            check_parameter(name, param)
         self._check_tensors()
         for name, module in modules:
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
@@ -114,7 +117,8 @@ class Plain:
 
     def _held(self) -> list[tuple[str, Tensor]]:
         """All that ranks must begin with alike."""
-        return [(clean(name), x.detach()) for name, x in (*self.model.named_parameters(), *self.model.named_buffers())]
+        held = (*self.model.named_parameters(), *self.model.named_buffers())
+        return [(clean(inner), part) for name, x in held for inner, part in parts(name, x.detach())]
 
     def _check_tensors(self) -> None:
         device = next(self.model.parameters()).device
@@ -122,6 +126,11 @@ class Plain:
             if isinstance(x, DTensor) or x.is_meta:
                 what = "is a DTensor" if isinstance(x, DTensor) else "is on the meta device"
                 raise ThinwireError(f"{name!r} {what}; process_group= is for a model that every rank holds whole")
+            if x.is_quantized or x.is_inference():
+                what = "is quantised" if x.is_quantized else "was made under torch.inference_mode()"
+                raise ThinwireError(
+                    f"{name!r} {what}, so it can't be handed on; make it an ordinary tensor"
+                )
             if x.device != device:
                 raise ThinwireError(
                     f"{name!r} is on {x.device}, others on {device}; a rank has one device: model.to() it"

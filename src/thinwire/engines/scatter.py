@@ -13,6 +13,7 @@ from thinwire.exchange.collectives import ProcessGroup
 from thinwire.exchange.reduce_scatter import reduce_scatter
 from thinwire.policy.plan import Rule
 from thinwire.session import Session
+from thinwire.sharding import own
 from thinwire.tensors import ThinwireError
 from thinwire.units import TwoCopies
 from thinwire.wire import head
@@ -55,15 +56,15 @@ class Scatter:
             raise ThinwireError(f"the reduce-scatter is asked for {op}; leave set_force_sum_reduction_for_comms(True)")
         self.shards.begin(session)
         along = self.shards.shards
-        rows = input_tensor.view(along.world, -1)
+        rows = own(input_tensor).view(along.world, -1)
         pairs = [(state.now, state.next) for state in self._states(session, rows)]
         before = along.sent
         reduce_scatter(
-            rows, output_tensor, self.rule.compressor, self.rule.memory, pairs, along,
+            rows, own(output_tensor), self.rule.compressor, self.rule.memory, pairs, along,
             lambda sender, receiver: self._context(session, sender, receiver),
             1.0 / session.loss_scale if self.rule.memory.stateful else 1.0, session.timeout,
         )  # fmt: skip
-        self.shards.count(session, input_tensor.numel(), along.sent - before)
+        self.shards.count(session, rows.numel(), along.sent - before)
         return None
 
     def _context(self, session: Session, sender: int, receiver: int) -> Context:

@@ -102,7 +102,8 @@ class Shards(Arrivals):
         if not self.scatters:
             shard = self.shard_of[id(one.param)]
             sent = shard.scattered * shard.travels.itemsize * (self.shards.world - 1)
-            self.count(session, shard.scattered * self.shards.world, sent)
+            numbers = shard.scattered * (2 if shard.param.is_complex() else 1)
+            self.count(session, numbers * self.shards.world, sent)
 
     def count(self, session: Session, elements: int, sent: float) -> None:
         """Book one reduce-scatter of so many elements."""

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from thinwire.exchange.collectives import Collective, InFlight, ProcessGroup, Talk
-from thinwire.sharding import shard_dim
+from thinwire.sharding import shape_of, shard_dim
 from thinwire.tensors import ThinwireError
 
 
@@ -130,7 +130,7 @@ class Mesh:
     def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
         dim = None if like is None else shard_dim(like)
         placement = Replicate() if like is None or dim is None else Shard(dim + 1)
-        whole = tensor.shape if like is None else like.shape
+        whole = tensor.shape if like is None else shape_of(like)
         shape = torch.Size((self.world, *whole))
         return self._as_dtensor(tensor.unsqueeze(0), Shard(0), placement, shape)
 
@@ -138,7 +138,7 @@ class Mesh:
         if like is None or (dim := shard_dim(like)) is None:
             whole = torch.Size((self.shards.world, *tensor.shape))
             return self._as_dtensor(tensor.unsqueeze(0), Replicate(), Shard(0), whole)
-        return self._as_dtensor(tensor, Replicate(), Shard(dim), like.shape)
+        return self._as_dtensor(tensor, Replicate(), Shard(dim), shape_of(like))
 
     def _as_dtensor(
         self, part: Tensor, by_replica: Shard | Replicate, by_shard: Shard | Replicate, shape: torch.Size

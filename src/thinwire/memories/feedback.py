@@ -63,6 +63,7 @@ class NoMemory(Memory):
     """Sends the gradient as it is, a loss scale included, and forgets what compression lost."""
 
     stateful: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
@@ -92,6 +93,7 @@ class ErrorFeedback(Memory):
     """
 
     feeds_back: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
 
     state: StateDtype = "float32"
     decay: float = 1.0

@@ -54,6 +54,7 @@ class MomentumCorrection(Memory):
     """
 
     absorbs: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     feeds_back: ClassVar[bool] = True
 
     momentum: float = 0.0
@@ -142,6 +143,7 @@ class Momentum(Memory):
     """
 
     absorbs: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
 
     momentum: float = 0.0
     nesterov: bool = False

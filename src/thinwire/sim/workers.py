@@ -19,6 +19,7 @@ from thinwire.kernels.choose import Choice, choose
 from thinwire.policy.plan import Method
 from thinwire.report.ledger import Ledger, Stopwatch
 from thinwire.session import Policy, Session
+from thinwire.sharding import own, wrapped
 from thinwire.tensors import ThinwireError
 from thinwire.units import Worker
 
@@ -81,7 +82,7 @@ class SimulatedWorkers:
             value = loss(worker.rank)
             value.backward()  # pyright: ignore[reportUnknownMemberType]
             total += value.item()
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            grads = [torch.zeros_like(own(p)) if p.grad is None else own(p.grad.resolve_neg()) for p in params]
             if session.method.clip is not None:
                 clip(grads, session.method.clip, peer.world)
             used = [p.grad is not None for p in params]
@@ -94,13 +95,13 @@ class SimulatedWorkers:
         if bucket.relays:
             journeys = zip(session.workers, self.peers, inboxes, strict=True)
             inboxes = [pipeline.relay(bucket, inbox, worker, session.step, peer) for worker, peer, inbox in journeys]
-        outs = [torch.empty_like(p) for p in params]
+        outs = [torch.empty_like(own(p)) for p in params]
         with Stopwatch(session.row, "receive_seconds"):
             session.transaction.verdicts = pipeline.receive(
                 bucket, inboxes[0], outs, session.seed, session.step, kernels=session.workers[0].kernels
             )
         for param, out, used in zip(params, outs, reached, strict=True):
-            param.grad = out if used else None  # what no worker used has no gradient, as in DDP
+            param.grad = wrapped(out, param) if used else None  # what no worker used has no gradient, as in DDP
         session.end_step()
         self.optimizer.step()
         return total / len(self.peers)
