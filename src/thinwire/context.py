@@ -22,6 +22,10 @@ class Context:
     exact: bool = field(default=False, compare=False)
     """Whether all of what is asked arrives, as in a dense stage; only the sender is told."""
 
+    saturates: float = field(default=0.0, compare=False)
+    """At which share of a shorter dtype's range finite values saturate, where what they lose comes back; 0: they
+    overflow, as a cast does. Only the sender is told."""
+
     def draw(self, bound: int) -> int:
         """An integer in [0, bound), the same on every machine for equal contexts."""
         return crc32(f"{self.seed}/{self.step}/{self.unit}/{self.rank}".encode()) % bound

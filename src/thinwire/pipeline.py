@@ -21,7 +21,7 @@ from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.exchange.routes import Bucket
 from thinwire.kernels.reference import REFERENCE
 from thinwire.loops import Kernels
-from thinwire.receiving import mean_of
+from thinwire.receiving import mean_of, written
 from thinwire.selecting import ask, select
 from thinwire.tensors import flat
 from thinwire.units import Unit, Worker
@@ -67,7 +67,7 @@ def send(
     for group in bucket.groups:
         named = [(piece, bucket.units[piece.unit], grads[piece.unit]) for piece in group.pieces]
         contexts = [
-            Context(worker.seed, step, piece.key(unit.name), worker.rank, worker.kernels, unit.exact)
+            Context(worker.seed, step, piece.key(unit.name), worker.rank, worker.kernels, unit.exact, unit.saturates)
             for piece, unit, _ in named
         ]
         selected = select(bucket.units, group.pieces, grads, worker, contexts, 1.0 / loss_scale, clear)
@@ -143,8 +143,5 @@ def receive(
                 grad.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
             if unit.memory.stateful and loss_scale != 1.0:
                 grad.mul_(loss_scale)
-            if grad.is_sparse:
-                outs[i] = grad
-            elif grad is not out:
-                out.copy_(grad)
+            outs[i] = written(grad, out, saturates=unit.memory.feeds_back and loss_scale == 1.0)
     return verdicts

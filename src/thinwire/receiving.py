@@ -63,6 +63,20 @@ def mean_of(
     return mean
 
 
+def written(grad: Tensor, out: Tensor, *, saturates: bool) -> Tensor:
+    """What the optimizer gets: ``grad`` in ``out``, or itself where it is sparse.
+
+    Args:
+        saturates: whether what is finite stays so in float16. Else, under a loss scale, an overflow skips the step.
+    """
+    if grad.is_sparse or grad is out:
+        return grad
+    if saturates and out.dtype == torch.float16:
+        limit = torch.finfo(out.dtype).max
+        grad = grad.clamp(-limit, limit)
+    return out.copy_(grad)
+
+
 def _of(ctx: Context, unit: Unit, piece: Piece, rank: int, kernels: Kernels | None) -> Context:
     return Context(ctx.seed, ctx.step, piece.key(unit.name), rank, kernels)
 

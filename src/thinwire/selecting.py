@@ -98,13 +98,13 @@ def ask(
     now, new, known = (piece.of_state(state) for state in (local.now, local.next, unit.shared.now))
     if chosen is not None:
         x = new["residual"]
-        payload = unit.compressor.encode(*chosen, x.numel(), ctx)
+        payload = unit.compressor.encode(chosen[0], unit.held(chosen[1], loss_scale), x.numel(), ctx)
         own = unit.compressor.own(payload, chosen[0], x, known, ctx)
     else:
         x = unit.memory.compensate(piece.of(grad), piece.of(unit.own), known | now, new, 1.0 / loss_scale, ctx)
         if (carried := now.get("carried")) is not None:  # the residual that an earlier method left
             # not in place: what is asked may be a momentum itself, in which it would go on counting
             x = torch.add(x, carried, alpha=1.0 if unit.memory.stateful else loss_scale).to(x.dtype)
-        payload = unit.compressor.compress(x, known, ctx)
+        payload = unit.compressor.compress(unit.held(x, loss_scale), known, ctx)
         own = unit.compressor.decompress(payload, x, known, ctx)
     return x, payload, own

@@ -82,8 +82,7 @@ class Session:
         """Raises what keeps a method from being used with this model; the engine's."""
         self.no_sync: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         """For a model without a wrapper: backward passes inside ``with wire.no_sync():`` add up, and send nothing."""
-        self.loss_scale = 1.0
-        self.joint = Joint(optimizer)
+        self.loss_scale, self.joint = 1.0, Joint(optimizer)
         self.cleanup = contextlib.ExitStack()
         """What detach() undoes; engines add to it."""
         self._handover: Handover | None = None

@@ -133,6 +133,11 @@ class Sparse(Decompressed):
         return out
 
 
+def shortened(x: Tensor, dtype: torch.dtype, limit: float) -> Tensor:
+    """``x`` in ``dtype``: what is finite saturates at ``limit``, and what is not is NaN."""
+    return torch.where(x.isfinite(), x.clamp(-limit, limit), torch.nan).to(dtype)
+
+
 def float_at_least_32(dtype: torch.dtype) -> torch.dtype:
     """float64 stays, everything shorter is remembered in float32."""
     return torch.promote_types(dtype, torch.float32)

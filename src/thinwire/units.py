@@ -20,7 +20,7 @@ from thinwire.loops import Kernels
 from thinwire.policy.plan import Method, Route
 from thinwire.sharding import own
 from thinwire.supported import check_complex, check_parameter
-from thinwire.tensors import Decompressed, ThinwireError, flat, is_dense
+from thinwire.tensors import Decompressed, ThinwireError, flat, is_dense, shortened
 
 DENSE = Cast()
 GATHER_BYTES = 2**20
@@ -73,6 +73,18 @@ class Unit:
     def exact(self) -> bool:
         """Whether what is asked arrives as it is."""
         return self.compressor == DENSE
+
+    @property
+    def saturates(self) -> float:
+        """See ``Context``; half of the range where it is summed on the way, since rounded parts may be more."""
+        summed = self.compressor.led or (self.compressor.summable and not self.gathered)
+        return (0.5 if summed else 1.0) if self.memory.feeds_back else 0.0
+
+    def held(self, x: Tensor, loss_scale: float) -> Tensor:
+        """As much of ``x`` as a float16 gradient can hold, where the rest comes back; else ``x`` itself."""
+        if self.param.dtype != torch.float16 or x.dtype == torch.float16 or not self.memory.feeds_back:
+            return x
+        return shortened(x, x.dtype, torch.finfo(torch.float16).max / loss_scale)
 
     def grad_like(self, grad: Tensor) -> Tensor:
         """``grad`` with the strides of the parameter, which is how DDP lays it out in its buckets."""
@@ -232,6 +244,18 @@ def check_sum(unit: Unit) -> None:
             )
 
 
+def overflows(units: Sequence[Unit]) -> list[str]:
+    """Notes for the ledger: which gradients become infinite where they are beyond the dtype that they are sent in."""
+    short = [
+        unit.name
+        for unit in units
+        if not unit.memory.feeds_back
+        and payload_like(unit.method_compressor, unit.like)[0].dtype == torch.float16 != unit.like.dtype
+    ]
+    largest = f"{torch.finfo(torch.float16).max:,.0f}"
+    return [f"{_listed(short)}: what exceeds {largest} becomes infinite, as in PyTorch's hook"] if short else []
+
+
 def bytes_alone(compressor: Compressor, like: Tensor, world: int, route: Route, second: float) -> float:
     """Bytes a worker sends for a unit alone, on the route that takes the fewest of those allowed."""
     if compressor.summable:
@@ -271,6 +295,7 @@ def set_stage(
         if unit.declined is not None:
             declined.setdefault(unit.declined, []).append(unit.name)
     notes = [f"{_listed(names)}: {reason}; the plan's next rule counts" for reason, names in declined.items()]
+    notes += overflows(units)
     plain_nbytes = sum(payload_nbytes(unit.method_compressor, unit.like) for unit in units if not unit.compressed)
     extra = wire_bytes("all_gather", plain_nbytes, world) - wire_bytes("all_reduce", plain_nbytes, world)
     small = plain_nbytes <= GATHER_BYTES and (route == "two_phase" or extra <= 2 * (world - 1) * turn_bytes)

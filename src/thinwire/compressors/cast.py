@@ -8,7 +8,7 @@ from torch import Tensor
 
 from thinwire.checks import dtype, optional, settle
 from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Dense, Sparse, flat
+from thinwire.tensors import Decompressed, Dense, Sparse, flat, shortened
 
 DTYPES = {
     "float64": torch.float64,
@@ -38,7 +38,9 @@ class Cast(Compressor):
 
     **Wire**: 2, 4 or 8 bytes an element, summed by an all-reduce.
 
-    Departures from PyTorch's ``fp16_compress_hook``: none in the result; a float16 overflow becomes infinite there too.
+    Departures from PyTorch's ``fp16_compress_hook``: none without a memory; a float16 overflow becomes infinite there
+    too. Under error feedback what is finite saturates, at half of the range where it is summed on the way, since a sum
+    rounds; the rest stays in the residual.
     """
 
     summable: ClassVar[bool] = True
@@ -61,7 +63,11 @@ class Cast(Compressor):
         return 0.0 if self.dtype is None else None
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
-        return (flat(x).to(dtype_named(self.dtype, x.dtype)),)
+        short = dtype_named(self.dtype, x.dtype)
+        limit = ctx.saturates * torch.finfo(short).max
+        if 0.0 < limit < torch.finfo(x.dtype).max and short != x.dtype:
+            return (shortened(flat(x), short, limit),)
+        return (flat(x).to(short),)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         return Dense(payload[0])

@@ -12,7 +12,7 @@ from thinwire.checks import settle, share, whole
 from thinwire.compressors import chunked
 from thinwire.compressors.select import largest_of_each
 from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Dense, Sparse, flat, float_at_least_32
+from thinwire.tensors import Decompressed, Dense, Sparse, flat, float_at_least_32, shortened
 
 
 def chunk_of(n: int, largest: int) -> int:
@@ -141,9 +141,7 @@ class DctTopK(Compressor):
             return x.new_empty(k), x.new_empty(chunked.nbytes(k, n, grid.size), dtype=torch.uint8)
         coefficients = grid.transform(flat(x).to(float_at_least_32(x.dtype)))
         chosen = largest_of_each(coefficients.abs(), each)
-        limit = torch.finfo(x.dtype).max
-        values = coefficients.view(-1)[chosen]
-        values = torch.where(values.isfinite(), values.clamp(-limit, limit), torch.nan).to(x.dtype)
+        values = shortened(coefficients.view(-1)[chosen], x.dtype, torch.finfo(x.dtype).max)
         return values, chunked.encode(chosen, n, grid.size, ctx)
 
     def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:

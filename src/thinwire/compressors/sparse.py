@@ -14,7 +14,7 @@ from thinwire.compressors.select import EXACT_BELOW, Sampling, sample_size
 from thinwire.core import Compressor, Context, Payload, State
 from thinwire.kernels.reference import REFERENCE
 from thinwire.loops import Found
-from thinwire.tensors import Decompressed, Sparse, ThinwireError, flat, float_at_least_32
+from thinwire.tensors import Decompressed, Sparse, ThinwireError, flat, float_at_least_32, shortened
 from thinwire.wire import elias_fano
 from thinwire.wire import values as codes
 
@@ -137,8 +137,7 @@ class TopK(Compressor):
         else:
             dtype = dtype_named(self.values, values.dtype)
             if dtype.itemsize < values.dtype.itemsize:  # saturate: the residual keeps the rest
-                limit = torch.finfo(dtype).max
-                values = torch.where(values.isfinite(), values.clamp(-limit, limit), torch.nan)
+                values = shortened(values, dtype, torch.finfo(dtype).max)
             parts = (values.to(dtype),)
         return *parts, kernels.encode_indices(chosen, n)
 

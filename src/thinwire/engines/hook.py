@@ -129,7 +129,7 @@ class Dispatcher:
         self, session: Session, planned: Bucket, bucket: GradBucket, buffer: Tensor
     ) -> torch.futures.Future[torch.Tensor]:
         session.collective.mean_inside(buffer, session.timeout)
-        grads = [unit.grad_like(own(grad)) for unit, grad in zip(planned.units, bucket.gradients(), strict=True)]
+        grads = [unit.grad_like(grad) for unit, grad in zip(planned.units, _gradients(planned, bucket), strict=True)]
         used = [self.used is None or id(unit.param) in self.used for unit in planned.units]
         if self.used is not None:
             used = session.collective.any_inside(used, buffer, session.timeout)
@@ -160,6 +160,18 @@ class Dispatcher:
         buffer = buffer.mul_(1.0 / dist.get_world_size(self.group))
         work = cast(Any, dist.all_reduce(buffer, group=self.group, async_op=True))
         return work.get_future().then(_first)
+
+
+def _gradients(planned: Bucket, bucket: GradBucket) -> list[Tensor]:
+    """The gradients as views of the bucket, in real numbers.
+
+    Of complex ones ``bucket.gradients()`` finds none: it counts complex numbers in a buffer of real ones.
+    """
+    if not planned.units[0].param.is_complex():  # a bucket has one dtype
+        return bucket.gradients()
+    mine = [unit.own for unit in planned.units]
+    runs = cast("tuple[Tensor, ...]", cast(Any, own(bucket.buffer()).view(-1)).split([x.numel() for x in mine]))
+    return [run.view(x.shape) for run, x in zip(runs, mine, strict=True)]
 
 
 def _first(future: Future) -> Tensor:

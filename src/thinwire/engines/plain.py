@@ -128,9 +128,7 @@ class Plain:
                 raise ThinwireError(f"{name!r} {what}; process_group= is for a model that every rank holds whole")
             if x.is_quantized or x.is_inference():
                 what = "is quantised" if x.is_quantized else "was made under torch.inference_mode()"
-                raise ThinwireError(
-                    f"{name!r} {what}, so it can't be handed on; make it an ordinary tensor"
-                )
+                raise ThinwireError(f"{name!r} {what}, so it can't be handed on; make it an ordinary tensor")
             if x.device != device:
                 raise ThinwireError(
                     f"{name!r} is on {x.device}, others on {device}; a rank has one device: model.to() it"

@@ -69,7 +69,10 @@ class Scatter:
 
     def _context(self, session: Session, sender: int, receiver: int) -> Context:
         rank = session.collective.rank * self.shards.shards.world + sender
-        return Context(session.seed, session.step, f"reduce-scatter of {self.name}[{receiver}]", rank)
+        return Context(
+            session.seed, session.step, f"reduce-scatter of {self.name}[{receiver}]", rank,
+            saturates=1.0 if self.rule.memory.feeds_back else 0.0,
+        )  # fmt: skip
 
     def _states(self, session: Session, rows: Tensor) -> list[TwoCopies]:
         memory = self.rule.memory

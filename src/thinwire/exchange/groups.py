@@ -74,10 +74,13 @@ class Group(ABC):
         if not self.has_head:
             return []
         totals: list[Tensor] = []
-        for i in self.units:
-            found = [head.total(payloads[j][0]) for j, _ in self.by_unit.get(i, []) if units[i].guarded]
+        first = [[payloads[j][0] for j, _ in self.by_unit.get(i, [])] if units[i].guarded else [] for i in self.units]
+        for each in first:
+            found = [head.total(values) for values in each]
             totals.append(torch.stack(found).sum() if len(found) > 1 else [*found, payloads[0][0].new_zeros(())][0])
         bad = head.not_finite(torch.stack(totals))
+        if not bad.is_cuda and bool(bad.any()):  # or a sum of what is finite has overflowed
+            bad = torch.stack([torch.stack([*map(head.is_bad, each), bad.new_zeros(())]).any() for each in first])
         return [(head.encode([used[i] for i in self.units], bad, self.dtype, step),)]
 
     @abstractmethod

@@ -62,7 +62,7 @@ class Led(Group):
         for piece, choice in zip(self.pieces, self.choices.unpack(chosen), strict=True):
             unit = units[piece.unit]
             x, known = worker.held.pop(unit.name), unit.shared.now
-            ctx = Context(worker.seed, step, unit.name, worker.rank, worker.kernels, unit.exact)
+            ctx = Context(worker.seed, step, unit.name, worker.rank, worker.kernels, unit.exact, unit.saturates)
             payload = unit.compressor.follow(x, choice, known, ctx)
             sending.append(payload[:1])
             remember(unit, piece, x, unit.compressor.decompress(payload, x, known, ctx), worker)

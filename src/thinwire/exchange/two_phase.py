@@ -117,7 +117,8 @@ class TwoPhase(Group):
         """The owner's part: add what all ranks sent of a piece, compress the mean, and keep what that leaves."""
         world, like, known = len(payloads), piece.of(unit.like), piece.of_state(unit.shared.now)
         key = piece.key(unit.name)
-        ctx = Context(worker.seed, step, key, world, worker.kernels)  # beyond the ranks: whoever owns it
+        # a rank beyond them all, whoever owns it
+        ctx = Context(worker.seed, step, key, world, worker.kernels, saturates=unit.saturates)
         there, total = cast(Found, added(unit.compressor, [*enumerate(payloads)], like, known, ctx))
         mean = Sparse(there, total, there.numel() / like.numel())
         mean.values.mul_(1.0 / world)

@@ -120,7 +120,8 @@ class EF21(Memory):
         if self.downlink is not None:
             x = h - old["server"]
             h = new["server"].copy_(old["server"])
-            self.downlink.decompress(self.downlink.compress(x, {}, ctx), x, {}, ctx).add_to(h)
+            sender = replace(ctx, saturates=1.0)  # what is cut off comes back with the next difference
+            self.downlink.decompress(self.downlink.compress(x, {}, sender), x, {}, ctx).add_to(h)
         return mean.copy_(h)  # not the state itself, which the optimizer may not write to
 
 

@@ -18,8 +18,11 @@ CLOCK = 256
 
 
 def total(values: Tensor) -> Tensor:
-    """Is not finite where any value is not: a sum finds it in one read, without a temporary."""
-    return values.sum(dtype=float_at_least_32(values.dtype))
+    """Is not finite where any value is not: a sum finds it in one read, without a temporary.
+
+    It may overflow, so on CPUs whoever asks looks again; on CUDA it is in float64, which costs nothing there.
+    """
+    return values.sum(dtype=torch.float64 if values.is_cuda else float_at_least_32(values.dtype))
 
 
 def not_finite(totals: Tensor) -> Tensor:
@@ -29,7 +32,8 @@ def not_finite(totals: Tensor) -> Tensor:
 
 def is_bad(values: Tensor) -> Tensor:
     """Whether anything is not finite."""
-    return not_finite(total(values))
+    found = not_finite(total(values))
+    return found if found.is_cuda or not bool(found) else values.isfinite().all().logical_not()
 
 
 def encode(used: Sequence[bool], bad: Tensor, dtype: torch.dtype, step: int) -> Tensor:

@@ -17,6 +17,8 @@ from torch import Tensor
 from thinwire.core import Payload
 from thinwire.tensors import flat
 
+WIDEST = 16
+"""Bytes of the longest number."""
 ROW_ALIGNMENT = 8
 
 
@@ -86,6 +88,8 @@ class Layout:
         return [[tuple(payload) for payload in own] for own in payloads], columns
 
     def _columns(self, messages: Tensor) -> list[Tensor]:
+        if not self.nbytes:  # rows of nothing have strides that no dtype but bytes can be seen in
+            messages = messages.new_empty(len(messages), WIDEST)
         pieces = cast("tuple[Tensor, ...]", cast(Any, messages[:, : self.nbytes]).split(self._sizes, 1))
         columns = [pieces[place].view(self.parts[place].dtype) for place in self.places]
         return [
