@@ -18,6 +18,7 @@ from torch import Tensor
 from thinwire.ambient import undisturbed
 from thinwire.core import Compressor, Context
 from thinwire.exchange.cost import measure
+from thinwire.exchange.texts import heard
 from thinwire.link import Link
 from thinwire.policy.allocate import improve, total
 from thinwire.policy.plan import Method, Rule
@@ -176,7 +177,7 @@ class LGreCo:
         own = [self._table(worker, units, options, session) for worker in session.workers]
         paid = {unit.name: [self._cost(session, unit, option) for option in options[unit.name]] for unit in units}
         texts = session.collective.everyone.exchange_text(json.dumps([own, paid]))
-        said: list[tuple[list[Rows], Rows]] = [json.loads(text) for text in texts]
+        said = heard(texts, lambda text: _read(text, own, paid), "table of errors")
         tables = own if len(own) > 1 else [table for theirs, _ in said for table in theirs]
         known = [unit for unit in units if all(unit.name in table for table in tables)]
         errors = [mean_row(table[unit.name] for table in tables) for unit in known]
@@ -235,6 +236,18 @@ class LGreCo:
             link = session.collective.link
             self._link = link or measure(session.collective, session.timeout, unit.param.device)
         return messages * self._link.latency + sent * 8 / self._link.bandwidth
+
+
+def _read(text: str, own: list[Rows], paid: Rows) -> tuple[list[Rows], Rows]:
+    """What another rank says of the units, in the form in which this one says it."""
+    tables, costs = json.loads(text)
+    if len(tables) != len(own):
+        raise ValueError(f"{len(tables)} tables")
+    for rows in (*tables, costs):
+        for name, row in rows.items():
+            if len(row) != len(paid.get(name, row)) or not all(type(x) in (int, float) for x in row):
+                raise ValueError(f"{name}: {row!s:.40}")
+    return [{name: [*map(float, row)] for name, row in rows.items()} for rows in tables], costs
 
 
 def allowed(compressor: Compressor, rule: Rule) -> bool:

@@ -15,19 +15,20 @@ import torch
 from torch import Tensor
 
 from thinwire import checkpoint
-from thinwire._version import __version__
 from thinwire.ambient import undisturbed_methods
 from thinwire.exchange.collectives import TIMEOUT, Collective
+from thinwire.exchange.control import ATTACH, Together
 from thinwire.exchange.cost import measure
+from thinwire.exchange.local import Local
 from thinwire.exchange.routes import Bucket, Routing, plan_bucket
-from thinwire.link import wire_bytes
+from thinwire.exchange.texts import heard
 from thinwire.loops import Kernels
 from thinwire.optim.joint import Joint
 from thinwire.optimizers import Handover, check_optimizer, log, release_optimizer, warn_once
 from thinwire.policy.plan import Method
 from thinwire.report.ledger import Ledger, StepRow
 from thinwire.selecting import rehearse
-from thinwire.succession import agree, hand_on
+from thinwire.succession import agree, describe, hand_on_all, restore_alike
 from thinwire.tensors import ThinwireError, norm
 from thinwire.transaction import OnNonfinite, Scaler, Transaction
 from thinwire.units import TURN_BYTES, Probe, Unit, Worker, carry, resolve, set_stage
@@ -70,8 +71,6 @@ class Session:
         timeout: float = TIMEOUT,
         policy: Policy | None = None,
     ) -> None:
-        if not timeout > 0:
-            raise ThinwireError(f"timeout is {timeout}; it is in seconds and must be above 0")
         self.named, self.collective, self.optimizer, self.seed = list(named), collective, optimizer, seed
         self.workers = list(workers or [Worker(collective.rank, seed)])
         self.ledger = Ledger(method.name, collective.world, collective.label)
@@ -88,9 +87,10 @@ class Session:
         self._handover: Handover | None = None
         self.row = StepRow(0, method.name)
         try:
-            self._install(method)
-        except ThinwireError:
-            release_optimizer(optimizer, self)
+            with Together(self.collective, *ATTACH) as together:
+                self._install(method, together)
+        except BaseException:
+            self._give_back(Local.of(1)[0])
             raise
         if optimizer is not None:
             self.cleanup.callback(optimizer.register_step_pre_hook(self._before_optimizer).remove)
@@ -121,40 +121,38 @@ class Session:
         settings = self.joint.agree(method, self.named) | (handover.settings if handover else {})
         return resolve(self.named, method, settings, self.seed), handover
 
-    def _install(self, method: Method) -> None:
-        try:
+    def _together(self, what: str) -> Together:
+        return Together(self.collective, f"step {self.step}: {what}")
+
+    def _install(self, method: Method, together: Together) -> None:
+        with together.alone():
             units, handover = self._prepare(method)
-        except ThinwireError as error:  # the other ranks must hear of it, or they would wait for ever
-            agree(self.collective.everyone, [("error", str(error))])
-            raise
-        agree(self.collective.everyone, self._describe(method, units))
+            rest = {"seed": self.seed, "step": self.step, "optimizer": self.joint.rule(), "link": self.collective.link}
+            described = describe(method, units, rest)
+        agree(self.collective.everyone, described)
         self.transaction.void()
         if self._handover is not None and handover is None:
             self._handover.give_back(self.units, self.workers, self.collective, self.timeout)
-        before = {unit.name: unit for unit in self.units}
-        for unit in units:
-            hand_on(before.get(unit.name), unit, self.workers, self.collective, self.timeout)
+        hand_on_all(self.units, units, self.workers, self.collective, self.timeout)
         if handover is not None and self._handover is None:
             self._say(handover.take(units, self.workers))
-        rehearse(units, self.workers[0].kernels)
         self.method, self.units, self._handover = method, units, handover
-        self.joint.hold(True, units)
         self._take_link()
-        self.by_param = {id(unit.param): unit for unit in units}
-        self._guard_carried()
-        self._installed_at = self.step
-        self._density: float | None = -1.0
-        self._set_stage()
+        with together.alone():
+            rehearse(units, self.workers[0].kernels)
+            self.joint.hold(True, units)
+            self.by_param = {id(unit.param): unit for unit in units}
+            self._guard_carried()
+            self._installed_at, self._density = self.step, -1.0
+            self._set_stage()
 
     def _take_link(self) -> None:
         """The link that routes are chosen by: emulated, or measured where the method asks. A collective call."""
-        link, how = self.collective.link, "given"
-        if link is None and self.method.route == "auto":
-            link, how = measure(self.collective, self.timeout, self.units[0].param.device), "measured"
-        self._link = link
-        self.turn_bytes = TURN_BYTES if link is None else link.latency * link.bandwidth / 8
+        self._link = link = self.collective.link
         if self.method.route == "auto":
-            self.ledger.note(f"routes are chosen for a link of {link} ({how})")
+            self._link = link or measure(self.collective, self.timeout, self.units[0].param.device)
+            self.ledger.note(f"routes are chosen for a link of {self._link} ({'given' if link else 'measured'})")
+        self.turn_bytes = TURN_BYTES if self._link is None else self._link.latency * self._link.bandwidth / 8
 
     def _stage(self, step: int) -> float | None:
         """The density of that step; None where it is the method's own."""
@@ -169,8 +167,9 @@ class Session:
             ThinwireError: there are such ranks.
         """
         if len({self._stage(self.step + i) for i in (-1, 0, 1)}) > 1:
-            texts = self.collective.everyone.exchange_text(str(self.step))
-            self.transaction.compare([int(text) for text in texts], self.step)
+            with self._together("a stage of the warm-up"):
+                clocks = heard(self.collective.everyone.exchange_text(str(self.step)), int, "step")
+            self.transaction.compare(clocks, self.step)
 
     def _set_stage(self) -> None:
         density = self._stage(self.step)
@@ -184,12 +183,6 @@ class Session:
             for note in set_stage(self.units, density, self.collective.world, *settings):
                 self.ledger.note(note)
 
-    def _describe(self, method: Method, units: Sequence[Unit]) -> list[tuple[str, str]]:
-        described = [(f"unit {unit.name!r}", unit.describe()) for unit in units]
-        rest = {"seed": self.seed, "step": self.step, "optimizer": self.joint.rule(), "link": self.collective.link}
-        texts = [("method", method.to_json()), *((key, str(value)) for key, value in rest.items())]
-        return [("thinwire", __version__), *described, *texts]
-
     def set_method(self, method: Method) -> None:
         """Change the method between two steps, on all ranks at once. A collective call.
 
@@ -200,7 +193,8 @@ class Session:
             ThinwireError: ranks ask for different methods, or this one does not fit the optimizer; nothing has changed.
         """
         before = self.method
-        self._install(method)
+        with self._together("set_method()") as together:
+            self._install(method, together)
         self.ledger.method = method.name
         self.ledger.note(f"step {self.step}: method changed from {before.name} to {method.name}")
 
@@ -209,15 +203,26 @@ class Session:
 
         What was not yet sent is dropped, and the ledger says how much. No thread stays behind.
         """
+        self._detach(self.collective)
+
+    def abandon(self) -> None:
+        """Detach without the other ranks: momentum that is the optimizer's again is this rank's own."""
+        self._detach(Local.of(1)[0])
+
+    def _detach(self, collective: Collective) -> None:
         self.transaction.void()
         try:
-            if self._handover is not None:
-                handover, self._handover = self._handover, None
-                handover.give_back(self.units, self.workers, self.collective, self.timeout)
-        except RuntimeError as error:
-            raise ThinwireError(f"detach: momentum could not be averaged over the ranks: {error!s:.200}") from error
+            with Together(collective, f"step {self.step}: detach()"):
+                self._give_back(collective)
         finally:
             self._leave()
+
+    def _give_back(self, collective: Collective) -> None:
+        self.joint.hold(False, self.units)
+        release_optimizer(self.optimizer, self)
+        if self._handover is not None:
+            handover, self._handover = self._handover, None
+            handover.give_back(self.units, self.workers, collective, self.timeout)
 
     def use_kernels(self, kernels: Kernels, note: str | None) -> None:
         """Name the kernels in the ledger, and let go of them at detach; ``note``: see ``choose``."""
@@ -232,8 +237,6 @@ class Session:
         states += [unit.shared.now for unit in self.units]
         if pending := [state[key] for state in states for key in ("residual", "carried") if key in state]:
             self.ledger.note(f"step {self.step}: detached; a residual of norm {float(norm(pending)):.3g} was dropped")
-        self.joint.hold(False, self.units)
-        release_optimizer(self.optimizer, self)
         self.cleanup.close()
         self.collective.close()
 
@@ -284,16 +287,6 @@ class Session:
         self.joint.begin(self._density, self.units, self.workers)
         self.workers[0].probe = Probe() if self.step % PROBE_EVERY == 0 else None
 
-    def count(self, bucket: Bucket) -> None:
-        """Book one bucket; the total comes from the collective itself."""
-        world, row = self.collective.world, self.row
-        share = 1 / self.collective.lanes
-        row.compressed_wire_bytes += bucket.wire_bytes(world)[1] * share
-        for i, unit in enumerate(bucket.units):
-            plain = wire_bytes("all_reduce", unit.own.numel() * 4, world) * share
-            row.dense_bytes += plain
-            row.compressed_dense_bytes += plain if i in bucket.lossy else 0.0
-
     def end_step(self, bad: bool | None = None) -> None:
         """After the last bucket has arrived; ``bad``: whether what the engine itself remembers was not finite."""
         row = self.row
@@ -326,7 +319,8 @@ class Session:
                 unit.guarded = any(rule.memory.stateful for rule in self.method.rules)
             self._buckets.clear()
         if self.policy is not None:
-            self.policy.after_step(self)
+            with self._together("the policy"):
+                self.policy.after_step(self)
 
     def _guard_carried(self) -> None:
         """While a residual without a home is carried, a method that remembers nothing needs the heads too."""
@@ -362,14 +356,20 @@ class Session:
         Raises:
             ThinwireError: the checkpoint is damaged, of another model, rank or world size, or not one on all ranks.
         """
-        rank, world = self.collective.keepers.rank, self.collective.keepers.world
-        try:
-            restored = checkpoint.restore(state, self.units, rank, world, on_world_change)
-        except ThinwireError as error:  # all ranks load, or none
-            agree(self.collective.everyone, [("checkpoint", str(error))])
-            raise
-        agree(self.collective.everyone, [("checkpoint", restored.clock())])
-        agree(self.collective, [("checkpoint", restored.fingerprint())])
+        self._load(lambda: state, on_world_change)
+
+    def _load(self, read: Callable[[], Any], on_world_change: checkpoint.OnWorldChange) -> None:
+        keepers = self.collective.keepers
+        with self._together("loading a checkpoint") as together:
+            restored = restore_alike(
+                together,
+                self.collective,
+                lambda: checkpoint.restore(read(), self.units, keepers.rank, keepers.world, on_world_change),
+            )
+            with together.alone():
+                self._put(restored)
+
+    def _put(self, restored: checkpoint.Restored) -> None:
         self.transaction.void()
         self.step, self._installed_at = restored.step, restored.installed_at
         for unit in self.units:
@@ -386,14 +386,13 @@ class Session:
         """Continue from a checkpoint of ``torch.distributed.checkpoint``, saved by any number of workers.
 
         Args:
-            folder: the ``checkpoint_id`` that ``dcp.save`` was given.
-            key: under which name the session was saved.
+            folder, key: the ``checkpoint_id`` that ``dcp.save`` was given, and the session's name in it.
             on_world_change: as for ``load_state_dict``.
 
         Raises:
             ThinwireError: as ``load_state_dict``, or the folder can't be read.
         """
-        self.load_state_dict(checkpoint.read_folder(folder, key), on_world_change)
+        self._load(partial(checkpoint.read_folder, folder, key), on_world_change)
 
     def report(self) -> str:
         """The ledger as a Markdown table."""

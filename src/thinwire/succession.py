@@ -1,11 +1,16 @@
 """What passes from one method to the next: agreement between ranks, and the state of every unit."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from thinwire._version import __version__
+from thinwire.checkpoint import Restored
 from thinwire.core import State
 from thinwire.exchange.collectives import Collective, Talk
+from thinwire.exchange.control import Together
+from thinwire.exchange.texts import known_to_all
 from thinwire.optimizers import averaged, averaged_buffer
+from thinwire.policy.plan import Method
 from thinwire.tensors import ThinwireError
 from thinwire.units import TwoCopies, Unit, Worker
 
@@ -16,16 +21,48 @@ def agree(talk: Talk, lines: Sequence[tuple[str, str]]) -> None:
     Raises:
         ThinwireError: they ask for different things.
     """
-    mine = hashlib.sha256(repr(lines).encode()).hexdigest()
+    mine = hashlib.sha256(repr(lines).encode("utf-8", "backslashreplace")).hexdigest()
     if len(set(talk.exchange_text(mine))) == 1:
         return
     ranks = [text.split("\n") for text in talk.exchange_text("\n".join(f"{k}: {v}" for k, v in lines))]
     for line in range(max(map(len, ranks))):
         said = [rank[line] if line < len(rank) else "nothing" for rank in ranks]
         if other := next((r for r in range(len(said)) if said[r] != said[0]), None):
-            raise ThinwireError(
-                f"ranks differ: rank 0 has {said[0]}; rank {other} has {said[other]}; give all ranks the same"
+            raise known_to_all(
+                ThinwireError(
+                    f"ranks differ: rank 0 has {said[0]}; rank {other} has {said[other]}; give all ranks the same"
+                )
             )
+
+
+def describe(method: Method, units: Sequence[Unit], rest: Mapping[str, object]) -> list[tuple[str, str]]:
+    """All that must be the same on all ranks, for ``agree``."""
+    described = [(f"unit {unit.name!r}", unit.describe()) for unit in units]
+    texts = [("method", method.to_json()), *((key, str(value)) for key, value in rest.items())]
+    return [("thinwire", __version__), *described, *texts]
+
+
+def restore_alike(together: Together, collective: Collective, restore: Callable[[], Restored]) -> Restored:
+    """What this rank restores, if all of them do from one checkpoint. A collective call.
+
+    Raises:
+        ThinwireError: they don't.
+    """
+    with together.alone():
+        restored = restore()
+        said = restored.clock(), restored.fingerprint()
+    agree(collective.everyone, [("checkpoint", said[0])])
+    agree(collective, [("checkpoint", said[1])])
+    return restored
+
+
+def hand_on_all(
+    before: Sequence[Unit], after: Sequence[Unit], workers: Sequence[Worker], collective: Collective, timeout: float
+) -> None:
+    """Give every unit the state of that of the same name. A collective call."""
+    known = {unit.name: unit for unit in before}
+    for unit in after:
+        hand_on(known.get(unit.name), unit, workers, collective, timeout)
 
 
 def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: Collective, timeout: float) -> None:

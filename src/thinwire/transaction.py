@@ -24,6 +24,14 @@ class Scaler(Protocol):
     def is_enabled(self) -> bool: ...
 
 
+def check_options(timeout: float, on_nonfinite: OnNonfinite) -> None:
+    """Raises a ``ThinwireError`` where one of them is none of those that ``thinwire.attach`` takes."""
+    if not timeout > 0:
+        raise ThinwireError(f"timeout is {timeout}; it is in seconds and must be above 0")
+    if on_nonfinite not in ("skip", "raise"):
+        raise ThinwireError(f"on_nonfinite is {on_nonfinite!r}; choose 'skip' or 'raise'")
+
+
 class Transaction:
     """What has been exchanged and is not yet final.
 
@@ -34,8 +42,6 @@ class Transaction:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer | None, ledger: Ledger, on_nonfinite: OnNonfinite) -> None:
-        if on_nonfinite not in ("skip", "raise"):
-            raise ThinwireError(f"on_nonfinite is {on_nonfinite!r}; choose 'skip' or 'raise'")
         self.optimizer = optimizer
         self.ledger = ledger
         self.on_nonfinite = on_nonfinite

@@ -1,8 +1,9 @@
 """``attach``: the one line. It finds out what the model is wrapped in; ``ddp``, ``fsdp2``, ``plain`` know the rest."""
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -13,17 +14,23 @@ from torch.nn.parallel import DistributedDataParallel
 from thinwire.ambient import undisturbed
 from thinwire.core import Compressor
 from thinwire.engines.ddp import Ddp
-from thinwire.engines.fsdp2 import Fsdp2, is_fsdp1, is_fsdp2
+from thinwire.engines.fsdp2 import Fsdp2, is_fsdp1, is_fsdp2, sharded_talk
 from thinwire.engines.plain import Plain
-from thinwire.exchange.collectives import TIMEOUT, Collective, Talk
+from thinwire.exchange.collectives import TIMEOUT, Collective, ProcessGroup, Talk
+from thinwire.exchange.control import ATTACH, Together
+from thinwire.exchange.local import Local
+from thinwire.exchange.texts import is_known
 from thinwire.kernels.choose import Choice, choose
 from thinwire.link import Link
 from thinwire.policy.plan import Method, Rule
 from thinwire.session import Policy, Session
 from thinwire.succession import agree
 from thinwire.tensors import ThinwireError
-from thinwire.transaction import OnNonfinite, Scaler
+from thinwire.transaction import OnNonfinite, Scaler, check_options
 from thinwire.units import Worker
+
+OUTSIDE: object = dist.GroupMember.NON_GROUP_MEMBER
+"""What torch answers a rank that is not in the group."""
 
 
 class Engine(Protocol):
@@ -52,12 +59,16 @@ class Engine(Protocol):
         """Backward passes inside it add up, and send nothing; an error where the wrapper has that itself."""
         ...
 
-    def collective(self, link: Link | None) -> Collective:
+    def collective(self, link: Link | None, together: Together) -> Collective:
         """Who exchanges them. A collective call."""
         ...
 
+    def share(self, session: Session) -> None:
+        """Make all ranks begin alike. A collective call."""
+        ...
+
     def install(self, session: Session) -> None:
-        """Pass the gradients through the session from now on."""
+        """Pass the gradients through the session from now on; exchanges nothing."""
         ...
 
 
@@ -139,9 +150,72 @@ def attach(
 
         wire = thinwire.attach(model, thinwire.dgc(0.001), optimizer=optimizer, process_group=dist.group.WORLD)
     """
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner  # hooks of a step belong to the optimizer that steps, not to the wrapper of a framework
-    engine: Engine
+    talk = _talk(model, process_group, replicate, timeout)
+    with Together(talk, *ATTACH) as together:
+        with together.alone():
+            while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+                optimizer = inner  # hooks of a step belong to the optimizer that steps, not to a framework's wrapper
+            check_options(timeout, on_nonfinite)
+            engine = _engine(
+                model, optimizer, nodes, process_group, sparse_gradients, replicate, reduce_scatter, all_gather, timeout
+            )
+            named = engine.exchanged()
+            engine.fits(method)
+            method.to_json()  # what is no method fails here, before anything is exchanged
+            wire = Link.parse(link) if isinstance(link, str) else link
+            chosen, note = choose(kernels, named[0][1].device)
+            said = {
+                "engine": type(engine).__name__,
+                "nodes": nodes,
+                "sparse_gradients": sparse_gradients,
+                "replicate": replicate is not None,
+                "reduce_scatter": reduce_scatter,
+                "all_gather": all_gather,
+            }
+            lines = [(key, str(value)) for key, value in said.items()]
+        agree(engine.talk, lines)
+        collective = engine.collective(wire, together)
+        try:
+            worker = Worker(collective.rank, seed, kernels=chosen)
+            session = Session(
+                named, method, collective, optimizer, seed, [worker], scaler, on_nonfinite, timeout, policy
+            )
+        except BaseException:
+            collective.close()
+            raise
+        session.fits = engine.fits
+        session.use_kernels(chosen, note)
+        session.no_sync = engine.no_sync
+        try:
+            engine.share(session)
+            with together.alone():
+                engine.install(session)
+        except BaseException as error:  # by now the optimizer has handed over its momentum
+            with contextlib.suppress(ThinwireError):  # what has failed already is the one to be told
+                if is_known(error):
+                    session.detach()
+                else:
+                    session.abandon()
+            raise
+        return session
+
+
+def _engine(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    nodes: int | DeviceMesh | None,
+    process_group: dist.ProcessGroup | None,
+    sparse_gradients: bool,
+    replicate: DeviceMesh | None,
+    reduce_scatter: Compressor | Rule | None,
+    all_gather: Compressor | None,
+    timeout: float,
+) -> Engine:
+    """The engine for what the model is wrapped in; the arguments are those of ``attach``.
+
+    Raises:
+        ThinwireError: there is none, or an argument is not for this one.
+    """
     wrapped = isinstance(model, DistributedDataParallel) or is_fsdp2(model)
     if wrapped and (process_group is not None or sparse_gradients):
         raise ThinwireError(
@@ -153,52 +227,39 @@ def attach(
             raise ThinwireError(
                 "nodes= is for DDP; with FSDP2, shard inside a node and pass replicate=, the mesh between nodes"
             )
-        engine = Fsdp2(model, replicate, reduce_scatter, all_gather, optimizer is not None)
-    elif not (replicate is None and reduce_scatter is None and all_gather is None):
+        return Fsdp2(model, replicate, reduce_scatter, all_gather, optimizer is not None, timeout)
+    if not (replicate is None and reduce_scatter is None and all_gather is None):
         raise ThinwireError("replicate=, reduce_scatter= and all_gather= are for FSDP2; this model has no shards")
-    elif isinstance(model, DistributedDataParallel):
-        engine = Ddp(model, nodes)
-    elif is_fsdp1(model):
+    if isinstance(model, DistributedDataParallel):
+        return Ddp(model, nodes, timeout)
+    if is_fsdp1(model):
         raise ThinwireError(
             "FullyShardedDataParallel (FSDP1) is not supported; replace it by torch.distributed.fsdp.fully_shard(model)"
         )
-    elif process_group is not None:
-        engine = Plain(model, process_group, nodes, sparse_gradients, optimizer)
-    else:
-        raise ThinwireError(
-            f"attach() takes a DistributedDataParallel or a model that went through fully_shard, not "
-            f"{type(model).__name__}; wrap the model first, or pass process_group=dist.group.WORLD, after "
-            "init_process_group(), to exchange the gradients of the model as it is"
-        )
+    if process_group is not None:
+        return Plain(model, process_group, nodes, sparse_gradients, optimizer, timeout)
+    raise ThinwireError(
+        f"attach() takes a DistributedDataParallel or a model that went through fully_shard, not "
+        f"{type(model).__name__}; wrap the model first, or pass process_group=dist.group.WORLD, after "
+        "init_process_group(), to exchange the gradients of the model as it is"
+    )
+
+
+def _talk(
+    model: nn.Module, process_group: dist.ProcessGroup | None, replicate: DeviceMesh | None, timeout: float
+) -> Talk:
+    """The ranks that are told where this one can't attach: those of the model, as far as can be seen of it."""
+    alone = Local.of(1)[0]
+    if not (dist.is_available() and dist.is_initialized()) or cast(object, process_group) is OUTSIDE:
+        return alone
+    patience = timeout if type(timeout) in (int, float) and timeout > 0 else TIMEOUT  # said by the checks
     try:
-        named = engine.exchanged()
-        engine.fits(method)
-        wire = Link.parse(link) if isinstance(link, str) else link
-        chosen, note = choose(kernels, named[0][1].device)
-    except ThinwireError as error:  # the other ranks must hear of it, or they would wait for ever
-        agree(engine.talk, [("error", str(error))])
-        raise
-    said = {
-        "nodes": nodes,
-        "sparse_gradients": sparse_gradients,
-        "replicate": replicate is not None,
-        "reduce_scatter": reduce_scatter,
-        "all_gather": all_gather,
-    }
-    agree(engine.talk, [("error", "none"), *((key, str(value)) for key, value in said.items())])
-    collective = engine.collective(wire)
-    try:
-        worker = Worker(collective.rank, seed, kernels=chosen)
-        session = Session(named, method, collective, optimizer, seed, [worker], scaler, on_nonfinite, timeout, policy)
-    except ThinwireError:
-        collective.close()
-        raise
-    session.fits = engine.fits
-    session.use_kernels(chosen, note)
-    session.no_sync = engine.no_sync
-    try:
-        engine.install(session)
-    except Exception:  # by now the optimizer has handed over its momentum
-        session.detach()
-        raise
-    return session
+        if isinstance(model, DistributedDataParallel):
+            return ProcessGroup(cast(dist.ProcessGroup, model.process_group), patience)
+        if is_fsdp2(model):
+            return sharded_talk(model, replicate, patience)
+        if process_group is not None:
+            return ProcessGroup(process_group, patience)
+    except Exception:  # what is wrong is said by the checks
+        pass
+    return ProcessGroup(cast(dist.ProcessGroup, dist.group.WORLD), patience)

@@ -19,8 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.engines.hook import Dispatcher
 from thinwire.engines.names import clean
-from thinwire.exchange.collectives import Collective, ProcessGroup
-from thinwire.exchange.nodes import levels
+from thinwire.exchange.collectives import TIMEOUT, Collective, ProcessGroup
+from thinwire.exchange.control import Together
+from thinwire.exchange.nodes import check_nodes, levels
 from thinwire.link import Link
 from thinwire.policy.plan import Method
 from thinwire.session import Session
@@ -31,24 +32,28 @@ class Ddp:
     """One DDP model, about to be attached to.
 
     Args:
-        nodes: see ``thinwire.attach``.
+        nodes, timeout: see ``thinwire.attach``.
     """
 
-    def __init__(self, ddp: DistributedDataParallel, nodes: int | DeviceMesh | None) -> None:
+    def __init__(self, ddp: DistributedDataParallel, nodes: int | DeviceMesh | None, timeout: float = TIMEOUT) -> None:
         self.ddp, self.nodes = ddp, nodes
-        self.talk = ProcessGroup(cast(dist.ProcessGroup, ddp.process_group))
+        self.talk = ProcessGroup(cast(dist.ProcessGroup, ddp.process_group), timeout)
         # the session keeps it, and must not keep the DDP model alive
         self.fits = partial(_check_sparse, cast(nn.Module, ddp.module))  # pyright: ignore[reportUnknownMemberType]
 
     def exchanged(self) -> list[tuple[str, Tensor]]:
+        check_nodes(self.talk, self.nodes)
         return _exchanged(self.ddp)
 
     @staticmethod
     def no_sync() -> Never:  # the session keeps it
         raise ThinwireError("wire.no_sync() is for a model without a wrapper; use ddp.no_sync()")
 
-    def collective(self, link: Link | None) -> Collective:
+    def collective(self, link: Link | None, together: Together) -> Collective:
         return levels(self.talk, self.nodes, link)
+
+    def share(self, session: Session) -> None:
+        pass  # DDP has made the replicas equal
 
     def install(self, session: Session) -> None:
         dispatcher = _dispatchers.get(self.ddp)

@@ -112,7 +112,7 @@ class Departures:
     ) -> Future:
         """Send one bucket; small ones wait for the next, to travel together."""
         step, row = session.step, session.row
-        session.count(bucket)
+        bucket.book(row, session.collective)
         with self.side_stream(buffer), Stopwatch(row, "send_seconds"):
             if self.sparse and buffer.is_cuda:  # nobody else may hold them when they have landed
                 for grad in grads:

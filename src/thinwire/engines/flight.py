@@ -96,7 +96,6 @@ class Flight:
     def _await(self, timeout: float) -> None:
         for arrived in self.inbox:
             arrived.wait(timeout)
-            arrived.future.wait()  # raises what the exchange raised
 
     def _waiting(self) -> contextlib.AbstractContextManager[object]:
         """Late, what is not waited for costs nobody any time."""

@@ -26,9 +26,10 @@ from thinwire.engines.gather import Gather
 from thinwire.engines.names import clean
 from thinwire.engines.scatter import Scatter
 from thinwire.engines.shards import OwnedShard, Shards
-from thinwire.exchange.collectives import Collective, ProcessGroup
+from thinwire.exchange.collectives import TIMEOUT, Collective, ProcessGroup, Talk
+from thinwire.exchange.control import Together
 from thinwire.exchange.local import Local
-from thinwire.exchange.mesh import BothAxes, Mesh
+from thinwire.exchange.mesh import BothAxes, Mesh, columns_of
 from thinwire.exchange.paced import Paced
 from thinwire.exchange.reduce_scatter import check_flat
 from thinwire.link import Link
@@ -53,11 +54,18 @@ def is_fsdp1(model: nn.Module) -> bool:
     return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
+def sharded_talk(model: nn.Module, replicate: DeviceMesh | None, timeout: float) -> BothAxes:
+    """All ranks of a model that went through ``fully_shard`` on a mesh of one dimension."""
+    mesh = next(param.device_mesh for param in model.parameters() if isinstance(param, DTensor))
+    replicas = Local.of(1)[0] if replicate is None else ProcessGroup(replicate.get_group(), timeout)
+    return BothAxes(replicas, ProcessGroup(mesh.get_group(), timeout))
+
+
 class Fsdp2:
     """One FSDP2 model, about to be attached to.
 
     Args:
-        replicate, reduce_scatter, all_gather: see ``thinwire.attach``.
+        replicate, reduce_scatter, all_gather, timeout: see ``thinwire.attach``.
         steps: whether there is an optimizer whose steps can be followed.
 
     Raises:
@@ -71,18 +79,19 @@ class Fsdp2:
         reduce_scatter: Compressor | Rule | None,
         all_gather: Compressor | None,
         steps: bool,
+        timeout: float = TIMEOUT,
     ) -> None:
         self.model, self.steps = model, steps
         named: list[tuple[str, nn.Module]] = [*model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
         self.modules = [(name, module) for name, module in named if isinstance(module, FSDPModule)]
         self._reshard()
         self.owned = _owned(model, self.modules)
-        self.shards = _shards([owned.param for owned in self.owned])
+        self.shards = _shards([owned.param for owned in self.owned], timeout)
         if replicate is not None and replicate.ndim != 1:
             raise ThinwireError(f"replicate is a mesh of {replicate.ndim} dimensions; it must have one: {ONE_LINE}")
         self.group = replicate.get_group() if replicate is not None else None
-        self.replicas: Collective = ProcessGroup(self.group) if self.group is not None else Local.of(1)[0]
-        self.talk = BothAxes(self.replicas, self.shards)
+        self.replicas: Collective = ProcessGroup(self.group, timeout) if self.group is not None else Local.of(1)[0]
+        self.talk: Talk = BothAxes(self.replicas, self.shards)
         self.scatter = Rule(reduce_scatter, NoMemory()) if isinstance(reduce_scatter, Compressor) else reduce_scatter
         self.gather = all_gather
 
@@ -159,9 +168,14 @@ class Fsdp2:
             "wire.no_sync() is for a model without a wrapper; use model.set_requires_gradient_sync(False)"
         )
 
-    def collective(self, link: Link | None) -> Collective:
-        replicas = Paced(self.replicas, link) if link else self.replicas
-        return Mesh(replicas, self.shards, self.group, own(self.owned[0].param).device)
+    def collective(self, link: Link | None, together: Together) -> Collective:
+        columns = columns_of(self.shards, self.group)
+        with together.alone():
+            replicas = Paced(self.replicas, link) if link else self.replicas
+            return Mesh(replicas, self.shards, self.group, own(self.owned[0].param).device, columns)
+
+    def share(self, session: Session) -> None:
+        pass
 
     def install(self, session: Session) -> None:
         modules = [cast(nn.Module, module) for _, module in self.modules]
@@ -253,7 +267,7 @@ def _check_one_group(name: str, module: FSDPModule) -> None:
         )
 
 
-def _shards(params: list[Tensor]) -> ProcessGroup:
+def _shards(params: list[Tensor], timeout: float) -> ProcessGroup:
     """The ranks that the parameters are sharded over."""
     meshes: list[DeviceMesh] = [cast(DTensor, param).device_mesh for param in params]
     for param, mesh in zip(params, meshes, strict=True):
@@ -278,4 +292,4 @@ def _shards(params: list[Tensor]) -> ProcessGroup:
             "the parameters are sharded over several meshes; thinwire can follow one only: shard all of them "
             "over the same ranks"
         )
-    return ProcessGroup(meshes[0].get_group())
+    return ProcessGroup(meshes[0].get_group(), timeout)

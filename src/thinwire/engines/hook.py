@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.ambient import undisturbed
 from thinwire.engines.departures import ACCUMULATED, Departures
+from thinwire.engines.joined import Joined
 from thinwire.engines.names import clean
 from thinwire.exchange.collectives import Future
 from thinwire.exchange.routes import Bucket
@@ -40,6 +41,7 @@ class Dispatcher:
         self.used: set[int] | None = None  # parameters that this backward reached, where DDP looks for unused ones
         self.exchanged_since_step = False
         self.warned = False
+        self.joined: Joined | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or pickled DDP has lost its hook; so what it holds of ours does nothing."""
@@ -62,10 +64,10 @@ class Dispatcher:
                 handle = cast(Any, param).register_post_accumulate_grad_hook(self.reached)
                 session.cleanup.callback(handle.remove)
         self.exchanged_since_step = False
-        self.session = session
+        self.session, self.joined = session, Joined(ddp)
 
     def uninstall(self) -> None:
-        self.session = self.used = None
+        self.session = self.used = self.joined = None
         self.owners.clear()
 
     def before_forward(self, *_: object) -> None:
@@ -79,6 +81,8 @@ class Dispatcher:
                     "assign=True) does it): DDP no longer averages its gradient; wrap the model and attach again"
                 )
         self.session.check()
+        if self.joined is not None:
+            self.joined.check(self.session)
         accumulates = self.exchanged_since_step and self.owners[0][2].grad is not None and torch.is_grad_enabled()
         if accumulates and not self.warned and not self.session.transaction.failed:
             self.warned = True
@@ -102,12 +106,20 @@ class Dispatcher:
         buffer, session = bucket.buffer(), self.session
         if session is None or self.group is None:
             return self._plain(buffer)
+        shadowed = self.joined if self.joined is not None and self.joined.shadows else None
         if bucket.index() == 0:
+            if shadowed is not None:
+                shadowed.check(session)
             self._begin(session)
-        planned = session.bucket(bucket.parameters())
+        params = bucket.parameters()
+        planned = session.bucket(params)
         done = self._pass_sparse(planned, buffer) if buffer.is_sparse else self._pass(session, planned, bucket, buffer)
+        if shadowed is not None:
+            shadowed.take([*zip(params, bucket.gradients(), strict=True)], done)
         if bucket.is_last():
             self._end(session)
+            if shadowed is not None:
+                shadowed.follow(session)
         return done
 
     def _begin(self, session: Session) -> None:

@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.engines.arrivals import Arrivals, Owned
 from thinwire.engines.names import clean
-from thinwire.exchange.collectives import Collective, ProcessGroup
-from thinwire.exchange.nodes import levels
+from thinwire.exchange.collectives import TIMEOUT, Collective, ProcessGroup
+from thinwire.exchange.control import Together
+from thinwire.exchange.nodes import check_nodes, levels
 from thinwire.link import Link
 from thinwire.policy.plan import Method
 from thinwire.selecting import rehearse
@@ -40,7 +41,7 @@ class Plain:
 
     Args:
         group: the ranks that train it.
-        nodes, sparse: see ``thinwire.attach``.
+        nodes, sparse, timeout: see ``thinwire.attach``.
     """
 
     def __init__(
@@ -50,12 +51,13 @@ class Plain:
         nodes: int | DeviceMesh | None,
         sparse: bool,
         optimizer: torch.optim.Optimizer | None,
+        timeout: float = TIMEOUT,
     ) -> None:
         self.model, self.nodes, self.sparse, self.optimizer = model, nodes, sparse, optimizer
         if cast(object, group) is dist.GroupMember.NON_GROUP_MEMBER:  # torch's answer to a rank outside
             raise ThinwireError(f"process_group is {group!r}; this rank must be in the group that trains the model")
         self.group = group
-        self.talk = ProcessGroup(group)
+        self.talk = ProcessGroup(group, timeout)
         groups = optimizer.param_groups if optimizer is not None else []
         # what a method that does not take it over finds in the optimizer, or gives back to it
         self.kept = {(key, group[key]) for group in groups for key in KEPT_OUT if group.get(key)}
@@ -81,6 +83,7 @@ class Plain:
             )
 
     def exchanged(self) -> list[tuple[str, Tensor]]:
+        check_nodes(self.talk, self.nodes)
         modules: list[tuple[str, nn.Module]] = [*self.model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
         for name, module in modules:
             if isinstance(module, (DistributedDataParallel, nn.DataParallel)):
@@ -144,19 +147,20 @@ class Plain:
         finally:
             self.arrivals.paused = before
 
-    def collective(self, link: Link | None) -> Collective:
+    def collective(self, link: Link | None, together: Together) -> Collective:
         return levels(self.talk, self.nodes, link)
 
-    def install(self, session: Session) -> None:
+    def share(self, session: Session) -> None:
         held = self._held()
         agree(self.talk, [(f"tensor {name!r}", f"of shape {tuple(x.shape)}, {x.dtype}") for name, x in held])
-        source = dist.get_global_rank(self.group, 0)
         for _, x in held:
             whole = x.contiguous()  # what is sent is memory, not elements
             if whole.numel():
-                dist.broadcast(whole.view(-1).view(torch.uint8), source, group=self.group)
+                self.talk.broadcast(whole.view(-1).view(torch.uint8), 0).awaited(session.timeout)
             if whole is not x:
                 x.copy_(whole)
+
+    def install(self, session: Session) -> None:
         self.arrivals = Unwrapped(self.model, self._owned(), self.sparse)
         _attached[self.model] = ref(self.arrivals)
         self.arrivals.install(session)

@@ -6,19 +6,24 @@ in an order that differs between ranks.
 """
 
 import atexit
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, ClassVar, Protocol, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from thinwire.exchange import texts
 from thinwire.exchange.direct import Direct, Future, at_once, pays
+from thinwire.exchange.liveness import Liveness, Lost
 from thinwire.link import Link, wire_bytes
 from thinwire.tensors import ThinwireError
 
@@ -34,7 +39,23 @@ def in_future(tensor: Tensor) -> Future:
 
 TIMEOUT = 300.0
 """Seconds to wait for the others: longer than one rank usually evaluates, and far below gloo's 30 minutes."""
-PROBE_SECONDS = 0.5
+
+
+class NoAnswer(RuntimeError):
+    """The network has failed, or a rank did not come in time; nothing can be said to the others any longer."""
+
+
+@contextlib.contextmanager
+def network(timeout: float) -> Generator[None]:
+    """Inside it, whatever the backend raises is a ``NoAnswer``."""
+    try:
+        yield
+    except NoAnswer:
+        raise
+    except RuntimeError as error:
+        text = str(error)
+        waited = f"timed out after {timeout:g} s: " if "imed out" in text and "timed out after" not in text else ""
+        raise NoAnswer(waited + text) from error
 
 
 @dataclass(frozen=True)
@@ -67,17 +88,31 @@ class InFlight:
         if self.then is None:
             return self
         self.wait(timeout)
-        self.future.wait()
         return replace(self.then(), brought=self.brought, columns=self.columns).last(timeout)
 
     def wait(self, timeout: float) -> None:
         """Wait for the network, at most ``timeout`` seconds; a CUDA backend has a watchdog of its own for that.
 
         Raises:
-            RuntimeError: what the backend raises.
+            NoAnswer: what the backend raises.
         """
-        if self.work is not None and not self.result.is_cuda:
-            self.work.wait(timedelta(seconds=timeout))
+        with network(timeout):
+            if self.work is not None and not self.result.is_cuda:
+                self.work.wait(timedelta(seconds=timeout))
+            self.future.wait()
+
+    def awaited(self, timeout: float) -> Tensor:
+        """The answer, once all stages have ended: the host waits for them on CUDA too, as between steps it may.
+
+        Raises:
+            NoAnswer: as ``wait``.
+        """
+        flight = self.last(timeout)
+        with network(timeout):
+            if flight.work is not None:
+                flight.work.wait(timedelta(seconds=timeout))
+        flight.wait(timeout)
+        return flight.answer()
 
 
 class Talk(Protocol):
@@ -87,9 +122,33 @@ class Talk(Protocol):
     def rank(self) -> int: ...
     @property
     def world(self) -> int: ...
+    @property
+    def everyone(self) -> "Talk":
+        """All ranks of the model, one by one."""
+        ...
 
-    def exchange_text(self, text: str) -> list[str]:
-        """The text of every rank, for control traffic; it waits, and is not counted."""
+    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
+        """The text of every rank, for control traffic; it waits, and is not counted.
+
+        Args:
+            timeout: seconds; None for those that ``attach`` was given.
+
+        Raises:
+            NoAnswer: a rank did not come in time, or is gone.
+            ThinwireError: a rank's text is too long, or is none.
+        """
+        ...
+
+    def lost(self) -> Lost:
+        """After an exchange has failed: what can be told of the others. Nothing can be exchanged afterwards."""
+        ...
+
+    def here(self) -> None:
+        """Say in the store that this rank lives."""
+        ...
+
+    def leave(self, word: str) -> None:
+        """Leave the others in the middle of an exchange: nobody waits for this rank, and they can read the word."""
         ...
 
 
@@ -119,11 +178,6 @@ class Collective(Talk, Protocol):
 
     def broadcast(self, message: Tensor, source: int) -> InFlight:
         """The uint8 ``message`` ``[nbytes]`` of rank ``source`` to all; those of the others may be overwritten."""
-        ...
-
-    @property
-    def everyone(self) -> Talk:
-        """All ranks of the model, one by one."""
         ...
 
     @property
@@ -165,8 +219,8 @@ class Collective(Talk, Protocol):
         """What is equal on all ranks, but where ``like`` is sharded; without ``like`` every part has one of its own."""
         ...
 
-    def lost(self) -> list[int]:
-        """After an exchange has failed: the ranks that seem to be gone."""
+    def hang_up(self) -> None:
+        """Close all connections, where that can be done, so that nothing that is under way keeps a process alive."""
         ...
 
     def close(self) -> None:
@@ -222,14 +276,15 @@ class ProcessGroup(OneLevel):
     link: Link | None = None
     _mesh: DeviceMesh | None = None
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout: float = TIMEOUT) -> None:
         ProcessGroup.used = True
-        self.group = group
+        self.group, self.timeout = group, timeout
         self.label = dist.get_backend(group)
         self.rank = dist.get_rank(group)
         self.world = dist.get_world_size(group)
         self.sent = 0.0
         self._direct = Direct(group)
+        self._liveness = Liveness(group, self.rank, self.world)
 
     def all_reduce(self, message: Tensor) -> InFlight:
         work = cast(Any, dist.all_reduce(message, group=self.group, async_op=True))
@@ -243,6 +298,9 @@ class ProcessGroup(OneLevel):
             return self._straight([message] * self.world, gathered)
         if at_once(self.group, message):
             return self._all_to_all(torch.cat([message] * self.world), gathered)
+        return self._all_gather(message, gathered)
+
+    def _all_gather(self, message: Tensor, gathered: Tensor) -> InFlight:
         work = _all_gather(gathered.view(-1), message, group=self.group, async_op=True)
         return InFlight(work.get_future(), gathered, work)
 
@@ -267,44 +325,43 @@ class ProcessGroup(OneLevel):
         self.sent += wire_bytes("broadcast", message.nbytes, self.world)
         return InFlight(work.get_future(), message, work)
 
-    def exchange_text(self, text: str) -> list[str]:
-        texts: list[str] = [""] * self.world
-        dist.all_gather_object(texts, text, group=self.group)
-        return texts
+    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
+        wait = self.timeout if timeout is None else timeout
+        said = texts.exchange(text, partial(self._gather_bytes, timeout=wait))
+        self._liveness.forget()
+        return said
+
+    def _gather_bytes(self, mine: bytes, timeout: float) -> list[bytes]:
+        config = dist.get_backend_config(self.group)  # e.g. "cpu:gloo,cuda:nccl"
+        device = "cpu" if "cpu:" in config else config.partition(":")[0]
+        message = torch.from_numpy(np.frombuffer(mine, np.uint8).copy()).to(device)
+        gathered = message.new_empty(self.world, message.numel())
+        with network(timeout):
+            if at_once(self.group, message):
+                flight = self._all_to_all(torch.cat([message] * self.world), gathered)
+            else:
+                flight = self._all_gather(message, gathered)
+        return [row.tobytes() for row in flight.awaited(timeout).cpu().numpy()]
 
     def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
         if self._mesh is None:
             self._mesh = DeviceMesh.from_group(self.group, tensor.device.type)
         return DTensor.from_local(tensor.unsqueeze(0).contiguous(), self._mesh, [Shard(0)], run_check=False)
 
-    def lost(self) -> list[int]:
-        """The ranks whose connections are gone, as far as this one can tell; only gloo tells."""
-        if dist.get_backend(self.group) != "gloo":
-            return []
-        deadline = time.monotonic() + PROBE_SECONDS
-        asked = {rank: self._ask(rank) for rank in range(self.world) if rank != self.rank}
-        closed = [rank for rank, work in asked.items() if not _answers(work, deadline)]
-        return self._without_survivors(closed)
+    def here(self) -> None:
+        self._liveness.here()
 
-    def _without_survivors(self, closed: list[int]) -> list[int]:
-        """A failure closes connections between survivors too; those who live say so in the group's store."""
-        try:
-            store = cast(Any, self.group).get_group_store()
-            store.set(f"thinwire/alive/{self.rank}", "yes")
-            time.sleep(2 * PROBE_SECONDS)
-            return [rank for rank in closed if not store.check([f"thinwire/alive/{rank}"])] or closed
-        except (AttributeError, RuntimeError):  # no store, or its host is the one that is gone
-            return closed
+    def lost(self) -> Lost:
+        found = self._liveness.lost()
+        self.hang_up()
+        return found
 
-    def _ask(self, rank: int) -> Any:
-        try:
-            return dist.isend(
-                torch.zeros(1, dtype=torch.float32, device="cpu"),
-                dist.get_global_rank(self.group, rank),
-                group=self.group,
-            )
-        except RuntimeError:
-            return None
+    def hang_up(self) -> None:
+        self._direct.hang_up()
+
+    def leave(self, word: str) -> None:
+        self._liveness.leave_word(word)
+        self.hang_up()
 
     def close(self) -> None:
         self._direct.close()
@@ -312,23 +369,16 @@ class ProcessGroup(OneLevel):
 
 def exchange_failed(collective: Collective, step: int, names: Sequence[str], error: Exception) -> ThinwireError:
     """What to raise when the exchange of these units has failed: who did not answer, and the way out."""
-    lost = collective.lost()
-    many = "ranks {} seem" if len(lost) > 1 else "rank {} seems"
-    who = f"; {many.format(' and '.join(map(str, lost)))} to be gone" if lost else ""
     what = names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
-    reason = (str(error) or repr(error)).splitlines()[0]
+    return failed(collective, f"step {step}: the exchange of {what}", error, "Restart from the last checkpoint")
+
+
+def failed(talk: Talk, what: str, error: Exception, way_out: str) -> ThinwireError:
+    """What to raise when something that all ranks do together has failed."""
+    lost = talk.lost() if isinstance(error, NoAnswer) else Lost()
+    if lost.raised:
+        return ThinwireError(f"{lost.raised}. {way_out}.")
+    reason = (str(error) or repr(error)).splitlines()[0].rstrip(".! ")
     return ThinwireError(
-        f"step {step}: the exchange of {what} failed on rank {collective.rank}{who}: {reason}. Restart from the last "
-        "checkpoint."
+        f"{what} failed on rank {talk.everyone.rank}{'; ' * bool(str(lost))}{lost}: {reason}. {way_out}."
     )
-
-
-def _answers(work: Any, deadline: float) -> bool:
-    """Whether a connection stands: a message nobody awaits times out on one, and fails at once without."""
-    if work is None:
-        return False
-    try:
-        work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
-    except RuntimeError as error:
-        return "imed out" in str(error)
-    return True

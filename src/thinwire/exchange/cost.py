@@ -5,6 +5,7 @@ Both are fitted by least squares to relative errors, so that small messages coun
 """
 
 import json
+import math
 import statistics
 import time
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from thinwire.exchange.collectives import Collective
+from thinwire.exchange.texts import heard
 from thinwire.link import Link
 
 SIZES = (2**10, 2**15, 2**18, 2**20)
@@ -29,12 +31,11 @@ def measure(collective: Collective, timeout: float, device: torch.device | None 
         message = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         _seconds(collective, message, timeout)  # connections are made at the first use
         medians.append(statistics.median(_seconds(collective, message, timeout) for _ in range(REPEATS)))
-    said = [json.loads(text) for text in collective.exchange_text(json.dumps(medians))]
+    said = heard(collective.exchange_text(json.dumps(medians)), _read_times, "list of times")
     means = [statistics.fmean(times) for times in zip(*said, strict=True)]
     found = fit(list(zip(SIZES, means, strict=True)), collective.world)
     # the last bits of a fit may differ between machines, and ranks that choose different routes wait for ever
-    bandwidth, latency = json.loads(collective.exchange_text(json.dumps((found.bandwidth, found.latency)))[0])
-    return Link(bandwidth, latency)
+    return heard(collective.exchange_text(json.dumps((found.bandwidth, found.latency)))[:1], _read_link, "link")[0]
 
 
 def fit(timed: list[tuple[int, float]], world: int) -> Link:
@@ -48,11 +49,23 @@ def fit(timed: list[tuple[int, float]], world: int) -> Link:
     return Link(1 / float(per_bit), float(latency))
 
 
+def _read_times(text: str) -> list[float]:
+    times = [float(seconds) for seconds in json.loads(text)]
+    if len(times) != len(SIZES) or not all(0 < seconds < math.inf for seconds in times):
+        raise ValueError(f"{text:.40}")
+    return times
+
+
+def _read_link(text: str) -> Link:
+    bandwidth, latency = map(float, json.loads(text))
+    if not (0 < bandwidth < math.inf and 0 <= latency < math.inf):
+        raise ValueError(f"{text:.40}")
+    return Link(bandwidth, latency)
+
+
 def _seconds(collective: Collective, message: torch.Tensor, timeout: float) -> float:
     started = time.perf_counter()
-    arrived = collective.all_gather(message).last(timeout)
-    arrived.wait(timeout)
-    arrived.future.wait()
+    collective.all_gather(message).awaited(timeout)
     if message.is_cuda:
         torch.cuda.synchronize(message.device)
     return time.perf_counter() - started

@@ -123,6 +123,8 @@ class Direct:
 
     def hang_up(self) -> None:
         """Close all connections of the group, so that nobody waits any longer: gloo does so where a wait times out."""
+        if self._world == 1 or "cpu:gloo" not in dist.get_backend_config(self._group):
+            return
         other = (self._rank + 1) % self._world
         for i in range(len(os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))):  # tags take interfaces in turn
             with contextlib.suppress(RuntimeError):
@@ -139,7 +141,7 @@ class Direct:
         thread.join(GRACE)
         if thread.is_alive():
             self.hang_up()
-            thread.join()
+            thread.join(GRACE)
 
 
 def _finish_all(queue: "SimpleQueue[Sent | None]") -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from thinwire.exchange.collectives import Future, InFlight, OneLevel
+from thinwire.exchange.liveness import Lost
 from thinwire.link import Link, wire_bytes
 from thinwire.tensors import ThinwireError
 
@@ -82,14 +83,23 @@ class Local(OneLevel):
         self._started += 1
         return InFlight(future, result)
 
-    def exchange_text(self, text: str) -> list[str]:
+    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
         return [text] * self.world
 
     def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
         raise ThinwireError("a simulation has no checkpoints; save the model")
 
-    def lost(self) -> list[int]:
-        return []
+    def lost(self) -> Lost:
+        return Lost()
+
+    def here(self) -> None:
+        pass
+
+    def leave(self, word: str) -> None:
+        pass
+
+    def hang_up(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -6,6 +6,7 @@ concerns the whole model, verdicts and norms, also goes over the shards; what is
 
 import json
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from thinwire.exchange.collectives import Collective, InFlight, ProcessGroup, Talk
+from thinwire.exchange.collectives import Collective, InFlight, NoAnswer, ProcessGroup, Talk, failed
+from thinwire.exchange.liveness import Lost
+from thinwire.exchange.texts import heard
 from thinwire.sharding import shape_of, shard_dim
 from thinwire.tensors import ThinwireError
 
@@ -26,11 +29,56 @@ class BothAxes:
         self.rank = replicas.rank * shards.world + shards.rank
         self.world = replicas.world * shards.world
 
-    def exchange_text(self, text: str) -> list[str]:
-        columns = [
-            json.loads(said) for said in self.shards.exchange_text(json.dumps(self.replicas.exchange_text(text)))
-        ]
+    @property
+    def everyone(self) -> Talk:
+        return self
+
+    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
+        said = self.shards.exchange_text(json.dumps(self.replicas.exchange_text(text, timeout)), timeout)
+        columns = heard(said, self._read_column, "list of texts")
         return [column[replica] for replica in range(self.replicas.world) for column in columns]
+
+    def _read_column(self, said: str) -> list[str]:
+        column = json.loads(said)
+        if not isinstance(column, list) or [*map(type, cast("list[object]", column))] != [str] * self.replicas.world:
+            raise ValueError(f"{said:.40}")
+        return cast("list[str]", column)
+
+    def lost(self) -> Lost:
+        self.here()  # on both axes first, since this rank's peers along the other one may look already
+        along, across = self.replicas.lost(), self.shards.lost()
+        return Lost(
+            sorted({*map(self._of_replica, along.gone), *map(self._of_shard, across.gone)}),
+            sorted({*map(self._of_replica, along.silent), *map(self._of_shard, across.silent)}),
+            along.raised or across.raised,
+        )
+
+    def _of_replica(self, replica: int) -> int:
+        return replica * self.shards.world + self.shards.rank
+
+    def _of_shard(self, shard: int) -> int:
+        return self.replicas.rank * self.shards.world + shard
+
+    def here(self) -> None:
+        self.replicas.here()
+        self.shards.here()
+
+    def leave(self, word: str) -> None:
+        self.replicas.leave(word)
+        self.shards.leave(word)
+
+
+def columns_of(shards: ProcessGroup, group: dist.ProcessGroup | None) -> list[list[int]]:
+    """The ranks that hold each shard, from those that hold this rank's. A collective call of the ``shards``."""
+    column = dist.get_process_group_ranks(group) if group is not None else [dist.get_rank()]
+    return heard(shards.exchange_text(json.dumps(column)), _read_ranks, "list of ranks")
+
+
+def _read_ranks(said: str) -> list[int]:
+    ranks = json.loads(said)
+    if not isinstance(ranks, list) or not all(isinstance(rank, int) for rank in cast("list[object]", ranks)):
+        raise ValueError(f"{said:.40}")
+    return [rank % 2**31 for rank in cast("list[int]", ranks)]
 
 
 class Mesh:
@@ -41,6 +89,7 @@ class Mesh:
         shards: the ranks that hold the other parts of the model.
         group: of the replicas; None where there are none.
         device: where control messages between shards are made.
+        columns: the ranks of each shard's replicas, by ``columns_of``.
 
     Raises:
         ThinwireError: the two axes do not make a mesh.
@@ -51,14 +100,17 @@ class Mesh:
     """Bytes that this rank has sent along the shard axis; who sends them adds them."""
 
     def __init__(
-        self, replicas: Collective, shards: ProcessGroup, group: dist.ProcessGroup | None, device: torch.device
+        self,
+        replicas: Collective,
+        shards: ProcessGroup,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        columns: Sequence[Sequence[int]],
     ) -> None:
         self.replicas, self.shards, self.device = replicas, shards, device
         self.everyone = BothAxes(replicas, shards)
         self.rank, self.world, self.link = replicas.rank, replicas.world, replicas.link
         self.label = f"{replicas.label}, {self.world} replicas of {shards.world} shards"
-        column = dist.get_process_group_ranks(group) if group is not None else [dist.get_rank()]
-        columns = [json.loads(said) for said in shards.exchange_text(json.dumps(column))]
         whole = len({len(c) for c in columns}) == 1
         ranks = torch.tensor(columns if whole else [], dtype=torch.int64, device="cpu").t()
         if ranks.unique().numel() != self.everyone.world:
@@ -102,12 +154,13 @@ class Mesh:
 
     def any_replica(self, flag: bool, timeout: float) -> bool:
         """Whether it is so on any replica of this shard; waits."""
-        flight = self.replicas.all_reduce(torch.tensor([float(flag)], dtype=torch.float32, device=self.device)).last(
-            timeout
-        )
-        flight.wait(timeout)
-        flight.future.wait()
-        return bool(flight.answer())
+        found = torch.tensor([float(flag)], dtype=torch.float32, device=self.device)
+        try:
+            return bool(self.replicas.all_reduce(found).awaited(timeout))
+        except NoAnswer as error:
+            raise failed(
+                self, "the word of the replicas on a step", error, "Restart from the last checkpoint"
+            ) from error
 
     def norm_beside(self, norm: Tensor, timeout: float) -> Tensor:
         return self._sum_beside(norm.square(), timeout).sqrt()
@@ -116,16 +169,13 @@ class Mesh:
         flight = self.shards.all_reduce(x)
         try:
             flight.wait(timeout)
-            flight.future.wait()
-        except RuntimeError as error:
-            raise ThinwireError(
-                f"the ranks that hold the other shards did not all answer within {timeout:g} s: {error!s:.200}. "
-                "Restart from the last checkpoint"
-            ) from error
+        except NoAnswer as error:
+            what = "the word of the ranks that hold the other shards"
+            raise failed(self, what, error, "Restart from the last checkpoint") from error
         return flight.answer()
 
-    def exchange_text(self, text: str) -> list[str]:
-        return self.replicas.exchange_text(text)
+    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
+        return self.replicas.exchange_text(text, timeout)
 
     def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
         dim = None if like is None else shard_dim(like)
@@ -153,8 +203,18 @@ class Mesh:
             part.contiguous(), self._mesh, placements, run_check=False, shape=shape, stride=stride
         )
 
-    def lost(self) -> list[int]:
-        return self.replicas.lost()
+    def lost(self) -> Lost:
+        return self.everyone.lost()
+
+    def here(self) -> None:
+        self.everyone.here()
+
+    def leave(self, word: str) -> None:
+        self.everyone.leave(word)
+
+    def hang_up(self) -> None:
+        self.replicas.hang_up()
+        self.shards.hang_up()
 
     def close(self) -> None:
         self.replicas.close()

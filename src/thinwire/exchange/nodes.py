@@ -8,6 +8,7 @@ of as many workers as there are nodes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import cache
 from typing import cast
 
@@ -16,11 +17,37 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from thinwire.exchange.collectives import Collective, InFlight, ProcessGroup
+from thinwire.exchange.collectives import Collective, InFlight, ProcessGroup, network
+from thinwire.exchange.liveness import Lost
 from thinwire.exchange.paced import Paced
 from thinwire.link import Link
 from thinwire.tensors import ThinwireError
 from thinwire.wire.layout import ROW_ALIGNMENT
+
+
+def check_nodes(everyone: ProcessGroup, nodes: int | DeviceMesh | None) -> None:
+    """Look whether the ranks can be put into such nodes, before anything is made.
+
+    Args:
+        nodes: as for ``groups_of``; None for no nodes.
+
+    Raises:
+        ThinwireError: they do not make whole nodes of all ranks.
+    """
+    if nodes is None:
+        return
+    ranks = dist.get_process_group_ranks(everyone.group)
+    if not isinstance(nodes, int):
+        if nodes.ndim != 2 or sorted(cast("list[int]", nodes.mesh.flatten().tolist())) != sorted(ranks):
+            raise ThinwireError(
+                f"nodes is a mesh of {nodes.ndim} dimensions and {nodes.size()} ranks; it must have two, between nodes "
+                f"and inside, and hold the {len(ranks)} ranks of this model"
+            )
+        return
+    if nodes < 1 or len(ranks) % nodes:
+        raise ThinwireError(f"nodes is {nodes}; it is the ranks of one node, and must divide {len(ranks)}")
+    if len(ranks) != dist.get_world_size():
+        raise ThinwireError("nodes as a number needs a model on all ranks; give a mesh of two dimensions")
 
 
 def groups_of(
@@ -30,27 +57,17 @@ def groups_of(
 
     Args:
         nodes: ranks in a node, which follow each other; or a mesh of two dimensions, between nodes and inside.
-
-    Raises:
-        ThinwireError: they do not make whole nodes of all ranks.
     """
-    ranks = dist.get_process_group_ranks(everyone.group)
     if not isinstance(nodes, int):
-        if nodes.ndim != 2 or sorted(cast("list[int]", nodes.mesh.flatten().tolist())) != sorted(ranks):
-            raise ThinwireError(
-                f"nodes is a mesh of {nodes.ndim} dimensions and {nodes.size()} ranks; it must have two, between nodes "
-                f"and inside, and hold the {len(ranks)} ranks of this model"
-            )
-        return ProcessGroup(nodes.get_group(1)), ProcessGroup(nodes.get_group(0)), []
-    if nodes < 1 or len(ranks) % nodes:
-        raise ThinwireError(f"nodes is {nodes}; it is the ranks of one node, and must divide {len(ranks)}")
-    if len(ranks) != dist.get_world_size():
-        raise ThinwireError("nodes as a number needs a model on all ranks; give a mesh of two dimensions")
+        inside, between = (ProcessGroup(nodes.get_group(dim), everyone.timeout) for dim in (1, 0))
+        return inside, between, []
+    ranks = dist.get_process_group_ranks(everyone.group)
     # every rank makes every group, in this order: groups of their own choosing would find stale addresses
-    inside = [_group(ranks[i : i + nodes]) for i in range(0, len(ranks), nodes)]
-    between = [_group(ranks[lane::nodes]) for lane in range(nodes)]
+    inside = [_group(ranks[i : i + nodes], everyone.timeout) for i in range(0, len(ranks), nodes)]
+    between = [_group(ranks[lane::nodes], everyone.timeout) for lane in range(nodes)]
     node, lane = divmod(everyone.rank, nodes)
-    return ProcessGroup(inside[node]), ProcessGroup(between[lane]), [inside[node], between[lane]]
+    made = [inside[node], between[lane]]
+    return ProcessGroup(made[0], everyone.timeout), ProcessGroup(made[1], everyone.timeout), made
 
 
 class Nodes:
@@ -127,8 +144,8 @@ class Nodes:
 
         return replace(first, then=then)
 
-    def exchange_text(self, text: str) -> list[str]:
-        return self.everyone.exchange_text(text)
+    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
+        return self.everyone.exchange_text(text, timeout)
 
     def any_beside(self, flags: Sequence[bool], timeout: float) -> list[bool]:
         return list(flags)
@@ -142,8 +159,21 @@ class Nodes:
     def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
         return tensor
 
-    def lost(self) -> list[int]:
-        return self.everyone.lost()
+    def lost(self) -> Lost:
+        found = self.everyone.lost()
+        self.hang_up()
+        return found
+
+    def here(self) -> None:
+        self.everyone.here()
+
+    def leave(self, word: str) -> None:
+        self.everyone.leave(word)
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        for part in (self.everyone, self.inside, self.between):
+            part.hang_up()
 
     def close(self) -> None:
         self.between.close()
@@ -160,11 +190,11 @@ def levels(everyone: ProcessGroup, nodes: int | DeviceMesh | None, link: Link | 
     return collective if groups is None else Nodes(everyone, groups[0], collective, groups[2])
 
 
-def _group(ranks: list[int]) -> dist.ProcessGroup:
-    return cast(dist.ProcessGroup, dist.new_group(ranks))
+def _group(ranks: list[int], timeout: float) -> dist.ProcessGroup:
+    with network(timeout):
+        return cast(dist.ProcessGroup, dist.new_group(ranks, timedelta(seconds=timeout)))
 
 
 def _wait(flight: InFlight, timeout: float) -> Tensor:
     flight.wait(timeout)
-    flight.future.wait()
     return flight.answer()

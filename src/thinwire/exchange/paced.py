@@ -8,7 +8,11 @@ from threading import Thread
 from torch import Tensor
 
 from thinwire.exchange.collectives import Collective, Future, InFlight, OneLevel, in_future
+from thinwire.exchange.liveness import Lost
 from thinwire.link import Kind, Link
+
+GRACE = 5.0
+"""Seconds for what is under way when the link is let go of: an exchange that nobody answers must not keep a process."""
 
 
 class Paced(OneLevel):
@@ -46,14 +50,23 @@ class Paced(OneLevel):
     def broadcast(self, message: Tensor, source: int) -> InFlight:
         return self._pace("broadcast", message.nbytes, self.inner.broadcast(message, source))
 
-    def exchange_text(self, text: str) -> list[str]:
-        return self.inner.exchange_text(text)
+    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
+        return self.inner.exchange_text(text, timeout)
 
     def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
         return self.inner.rows(tensor, like)
 
-    def lost(self) -> list[int]:
+    def lost(self) -> Lost:
         return self.inner.lost()
+
+    def here(self) -> None:
+        self.inner.here()
+
+    def leave(self, word: str) -> None:
+        self.inner.leave(word)
+
+    def hang_up(self) -> None:
+        self.inner.hang_up()
 
     def _pace(self, kind: Kind, nbytes: int, inner: InFlight) -> InFlight:
         seconds = self._pacing.seconds(kind, nbytes, self.world)
@@ -75,5 +88,5 @@ class Paced(OneLevel):
 
     def close(self) -> None:
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(GRACE)
         self.inner.close()

@@ -72,7 +72,6 @@ def reduce_scatter(
     total = rows[rank].to(float_at_least_32(rows.dtype))
     like = torch.empty_like(total, dtype=memory.dtype(rows.dtype))
     arrived.wait(timeout)
-    arrived.future.wait()
     back = 1.0 / scale if memory.stateful else 1.0
     for r, received in enumerate(arrived.answer()):
         if r != rank:

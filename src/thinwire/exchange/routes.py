@@ -19,8 +19,9 @@ from thinwire.exchange.collectives import Collective, InFlight
 from thinwire.exchange.groups import Group, Piece, Whole
 from thinwire.exchange.led import Led
 from thinwire.exchange.two_phase import two_phase
-from thinwire.link import Kind, Link
+from thinwire.link import Kind, Link, wire_bytes
 from thinwire.policy.plan import Route
+from thinwire.report.ledger import StepRow
 from thinwire.tensors import ThinwireError
 from thinwire.units import Unit, payload_like
 from thinwire.wire import head
@@ -56,6 +57,15 @@ class Bucket:
             total += all_of_it
             compressed += lossy
         return total, compressed
+
+    def book(self, row: StepRow, collective: Collective) -> None:
+        """Write down what this rank sends for this bucket in a step; its total comes from the collective itself."""
+        world, share = collective.world, 1 / collective.lanes
+        row.compressed_wire_bytes += self.wire_bytes(world)[1] * share
+        for i, unit in enumerate(self.units):
+            plain = wire_bytes("all_reduce", unit.own.numel() * 4, world) * share
+            row.dense_bytes += plain
+            row.compressed_dense_bytes += plain if i in self.lossy else 0.0
 
     @property
     def joins(self) -> bool:

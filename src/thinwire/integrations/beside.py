@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from thinwire.checkpoint import OnWorldChange
+from thinwire.exchange.control import Together
 from thinwire.policy.plan import Method
 from thinwire.session import Session
 from thinwire.succession import agree
@@ -59,18 +60,16 @@ def load(wire: Session, folder: str | Path, on_world_change: OnWorldChange = "er
         ThinwireError: there are none, or one is missing or damaged, or as ``Session.load_state_dict``.
     """
     talk = wire.collective.everyone
-    try:
-        given = _read(_local(folder), talk.rank, talk.world)
-        if given is None and strict:
-            raise ThinwireError(
-                f"there is no thinwire-rank*.pt in {folder}; the checkpoint was saved without an attached session. "
-                "Begin with nothing remembered by strict=False, or give the folder that has them"
-            )
-    except ThinwireError as error:  # all ranks load, or none
-        agree(talk, [("checkpoint", str(error))])
-        raise
+    with Together(wire.collective, f"step {wire.step}: loading a checkpoint") as together:
+        with together.alone():  # all ranks load, or none
+            given = _read(_local(folder), talk.rank, talk.world)
+            if given is None and strict:
+                raise ThinwireError(
+                    f"there is no thinwire-rank*.pt in {folder}; the checkpoint was saved without an attached session. "
+                    "Begin with nothing remembered by strict=False, or give the folder that has them"
+                )
+        agree(talk, [("checkpoint", "none" if given is None else "there")])
     if given is None:
-        agree(talk, [("checkpoint", "none")])
         wire.ledger.note(f"step {wire.step}: nothing remembered was found in {folder}")
         return
     wire.load_state_dict(given, on_world_change)

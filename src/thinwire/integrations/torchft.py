@@ -148,7 +148,6 @@ class CompressedProcessGroup(ProcessGroupWrapper):
         mine = torch.tensor([crc32(self._said.encode()), self.calls], device=device)
         heard = carrier.all_gather(mine.view(torch.uint8))
         heard.wait(self.patience)
-        heard.future.wait()
         theirs = heard.answer().view(torch.int64).cpu()
         if not (theirs[:, 0] == theirs[carrier.rank, 0]).all():
             others = [rank for rank, one in enumerate(theirs[:, 0]) if one != theirs[carrier.rank, 0]]

@@ -48,7 +48,7 @@ class Joint:
     def hold(self, attached: bool, units: Sequence[Unit]) -> None:
         """From now on, or no longer, somebody hands it what it steps with; a momentum that it keeps goes along."""
         self.marked = -1.0
-        if not self.partner:
+        if not self.partner or not (attached or self.partner.attached):
             return
         self.partner.attached = attached
         for unit in units:

@@ -71,7 +71,7 @@ class SimulatedWorkers:
         params = [unit.param for unit in session.units]
         before = kept = [buffer.clone() for buffer in self.model.buffers()]
         bucket = session.bucket(params)
-        session.count(bucket)
+        bucket.book(session.row, session.collective)
         reached = [False] * len(params)
         for worker, peer in zip(session.workers, self.peers, strict=True):
             if worker.rank == 1:  # the first worker's buffers are what all go on with
