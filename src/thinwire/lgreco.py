@@ -245,7 +245,7 @@ def _read(text: str, own: list[Rows], paid: Rows) -> tuple[list[Rows], Rows]:
         raise ValueError(f"{len(tables)} tables")
     for rows in (*tables, costs):
         for name, row in rows.items():
-            if len(row) != len(paid.get(name, row)) or not all(type(x) in (int, float) for x in row):
+            if (name in paid and len(row) != len(paid[name])) or not all(type(x) in (int, float) for x in row):
                 raise ValueError(f"{name}: {row!s:.40}")
     return [{name: [*map(float, row)] for name, row in rows.items()} for rows in tables], costs
 
