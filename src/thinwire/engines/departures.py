@@ -14,7 +14,7 @@ from torch import Tensor
 from thinwire import pipeline
 from thinwire.clipping import clip
 from thinwire.engines.flight import Flight, settle
-from thinwire.exchange.collectives import Future, exchange_failed, in_future
+from thinwire.exchange.collectives import Future, NoAnswer, exchange_failed, in_future
 from thinwire.exchange.routes import Bucket, route_together
 from thinwire.report.ledger import Stopwatch
 from thinwire.session import Session
@@ -78,7 +78,10 @@ class Departures:
                     stage(session, flight)
                 except Exception as error:
                     names = [unit.name for unit in flight.bucket.units]
-                    raise exchange_failed(session.collective, session.step, names, error) from error
+                    failure = exchange_failed(session.collective, session.step, names, error)
+                    if stage == self._go_on and not isinstance(error, NoAnswer):  # the others await the next stage
+                        session.collective.leave(str(failure))
+                    raise failure from error
         if self.joined:
             stages = sum(len(group.stages) for flight in self.flights for group in flight.bucket.groups)
             session.ledger.note(
