@@ -449,7 +449,7 @@ def test_the_ledger_says_what_was_waited_for(world2, route):
 
 def test_buckets_are_filled_from_the_end(monkeypatch):
     monkeypatch.setattr("thinwire.engines.plain.BUCKET", 8000)
-    monkeypatch.setattr("thinwire.engines.plain.ProcessGroup", lambda group: None)
+    monkeypatch.setattr("thinwire.engines.plain.ProcessGroup", lambda *_: None)
     owned = Plain(Net(), object(), None, False, None)._owned()  # pyright: ignore[reportArgumentType]
     assert [(one.name, one.bucket) for one in owned] == [
         ("last.bias", 0), ("last.weight", 0), ("middle.bias", 0), ("middle.weight", 0),
