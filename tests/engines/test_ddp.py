@@ -141,6 +141,32 @@ def test_buckets_do_not_change_the_result(world2):
         assert torch.equal(trained(world2, method, 10, {"static_graph": True})[0], one)
 
 
+def _two_dtypes(rank, method, options):
+    torch.manual_seed(0)
+    module = torch.nn.ModuleList([torch.nn.Linear(12, 20), torch.nn.Linear(12, 20).double(), torch.nn.Linear(12, 3)])
+    module.forward = lambda x: sum(one(x.to(one.weight.dtype)).square().mean().float() for one in module)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
+    ddp = DistributedDataParallel(module, **options)
+    wire = thinwire.attach(ddp, method, optimizer=optimizer, kernels="reference")
+    for step in range(4):
+        optimizer.zero_grad()
+        ddp(torch.randn(5, 12, generator=torch.Generator().manual_seed(10 * step + rank))).backward()
+        optimizer.step()
+    wire.detach()
+    return flat_parameters(module), wire.step, [row.wire_bytes for row in wire.ledger.rows]
+
+
+def test_a_static_graph_of_several_buckets_is_exchanged_from_the_first_step_on(world2):
+    """In its first pass DDP calls every bucket the first and none the last."""
+    for method in (dgc(0.1), topk(0.1), thinwire.ef21(0.1), thinwire.dense()):
+        (weight, steps, sent), other = world2.run(_two_dtypes, method, {"static_graph": True})
+        assert torch.equal(weight, other[0])
+        plain = world2.run(_two_dtypes, method, {})[0]
+        assert torch.equal(weight, plain[0])
+        assert (steps, len(sent)) == (4, 4)
+        assert sum(sent) == sum(plain[2]) > 0
+
+
 def test_small_messages_travel_together(world2):
     one, facts = trained(world2, dgc(0.02), 10, SMALL_BUCKETS)
     assert any(note.startswith("1 exchanges a step for ") for note in facts["notes"])

@@ -122,6 +122,9 @@ def _layers(d: Draw) -> tuple[Layer, ...]:
     mixed, base = d.chance(0.3), d.one(*DTYPES)
     odd = [_odd(d) for _ in range(d.between(1, 4))]
     layers = [Layer("linear", base, (d.one(24, 31), d.one(16, 33))), *odd]
+    layers = [
+        replace(one, used="always") if one.sparse else one for one in layers
+    ]  # DDP takes no other sparse gradient
     return tuple(replace(layer, dtype=d.one(*DTYPES) if mixed else base) for layer in layers)
 
 

@@ -65,7 +65,7 @@ def conserved(plan: Plan, told: list[Told]) -> Found:
         if steps[0].skipped or steps[0].left_out:
             continue
         workers = workers_of(plan, steps)
-        clip(workers, steps[0].clip)
+        clip(workers, steps[0].clip, steps[0].scale)
         for name, unit in steps[0].units.items():
             for wrong in conservation.check(name, unit, workers, steps[0].clip is not None):
                 yield f"step {number}: {wrong}"

@@ -64,12 +64,12 @@ def _mean(found: list[Tensor | None]) -> Tensor | None:
     return sum(there[1:], there[0]) / len(found) if there else None
 
 
-def clip(workers: list[Worker], threshold: float | None) -> None:
+def clip(workers: list[Worker], threshold: float | None, scale: float) -> None:
     """What ``thinwire.clipping`` does to each worker's gradients, in float64."""
     for worker in workers:
         there = [g for g in worker.asked.values() if g is not None]
         if threshold is None or not there:
             continue
         norm = torch.stack([g.square().sum() for g in there]).sum().sqrt()
-        factor = min(1.0, threshold * len(workers) ** 0.5 / (float(norm) + 1e-6))
+        factor = min(1.0, threshold * len(workers) ** 0.5 / (float(norm) + 1e-6 / scale))
         worker.asked = {name: None if g is None else g * factor for name, g in worker.asked.items()}

@@ -40,6 +40,8 @@ class Dispatcher:
         self.sparse: list[Future] = []  # exchanges of sparse gradients, which are DDP's own
         self.used: set[int] | None = None  # parameters that this backward reached, where DDP looks for unused ones
         self.exchanged_since_step = False
+        self.missing = 0  # parameters of the pass under way that have not come yet
+        self.first: Tensor | None = None  # the one that came first
         self.warned = False
         self.joined: Joined | None = None
 
@@ -107,20 +109,28 @@ class Dispatcher:
         if session is None or self.group is None:
             return self._plain(buffer)
         shadowed = self.joined if self.joined is not None and self.joined.shadows else None
-        if bucket.index() == 0:
+        params = bucket.parameters()
+        if self._begins(bucket, params):
             if shadowed is not None:
                 shadowed.check(session)
             self._begin(session)
-        params = bucket.parameters()
         planned = session.bucket(params)
         done = self._pass_sparse(planned, buffer) if buffer.is_sparse else self._pass(session, planned, bucket, buffer)
         if shadowed is not None:
             shadowed.take([*zip(params, bucket.gradients(), strict=True)], done)
-        if bucket.is_last():
+        self.missing -= len(params)
+        if bucket.is_last() or self.missing == 0:
             self._end(session)
             if shadowed is not None:
                 shadowed.follow(session)
         return done
+
+    def _begins(self, bucket: GradBucket, params: list[Tensor]) -> bool:
+        """Whether a pass begins; in the first one of a static graph DDP calls each bucket the first, and none the last."""
+        if bucket.index() != 0 or (self.missing > 0 and params[0] is not self.first):
+            return False
+        self.missing, self.first = len(self.owners), params[0]
+        return True
 
     def _begin(self, session: Session) -> None:
         self.departures.begin()
@@ -133,6 +143,7 @@ class Dispatcher:
         for done in self.sparse:
             done.wait()
         self.sparse.clear()
+        self.missing, self.first = 0, None
         if self.used is not None:
             self.used.clear()
         session.end_step()
