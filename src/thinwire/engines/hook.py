@@ -126,7 +126,7 @@ class Dispatcher:
         return done
 
     def _begins(self, bucket: GradBucket, params: list[Tensor]) -> bool:
-        """Whether a pass begins; in the first one of a static graph DDP calls each bucket the first, and none the last."""
+        """Whether a pass begins; in a static graph's first one DDP calls each bucket the first, and none the last."""
         if bucket.index() != 0 or (self.missing > 0 and params[0] is not self.first):
             return False
         self.missing, self.first = len(self.owners), params[0]
