@@ -21,10 +21,16 @@ class Context:
 
     exact: bool = field(default=False, compare=False)
     """Whether all of what is asked arrives, as in a dense stage; only the sender is told."""
-
     saturates: float = field(default=0.0, compare=False)
     """At which share of a shorter dtype's range finite values saturate, where what they lose comes back; 0: they
     overflow, as a cast does. Only the sender is told."""
+    turn: int | None = field(default=None, compare=False)
+    """See ``phase``; None for the step."""
+
+    @property
+    def phase(self) -> int:
+        """The step that all ranks are taken to be at, for shapes: the same on each, be one of them at another step."""
+        return self.step if self.turn is None else self.turn
 
     def draw(self, bound: int) -> int:
         """An integer in [0, bound), the same on every machine for equal contexts."""

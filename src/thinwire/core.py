@@ -41,7 +41,7 @@ class Compressor(ABC):
     cuttable: ClassVar[bool] = False
     """Whether any run of a tensor's elements can be compressed on its own, and a sum of such runs once more."""
     period: ClassVar[int] = 1
-    """After how many steps the shapes of a payload repeat; they may depend on ``step % period``."""
+    """After how many steps the shapes of a payload repeat; they may depend on ``ctx.phase % period``."""
     learns: ClassVar[bool] = False
     """Whether its state follows the mean of all payloads, which only a sum gives."""
     linear: ClassVar[bool] = False

@@ -4,9 +4,8 @@
                  -------- send --------      ------- route -------         ------- receive ------
 
 ``send`` and ``receive`` never communicate and ``route`` never computes. On a route of two stages ``relay`` stands
-between them: what has arrived is combined, and routed once more. The DDP hook, the simulator and whatever comes later
-call the same functions, and only the collective between them differs. So the simulator is equal
-to the real run, and bytes are counted in one place.
+between them: what has arrived is combined, and routed once more. All engines and the simulator call the same functions,
+and only the collective differs. So the simulator is equal to the real run, and bytes are counted in one place.
 """
 
 from collections.abc import Sequence, Set
@@ -35,7 +34,7 @@ class Verdict:
     units: tuple[Unit, ...]
     used: Tensor  # bool [senders, units]
     bad: Tensor  # the same
-    clocks: Tensor  # uint8 [senders]: the step each of them is at, modulo head.CLOCK
+    parted: Tensor  # bool []: whether they are at different steps
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,21 @@ def send(
     used: Sequence[bool],
     loss_scale: float = 1.0,
     clear: bool = True,
+    turn: int | None = None,
 ) -> Outbox:
     """The sending half: from one rank's gradients to its messages, one for each group of the bucket.
 
     What this rank alone remembers is prepared here, to be final once the optimizer has stepped. Gradients may be
-    overwritten; ``clear`` asks for zeros where they have been read for the last time, so that more can be added.
+    overwritten; ``clear`` asks for zeros where they were read last, to be added to. ``turn``: see ``Context.phase``.
     """
     messages: list[Tensor] = []
     cleared: set[int] = set()
     for group in bucket.groups:
         named = [(piece, bucket.units[piece.unit], grads[piece.unit]) for piece in group.pieces]
         contexts = [
-            Context(worker.seed, step, piece.key(unit.name), worker.rank, worker.kernels, unit.exact, unit.saturates)
+            Context(
+                worker.seed, step, piece.key(unit.name), worker.rank, worker.kernels, unit.exact, unit.saturates, turn
+            )
             for piece, unit, _ in named
         ]
         selected = select(bucket.units, group.pieces, grads, worker, contexts, 1.0 / loss_scale, clear)
@@ -86,9 +88,9 @@ def send(
     return Outbox(messages, frozenset(cleared))
 
 
-def route(bucket: Bucket, messages: Sequence[Tensor], collective: Collective, step: int) -> list[InFlight]:
+def route(bucket: Bucket, messages: Sequence[Tensor], collective: Collective, turn: int) -> list[InFlight]:
     """Start the exchange of every message, and return before it has ended."""
-    return [group.start(message, collective, step) for group, message in zip(bucket.groups, messages, strict=True)]
+    return [group.start(message, collective, turn) for group, message in zip(bucket.groups, messages, strict=True)]
 
 
 @undisturbed
@@ -113,6 +115,7 @@ def receive(
     kernels: Kernels = REFERENCE,
     cleared: Set[int] = frozenset(),
     sparse: bool = False,
+    turn: int | None = None,
 ) -> list[Verdict]:
     """The receiving half: from what arrived to the gradients for the optimizer, written to ``outs``.
 
@@ -128,13 +131,13 @@ def receive(
         senders, flags = group.opened(arrived)
         poison: Tensor | None = None
         if flags is not None:
-            used, bad, clocks = head.decode(flags, len(group.units))
-            verdicts.append(Verdict(tuple(bucket.units[i] for i in group.units), used, bad, clocks))
+            used, bad, parted = head.decode(flags, len(group.units))
+            verdicts.append(Verdict(tuple(bucket.units[i] for i in group.units), used, bad, parted))
             if bad.is_cuda or bool(bad.any()):  # on CUDA nobody waits to see
                 poison = torch.zeros((), dtype=torch.float32, device=bad.device).masked_fill_(bad.any(), torch.nan)
         for i, pieces in group.by_unit.items():
             unit, out = bucket.units[i], outs[i]
-            ctx = Context(seed, step, unit.name, 0, kernels)
+            ctx = Context(seed, step, unit.name, 0, kernels, turn=turn)
             mean = mean_of(group, unit, pieces, senders, out, ctx, i in cleared, sparse)
             if poison is not None:
                 (mean.values() if mean.is_sparse else flat(mean))[:1].add_(poison)

@@ -78,7 +78,7 @@ def written(grad: Tensor, out: Tensor, *, saturates: bool) -> Tensor:
 
 
 def _of(ctx: Context, unit: Unit, piece: Piece, rank: int, kernels: Kernels | None) -> Context:
-    return Context(ctx.seed, ctx.step, piece.key(unit.name), rank, kernels)
+    return Context(ctx.seed, ctx.step, piece.key(unit.name), rank, kernels, turn=ctx.turn)
 
 
 def _check(there: Tensor, n: int) -> None:

@@ -4,7 +4,6 @@ A session knows nothing of where gradients come from; engines and the simulator 
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,18 +19,20 @@ from thinwire.exchange.collectives import TIMEOUT, Collective
 from thinwire.exchange.control import ATTACH, Together
 from thinwire.exchange.cost import measure
 from thinwire.exchange.local import Local
-from thinwire.exchange.routes import Bucket, Routing, plan_bucket
+from thinwire.exchange.routes import Bucket
 from thinwire.exchange.texts import heard
 from thinwire.loops import Kernels
 from thinwire.optim.joint import Joint
 from thinwire.optimizers import Handover, check_optimizer, log, release_optimizer, warn_once
 from thinwire.policy.plan import Method
+from thinwire.replicas import Replicas
 from thinwire.report.ledger import Ledger, StepRow
 from thinwire.selecting import rehearse
+from thinwire.stages import Stages
 from thinwire.succession import agree, describe, hand_on_all, restore_alike
 from thinwire.tensors import ThinwireError, norm
 from thinwire.transaction import OnNonfinite, Scaler, Transaction
-from thinwire.units import TURN_BYTES, Probe, Unit, Worker, carry, resolve, set_stage
+from thinwire.units import TURN_BYTES, Probe, Unit, Worker, carry, resolve
 
 PROBE_EVERY = 100
 
@@ -74,8 +75,15 @@ class Session:
         self.named, self.collective, self.optimizer, self.seed = list(named), collective, optimizer, seed
         self.workers = list(workers or [Worker(collective.rank, seed)])
         self.ledger = Ledger(method.name, collective.world, collective.label)
+        self.stages = Stages(collective, self.ledger)
         self.transaction = Transaction(optimizer, self.ledger, on_nonfinite)
-        self.step, self.units = 0, list[Unit]()
+        self.step = self.turn = 0
+        """The clock of this rank; and the step that all ranks are taken to be at, equal on all of them."""
+        self.units: list[Unit] = []
+        self.optional = False
+        """Whether one rank may use a parameter where another does not, and only messages tell; the engine's to say."""
+        self.replicas: Replicas | None = None
+        """What must stay equal on all ranks; None where nothing must, or nobody looks. The engine's to say."""
         self.scaler, self.timeout, self.policy = scaler, timeout, policy
         self.fits: Callable[[Method], None] = lambda method: None
         """Raises what keeps a method from being used with this model; the engine's."""
@@ -141,9 +149,9 @@ class Session:
         with together.alone():
             rehearse(units, self.workers[0].kernels)
             self.joint.hold(True, units)
-            self.by_param = {id(unit.param): unit for unit in units}
-            self._guard_carried()
             self._installed_at, self._density = self.step, -1.0
+            self.transaction.clock.all_at(self.step)
+            self._set_heads()
             self._set_stage()
 
     def _take_link(self) -> None:
@@ -161,27 +169,24 @@ class Session:
         return warmup.density(max(0, step - self._installed_at)) if warmup else asked
 
     def _check_clocks(self) -> None:
-        """Around a change of stage ranks that are not at the same step would send messages of different sizes.
+        """Where ranks at different steps would be at different stages, their messages would differ in size.
 
         Raises:
             ThinwireError: there are such ranks.
         """
-        if len({self._stage(self.step + i) for i in (-1, 0, 1)}) > 1:
+        if len({self._stage(step) for step in self.transaction.clock.possible(self.step)}) > 1:
             with self._together("a stage of the warm-up"):
-                clocks = heard(self.collective.everyone.exchange_text(str(self.step)), int, "step")
-            self.transaction.compare(clocks, self.step)
+                steps = self._steps()
+            self.transaction.compare(steps, self.step)
+
+    def _steps(self) -> list[int]:
+        return heard(self.collective.everyone.exchange_text(str(self.step)), int, "step")
 
     def _set_stage(self) -> None:
         density = self._stage(self.step)
         if density != self._density:
             self._density = density
-            self._buckets: dict[tuple[int, ...], Bucket] = {}
-            self._period = math.lcm(*(unit.method_compressor.period for unit in self.units))
-            self.routing = Routing(self.method.route, self.method.second, self._link)
-            # one turn after the other takes its time also on a link without latency
-            settings = (self.method.route, self.method.second, self.turn_bytes or TURN_BYTES)
-            for note in set_stage(self.units, density, self.collective.world, *settings):
-                self.ledger.note(note)
+            self.stages.begin(self.units, self.method, density, self._link, self.turn_bytes)
 
     def set_method(self, method: Method) -> None:
         """Change the method between two steps, on all ranks at once. A collective call.
@@ -259,21 +264,7 @@ class Session:
 
     def bucket(self, params: Sequence[Tensor]) -> Bucket:
         """The bucket of these parameters, planned once for each composition and warm-up stage."""
-        own = tuple(map(id, params))
-        key = (self.step % self._period, *own)
-        if key not in self._buckets:
-            if unknown := [p for p in params if id(p) not in self.by_param]:
-                raise ThinwireError(
-                    f"a parameter of shape {tuple(unknown[0].shape)} arrived that was not in the model at attach; "
-                    "parameters must not be replaced (load_state_dict(assign=True) does it) or frozen after wrapping: "
-                    "wrap and attach again"
-                )
-            units = [self.by_param[i] for i in own]
-            bucket = self._buckets[key] = plan_bucket(units, self.collective.world, self.routing, self.step)
-            if self.method.route == "auto" and self.step % self._period == 0:
-                more = f" and {len(units) - 1} more" if len(units) > 1 else ""
-                self.ledger.note(f"{'two_phase' if bucket.relays else 'all_gather'} for {units[0].name}{more}")
-        return self._buckets[key]
+        return self.stages.bucket(params, self.turn)
 
     def begin_step(self) -> None:
         """Before the first bucket of a step. What an earlier one prepared and no optimizer made final is void."""
@@ -282,6 +273,7 @@ class Session:
         self.row = StepRow(self.step, self.method.name)
         self._sent_before = self.collective.sent, self.collective.sent_inside
         self.loss_scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
+        self.turn = self.transaction.clock.turn(self.step)
         self._check_clocks()
         self._set_stage()
         self.joint.begin(self._density, self.units, self.workers)
@@ -295,9 +287,13 @@ class Session:
         if (probe := self.workers[0].probe) is not None:
             row.error = probe.error
         self.ledger.add(row)
-        guarded = bad is not None or any(unit.guarded for unit in self.units)
-        beside = partial(self.collective.any_beside, timeout=self.timeout) if guarded else list
-        self.transaction.end(self.step, beside, bool(bad))
+        if bad is not None or self.stages.reads:
+            beside = partial(self.collective.any_beside, timeout=self.timeout)
+            self.transaction.end(self.step, beside, bool(bad), self._steps)
+        else:
+            self.transaction.end_unread()
+        if self.replicas is not None and self.replicas.due():
+            self.replicas.check(self.step, self.transaction.refuse)
         if self.optimizer is None:
             self._commit()
 
@@ -314,19 +310,19 @@ class Session:
         self.step += 1
         self.joint.tell(self.ledger, self.step)
         if self._carrying and not carry(self.units, self.workers):
-            self._carrying = False
-            for unit in self.units:
-                unit.guarded = any(rule.memory.stateful for rule in self.method.rules)
-            self._buckets.clear()
+            self._set_heads()
         if self.policy is not None:
             with self._together("the policy"):
                 self.policy.after_step(self)
 
-    def _guard_carried(self) -> None:
-        """While a residual without a home is carried, a method that remembers nothing needs the heads too."""
+    def expect_unused(self) -> None:
+        """From now on one rank may use a parameter where another does not, and only messages tell."""
+        self.optional = True
+        self._set_heads()
+
+    def _set_heads(self) -> None:
         self._carrying = carry(self.units, self.workers)
-        for unit in self.units:
-            unit.guarded = unit.guarded or self._carrying
+        self.stages.heads(self.units, self.method, self.optional, self._carrying)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -378,7 +374,8 @@ class Session:
         self.joint.hold(True, ())
         for note in restored.notes:
             self.ledger.note(note)
-        self._guard_carried()
+        self._set_heads()
+        self.transaction.clock.all_at(self.step)
         self._density = -1.0
         self._set_stage()
 

@@ -8,11 +8,12 @@ from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import torch
 
+from thinwire.clock import Clock, apart, parted
 from thinwire.pipeline import Verdict
 from thinwire.report.ledger import Ledger
 from thinwire.tensors import ThinwireError
 from thinwire.units import Unit, Worker
-from thinwire.wire.head import CLOCK
+from thinwire.wire.head import SLOTS
 
 OnNonfinite: TypeAlias = Literal["skip", "raise"]
 
@@ -51,6 +52,9 @@ class Transaction:
         """A gradient of it was not finite, on any rank."""
         self.verdicts: list[Verdict] = []
         """What all ranks learned in the step under way."""
+        self.looked = False
+        """This rank has waited to read them."""
+        self.clock = Clock()
         self._idle = 0
         self._complaint = ""
 
@@ -59,64 +63,80 @@ class Transaction:
         idle = self.pending and not self.failed
         self.pending = self.failed = False  # gradients stay: by now they are those of the next step
         self.verdicts = []
+        self.looked = False
         if not idle:
             return 0
         self.ledger.skipped += 1
         self._idle += 1
         return self._idle
 
-    def end(self, step: int, beside: Callable[[Sequence[bool]], Sequence[bool]] = list, bad: bool = False) -> None:
+    def end(
+        self,
+        step: int,
+        beside: Callable[[Sequence[bool]], Sequence[bool]] = list,
+        bad: bool = False,
+        steps: Callable[[], Sequence[int]] = list,
+    ) -> None:
         """All of it has arrived.
 
         Args:
             beside: whether each is so on any rank with another part of the model, from what is so on this one.
             bad: whether something was not finite of which no message tells.
+            steps: asks all ranks which step they are at.
 
         Raises:
             ThinwireError: the ranks are not at the same step.
         """
-        self.pending = True
-        clocks: Sequence[int] = ()
-        for verdict, (apart, failed) in zip(self.verdicts, self._said(), strict=True):
-            if apart:
-                clocks = [step + (int(c) - step + CLOCK // 2) % CLOCK - CLOCK // 2 for c in verdict.clocks]
-                break
-            if failed:
+        self.pending = self.looked = True
+        said = self._said()
+        differ = any(differs for differs, _ in said)
+        for verdict, (_, failed) in zip(self.verdicts, said, strict=True):
+            if failed and not differ:
                 self._fail(verdict, step)
         if bad and not self.failed:
             self._complain(f"step {step}: a gradient is not finite before it is reduced")
-        parted, failed = beside((bool(clocks), self.failed))
-        if parted:
-            self.compare(clocks, step)
-            self._part(f"step {step}: the step clocks of the ranks of another shard have parted")
+        differ, failed, *slots = beside((differ, self.failed, *(step % SLOTS == i for i in range(SLOTS))))
+        if differ or sum(slots) > 1:
+            self.compare(steps(), step)
         if failed and not self.failed:
             self._complain(f"step {step}: the gradient of another shard is not finite")
+        if said:
+            self.clock.met(step, not self.failed)
+        else:
+            self.clock.unread()
+
+    def end_unread(self) -> None:
+        """All of it is on its way to where nobody waits for it: what it says, a step can't wait for."""
+        self.pending = True
+        self.clock.unread()
 
     def _said(self) -> list[list[bool]]:
-        """Of each verdict, whether clocks are apart and whether anything is bad; one wait for all of them."""
-        each = [torch.stack([(v.clocks != v.clocks[0]).any(), v.bad.any()]) for v in self.verdicts]
+        """Of each verdict, whether ranks are at different steps and anything is bad; one wait for all of them."""
+        each = [torch.stack([v.parted, v.bad.any()]) for v in self.verdicts]
         return cast(Any, torch.stack([one.to(each[0].device) for one in each])).tolist() if each else []
 
-    def compare(self, clocks: Sequence[int], step: int) -> None:
+    def used(self) -> set[str]:
+        """The units that any rank has used, among those of which the messages tell; on CUDA it waits."""
+        return {v.units[i].name for v in self.verdicts for i in v.used.any(0).nonzero().flatten()}
+
+    def compare(self, steps: Sequence[int], step: int) -> None:
         """Look at the steps that all ranks are at.
 
         Raises:
             ThinwireError: they differ; a step of the optimizer changes nothing now.
         """
-        other = next((rank for rank, clock in enumerate(clocks) if clock != clocks[0]), None)
-        if other is not None:
-            self._part(
-                f"step {step}: the step clocks of the ranks have parted: rank 0 is at step {clocks[0]}, rank {other} "
-                f"at {clocks[other]}"
-            )
+        if others := apart(steps):
+            self.refuse(parted(step, others))
 
-    def _part(self, what: str) -> None:
+    def refuse(self, complaint: str) -> None:
+        """Raise an error after which a step of the optimizer changes nothing.
+
+        Raises:
+            ThinwireError: always.
+        """
         self.pending = self.failed = True
-        self._complaint = (
-            f"{what}. Some ranks called optimizer.step() where others did not, so their weights differ too. Restart "
-            "from the last checkpoint, and call optimizer.step() on all ranks or on none"
-        )
-        raise ThinwireError(self._complaint)
+        self._complaint = complaint
+        raise ThinwireError(complaint)
 
     def _fail(self, verdict: Verdict, step: int) -> None:
         if self.failed:  # said of another message already
@@ -166,7 +186,8 @@ class Transaction:
         """What was prepared is final. A unit that no rank used has not been touched."""
         self.pending = False
         self._idle = 0
-        unused = {v.units[i].name for v in self.verdicts for i in v.used.any(0).logical_not().nonzero().flatten()}
+        verdicts = self.verdicts if self.looked else []  # where they were not, nothing is remembered
+        unused = {v.units[i].name for v in verdicts for i in v.used.any(0).logical_not().nonzero().flatten()}
         for unit in units:
             if unit.name not in unused:
                 unit.shared.commit()

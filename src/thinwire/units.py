@@ -43,6 +43,8 @@ class Unit:
     """What the method asks for, before a warm-up or the break-even rule changed it."""
     guarded: bool = False
     """Whether a gradient that is not finite makes all ranks skip the step: where the method remembers anything."""
+    optional: bool = False
+    """Whether one rank may use it in a step where another does not, and nobody but the message tells."""
     gathered: bool = False
     """Whether its payload is gathered although it could be summed."""
     seed: int = 0
@@ -63,6 +65,11 @@ class Unit:
     def compressed(self) -> bool:
         """Whether the method compresses this unit, be it sent dense for now or not."""
         return self.method_compressor != DENSE
+
+    @property
+    def told(self) -> bool:
+        """Whether its messages have a head: not where they may be what lies in memory, and all ranks know the rest."""
+        return self.guarded or self.compressed or self.optional
 
     @property
     def mirrored(self) -> Set[str]:

@@ -230,7 +230,7 @@ def test_all_ranks_of_the_matrix_are_sgd(world2):
 def _many(rank, repeats):
     for _ in range(repeats):
         _, wire = train_ddp(rank, powersgd(2), 4, SMALL_BUCKETS)
-        buckets = len(wire._buckets)
+        buckets = len(wire.stages.buckets)
         wire.detach()
     return buckets
 

@@ -178,7 +178,7 @@ def test_small_messages_travel_together(world2):
 def _many_buckets(rank, repeats, method):
     for _ in range(repeats):
         _, wire = train_ddp(rank, method, 6, SMALL_BUCKETS)
-        buckets = len(wire._buckets)
+        buckets = len(wire.stages.buckets)
         wire.detach()
     return buckets
 

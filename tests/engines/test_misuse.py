@@ -8,7 +8,7 @@ import thinwire
 from tests.engines.models import batch, build, flat_parameters, loss_of
 from tests.engines.test_ddp import SMALL_BUCKETS
 from tests.engines.test_safety import Experts, states
-from thinwire import ThinwireError, Warmup, dense, dgc, topk
+from thinwire import ThinwireError, Warmup, dense, dgc, randk, scalecom, topk
 from thinwire.pipeline import Verdict
 from thinwire.report.ledger import Ledger
 from thinwire.transaction import Transaction
@@ -186,7 +186,19 @@ STAGES = Warmup(4)  # each step has a density of its own, so messages of parted 
 
 @pytest.mark.parametrize(
     ("method", "skipped"),
-    [(dgc(0.02), 2), (topk(0.05), 0), (topk(0.001, warmup=STAGES), 1), (dgc(0.01, warmup=STAGES), 3)],
+    [
+        (dgc(0.02), 2),
+        (topk(0.05), 0),
+        (topk(0.001, warmup=STAGES), 1),
+        (dgc(0.01, warmup=STAGES), 3),
+        (randk(0.05), 1),
+        (randk(0.05, feedback=False, warmup=STAGES), 4),  # one rank is where a stage ends, and one is beyond
+        (thinwire.powersgd(1, min_compression_rate=1.0), 0),  # factors of two lengths
+        (thinwire.powersgd(2), 1),
+        (scalecom(0.05), 2),
+        (thinwire.qsgd(4), 0),
+        (topk(0.05, route="two_phase"), 1),
+    ],
 )
 def test_step_clocks_that_part_are_an_error_on_all_ranks(world2, method, skipped):
     for rank, (step, error) in enumerate(world2.run(_one_rank_skips, method, skipped)):
@@ -196,10 +208,9 @@ def test_step_clocks_that_part_are_an_error_on_all_ranks(world2, method, skipped
         assert "Restart from the last checkpoint, and call optimizer.step() on all ranks or on none" in error
 
 
-def test_clocks_are_compared_around_the_end_of_a_byte():
-    verdict = Verdict((), torch.ones(3, 0) > 0, torch.zeros(3, 0) > 0, torch.tensor([0, 0, 255], dtype=torch.uint8))
-    for step in (511, 512):
-        transaction = Transaction(None, Ledger("topk", 3, "simulated"), "skip")
-        transaction.verdicts.append(verdict)
-        with pytest.raises(ThinwireError, match=r"rank 0 is at step 512, rank 2 at 511\."):
-            transaction.end(step)
+def test_all_ranks_that_are_at_another_step_are_named():
+    nothing = torch.zeros(3, 0) > 0
+    transaction = Transaction(None, Ledger("topk", 3, "simulated"), "skip")
+    transaction.verdicts.append(Verdict((), nothing, nothing, torch.tensor(True)))
+    with pytest.raises(ThinwireError, match=r"rank 0 is at step 512, rank 2 at 511\."):
+        transaction.end(512, steps=lambda: [512, 512, 511])

@@ -157,20 +157,20 @@ class PowerSGD(Compressor):
         if self.rank >= min(n, m):
             return (flat(x).to(wide),)
         if x.is_meta:
-            return (x.new_empty(m if ctx.step % 2 else n, self.rank, dtype=wide),)
-        if ctx.step % 2:
+            return (x.new_empty(m if ctx.phase % 2 else n, self.rank, dtype=wide),)
+        if ctx.phase % 2:
             return (matrix.mT.to(wide) @ state["left"],)
         return (matrix.to(wide) @ state["right"],)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         if self.rank >= min(as_matrix(like).shape):
             return Dense(payload[0])
-        return LowRank(state["left"], payload[0]) if ctx.step % 2 else LowRank(payload[0], state["right"])
+        return LowRank(state["left"], payload[0]) if ctx.phase % 2 else LowRank(payload[0], state["right"])
 
     def commit(self, payload: Payload, like: Tensor, old: State, new: State, ctx: Context) -> None:
         if self.rank >= min(as_matrix(like).shape):
             return
-        turned, kept = ("right", "left") if ctx.step % 2 else ("left", "right")
+        turned, kept = ("right", "left") if ctx.phase % 2 else ("left", "right")
         new[turned].copy_(orthonormalise(payload[0], old[turned]))
         new[kept].copy_(old[kept])
 

@@ -90,6 +90,8 @@ class Arrivals:
         session.cleanup.callback(self.model.register_forward_pre_hook(self.before_forward).remove)
         if session.optimizer is not None:
             session.cleanup.callback(session.optimizer.register_step_post_hook(self.after_optimizer).remove)
+        if self.exchanges:
+            session.expect_unused()
         self.session = session
 
     def uninstall(self) -> None:
@@ -148,7 +150,7 @@ class Arrivals:
             self.departures.begin()
             self.exchanged_since_step = session.optimizer is not None
             session.begin_step()
-            if self.routing is not session.routing:  # which is another at every stage
+            if self.routing is not session.stages.routing:  # which is another at every stage
                 self._join(session)
             self.settle(session)
         except Exception:
@@ -182,7 +184,7 @@ class Arrivals:
 
     def _join(self, session: Session) -> None:
         """Decide which buckets leave together; the same on all ranks."""
-        routing, world = session.routing, session.collective.world
+        routing, world = session.stages.routing, session.collective.world
         enough = DEPARTURE * (routing.link or USUAL).bandwidth / 8
         # on CUDA it costs this core nothing; and on other routes than this the bits depend on what travels together
         joins = routing.route == "all_gather" and not any(one.param.is_cuda for one in self.owned)
@@ -193,7 +195,7 @@ class Arrivals:
                 joined.append([])
                 sent = 0.0
             joined[-1] += part
-            for unit in (session.by_param[id(one.param)] for one in part):
+            for unit in (session.stages.by_param[id(one.param)] for one in part):
                 sent += bytes_alone(unit.compressor, unit.like, world, routing.route, routing.second)
         self.routing, self.buckets = routing, joined
         if len(joined) < len(self.parts) and world > 1:
@@ -239,9 +241,11 @@ class Arrivals:
         for bucket in self.buckets[len(self.left) :]:
             self._send(session, bucket)
         self.departures.end(session)
-        for one, grad, made in [each for bucket in self.left for each in zip(*bucket, strict=True)]:
+        each = [one for bucket in self.left for one in zip(*bucket, strict=True)]
+        used = session.transaction.used() if any(made for _, _, made in each) else ()
+        for one, grad, made in each:
             if made:
-                if bool((grad.values() if grad.is_sparse else grad).count_nonzero()):  # another rank has used it
+                if session.stages.by_param[id(one.param)].name in used:  # by another rank
                     one.param.grad = cast(Any, wrapped(grad, one.param))
             elif self.sparse:
                 one.param.grad = grad

@@ -23,6 +23,7 @@ from thinwire.exchange.texts import is_known
 from thinwire.kernels.choose import Choice, choose
 from thinwire.link import Link
 from thinwire.policy.plan import Method, Rule
+from thinwire.replicas import EVERY, Replicas
 from thinwire.session import Policy, Session
 from thinwire.succession import agree
 from thinwire.tensors import ThinwireError
@@ -67,6 +68,15 @@ class Engine(Protocol):
         """Make all ranks begin alike. A collective call."""
         ...
 
+    def compared(self, every: int) -> Replicas:
+        """What must be equal on all ranks that hold the same part of the model, in any exchange."""
+        ...
+
+    @property
+    def begins_alike(self) -> bool:
+        """Whether ``share`` makes it so."""
+        ...
+
     def install(self, session: Session) -> None:
         """Pass the gradients through the session from now on; exchanges nothing."""
         ...
@@ -83,6 +93,7 @@ def attach(
     scaler: Scaler | None = None,
     on_nonfinite: OnNonfinite = "skip",
     timeout: float = TIMEOUT,
+    check_every: int = EVERY,
     kernels: Choice = "auto",
     nodes: int | DeviceMesh | None = None,
     process_group: dist.ProcessGroup | None = None,
@@ -110,6 +121,8 @@ def attach(
             something; ``dense()`` and ``cast()`` pass on what they get, as DDP does.
         timeout: seconds after which an exchange that a rank does not join is an error. A rank that only evaluates or
             saves for longer than this needs more. On NCCL it is the process group's own timeout that counts.
+        check_every: after so many exchanges, and at attach, the ranks compare hashes of their parameters; where they
+            differ, an error names the first parameter and the ranks. 0 for at attach only.
         kernels: the loops that compress: "reference" is plain PyTorch, "cpu" needs ``thinwire[cpu]``, "auto" takes the
             fastest there is; the ledger names it. All give the same bits.
         nodes: (not FSDP2) compress between nodes only. The ranks of a node, which follow each other, as a number; or a
@@ -161,6 +174,7 @@ def attach(
             )
             named = engine.exchanged()
             engine.fits(method)
+            replicas = engine.compared(check_every)
             method.to_json()  # what is no method fails here, before anything is exchanged
             wire = Link.parse(link) if isinstance(link, str) else link
             chosen, note = choose(kernels, named[0][1].device)
@@ -171,9 +185,12 @@ def attach(
                 "replicate": replicate is not None,
                 "reduce_scatter": reduce_scatter,
                 "all_gather": all_gather,
+                "check_every": check_every,
             }
             lines = [(key, str(value)) for key, value in said.items()]
         agree(engine.talk, lines)
+        if not engine.begins_alike:
+            replicas.begin()
         collective = engine.collective(wire, together)
         try:
             worker = Worker(collective.rank, seed, kernels=chosen)
@@ -186,6 +203,7 @@ def attach(
         session.fits = engine.fits
         session.use_kernels(chosen, note)
         session.no_sync = engine.no_sync
+        session.replicas = replicas
         try:
             engine.share(session)
             with together.alone():

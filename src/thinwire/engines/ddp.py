@@ -24,6 +24,7 @@ from thinwire.exchange.control import Together
 from thinwire.exchange.nodes import check_nodes, levels
 from thinwire.link import Link
 from thinwire.policy.plan import Method
+from thinwire.replicas import Replicas
 from thinwire.session import Session
 from thinwire.tensors import ThinwireError
 
@@ -48,6 +49,14 @@ class Ddp:
     @staticmethod
     def no_sync() -> Never:  # the session keeps it
         raise ThinwireError("wire.no_sync() is for a model without a wrapper; use ddp.no_sync()")
+
+    begins_alike = False
+
+    def compared(self, every: int) -> Replicas:
+        module = cast(nn.Module, self.ddp.module)  # pyright: ignore[reportUnknownMemberType]
+        ignored: set[str] = cast(Any, self.ddp).parameters_to_ignore  # nobody keeps those equal
+        named = [(clean(name), param) for name, param in module.named_parameters() if name not in ignored]
+        return Replicas(named, self.talk, every=every)
 
     def collective(self, link: Link | None, together: Together) -> Collective:
         return levels(self.talk, self.nodes, link)

@@ -120,9 +120,11 @@ class Departures:
             if self.sparse and buffer.is_cuda:  # nobody else may hold them when they have landed
                 for grad in grads:
                     grad.record_stream(torch.cuda.current_stream(grad.device))
-            outbox = pipeline.send(bucket, grads, session.workers[0], step, used, session.loss_scale, not self.sparse)
+            outbox = pipeline.send(
+                bucket, grads, session.workers[0], step, used, session.loss_scale, not self.sparse, session.turn
+            )
         flight = Flight(
-            bucket, outbox, grads, buffer, used, session.seed, step, session.loss_scale, row,
+            bucket, outbox, grads, buffer, used, session.seed, step, session.turn, session.loss_scale, row,
             session.transaction.verdicts, session.workers[0].kernels, self.sparse,
             self.eager or buffer.is_cuda,
         )  # fmt: skip
@@ -144,7 +146,7 @@ class Departures:
                 [flight.bucket for flight in waiting],
                 [flight.outbox.messages for flight in waiting],
                 session.collective,
-                session.step,
+                session.turn,
             )
         self.joined += len(waiting) - 1
         for flight, inbox in zip(waiting, inboxes, strict=True):

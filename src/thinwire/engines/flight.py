@@ -41,6 +41,7 @@ class Flight:
     used: Sequence[bool]
     seed: int
     step: int
+    turn: int
     loss_scale: float
     row: StepRow
     verdicts: list[Verdict]
@@ -123,7 +124,7 @@ class Flight:
         with Stopwatch(self.row, "receive_seconds"):
             found = pipeline.receive(
                 self.bucket, self.inbox, self.grads, self.seed, self.step, self.loss_scale, self.kernels,
-                self.outbox.cleared, self.sparse,
+                self.outbox.cleared, self.sparse, self.turn,
             )  # fmt: skip
         self.verdicts.extend(found)
         if not all(self.used):  # what no rank used has no gradient; DDP leaves a view of the bucket as it is

@@ -35,6 +35,7 @@ from thinwire.exchange.reduce_scatter import check_flat
 from thinwire.link import Link
 from thinwire.memories.feedback import NoMemory
 from thinwire.policy.plan import Method, Rule
+from thinwire.replicas import Replicas
 from thinwire.session import Session
 from thinwire.sharding import own, shard_dim
 from thinwire.tensors import ThinwireError
@@ -167,6 +168,12 @@ class Fsdp2:
         raise ThinwireError(
             "wire.no_sync() is for a model without a wrapper; use model.set_requires_gradient_sync(False)"
         )
+
+    begins_alike = False
+
+    def compared(self, every: int) -> Replicas:
+        named = [(clean(name), p) for name, p in self.model.named_parameters() if isinstance(p, DTensor)]
+        return Replicas(named, self.talk, self.shards.world, every)
 
     def collective(self, link: Link | None, together: Together) -> Collective:
         columns = columns_of(self.shards, self.group)

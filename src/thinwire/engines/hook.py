@@ -169,7 +169,7 @@ class Dispatcher:
 
         def look(summed: Future) -> Tensor:  # the sum is the same on all ranks, and so is what they find in it
             bad = head.is_bad(summed.value().coalesce().values()).view(1, 1)
-            verdicts.append(Verdict(planned.units, torch.ones_like(bad), bad, bad.new_zeros(1, dtype=torch.uint8)))
+            verdicts.append(Verdict(planned.units, torch.ones_like(bad), bad, bad.new_zeros(())))
             return summed.value()
 
         done = self._plain(buffer)

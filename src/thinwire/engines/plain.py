@@ -23,6 +23,7 @@ from thinwire.exchange.control import Together
 from thinwire.exchange.nodes import check_nodes, levels
 from thinwire.link import Link
 from thinwire.policy.plan import Method
+from thinwire.replicas import Replicas
 from thinwire.selecting import rehearse
 from thinwire.session import Session
 from thinwire.succession import agree
@@ -146,6 +147,11 @@ class Plain:
             yield
         finally:
             self.arrivals.paused = before
+
+    begins_alike = True
+
+    def compared(self, every: int) -> Replicas:
+        return Replicas([(clean(name), param) for name, param in self.model.named_parameters()], self.talk, every=every)
 
     def collective(self, link: Link | None, together: Together) -> Collective:
         return levels(self.talk, self.nodes, link)

@@ -74,6 +74,9 @@ class Group(ABC):
         if not self.has_head:
             return []
         totals: list[Tensor] = []
+        if not any(units[i].guarded for i in self.units):
+            bad = payloads[0][0].new_zeros(len(self.units), dtype=torch.bool)
+            return [(head.encode([used[i] for i in self.units], bad, self.dtype, step),)]
         first = [[payloads[j][0] for j, _ in self.by_unit.get(i, [])] if units[i].guarded else [] for i in self.units]
         for each in first:
             found = [head.total(values) for values in each]
@@ -92,8 +95,8 @@ class Group(ABC):
         remember(unit, piece, x, own, worker)
 
     @abstractmethod
-    def start(self, message: Tensor, collective: Collective, step: int) -> InFlight:
-        """Start the exchange."""
+    def start(self, message: Tensor, collective: Collective, turn: int) -> InFlight:
+        """Start the exchange; ``turn`` is the same on all ranks, be one of them at another step."""
 
     def packer(self, unit: Unit) -> Compressor:
         """The compressor that made the payloads of a finished exchange."""
@@ -133,7 +136,7 @@ class Whole(Group):
     def pack(self, payloads: Sequence[Payload], head: Sequence[Payload], *, in_place: bool) -> Tensor:
         return self.layout.pack([*payloads, *head], in_place=in_place)
 
-    def start(self, message: Tensor, collective: Collective, step: int) -> InFlight:
+    def start(self, message: Tensor, collective: Collective, turn: int) -> InFlight:
         if self.kind == "all_gather":
             return collective.all_gather(message)
         # scaled before, as DDP does, so that the sum can't overflow

@@ -1,8 +1,8 @@
 """One rank chooses and all follow: what a worker sends does not grow with the number of workers.
 
-At step t rank ``t mod N`` is the leader. It broadcasts which elements it chose; then every rank sends what it was asked
-there, and one all-reduce carries the sum. So no rank knows what it will have sent before it has heard its leader:
-what was asked is held until then, and the residual is settled between the stages.
+At step t (``Context.phase``) rank ``t mod N`` is the leader. It broadcasts which elements it chose; then every rank
+sends what it was asked there, and one all-reduce carries the sum. So no rank knows what it will have sent before it has
+heard its leader: what was asked is held until then, and the residual is settled between the stages.
 
 Source: C. Chen et al., "ScaleCom: Scalable Sparsified Gradient Compression for Communication-Efficient Distributed
 Training", 2020, arXiv:2104.11125, algorithm 1.
@@ -26,9 +26,9 @@ from thinwire.units import Unit, Worker
 from thinwire.wire.layout import Layout
 
 
-def leader(step: int, world: int) -> int:
-    """The rank whose choice counts at this step: no message has to say so."""
-    return step % world
+def leader(turn: int, world: int) -> int:
+    """The rank whose choice counts: no message has to say so, since ``turn`` is the same on all ranks."""
+    return turn % world
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Led(Group):
     def settle(self, unit: Unit, piece: Piece, x: Tensor, own: Decompressed, worker: Worker) -> None:
         worker.held[unit.name] = x
 
-    def start(self, message: Tensor, collective: Collective, step: int) -> InFlight:
+    def start(self, message: Tensor, collective: Collective, turn: int) -> InFlight:
         choice, head = message[: self.choices.nbytes], message[self.choices.nbytes :]
-        return replace(collective.broadcast(choice, leader(step, collective.world)), brought=head)
+        return replace(collective.broadcast(choice, leader(turn, collective.world)), brought=head)
 
     def relay(
         self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: Collective

@@ -94,7 +94,7 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
 
     def head_of(chosen: list[int], dtype: torch.dtype) -> list[Payload]:
         size = head.size(len(chosen), dtype)
-        return [(torch.empty(size, dtype=dtype, device="meta"),)] if any(units[i].guarded for i in chosen) else []
+        return [(torch.empty(size, dtype=dtype, device="meta"),)] if any(units[i].told for i in chosen) else []
 
     def whole(kind: Kind, chosen: list[int], dtype: torch.dtype) -> Whole:
         heads = head_of(chosen, dtype)
@@ -130,12 +130,12 @@ def seconds(groups: Sequence[Group], routing: Routing, world: int) -> float:
 
 
 def route_together(
-    buckets: Sequence[Bucket], messages: Sequence[Sequence[Tensor]], collective: Collective, step: int
+    buckets: Sequence[Bucket], messages: Sequence[Sequence[Tensor]], collective: Collective, turn: int
 ) -> list[list[InFlight]]:
     """``pipeline.route`` for several buckets, whose gathered messages travel in one, which saves latency."""
     if len(buckets) == 1:
         groups = zip(buckets[0].groups, messages[0], strict=True)
-        return [[group.start(message, collective, step) for group, message in groups]]
+        return [[group.start(message, collective, turn) for group, message in groups]]
     ends = accumulate(message.numel() for [message] in messages)
     joint = collective.all_gather(torch.cat([message for [message] in messages]))
     return [[replace(joint, columns=columns)] for columns in pairwise((0, *ends))]

@@ -97,7 +97,7 @@ class TwoPhase(Group):
             self.first.fill(message[owner], owner, [*(next(rest) for _ in pieces), *head])
         return message
 
-    def start(self, message: Tensor, collective: Collective, step: int) -> InFlight:
+    def start(self, message: Tensor, collective: Collective, turn: int) -> InFlight:
         return collective.all_to_all(message)
 
     def relay(

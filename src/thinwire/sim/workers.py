@@ -88,8 +88,8 @@ class SimulatedWorkers:
             used = [p.grad is not None for p in params]
             reached = [before or now for before, now in zip(reached, used, strict=True)]
             with Stopwatch(session.row, "send_seconds"):
-                outbox = pipeline.send(bucket, grads, worker, session.step, used)
-            inboxes.append(pipeline.route(bucket, outbox.messages, peer, session.step))
+                outbox = pipeline.send(bucket, grads, worker, session.step, used, turn=session.turn)
+            inboxes.append(pipeline.route(bucket, outbox.messages, peer, session.turn))
         if len(self.peers) > 1:
             self._restore(kept)
         if bucket.relays:
@@ -98,7 +98,13 @@ class SimulatedWorkers:
         outs = [torch.empty_like(own(p)) for p in params]
         with Stopwatch(session.row, "receive_seconds"):
             session.transaction.verdicts = pipeline.receive(
-                bucket, inboxes[0], outs, session.seed, session.step, kernels=session.workers[0].kernels
+                bucket,
+                inboxes[0],
+                outs,
+                session.seed,
+                session.step,
+                kernels=session.workers[0].kernels,
+                turn=session.turn,
             )
         for param, out, used in zip(params, outs, reached, strict=True):
             param.grad = wrapped(out, param) if used else None  # what no worker used has no gradient, as in DDP
