@@ -8,7 +8,9 @@ the parameters.
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from thinwire.clock import apart, parted
 from thinwire.exchange.collectives import Talk
@@ -37,7 +39,7 @@ class Replicas:
     def __init__(self, named: Sequence[tuple[str, Tensor]], talk: Talk, parts: int = 1, every: int = EVERY) -> None:
         if type(every) is not int or every < 0:
             raise ThinwireError(f"check_every is {every!r}; it is a number of exchanges, or 0 for no check")
-        self.named = [(name, param) for name, param in named if not param.is_meta] if talk.world > parts else []
+        self.named = [(name, param) for name, param in named if _has_bits(param)] if talk.world > parts else []
         self.talk, self.parts, self.every = talk, parts, every
         self._begun = 0
 
@@ -109,3 +111,10 @@ class Replicas:
             for odd in first.values()
         ]
         return "; ".join(f"{what} from rank {rank}{shard}" for rank, what in zip(first, said, strict=True))
+
+
+def _has_bits(param: Tensor) -> bool:
+    """Whether it is an ordinary tensor in memory; what is frozen may be anything else, and is not compared."""
+    if is_lazy(param) or param.is_meta or param.layout != torch.strided or param.is_quantized:
+        return False
+    return type(own(param).detach()) is Tensor
