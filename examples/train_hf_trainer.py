@@ -66,7 +66,6 @@ def main() -> None:
     )
     trainer = Trainer(GPT2LMHeadModel(config), arguments, train_dataset=Windows(text, 4096))
     wired = Compression(trainer, thinwire.topk(0.02))  # <- thinwire
-    trainer.add_callback(wired)  # <- thinwire
     result = trainer.train(resume_from_checkpoint=args.resume)  # with every rank's residuals
     if trainer.is_world_process_zero():
         print(f"mean loss {result.training_loss:.3f}\n\n{wired.wire.report()}")  # <- thinwire

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from thinwire.compressors import catalogue
 from thinwire.core import Context, Memory, State
+from thinwire.foreign import check_plan, check_state
 from thinwire.sharding import cut, place, shape_of, shard_dim
 from thinwire.tensors import ThinwireError, flat, float_at_least_32, norm
 from thinwire.units import Unit, Worker, mirrored
@@ -156,6 +157,7 @@ def restore(
     """
     if on_world_change not in ("error", "fold", "reset"):
         raise ThinwireError(f"on_world_change is {on_world_change!r}; choose 'error', 'fold' or 'reset'")
+    check_state(given)
     states = [given] if isinstance(given, Mapping) else given
     if not isinstance(states, Sequence) or not states or not all(isinstance(s, Mapping) for s in states):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ThinwireError(f"a checkpoint is a dict, or a list of those of all ranks, not {shown(given)}")
@@ -183,7 +185,7 @@ def restore(
     _check_shard(state, units)
     plan, local, shared = (read_mapping(state, key) for key in ("plan", "local", "shared"))
     for other in states:
-        _check_plan(read_mapping(other, "plan"), units)
+        check_plan(read_mapping(other, "plan"), units)
         theirs = [read_integer(other, key, 0) for key in ("version", "world", "step", "installed_at")]
         if theirs != [version, saved_world, *clock] or read_mapping(other, "plan") != plan:
             raise ThinwireError(
@@ -247,6 +249,8 @@ def read_folder(folder: str | Path, key: str) -> dict[str, Any]:
                 if tensor and entry.size.numel() * entry.properties.dtype.itemsize > there:
                     raise ValueError(f"{name} is said to have {entry.size.numel()} elements in {there} bytes of files")
                 wanted[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu") if tensor else 0
+        if not wanted:
+            raise KeyError(f"it has {sorted({name.partition('.')[0] for name in metadata.state_dict_metadata})}")
         with warnings.catch_warnings():  # it says that it reads alone, which is what we ask for
             warnings.simplefilter("ignore")
             _load(wanted, storage_reader=FileSystemReader(folder), no_dist=True)
@@ -297,19 +301,6 @@ def _memory(plan: Any, unit: Unit) -> Memory:
         return catalogue.from_json(json.loads(plan)["memory"], catalogue.MEMORIES)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ThinwireError(f"{unit.name}: the checkpoint's plan can't be read: {error!r}") from error
-
-
-def _check_plan(plan: Mapping[str, Any], units: Sequence[Unit]) -> None:
-    for unit in units:
-        shape = json.dumps(list(shape_of(unit.param)))
-        if unit.name not in plan:
-            raise ThinwireError(f"the checkpoint has no unit {unit.name!r} (of shape {shape}); it is of another model")
-        if not isinstance(plan[unit.name], str) or f'"shape": {shape}' not in plan[unit.name]:
-            raise ThinwireError(
-                f"unit {unit.name!r} has shape {shape} here, and {shown(plan[unit.name], 200)} in the checkpoint"
-            )
-    if extra := [name for name in plan if name not in {unit.name for unit in units}]:
-        raise ThinwireError(f"the checkpoint has a unit {extra[0]!r} that the model has not")
 
 
 def _check_keys(plan: str, saved: Mapping[str, Any], unit: Unit) -> None:

@@ -227,6 +227,8 @@ class Chain(Compressor):
 
     def contraction(self, n: int) -> float | None:
         kept, coded = self.first.contraction(n), self.then.contraction(n)
+        if 0.0 in (kept, coded):  # whatever is known of the other
+            return 0.0
         return None if kept is None or coded is None else kept * coded
 
     def variance(self, n: int) -> float | None:

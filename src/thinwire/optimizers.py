@@ -119,13 +119,18 @@ _owners: WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[Any]] = WeakKeyDic
 
 
 def check_optimizer(
-    optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, Tensor]], owner: object, method: str
+    optimizer: torch.optim.Optimizer | None, named: Sequence[tuple[str, Tensor]], owner: object, method: str
 ) -> None:
     """One optimizer steps all exchanged parameters, and those of one session only.
 
     Raises:
-        ThinwireError: another session is attached to it, or it lacks a parameter.
+        ThinwireError: there is none, another session is attached to it, or it lacks a parameter.
     """
+    if optimizer is None:
+        raise ThinwireError(
+            f"{method} remembers what it did not send, and what a step changes in that is final only when the "
+            "optimizer steps; pass optimizer="
+        )
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     if missing := [name for name, param in named if id(param) not in held]:
         raise ThinwireError(
@@ -166,7 +171,10 @@ def averaged(local: Sequence[Tensor], collective: Collective, timeout: float) ->
 
 def check(optimizer: torch.optim.Optimizer | None, method: str) -> torch.optim.SGD:
     """The optimizer, if it is one whose momentum can be moved."""
-    instead = "thinwire.topk(density) works with every optimizer, and so do thinwire.dense() and thinwire.cast()"
+    instead = (
+        "thinwire.topk(density) works with every optimizer, and so do thinwire.lean(bits_per_parameter, "
+        "momentum=False), thinwire.dense() and thinwire.cast()"
+    )
     if optimizer is None:
         raise ThinwireError(
             f"{method} owns the momentum; pass optimizer= the torch.optim.SGD of this model ({instead})"

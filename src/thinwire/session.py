@@ -15,16 +15,19 @@ from torch import Tensor
 
 from thinwire import checkpoint
 from thinwire.ambient import undisturbed_methods
+from thinwire.core import Compressor
+from thinwire.detached import leave_behind
 from thinwire.exchange.collectives import TIMEOUT, Collective
 from thinwire.exchange.control import ATTACH, Together
 from thinwire.exchange.cost import measure
 from thinwire.exchange.local import Local
 from thinwire.exchange.routes import Bucket
 from thinwire.exchange.texts import heard
+from thinwire.given import method_of
 from thinwire.loops import Kernels
 from thinwire.optim.joint import Joint
 from thinwire.optimizers import Handover, check_optimizer, log, release_optimizer, warn_once
-from thinwire.policy.plan import Method
+from thinwire.policy.plan import Method, Rule
 from thinwire.replicas import Replicas
 from thinwire.report.ledger import Ledger, StepRow
 from thinwire.selecting import rehearse
@@ -32,7 +35,7 @@ from thinwire.stages import Stages
 from thinwire.succession import agree, describe, hand_on_all, restore_alike
 from thinwire.tensors import ThinwireError, norm
 from thinwire.transaction import OnNonfinite, Scaler, Transaction
-from thinwire.units import TURN_BYTES, Probe, Unit, Worker, carry, resolve
+from thinwire.units import TURN_BYTES, Probe, Unit, Worker, all_dense, carry, resolve
 
 PROBE_EVERY = 100
 
@@ -114,14 +117,8 @@ class Session:
             raise ThinwireError(
                 "the gradients of the last backward are waiting for optimizer.step(); call it, then change"
             )
-        stateful = any(rule.memory.stateful for rule in method.rules)
-        if stateful and self.optimizer is not None:
+        if any(rule.memory.stateful for rule in method.rules):
             check_optimizer(self.optimizer, self.named, self, method.name)
-        if self.optimizer is None and stateful:
-            raise ThinwireError(
-                f"{method.name} remembers what it did not send, and what a step changes in that is final only when the "
-                "optimizer steps; pass optimizer="
-            )
         if not method.absorbs:
             handover = None
         elif handover is None:
@@ -132,8 +129,9 @@ class Session:
     def _together(self, what: str) -> Together:
         return Together(self.collective, f"step {self.step}: {what}")
 
-    def _install(self, method: Method, together: Together) -> None:
+    def _install(self, method: Method | Compressor | Rule, together: Together) -> None:
         with together.alone():
+            method = method_of(method)
             units, handover = self._prepare(method)
             rest = {"seed": self.seed, "step": self.step, "optimizer": self.joint.rule(), "link": self.collective.link}
             described = describe(method, units, rest)
@@ -187,8 +185,10 @@ class Session:
         if density != self._density:
             self._density = density
             self.stages.begin(self.units, self.method, density, self._link, self.turn_bytes)
+            if (idle := all_dense(self.units, self.method, density)) is not None:
+                self._say(idle)
 
-    def set_method(self, method: Method) -> None:
+    def set_method(self, method: Method | Compressor | Rule) -> None:
         """Change the method between two steps, on all ranks at once. A collective call.
 
         What both methods remember is kept. A residual that the new method has no place for is sent with the next
@@ -200,8 +200,8 @@ class Session:
         before = self.method
         with self._together("set_method()") as together:
             self._install(method, together)
-        self.ledger.method = method.name
-        self.ledger.note(f"step {self.step}: method changed from {before.name} to {method.name}")
+        self.ledger.method = self.method.name
+        self.ledger.note(f"step {self.step}: method changed from {before.name} to {self.method.name}")
 
     def detach(self) -> None:
         """Leave the model as it was: momentum and weight decay are the optimizer's again. A collective call.
@@ -244,6 +244,7 @@ class Session:
             self.ledger.note(f"step {self.step}: detached; a residual of norm {float(norm(pending)):.3g} was dropped")
         self.cleanup.close()
         self.collective.close()
+        leave_behind(self)
 
     def _say(self, text: str) -> None:
         self.ledger.note(text)

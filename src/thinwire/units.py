@@ -330,6 +330,18 @@ def set_stage(
     return notes
 
 
+def all_dense(units: Sequence[Unit], method: Method, density: float | None) -> str | None:
+    """A word to the user where a method compresses, no warm-up is under way, and yet every unit is sent dense."""
+    if density is not None or not all(unit.exact for unit in units) or all(r.compressor == DENSE for r in method.rules):
+        return None
+    if any(unit.compressed for unit in units):
+        why = "compressed, each parameter would be more bytes with so many workers"
+    else:
+        why = "no parameter is one that it compresses: vectors are sent dense, and so is what keep_dense= names"
+    shapes = sorted({tuple(unit.param.shape) for unit in units}, key=lambda shape: -torch.Size(shape).numel())
+    return f"{method.name} compresses nothing here: {why} (shapes {', '.join(map(str, shapes[:3]))})"
+
+
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     return ", ".join(names[:2]) + more

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Protocol, cast
 
 import torch
@@ -12,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.ambient import undisturbed
+from thinwire.arguments import check_held, inside, model_of, optimizer_of, options, unwrapped
+from thinwire.checks import seconds, whole
 from thinwire.core import Compressor
 from thinwire.engines.ddp import Ddp
 from thinwire.engines.fsdp2 import Fsdp2, is_fsdp1, is_fsdp2, sharded_talk
@@ -20,6 +23,7 @@ from thinwire.exchange.collectives import TIMEOUT, Collective, ProcessGroup, Tal
 from thinwire.exchange.control import ATTACH, Together
 from thinwire.exchange.local import Local
 from thinwire.exchange.texts import is_known
+from thinwire.given import method_of
 from thinwire.kernels.choose import Choice, choose
 from thinwire.link import Link
 from thinwire.policy.plan import Method, Rule
@@ -27,7 +31,7 @@ from thinwire.replicas import EVERY, Replicas
 from thinwire.session import Policy, Session
 from thinwire.succession import agree
 from thinwire.tensors import ThinwireError
-from thinwire.transaction import OnNonfinite, Scaler, check_options
+from thinwire.transaction import OnNonfinite, Scaler
 from thinwire.units import Worker
 
 OUTSIDE: object = dist.GroupMember.NON_GROUP_MEMBER
@@ -85,14 +89,14 @@ class Engine(Protocol):
 @undisturbed
 def attach(
     model: nn.Module,
-    method: Method,
+    method: Method | Compressor | Rule,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     seed: int = 0,
     link: Link | str | None = None,
     scaler: Scaler | None = None,
     on_nonfinite: OnNonfinite = "skip",
-    timeout: float = TIMEOUT,
+    timeout: float | timedelta = TIMEOUT,
     check_every: int = EVERY,
     kernels: Choice = "auto",
     nodes: int | DeviceMesh | None = None,
@@ -109,7 +113,8 @@ def attach(
         model: a ``DistributedDataParallel``; one whose parts went through ``fully_shard`` on a mesh of one dimension;
             or, with ``process_group=``, one that nothing is wrapped around. On gloo or NCCL; before the first step
             or between any two.
-        method: ``thinwire.dgc()``, ``thinwire.topk()``, ``thinwire.cast()``, ``thinwire.dense()`` or one of your own.
+        method: ``thinwire.dgc()``, ``thinwire.topk()``, ``thinwire.cast()``, ``thinwire.dense()`` or one of your own. A
+            compressor, as ``TopK(0.01) >> Quantize(4)``, gets error feedback where it needs it, and vectors go dense.
         optimizer: required by all methods that remember anything (dgc, topk): what a step changes there is final only
             when the optimizer steps. With dgc, ``momentum``, ``nesterov`` and ``weight_decay`` move from it into the
             memory, with its momentum buffers, until ``detach()``. A framework's wrapper is as good as what is inside.
@@ -119,8 +124,9 @@ def attach(
         on_nonfinite: a gradient that is not finite on any rank makes all ranks skip the step ("skip"), or raise when
             the optimizer is about to step ("raise"). With a scaler, the scaler skips. It concerns methods that remember
             something; ``dense()`` and ``cast()`` pass on what they get, as DDP does.
-        timeout: seconds after which an exchange that a rank does not join is an error. A rank that only evaluates or
-            saves for longer than this needs more. On NCCL it is the process group's own timeout that counts.
+        timeout: seconds, or a ``timedelta``, after which an exchange that a rank does not join is an error. A rank that
+            only evaluates or saves for longer than this needs more. On NCCL it is the process group's own timeout that
+            counts.
         check_every: after so many exchanges, and at attach, the ranks compare hashes of their parameters; where they
             differ, an error names the first parameter and the ranks. 0 for at attach only.
         kernels: the loops that compress: "reference" is plain PyTorch, "cpu" needs ``thinwire[cpu]``, "auto" takes the
@@ -163,21 +169,29 @@ def attach(
 
         wire = thinwire.attach(model, thinwire.dgc(0.001), optimizer=optimizer, process_group=dist.group.WORLD)
     """
+    model = unwrapped(model)
     talk = _talk(model, process_group, replicate, timeout)
     with Together(talk, *ATTACH) as together:
         with together.alone():
+            model = model_of(model, dist.is_initialized())
             while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
                 optimizer = inner  # hooks of a step belong to the optimizer that steps, not to a framework's wrapper
-            check_options(timeout, on_nonfinite)
+            optimizer = optimizer_of("optimizer", optimizer)
+            method = method_of(method)
+            asked = options(
+                seed=seed, link=link, scaler=scaler, on_nonfinite=on_nonfinite, timeout=timeout, kernels=kernels,
+                nodes=nodes, process_group=process_group, sparse_gradients=sparse_gradients, replicate=replicate,
+                reduce_scatter=reduce_scatter, all_gather=all_gather, policy=policy,
+            )  # fmt: skip
+            nodes, timeout = asked["nodes"], seconds("timeout", timeout)
             engine = _engine(
                 model, optimizer, nodes, process_group, sparse_gradients, replicate, reduce_scatter, all_gather, timeout
             )
             named = engine.exchanged()
+            check_held(named, optimizer)
             engine.fits(method)
-            replicas = engine.compared(check_every)
-            method.to_json()  # what is no method fails here, before anything is exchanged
-            wire = Link.parse(link) if isinstance(link, str) else link
-            chosen, note = choose(kernels, named[0][1].device)
+            replicas = engine.compared(whole(0, hint=", e.g. 100; 0 for at attach only")("check_every", check_every))
+            chosen, note = choose(asked["kernels"], named[0][1].device)
             said = {
                 "engine": type(engine).__name__,
                 "nodes": nodes,
@@ -191,11 +205,11 @@ def attach(
         agree(engine.talk, lines)
         if not engine.begins_alike:
             replicas.begin()
-        collective = engine.collective(wire, together)
+        collective = engine.collective(asked["link"], together)
         try:
-            worker = Worker(collective.rank, seed, kernels=chosen)
+            worker = Worker(collective.rank, asked["seed"], kernels=chosen)
             session = Session(
-                named, method, collective, optimizer, seed, [worker], scaler, on_nonfinite, timeout, policy
+                named, method, collective, optimizer, worker.seed, [worker], scaler, on_nonfinite, timeout, policy
             )
         except BaseException:
             collective.close()
@@ -259,19 +273,20 @@ def _engine(
     raise ThinwireError(
         f"attach() takes a DistributedDataParallel or a model that went through fully_shard, not "
         f"{type(model).__name__}; wrap the model first, or pass process_group=dist.group.WORLD, after "
-        "init_process_group(), to exchange the gradients of the model as it is"
+        f"init_process_group(), to exchange the gradients of the model as it is{inside(model)}"
     )
 
 
 def _talk(
-    model: nn.Module, process_group: dist.ProcessGroup | None, replicate: DeviceMesh | None, timeout: float
+    model: nn.Module, process_group: dist.ProcessGroup | None, replicate: DeviceMesh | None, timeout: float | timedelta
 ) -> Talk:
     """The ranks that are told where this one can't attach: those of the model, as far as can be seen of it."""
     alone = Local.of(1)[0]
     if not (dist.is_available() and dist.is_initialized()) or cast(object, process_group) is OUTSIDE:
         return alone
-    patience = timeout if type(timeout) in (int, float) and timeout > 0 else TIMEOUT  # said by the checks
+    patience = TIMEOUT
     try:
+        patience = seconds("timeout", timeout)
         if isinstance(model, DistributedDataParallel):
             return ProcessGroup(cast(dist.ProcessGroup, model.process_group), patience)
         if is_fsdp2(model):

@@ -59,7 +59,7 @@ class Plain:
             raise ThinwireError(f"process_group is {group!r}; this rank must be in the group that trains the model")
         self.group = group
         self.talk = ProcessGroup(group, timeout)
-        groups = optimizer.param_groups if optimizer is not None else []
+        groups: Any = getattr(optimizer, "param_groups", ())
         # what a method that does not take it over finds in the optimizer, or gives back to it
         self.kept = {(key, group[key]) for group in groups for key in KEPT_OUT if group.get(key)}
 

@@ -16,10 +16,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.checkpoint import OnWorldChange
+from thinwire.core import Compressor
 from thinwire.engines.attach import attach as attach_to
 from thinwire.integrations import beside
 from thinwire.integrations.needs import framework
-from thinwire.policy.plan import Method
+from thinwire.policy.plan import Method, Rule
 from thinwire.session import Session
 from thinwire.tensors import ThinwireError
 
@@ -33,7 +34,7 @@ from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKw
 def attach(
     accelerator: "Accelerator",
     model: nn.Module,
-    method: Method,
+    method: Method | Compressor | Rule,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     on_world_change: OnWorldChange = "error",
@@ -106,7 +107,7 @@ class DdpHandler:
     def __init__(
         self,
         accelerator: "Accelerator",
-        method: Method,
+        method: Method | Compressor | Rule,
         *,
         optimizer: torch.optim.Optimizer | None = None,
         arguments: DistributedDataParallelKwargs | None = None,

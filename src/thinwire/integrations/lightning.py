@@ -17,10 +17,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.checkpoint import OnWorldChange
+from thinwire.core import Compressor
 from thinwire.engines.attach import attach
+from thinwire.given import method_of
 from thinwire.integrations import beside
 from thinwire.integrations.needs import framework
-from thinwire.policy.plan import Method
+from thinwire.policy.plan import Method, Rule
 from thinwire.session import Session
 from thinwire.tensors import ThinwireError
 
@@ -51,9 +53,14 @@ class Compression(Callback):
     """
 
     def __init__(
-        self, method: Method, *, on_world_change: OnWorldChange = "error", strict: bool = True, **options: Any
+        self,
+        method: Method | Compressor | Rule,
+        *,
+        on_world_change: OnWorldChange = "error",
+        strict: bool = True,
+        **options: Any,
     ) -> None:
-        self.method, self.strict, self.options = method, strict, options
+        self.method, self.strict, self.options = method_of(method), strict, options
         self.on_world_change: OnWorldChange = on_world_change
         self.wire: Session | None = None
         """The session of the latest training, also after it has ended."""

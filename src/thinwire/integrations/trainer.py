@@ -14,10 +14,13 @@ from typing import Any, cast
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.checkpoint import OnWorldChange
+from thinwire.checks import of_type
+from thinwire.core import Compressor
 from thinwire.engines.attach import attach
+from thinwire.given import method_of
 from thinwire.integrations import beside
 from thinwire.integrations.needs import framework
-from thinwire.policy.plan import Method
+from thinwire.policy.plan import Method, Rule
 from thinwire.session import Session
 from thinwire.tensors import ThinwireError
 
@@ -28,11 +31,11 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 class Compression(TrainerCallback):
     """Exchange the gradients of a Trainer's model by ``method`` while it trains.
 
-    It attaches when training begins and detaches when it ends. Every rank writes what it remembers into each
-    ``checkpoint-<step>``, and reads it when training resumes there.
+    It adds itself to the Trainer, attaches when training begins and detaches when it ends. Every rank writes what it
+    remembers into each ``checkpoint-<step>``, and reads it when training resumes there.
 
     Args:
-        trainer: the Trainer that this callback is added to.
+        trainer: the Trainer that this callback adds itself to.
         method: as for ``thinwire.attach``; with the Trainer's default optimizer, AdamW, one that leaves the momentum
             where it is, e.g. ``thinwire.topk(0.01)``.
         resume_from: the checkpoint that ``train(resume_from_checkpoint=)`` is given, where it is not in
@@ -42,33 +45,40 @@ class Compression(TrainerCallback):
         options: what else ``thinwire.attach`` takes.
 
     Raises:
-        ThinwireError: when training begins: as ``thinwire.attach``, or the files do not fit.
+        ThinwireError: this is no Trainer, or no method; when training begins: as ``thinwire.attach``, or the files do
+            not fit.
 
     Example::
 
         trainer = Trainer(model, arguments, train_dataset=data)
-        trainer.add_callback(Compression(trainer, thinwire.topk(0.01)))
+        wired = Compression(trainer, thinwire.topk(0.01))
         trainer.train()
     """
 
     def __init__(
         self,
         trainer: Trainer,
-        method: Method,
+        method: Method | Compressor | Rule,
         *,
         resume_from: str | Path | None = None,
         on_world_change: OnWorldChange = "error",
         strict: bool = True,
         **options: Any,
     ) -> None:
-        self.trainer, self.method, self.options = cast(Any, trainer), method, options
+        says = "Compression(trainer, method): the Trainer that it adds itself to comes first"
+        self.trainer: Any = of_type(Trainer, says)("trainer", trainer)
+        self.method, self.options = method_of(method), options
         self.resume_from, self.strict = resume_from, strict
         self.on_world_change: OnWorldChange = on_world_change
         self.wire: Session | None = None
         """The session of the latest training, also after it has ended."""
         self._attached = False
+        self._began: TrainerState | None = None
+        trainer.add_callback(self)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        if self._began is state:  # added once more by hand, it is told of each training twice
+            return
         if state.is_hyper_param_search:
             raise ThinwireError(
                 "a hyper-parameter search saves each trial in a folder that a callback is not told; search without "
@@ -86,7 +96,7 @@ class Compression(TrainerCallback):
             self._warn(args, wrapped)
         options = {"scaler": self.trainer.accelerator.scaler, **self.options}
         self.wire = attach(wrapped, self.method, optimizer=self.trainer.optimizer, **options)
-        self._attached = True
+        self._attached, self._began = True, state
         if state.global_step > 0:
             beside.load(self.wire, self._resumed_from(args, state), self.on_world_change, self.strict)
 
@@ -95,6 +105,7 @@ class Compression(TrainerCallback):
             beside.save(self.wire, _folder(args, state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        self._began = None
         self._leave()
 
     def _leave(self) -> None:

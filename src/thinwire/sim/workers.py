@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from thinwire import pipeline
+from thinwire.arguments import ORDER, check_held, options
+from thinwire.checks import called, of_type, whole
 from thinwire.clipping import clip
+from thinwire.core import Compressor
 from thinwire.exchange.collectives import InFlight
 from thinwire.exchange.local import Local
+from thinwire.given import method_of
 from thinwire.kernels.choose import Choice, choose
-from thinwire.policy.plan import Method
+from thinwire.policy.plan import Method, Rule
 from thinwire.report.ledger import Ledger, Stopwatch
 from thinwire.session import Policy, Session
 from thinwire.sharding import own, wrapped
@@ -44,22 +48,25 @@ class SimulatedWorkers:
     def __init__(
         self,
         model: nn.Module,
-        method: Method,
+        method: Method | Compressor | Rule,
         optimizer: torch.optim.Optimizer,
         workers: int,
         seed: int = 0,
         kernels: Choice = "auto",
         policy: Policy | None = None,
     ) -> None:
-        if workers < 1:
-            raise ThinwireError(f"workers is {workers}; a simulation needs at least 1")
-        self.model = model
-        self.optimizer = optimizer
+        method, workers = method_of(method), whole(1)("workers", workers)
+        asked = options(seed=seed, kernels=kernels, policy=policy)
+        self.model = of_type(nn.Module, ORDER)("model", model)
+        self.optimizer = optimizer = of_type(torch.optim.Optimizer, "pass the one of the model")("optimizer", optimizer)
         self.peers = Local.of(workers)
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        chosen, note = choose(kernels, named[0][1].device if named else torch.device("cpu"))
-        ranks = [Worker(rank, seed, kernels=chosen) for rank in range(workers)]
-        self.session = Session(named, method, self.peers[0], optimizer, seed, ranks, policy=policy)
+        if not named:
+            raise ThinwireError("the model has no parameter that requires a gradient; there is nothing to exchange")
+        check_held(named, optimizer)
+        chosen, note = choose(asked["kernels"], named[0][1].device if named else torch.device("cpu"))
+        ranks = [Worker(rank, asked["seed"], kernels=chosen) for rank in range(workers)]
+        self.session = Session(named, method, self.peers[0], optimizer, asked["seed"], ranks, policy=policy)
         self.session.use_kernels(chosen, note)
 
     def step(self, loss: Callable[[int], Tensor]) -> float:
@@ -119,7 +126,7 @@ class SimulatedWorkers:
 
 def simulate(
     model: nn.Module,
-    method: Method,
+    method: Method | Compressor | Rule,
     *,
     optimizer: torch.optim.Optimizer,
     batches: Callable[[int, int], Any],
@@ -158,6 +165,9 @@ def simulate(
         >>> result.ledger.ratio > 1
         True
     """
+    steps = whole(0)("steps", steps)
+    called("batches", batches, "pass a function of worker and step, batches(worker, step)")
+    called("loss", loss, "pass a function of model and batch, loss(model, batch)")
     sim = SimulatedWorkers(model, method, optimizer, workers, seed, kernels, policy)
     losses: list[float] = []
     try:
