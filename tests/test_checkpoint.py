@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint_changes_nothing(world2):
         "nan": "residual is not finite",
         "short": "of shape (1, 3, 48), not of (2, 48, 48)",
         "ints": "is torch.int64, torch.strided, not a tensor of float64",
-        "not a state": "is None",
+        "not a state": "this state is empty, so it is no state of thinwire",
         "folder": "can be read from /nowhere",
     }
     for messages, untouched in world2.run(_damaged):

@@ -84,7 +84,7 @@ def optimizer_of(name: str, given: Any) -> Any:
         return given
     example = "pass the optimizer that steps, e.g. optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)"
     if isinstance(given, type):
-        kind = cast(type, given).__name__
+        kind = given.__name__
         raise ThinwireError(f"{name} is the class {kind}; call it: {kind}(model.parameters(), lr=0.1)")
     if isinstance(given, nn.Module):
         raise ThinwireError(f"{name} is a model, {type(given).__name__}; {example}")

@@ -60,9 +60,16 @@ def check_plan(plan: Mapping[str, Any], units: Sequence[Unit]) -> None:
         shape = json.dumps(list(shape_of(unit.param)))
         if unit.name not in plan:
             raise ThinwireError(f"the checkpoint has no unit {unit.name!r} (of shape {shape}); it is of another model")
-        if (there := _shape_of(plan[unit.name])) != shape:
-            said = there or untrusted.shown(plan[unit.name], 200)
-            raise ThinwireError(f"unit {unit.name!r} has shape {shape} here, and {said} in the checkpoint")
+        there = _shape_of(plan[unit.name])
+        if there is None:
+            found = untrusted.shown(plan[unit.name], 200)
+            raise ThinwireError(
+                f"unit {unit.name!r} has shape {shape} here, and {found} in the checkpoint, whose plan can't be read"
+            )
+        if there != shape:
+            raise ThinwireError(
+                f"unit {unit.name!r} has shape {shape} here, and {there} in the checkpoint; it is of another model"
+            )
     if extra := [name for name in plan if name not in {unit.name for unit in units}]:
         raise ThinwireError(f"the checkpoint has a unit {extra[0]!r} that the model has not")
 

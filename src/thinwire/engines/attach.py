@@ -34,6 +34,7 @@ from thinwire.tensors import ThinwireError
 from thinwire.transaction import OnNonfinite, Scaler
 from thinwire.units import Worker
 
+EXCHANGES = "it is a number of exchanges, or 0 for no check"
 OUTSIDE: object = dist.GroupMember.NON_GROUP_MEMBER
 """What torch answers a rank that is not in the group."""
 
@@ -190,7 +191,7 @@ def attach(
             named = engine.exchanged()
             check_held(named, optimizer)
             engine.fits(method)
-            replicas = engine.compared(whole(0, hint=", e.g. 100; 0 for at attach only")("check_every", check_every))
+            replicas = engine.compared(whole(0, says=EXCHANGES)("check_every", check_every))
             chosen, note = choose(asked["kernels"], named[0][1].device)
             said = {
                 "engine": type(engine).__name__,
