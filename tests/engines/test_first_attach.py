@@ -156,7 +156,7 @@ OWN = [
 
 @pytest.mark.parametrize("bare", [False, True], ids=["ddp", "no wrapper"])
 def test_a_compressor_or_a_rule_is_a_method(world2, bare):
-    assert world2.run(_own, bare) == [[(True, True, True)] * len(OWN)] * 2
+    assert world2.run(_own, bare, timeout=240.0) == [[(True, True, True)] * len(OWN)] * 2
 
 
 def _one_rank_is_wrong(rank):
@@ -178,7 +178,7 @@ def _one_rank_is_wrong(rank):
 
 
 def test_what_is_wrong_on_one_rank_is_heard_by_the_other(world2):
-    first, second = world2.run(_one_rank_is_wrong)
+    first, second = world2.run(_one_rank_is_wrong, timeout=240.0)
     assert len(first) == len(second) == 9
     for heard, own in zip(first, second, strict=True):
         assert own[:40] in heard
