@@ -36,7 +36,8 @@ def check_parameter(name: str, param: Tensor) -> None:
             f"it dense, with to_dense(), {freeze}"
         )
     mine: Any = own(param) if isinstance(param, DTensor) else param
-    if type(mine).__torch_dispatch__ is not cast(Any, Tensor).__torch_dispatch__:
+    own_way = type(mine).__torch_dispatch__ is not cast(Any, Tensor).__torch_dispatch__
+    if own_way and not hasattr(mine, "fake_mode"):  # a fake tensor stands for an ordinary one
         raise ThinwireError(
             f"parameter {name!r} is a {type(mine).__name__}, a tensor that holds others, whose gradient can't be told "
             f"from them: make it an ordinary tensor, {freeze}"
