@@ -508,6 +508,18 @@ def test_sparse_gradients_pass_an_uncompressed_unit(world2):
             assert torch.equal(got[0], expected)
 
 
+def _sparse_refused(rank, method):
+    model = nn.Sequential(nn.EmbeddingBag(50, 8, sparse=True), nn.Linear(8, 2))
+    ddp = DistributedDataParallel(model)
+    with pytest.raises(ThinwireError, match=r"0.weight has sparse gradients, which .* can't compress"):
+        thinwire.attach(ddp, method, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_sparse_gradients_are_refused_before_a_backward_by_what_loses_without_a_memory_too(world2):
+    for method in (cast("float16"), thinwire.randk(0.1, feedback=False), thinwire.qsgd(4), topk(0.1)):
+        world2.run(_sparse_refused, method)
+
+
 def _replaced_later(rank):
     model, optimizer = build()
     ddp = DistributedDataParallel(model)

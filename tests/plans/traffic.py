@@ -14,16 +14,24 @@ from thinwire.link import Kind, wire_bytes
 def counted(group: dist.ProcessGroup | None) -> Iterator[list[float]]:
     """The bytes that this rank sends to a group meanwhile, in a list of one."""
     total, kept = [0.0], {name: getattr(dist, name) for name in ("all_reduce", "all_to_all_single", "broadcast")}
-    gather = collectives._all_gather
+    gather, talk, talking = collectives._all_gather, collectives.ProcessGroup.exchange_text, [False]
 
     def watching(call: Any, kind: Kind, which: int) -> Any:
         def made(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("group") is group:
+            if kwargs.get("group") is group and not talking[0]:
                 total[0] += wire_bytes(kind, args[which].nbytes, dist.get_world_size(group))
             return call(*args, **kwargs)
 
         return made
 
+    def talked(*args: Any, **kwargs: Any) -> Any:  # control traffic is not counted
+        talking[0] = True
+        try:
+            return talk(*args, **kwargs)
+        finally:
+            talking[0] = False
+
+    collectives.ProcessGroup.exchange_text = talked
     dist.all_reduce = watching(kept["all_reduce"], "all_reduce", 0)
     dist.all_to_all_single = watching(kept["all_to_all_single"], "all_to_all", 1)
     dist.broadcast = watching(kept["broadcast"], "broadcast", 0)
@@ -31,6 +39,6 @@ def counted(group: dist.ProcessGroup | None) -> Iterator[list[float]]:
     try:
         yield total
     finally:
-        collectives._all_gather = gather
+        collectives._all_gather, collectives.ProcessGroup.exchange_text = gather, talk
         for name, call in kept.items():
             setattr(dist, name, call)

@@ -27,6 +27,7 @@ from thinwire.policy.plan import Method
 from thinwire.replicas import Replicas
 from thinwire.session import Session
 from thinwire.tensors import ThinwireError
+from thinwire.units import DENSE
 
 
 class Ddp:
@@ -119,7 +120,7 @@ def _check_sparse(model: nn.Module, method: Method) -> None:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
             weight = clean(f"{name}.weight")
             rule = method.rule(weight, module.weight.shape, module.weight.numel())
-            if rule.memory.stateful or not rule.compressor.summable or method.clip is not None:
+            if rule.memory.stateful or rule.compressor != DENSE or method.clip is not None:
                 raise ThinwireError(
                     f"{weight} has sparse gradients, which {method.name} can't compress, remember or clip; build "
                     f"it with sparse=False, or use thinwire.topk(..., keep_dense=[{weight!r}])"
