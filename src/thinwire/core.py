@@ -9,7 +9,7 @@ is what a receiver reconstructs from one payload, in a form that can be added wi
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeAlias, TypeVar
+from typing import ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ Payload: TypeAlias = tuple[Tensor, ...]
 
 State: TypeAlias = dict[str, Tensor]
 """What is remembered of one unit; a checkpoint is a copy of it. ``residual`` is always "asked, not yet sent"."""
-
-D = TypeVar("D", bound="Memory")
 
 
 class Compressor(ABC):
@@ -105,6 +103,10 @@ class Compressor(ABC):
     def inherit(self, old: State, fresh: State) -> State:
         """The state to begin with where another compressor left ``old``: what has the same name and shape."""
         return {key: old[key] if key in old and old[key].shape == x.shape else x for key, x in fresh.items()}
+
+    def moved(self, old: State, fresh: State, order: Tensor) -> State:
+        """The state to go on with where element j in memory was element ``order[j]`` before; ``fresh`` is a new one."""
+        return {key: value.clone() for key, value in fresh.items()}
 
     @abstractmethod
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
@@ -190,11 +192,8 @@ class Chain(Compressor):
     then: Compressor
 
     def __post_init__(self) -> None:
-        for part in ("first", "then"):
-            settle(
-                self,
-                **{part: of_type(Compressor, "what stands beside >> is a compressor, as in TopK(0.01) >> Quantize(4)")},
-            )
+        beside = of_type(Compressor, "what stands beside >> is a compressor, as in TopK(0.01) >> Quantize(4)")
+        settle(self, first=beside, then=beside)
         first, then = self.first.title, self.then.title
         if self.then.period != 1 or self.then.min_ndim or self.then.init(NUMBER, NOWHERE):
             raise ThinwireError(f"{then} needs matrices or keeps a state; what stands after >> codes a vector")
@@ -243,6 +242,9 @@ class Chain(Compressor):
 
     def inherit(self, old: State, fresh: State) -> State:
         return self.first.inherit(old, fresh)
+
+    def moved(self, old: State, fresh: State, order: Tensor) -> State:
+        return self.first.moved(old, fresh, order)
 
     def with_density(self, density: float) -> "Chain":
         return replace(self, first=self.first.with_density(density))
@@ -382,7 +384,7 @@ class Memory(ABC):
         """From the mean over ranks (may be overwritten) to the gradient for the optimizer; ``ctx.rank`` is 0."""
         return mean
 
-    def absorb(self: D, settings: Absorbed) -> D:
+    def absorb(self, settings: Absorbed) -> Self:
         """The same memory, doing what the optimizer did with these settings."""
         return self
 

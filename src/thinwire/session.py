@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from thinwire import checkpoint
 from thinwire.ambient import undisturbed_methods
+from thinwire.copies import OfThisRun
 from thinwire.core import Compressor
 from thinwire.detached import leave_behind
 from thinwire.exchange.collectives import TIMEOUT, Collective
@@ -23,6 +24,7 @@ from thinwire.exchange.cost import measure
 from thinwire.exchange.local import Local
 from thinwire.exchange.routes import Bucket
 from thinwire.exchange.texts import heard
+from thinwire.following import follow
 from thinwire.given import method_of
 from thinwire.loops import Kernels
 from thinwire.optim.joint import Joint
@@ -34,21 +36,12 @@ from thinwire.selecting import rehearse
 from thinwire.stages import Stages
 from thinwire.succession import agree, describe, hand_on_all, restore_alike
 from thinwire.tensors import ThinwireError, norm
-from thinwire.transaction import OnNonfinite, Scaler, Transaction
-from thinwire.units import TURN_BYTES, Probe, Unit, Worker, all_dense, carry, resolve
-
-PROBE_EVERY = 100
-
-
-class Policy(Protocol):
-    """Decides beside the path: looks at what a session did, and may change its method."""
-
-    def after_step(self, session: "Session") -> None:
-        """The optimizer has stepped, on all ranks; ``session.set_method`` may be called if all of them do."""
+from thinwire.transaction import OnNonfinite, Policy, Scaler, Transaction
+from thinwire.units import PROBE_EVERY, TURN_BYTES, Probe, Unit, Worker, all_dense, carry, resolve
 
 
 @undisturbed_methods
-class Session:
+class Session(OfThisRun):
     """One attached model.
 
     Args:
@@ -262,6 +255,14 @@ class Session:
         if self._handover is not None:
             self._handover.check_untouched()
         self.joint.check()
+
+    def follow(self, strides: Mapping[str, tuple[int, ...]]) -> None:
+        """Parameters lie otherwise in memory; ``strides``: those that they had, by name. A collective call."""
+        units = [unit for unit in self.units if unit.name in strides]
+        agree(self.collective.everyone, [(f"unit {unit.name!r}", unit.describe()) for unit in units])
+        follow(units, self.workers, strides, self.joint.moves)
+        self.stages.buckets.clear()
+        self.ledger.note(f"step {self.step}: {units[0].name} and {len(units) - 1} more lie otherwise in memory")
 
     def bucket(self, params: Sequence[Tensor]) -> Bucket:
         """The bucket of these parameters, planned once for each composition and warm-up stage."""

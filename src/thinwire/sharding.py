@@ -25,6 +25,11 @@ def shape_of(x: Tensor) -> torch.Size:
     return torch.Size((*x.shape, 2)) if x.is_complex() else x.shape
 
 
+def real_strides(x: Tensor, strides: tuple[int, ...]) -> tuple[int, ...]:
+    """What the strides of ``x``, which may have been others once, are in real numbers."""
+    return (*(2 * stride for stride in strides), 1) if x.is_complex() else strides
+
+
 def wrapped(part: Tensor, like: Tensor) -> Tensor:
     """``part``, as this rank's part of a tensor that is sharded as ``like`` is, and complex if it is."""
     if like.is_complex():

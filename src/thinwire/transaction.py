@@ -33,6 +33,13 @@ def check_options(timeout: float, on_nonfinite: OnNonfinite) -> None:
         raise ThinwireError(f"on_nonfinite is {on_nonfinite!r}; choose 'skip' or 'raise'")
 
 
+class Policy(Protocol):
+    """Decides beside the path: looks at what a session did, and may change its method."""
+
+    def after_step(self, session: Any) -> None:
+        """The optimizer has stepped, on all ranks; ``session.set_method`` may be called if all of them do."""
+
+
 class Transaction:
     """What has been exchanged and is not yet final.
 

@@ -141,6 +141,10 @@ class TwoCopies:
         self.now, self.next = self.next, {key: value for key, value in self.now.items() if key in self.next}
 
 
+PROBE_EVERY = 100
+"""Steps."""
+
+
 @dataclass
 class Probe:
     """Measures what compression loses; it reads all that it looks at once, so it looks at few steps."""

@@ -407,12 +407,12 @@ def _receivers(rank, wrapped):
     pipeline.receive = watched
     try:
         model, optimizer = build()
-        ddp = DistributedDataParallel(model)
+        run = DistributedDataParallel(model) if wrapped else model
         options = {} if wrapped else {"process_group": dist.group.WORLD}
-        wire = thinwire.attach(ddp if wrapped else model, dgc(0.005), optimizer=optimizer, **options)
+        wire = thinwire.attach(run, dgc(0.005), optimizer=optimizer, **options)
         for step in range(3):
             optimizer.zero_grad()
-            loss_of(ddp if wrapped else model, batch(rank, step)).backward()
+            loss_of(run, batch(rank, step)).backward()
             optimizer.step()
         end(wire)
     finally:

@@ -150,6 +150,16 @@ class PowerSGD(Compressor):
         """The leading columns, which are the most important ones; what is missing of a higher rank is random."""
         return {key: _widened(old[key], x) if key in old else x for key, x in fresh.items()}
 
+    def moved(self, old: State, fresh: State, order: Tensor) -> State:
+        """Where whole columns have moved, as from one memory format to another, the directions go along."""
+        if not fresh:
+            return {}
+        rows = order.view(len(fresh["left"]), -1)
+        begins = rows.shape[1] * torch.arange(len(rows), device=rows.device).unsqueeze(1)
+        if not bool((rows == rows[:1] + begins).all()):
+            return super().moved(old, fresh, order)
+        return {"left": old["left"], "right": old["right"][rows[0]]}
+
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         matrix = as_matrix(x)
         n, m = matrix.shape

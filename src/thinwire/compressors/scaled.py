@@ -99,6 +99,9 @@ class Scaled(Compressor):
     def inherit(self, old: State, fresh: State) -> State:
         return self.compressor.inherit(old, fresh)
 
+    def moved(self, old: State, fresh: State, order: Tensor) -> State:
+        return self.compressor.moved(old, fresh, order)
+
     def with_density(self, density: float) -> "Scaled":
         return replace(self, compressor=self.compressor.with_density(density))
 

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 from thinwire.ambient import undisturbed
 from thinwire.engines.departures import ACCUMULATED, Departures
+from thinwire.engines.hooks import Hook
+from thinwire.engines.names import clean
 from thinwire.engines.passes import Passes, in_backward
+from thinwire.engines.stepped import Steps
+from thinwire.engines.unchanged import Parameters
 from thinwire.exchange.routes import Routing
 from thinwire.link import Link
 from thinwire.session import Session
@@ -74,6 +78,18 @@ class Arrivals:
         self.exchanged_since_step = False
         self.warned = False
         self.checked = False  # since the last backward pass
+        self.ended = True  # whether the last exchange has
+        self.laid: list[tuple[Owned, Tensor]] = []  # gradients in place of others that lay otherwise
+        everything: list[tuple[str, Tensor]] = list(model.named_parameters())
+        exchanged = {clean(name): param for name, param in everything if id(param) in self.by_param}
+        others = [(clean(name), param) for name, param in everything if id(param) not in self.by_param]
+        self.apart = [name for name, param in others if param.requires_grad]
+        self.parameters = Parameters(model, exchanged, self.apart)
+        self.steps = Steps(
+            exchanged, [param for _, param in others],
+            f"Accumulate under {accumulating} in all micro-batches of a step but the last",
+            self.unfinished, lambda: [one.param for one in owned if id(one.param) in self.before],
+        )  # fmt: skip
 
     def install(self, session: Session) -> None:
         """Pass this model's gradients through the session from now on."""
@@ -87,7 +103,8 @@ class Arrivals:
             handle = cast(Any, one.param).register_post_accumulate_grad_hook(hook)
             session.cleanup.callback(handle.remove)
         session.cleanup.callback(self.uninstall)
-        session.cleanup.callback(self.model.register_forward_pre_hook(self.before_forward).remove)
+        session.cleanup.callback(self.model.register_forward_pre_hook(Hook(self.before_forward)).remove)
+        self.steps.install(session)
         if session.optimizer is not None:
             session.cleanup.callback(session.optimizer.register_step_post_hook(self.after_optimizer).remove)
         if self.exchanges:
@@ -99,8 +116,13 @@ class Arrivals:
 
     # -- what an engine adds ---------------------------------------------------------------------------------------
 
-    def check_same(self) -> None:
+    def check_same(self, session: Session) -> None:
         """Raises a ``ThinwireError`` where the parameters are no longer those of ``attach``."""
+        self.parameters.check(session)
+
+    def unfinished(self) -> list[str]:
+        """What an exchange that has not ended waits for."""
+        return [] if self.ended else [one.name for one in self.owned if id(one.param) not in self.arrived]
 
     def settle(self, session: Session) -> None:
         """A new exchange begins."""
@@ -118,10 +140,11 @@ class Arrivals:
         """What is wrong is said here, where it does no harm."""
         if self.session is None or not torch.is_grad_enabled() or in_backward():
             return
-        self.check_same()
+        self.check_same(self.session)
         self.checked = True
         self.session.check()
-        self._warn_of_old(self.session, 0)
+        if not self.paused:  # fine where an optimizer does not step on the sum, as in a GAN
+            self._warn_of_old(self.session, 0)
 
     def _warn_of_old(self, session: Session, new: int) -> None:
         """Gradients that were exchanged already are about to be added to; ``new``: how many may be there."""
@@ -141,12 +164,13 @@ class Arrivals:
             return
         try:
             if not self.checked:  # not everything that brings gradients comes by before_forward
-                self.check_same()
+                self.check_same(session)
             self.checked = False
             self._warn_of_old(session, 1)
-            under_way.begun, self.repeated = True, False
+            under_way.begun, self.repeated, self.ended = True, False, False
             self.arrived.clear()
             self.left.clear()
+            self.laid.clear()
             self.departures.begin()
             self.exchanged_since_step = session.optimizer is not None
             session.begin_step()
@@ -214,9 +238,11 @@ class Arrivals:
                 one.param.grad = grad.resolve_conj().resolve_neg()  # memory held something else than the gradient
         found = [one.param.grad for one in bucket]
         grads = [
-            torch.zeros_like(own(one.param)) if grad is None else grad.to_dense() if grad.is_sparse else own(grad)
+            torch.zeros_like(own(one.param)) if grad is None
+            else own(grad) if not grad.is_sparse and grad.stride() == one.param.stride()
+            else self._dense(one, grad)
             for one, grad in zip(bucket, found, strict=True)
-        ]
+        ]  # fmt: skip
         self.left.append((bucket, grads, [grad is None for grad in found]))
         if not self.exchanges:
             return
@@ -230,6 +256,13 @@ class Arrivals:
             for one in bucket:
                 one.param.grad = None
         self.departures.send(session, planned, grads, grads[0], used)
+
+    def _dense(self, one: Owned, grad: Tensor) -> Tensor:
+        """The gradient as its parameter lies in memory, whose place it will take."""
+        found = own(grad.to_dense() if grad.is_sparse else grad)
+        dense = torch.empty_like(own(one.param), dtype=found.dtype).copy_(found)
+        self.laid.append((one, dense))
+        return dense
 
     @undisturbed
     def end(self) -> None:
@@ -249,8 +282,13 @@ class Arrivals:
                     one.param.grad = cast(Any, wrapped(grad, one.param))
             elif self.sparse:
                 one.param.grad = grad
+        for one, grad in self.laid if not self.sparse else ():
+            one.param.grad = cast(Any, wrapped(grad, one.param))
+        self.laid.clear()
         bad = self.closing(session)
         self.left.clear()
         self.before.clear()
         self.overlaps = not self.repeated
+        self.ended = True
+        self.steps.ended()
         session.end_step(bad)

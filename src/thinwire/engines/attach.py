@@ -28,10 +28,10 @@ from thinwire.kernels.choose import Choice, choose
 from thinwire.link import Link
 from thinwire.policy.plan import Method, Rule
 from thinwire.replicas import EVERY, Replicas
-from thinwire.session import Policy, Session
+from thinwire.session import Session
 from thinwire.succession import agree
 from thinwire.tensors import ThinwireError
-from thinwire.transaction import OnNonfinite, Scaler
+from thinwire.transaction import OnNonfinite, Policy, Scaler
 from thinwire.units import Worker
 
 EXCHANGES = "it is a number of exchanges, or 0 for no check"

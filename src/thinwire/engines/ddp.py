@@ -7,7 +7,7 @@ What was observed of DDP and shaped it:
 * It does not follow parameters that are replaced after wrapping: their gradients silently stop being averaged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Never, cast
 from weakref import WeakKeyDictionary
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.engines.hook import Dispatcher
+from thinwire.engines.hook import Dispatcher, ignored
 from thinwire.engines.names import clean
+from thinwire.engines.stepped import inside
+from thinwire.engines.unchanged import warn_of_apart
 from thinwire.exchange.collectives import TIMEOUT, Collective, ProcessGroup
 from thinwire.exchange.control import Together
 from thinwire.exchange.nodes import check_nodes, levels
@@ -71,6 +73,8 @@ class Ddp:
             dispatcher = _dispatchers[self.ddp] = Dispatcher(self.talk.group)
             self.ddp.register_comm_hook(None, dispatcher.hook)
         dispatcher.install(session, self.ddp)
+        if apart := ignored(self.ddp):
+            warn_of_apart([name for name, _ in apart], "DDP's parameters_to_ignore names it")
 
 
 _dispatchers: WeakKeyDictionary[DistributedDataParallel, Dispatcher] = WeakKeyDictionary()
@@ -82,8 +86,7 @@ def _exchanged(ddp: DistributedDataParallel) -> list[tuple[str, Tensor]]:
     Raises:
         ThinwireError: something is.
     """
-    module = cast(nn.Module, ddp.module)  # pyright: ignore[reportUnknownMemberType]
-    everything: list[tuple[str, Tensor]] = list(module.named_parameters())
+    everything: list[tuple[str, Tensor]] = list(inside(ddp).named_parameters())
     named = [
         (name, param) for name, param in everything if param.requires_grad and name not in ddp.parameters_to_ignore
     ]
@@ -94,7 +97,7 @@ def _exchanged(ddp: DistributedDataParallel) -> list[tuple[str, Tensor]]:
         name = dispatcher.session.method.name
         raise ThinwireError(f"{name} is attached to this model; call wire.set_method(), or wire.detach() first")
     in_backward = any(hasattr(param, "_in_backward_optimizers") for _, param in named)
-    if in_backward or (dispatcher is None and getattr(ddp, "_comm_hooks", None)):
+    if in_backward or (dispatcher is None and _taken(ddp)):
         raise ThinwireError(
             "the communication hook of this DDP model is taken, by register_comm_hook(), by mixed_precision= or by an "
             "optimizer in backward; DDP has room for one: leave that out, or wrap the model afresh"
@@ -103,14 +106,42 @@ def _exchanged(ddp: DistributedDataParallel) -> list[tuple[str, Tensor]]:
     return [(clean(name), param) for name, param in named]
 
 
+def _taken(ddp: DistributedDataParallel) -> bool:
+    """Whether the reducer has a hook: that of a copied DDP model has none, whatever hooks the model lists."""
+    told = _told(ddp)
+    return bool(told.get("comm_hook") if told else getattr(ddp, "_comm_hooks", None))
+
+
+def _averaged(ddp: DistributedDataParallel) -> int | None:
+    """How many parameters the reducer has."""
+    return _told(ddp).get("num_parameter_tensors")
+
+
+def _told(ddp: DistributedDataParallel) -> Mapping[str, Any]:
+    """What the reducer says of itself, which nothing public tells."""
+    look: Any = getattr(ddp, "_get_ddp_logging_data", dict)
+    return look()
+
+
 def _check_tracked(ddp: DistributedDataParallel, named: Sequence[tuple[str, Tensor]]) -> None:
-    """Parameters replaced between wrapping and attach: DDP does not follow, so their hook would never be called."""
+    """What has changed between wrapping and attach: DDP does not follow, and hooks would never be called."""
     tracked: Any = getattr(ddp, "_module_parameters", None)  # no public list; where there is none, forward checks later
-    known = {id(p) for p in tracked or [param for _, param in named]}
-    if missing := [name for name, param in named if id(param) not in known]:
+    if tracked is None:
+        return
+    known, here = {id(param) for param in tracked}, {id(param): name for name, param in inside(ddp).named_parameters()}
+    lost = {tuple(param.shape) for param in tracked if id(param) not in here}
+    if missing := [(name, param) for name, param in named if id(param) not in known]:
+        name, param = missing[0]
+        what = "was replaced" if tuple(param.shape) in lost else "was added or unfrozen"
         raise ThinwireError(
-            f"parameter {missing[0]!r} was replaced after the model was wrapped; DDP does not average its gradient: "
-            "wrap again, then attach"
+            f"parameter {name!r} {what} after the model was wrapped; DDP does not average its gradient: wrap again, "
+            "then attach"
+        )
+    averaged, trains = _averaged(ddp), sum(param.requires_grad for param in tracked)
+    if averaged not in (None, trains):
+        raise ThinwireError(
+            f"{trains} parameters require a gradient and DDP averages {averaged}: some were frozen or unfrozen after "
+            "the model was wrapped; wrap again, then attach"
         )
 
 

@@ -7,6 +7,7 @@ all of them, so an error raised there keeps its type.
 import contextlib
 from collections.abc import Generator, Sequence
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ ACCUMULATED = (
     "since: they would be exchanged twice. Accumulate under {}, and leave it for the last micro-batch only."
 )
 
+Back: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+
 
 class Departures:
     """Holds buckets for clipping, lets small ones wait for company, and follows all of them until they have landed.
@@ -36,7 +39,7 @@ class Departures:
     def __init__(self, sparse: bool = False, eager: bool = True) -> None:
         self.sparse, self.eager = sparse, eager
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
-        self.held: list[tuple[Bucket, list[Tensor], Tensor, Sequence[bool], Future]] = []
+        self.held: list[tuple[Bucket, list[Tensor], Tensor, Sequence[bool], Back, Future]] = []
         self.flights: list[Flight] = []
         self.waiting: list[Flight] = []  # those that have not departed
         self.joined = 0  # exchanges that this saved in the step under way
@@ -49,18 +52,20 @@ class Departures:
         self.joined = 0
 
     def send(
-        self, session: Session, bucket: Bucket, grads: list[Tensor], buffer: Tensor, used: Sequence[bool]
-    ) -> Future:
+        self, session: Session, bucket: Bucket, grads: list[Tensor], buffer: Tensor, used: Sequence[bool],
+        back: Back = (),
+    ) -> Future:  # fmt: skip
         """Take one bucket; the future completes with ``buffer`` once what was received stands in ``grads``, by ``end``.
 
         Args:
             buffer: what ``grads`` are views of, or any one of them: it tells the device.
             used: which of the units this rank used.
+            back: what is written back from copies among ``grads``.
         """
         if session.method.clip is None:
-            return self._exchange(session, bucket, grads, buffer, used)
+            return self._exchange(session, bucket, grads, buffer, used, back)
         done = in_future(buffer)  # the norm of all gradients is known only when the last bucket is there
-        self.held.append((bucket, grads, buffer, used, done))
+        self.held.append((bucket, grads, buffer, used, back, done))
         return done
 
     def end(self, session: Session) -> None:
@@ -111,13 +116,14 @@ class Departures:
         flight.wait(session.timeout)
 
     def _exchange(
-        self, session: Session, bucket: Bucket, grads: list[Tensor], buffer: Tensor, used: Sequence[bool]
-    ) -> Future:
+        self, session: Session, bucket: Bucket, grads: list[Tensor], buffer: Tensor, used: Sequence[bool],
+        back: Back = (),
+    ) -> Future:  # fmt: skip
         """Send one bucket; small ones wait for the next, to travel together."""
         step, row = session.step, session.row
         bucket.book(row, session.collective)
         with self.side_stream(buffer), Stopwatch(row, "send_seconds"):
-            if self.sparse and buffer.is_cuda:  # nobody else may hold them when they have landed
+            if (self.sparse or back) and buffer.is_cuda:  # nobody else may hold them when they have landed
                 for grad in grads:
                     grad.record_stream(torch.cuda.current_stream(grad.device))
             outbox = pipeline.send(
@@ -126,7 +132,7 @@ class Departures:
         flight = Flight(
             bucket, outbox, grads, buffer, used, session.seed, step, session.turn, session.loss_scale, row,
             session.transaction.verdicts, session.workers[0].kernels, self.sparse,
-            self.eager or buffer.is_cuda,
+            self.eager or buffer.is_cuda, back,
         )  # fmt: skip
         self.flights.append(flight)
         if not bucket.joins or (self.waiting and self.waiting[0].buffer.device != buffer.device):
@@ -158,7 +164,7 @@ class Departures:
         with self.side_stream(self.held[0][2]):
             whole = partial(session.collective.norm_beside, timeout=session.timeout)
             clip(ordered, threshold * session.loss_scale, session.collective.world, whole)
-        for bucket, grads, buffer, used, done in self.held:
-            exchanged = self._exchange(session, bucket, grads, buffer, used)
+        for bucket, grads, buffer, used, back, done in self.held:
+            exchanged = self._exchange(session, bucket, grads, buffer, used, back)
             exchanged.then(lambda exchanged, done=done: settle(done, exchanged))
         self.held.clear()

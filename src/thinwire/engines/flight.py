@@ -48,6 +48,8 @@ class Flight:
     kernels: Kernels
     sparse: bool
     eager: bool
+    back: Sequence[tuple[Tensor, Tensor]] = ()
+    """What to write back from which of ``grads``, where it lies otherwise in memory."""
     inbox: list[InFlight] = field(default_factory=list[InFlight])
     promise: Future | None = None
     """What was given away before the last stage had been started, or where it is received late."""
@@ -132,6 +134,8 @@ class Flight:
             for unit, grad in zip(self.bucket.units, self.grads, strict=True):
                 if unit.name in idle:
                     grad.zero_()
+        for grad, copy in self.back:
+            grad.copy_(copy)
         return self.buffer
 
 

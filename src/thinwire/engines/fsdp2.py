@@ -26,6 +26,7 @@ from thinwire.engines.gather import Gather
 from thinwire.engines.names import clean
 from thinwire.engines.scatter import Scatter
 from thinwire.engines.shards import OwnedShard, Shards
+from thinwire.engines.unchanged import warn_of_apart
 from thinwire.exchange.collectives import TIMEOUT, Collective, ProcessGroup, Talk
 from thinwire.exchange.control import Together
 from thinwire.exchange.local import Local
@@ -186,12 +187,9 @@ class Fsdp2:
 
     def install(self, session: Session) -> None:
         modules = [cast(nn.Module, module) for _, module in self.modules]
-        frozen = {
-            clean(name): param
-            for name, param in self.model.named_parameters()
-            if isinstance(param, DTensor) and not param.requires_grad
-        }
-        shards = Shards(self.model, modules, self.owned, frozen, self.group is not None, self.shards)
+        shards = Shards(self.model, modules, self.owned, self.group is not None, self.shards)
+        if shards.apart:
+            warn_of_apart(shards.apart, "fully_shard was told to ignore it, or stands below it")
         for name, module in self.modules:
             _attached[cast(nn.Module, module)] = ref(shards)
             session.cleanup.callback(_attached.pop, cast(nn.Module, module), None)

@@ -7,19 +7,24 @@ DDP reads a hook's signature: its parameter is named ``bucket`` and annotated wi
 has no ``from __future__ import annotations``.
 """
 
+import contextlib
 import warnings
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.ambient import undisturbed
+from thinwire.engines.bucketed import Bucketed
 from thinwire.engines.departures import ACCUMULATED, Departures
+from thinwire.engines.hooks import Hook
 from thinwire.engines.joined import Joined
 from thinwire.engines.names import clean
+from thinwire.engines.stepped import Steps, inside
+from thinwire.engines.unchanged import Parameters
 from thinwire.exchange.collectives import Future
 from thinwire.exchange.routes import Bucket
 from thinwire.pipeline import Verdict
@@ -28,6 +33,11 @@ from thinwire.sharding import own
 from thinwire.tensors import ThinwireError
 from thinwire.wire import head
 
+WAY_OUT = (
+    "Call ddp(x), not ddp.module(x); accumulate under ddp.no_sync() in all micro-batches of a step but the last; where "
+    "a parameter may get no gradient, wrap with find_unused_parameters=True; and parametrize before wrapping"
+)
+
 
 class Dispatcher:
     """The one hook of a DDP model; without a session it does what DDP does without a hook."""
@@ -35,14 +45,19 @@ class Dispatcher:
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
         self.session: Session | None = None
-        self.owners: list[tuple[nn.Module, str, Tensor]] = []
+        self.params: list[Tensor] = []
         self.departures = Departures()
+        self.bucketed = Bucketed(False)
+        self.planned: list[Bucket] | None = None  # the buckets of the exchange under way
+        self.absent: list[str] = []  # what no bucket of the last exchange held
+        self.late: list[Tensor] = []  # parameters whose gradients were added to after their exchange
+        self.watches = contextlib.ExitStack()  # who looks for them
         self.sparse: list[Future] = []  # exchanges of sparse gradients, which are DDP's own
         self.used: set[int] | None = None  # parameters that this backward reached, where DDP looks for unused ones
         self.exchanged_since_step = False
         self.missing = 0  # parameters of the pass under way that have not come yet
         self.first: Tensor | None = None  # the one that came first
-        self.warned = False
+        self.warned = self.watching = False
         self.joined: Joined | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -51,18 +66,23 @@ class Dispatcher:
 
     def install(self, session: Session, ddp: DistributedDataParallel) -> None:
         """Pass this model's gradients through the session from now on."""
-        module = cast(nn.Module, ddp.module)  # pyright: ignore[reportUnknownMemberType]
-        paths = {clean(name): name for name, _ in module.named_parameters()}
-        for unit in session.units:
-            path, _, leaf = paths[unit.name].rpartition(".")
-            self.owners.append((module.get_submodule(path), leaf, unit.param))
+        exchanged, apart = {unit.name: unit.param for unit in session.units}, ignored(ddp)
+        self.params = list(exchanged.values())
+        self.parameters = Parameters(
+            inside(ddp), exchanged, [name for name, _ in apart], "wrapping", "wrap the model and attach again"
+        )
+        mine = {id(param) for param in self.params}
+        others = [param for param in inside(ddp).parameters() if id(param) not in mine]
+        self.steps = Steps(exchanged, others, WAY_OUT, self.unfinished, lambda: self.late)
+        self.steps.install(session)
+        self.bucketed, self.planned, self.absent = Bucketed(ddp.gradient_as_bucket_view), None, []
         session.cleanup.callback(self.uninstall)
-        session.cleanup.callback(ddp.register_forward_pre_hook(self.before_forward).remove)
+        session.cleanup.callback(ddp.register_forward_pre_hook(Hook(self.before_forward)).remove)
         if session.optimizer is not None:
             session.cleanup.callback(session.optimizer.register_step_post_hook(self.after_optimizer).remove)
         if ddp.find_unused_parameters or ddp.static_graph:
             self.used = set()
-            for _, _, param in self.owners:
+            for param in self.params:
                 handle = cast(Any, param).register_post_accumulate_grad_hook(self.reached)
                 session.cleanup.callback(handle.remove)
         self.exchanged_since_step = False
@@ -70,28 +90,65 @@ class Dispatcher:
 
     def uninstall(self) -> None:
         self.session = self.used = self.joined = None
-        self.owners.clear()
+        self.params.clear()
+        self._watch_no_more()
 
-    def before_forward(self, *_: object) -> None:
+    def before_forward(self, ddp: DistributedDataParallel, *_: object) -> None:
         """What is wrong is said here, where it does no harm: DDP does not survive an error in its hook."""
         if self.session is None:
             return
-        for owner, leaf, param in self.owners:
-            if getattr(owner, leaf) is not param:
-                raise ThinwireError(
-                    f"parameter {leaf!r} of {type(owner).__name__} was replaced after wrapping (load_state_dict("
-                    "assign=True) does it): DDP no longer averages its gradient; wrap the model and attach again"
-                )
         self.session.check()
         if self.joined is not None:
             self.joined.check(self.session)
-        accumulates = self.exchanged_since_step and self.owners[0][2].grad is not None and torch.is_grad_enabled()
-        if accumulates and not self.warned and not self.session.transaction.failed:
+        if not torch.is_grad_enabled():
+            return
+        if self.parameters.check(self.session):
+            self.bucketed.changed()
+        self.bucketed.check()
+        self._check_waits(ddp)
+        if not self.exchanged_since_step or self.params[0].grad is None:
+            return
+        if not ddp.require_backward_grad_sync:  # fine where an optimizer does not step on the sum, as in a GAN
+            self._watch()
+        elif not self.warned and not self.session.transaction.failed:
             self.warned = True
-            warnings.warn(ACCUMULATED.format("ddp.no_sync()"), stacklevel=2)
+            warnings.warn(ACCUMULATED.format("ddp.no_sync()"), stacklevel=3)
+
+    def _check_waits(self, ddp: DistributedDataParallel) -> None:
+        """DDP would wait for ever for the gradient of a parameter that is frozen or gone."""
+        if not ddp.require_backward_grad_sync or (ddp.find_unused_parameters and not ddp.static_graph):
+            return
+        idle = {name for name, param in self.parameters.exchanged.items() if not param.requires_grad}
+        if len(idle) < len(self.params) and (idle := idle | self.parameters.gone):
+            raise ThinwireError(
+                f"parameter {min(idle)!r} was frozen or taken out of the model after wrapping, and DDP waits for its "
+                "gradient; wrap the model with find_unused_parameters=True, or wrap and attach again"
+            )
+
+    def _watch(self) -> None:
+        """See what is added to gradients after their exchange, until the next or the optimizer's step."""
+        if not self.late and not self.watching:
+            self.watching = True
+            for param in self.params:
+                self.watches.callback(cast(Any, param).register_post_accumulate_grad_hook(self.late.append).remove)
+
+    def _watch_no_more(self) -> None:
+        self.watching = False
+        self.watches.close()
+        self.late.clear()
+
+    def unfinished(self) -> list[str]:
+        """What DDP waits for, those first that have no gradient."""
+        if self.planned is None or self.session is None:
+            return self.absent
+        there = {unit.name for bucket in self.planned for unit in bucket.units}
+        missing = [unit for unit in self.session.units if unit.name not in there]
+        return [unit.name for unit in sorted(missing, key=lambda unit: unit.param.grad is not None)]
 
     def after_optimizer(self, *_: object) -> None:
         self.exchanged_since_step = False
+        if self.watching:
+            self._watch_no_more()
 
     def reached(self, param: Tensor) -> None:
         """Backward has added to the gradient of this parameter."""
@@ -115,9 +172,15 @@ class Dispatcher:
                 shadowed.check(session)
             self._begin(session)
         planned = session.bucket(params)
+        if self.planned is not None:
+            self.planned.append(planned)
+        if not buffer.is_sparse and shadowed is None:  # a shadow's gradients are not what stands in the bucket
+            self.bucketed.look(params, _gradients(planned, bucket))
         done = self._pass_sparse(planned, buffer) if buffer.is_sparse else self._pass(session, planned, bucket, buffer)
         if shadowed is not None:
-            shadowed.take([*zip(params, bucket.gradients(), strict=True)], done)
+            shadowed.take(
+                [(p, self.bucketed.answered(p, g)) for p, g in zip(params, bucket.gradients(), strict=True)], done
+            )
         self.missing -= len(params)
         if bucket.is_last() or self.missing == 0:
             self._end(session)
@@ -129,11 +192,14 @@ class Dispatcher:
         """Whether a pass begins; in a static graph's first one DDP calls each bucket the first, and none the last."""
         if bucket.index() != 0 or (self.missing > 0 and params[0] is not self.first):
             return False
-        self.missing, self.first = len(self.owners), params[0]
+        self.missing, self.first = len(self.params), params[0]
         return True
 
     def _begin(self, session: Session) -> None:
         self.departures.begin()
+        self.bucketed.begin()
+        self.planned = []
+        self.late.clear()
         self.sparse.clear()
         self.exchanged_since_step = session.optimizer is not None
         session.begin_step()
@@ -146,17 +212,22 @@ class Dispatcher:
         self.missing, self.first = 0, None
         if self.used is not None:
             self.used.clear()
+        if sum(len(bucket.units) for bucket in self.planned or ()) < len(session.units):
+            self.absent = self.unfinished()
+        self.planned = None
+        self.steps.ended()
         session.end_step()
 
     def _pass(
         self, session: Session, planned: Bucket, bucket: GradBucket, buffer: Tensor
     ) -> torch.futures.Future[torch.Tensor]:
+        params = [unit.param for unit in planned.units]
         session.collective.mean_inside(buffer, session.timeout)
-        grads = [unit.grad_like(grad) for unit, grad in zip(planned.units, _gradients(planned, bucket), strict=True)]
+        grads, back = self.bucketed.laid(params, _gradients(planned, bucket))
         used = [self.used is None or id(unit.param) in self.used for unit in planned.units]
         if self.used is not None:
             used = session.collective.any_inside(used, buffer, session.timeout)
-        return self.departures.send(session, planned, grads, buffer, used)
+        return self.departures.send(session, planned, grads, buffer, used, back)
 
     def _pass_sparse(self, planned: Bucket, buffer: Tensor) -> torch.futures.Future[torch.Tensor]:
         name, session = planned.units[0].name, cast(Session, self.session)
@@ -195,6 +266,12 @@ def _gradients(planned: Bucket, bucket: GradBucket) -> list[Tensor]:
     mine = [unit.own for unit in planned.units]
     runs = cast("tuple[Tensor, ...]", cast(Any, own(bucket.buffer()).view(-1)).split([x.numel() for x in mine]))
     return [run.view(x.shape) for run, x in zip(runs, mine, strict=True)]
+
+
+def ignored(ddp: DistributedDataParallel) -> list[tuple[str, Tensor]]:
+    """What trains and is left out of DDP's averages."""
+    named: list[tuple[str, Tensor]] = list(inside(ddp).named_parameters())
+    return [(clean(name), param) for name, param in named if param.requires_grad and name in ddp.parameters_to_ignore]
 
 
 def _first(future: Future) -> Tensor:

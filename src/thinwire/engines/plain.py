@@ -5,6 +5,7 @@ and since nobody else holds views of them, the optimizer can be given sparse one
 """
 
 import contextlib
+import gc
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
@@ -17,7 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.engines.arrivals import Arrivals, Owned
+from thinwire.engines.hooks import Hook
 from thinwire.engines.names import clean
+from thinwire.engines.stepped import inside, wrappers
 from thinwire.exchange.collectives import TIMEOUT, Collective, ProcessGroup
 from thinwire.exchange.control import Together
 from thinwire.exchange.nodes import check_nodes, levels
@@ -100,6 +103,7 @@ class Plain:
         self._check_attached(named)
         for name, param in named:
             check_parameter(name, param)
+        self._check_wrapped(named)
         self._check_tensors()
         for name, module in modules:
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
@@ -118,6 +122,21 @@ class Plain:
                 raise ThinwireError(
                     f"parameter {name!r} has an optimizer in backward, which would not wait; leave it out"
                 )
+
+    def _check_wrapped(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        """A DDP model elsewhere that averages some of these."""
+        mine = {id(param): name for name, param in named}
+
+        def shared() -> list[str]:
+            return [mine[id(p)] for ddp in wrappers() for p in inside(ddp).parameters() if id(p) in mine]
+
+        if shared():
+            gc.collect()  # one that nobody uses any more may not be gone yet
+        if names := shared():
+            raise ThinwireError(
+                f"parameter {names[0]!r} is part of a DistributedDataParallel, whose hooks average its gradient too: "
+                "attach to the DDP model, without process_group=, or let go of it first (del ddp)"
+            )
 
     def _held(self) -> list[tuple[str, Tensor]]:
         """All that ranks must begin with alike."""
@@ -197,7 +216,7 @@ class Unwrapped(Arrivals):
     def install(self, session: Session) -> None:
         super().install(session)
         hook = cast(Any, torch.compiler.disable(self.after_forward))  # nothing to compile
-        session.cleanup.callback(self.model.register_forward_hook(hook).remove)
+        session.cleanup.callback(self.model.register_forward_hook(Hook(hook)).remove)
 
     def after_forward(self, _: nn.Module, inputs: object, output: object) -> None:
         """What the model answers gets its gradient first, and in the outer pass.
@@ -213,19 +232,14 @@ class Unwrapped(Arrivals):
         if self.session is not None:
             self.passes.enter()
 
-    def check_same(self) -> None:
-        for one in self.owned:
-            if getattr(one.owner, one.leaf) is not one.param:
-                raise ThinwireError(
-                    f"parameter {one.name!r} was replaced after attach (load_state_dict(assign=True) does it), so its "
-                    "gradient would not be exchanged; detach() and attach again"
-                )
-        for name, param in self.model.named_parameters():
-            if param.requires_grad and id(param) not in self.by_param:
-                raise ThinwireError(
-                    f"parameter {name!r} required no gradient at attach and does now, so its gradient would not be "
-                    "exchanged; detach() and attach again"
-                )
+    def check_same(self, session: Session) -> None:
+        super().check_same(session)
+        around: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)  # nothing public tells
+        if around is not None and any(param is self.owned[0].param for param in around.parameters()):
+            raise ThinwireError(
+                "the model was wrapped in a DistributedDataParallel after attach, which averages its gradients too; "
+                "call the model itself, or detach() and attach to the DDP model without process_group="
+            )
 
     def closing(self, session: Session) -> bool | None:
         if self.sparse:

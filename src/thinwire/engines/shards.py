@@ -3,15 +3,15 @@
 A bucket is what one ``fully_shard`` module holds, the last module first.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from thinwire.engines.arrivals import Arrivals, Owned
+from thinwire.engines.hooks import Hook
 from thinwire.engines.passes import in_backward
 from thinwire.engines.scatter import Scatter
 from thinwire.exchange.collectives import ProcessGroup
@@ -20,7 +20,6 @@ from thinwire.link import wire_bytes
 from thinwire.policy.plan import Rule
 from thinwire.session import Session
 from thinwire.sharding import place, shard_dim
-from thinwire.tensors import ThinwireError
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +41,6 @@ class Shards(Arrivals):
 
     Args:
         modules: those that went through ``fully_shard``.
-        frozen: the sharded parameters that require no gradient, by name.
         exchanges: whether there are replicas.
         shards: the ranks that the model is sharded over.
     """
@@ -52,12 +50,11 @@ class Shards(Arrivals):
         model: nn.Module,
         modules: Sequence[nn.Module],
         owned: Sequence[OwnedShard],
-        frozen: Mapping[str, Tensor],
         exchanges: bool,
         shards: ProcessGroup,
     ) -> None:
         super().__init__(model, owned, "model.set_requires_gradient_sync(False)", exchanges)
-        self.modules, self.frozen, self.shards = modules, frozen, shards
+        self.modules, self.shards = modules, shards
         self.shard_of = {id(one.param): one for one in owned}
         self.scatters: list[Scatter] = []
         self.gathers = 0.0, 0.0  # bytes of all-gathers since the last step, and what fp32 would have sent
@@ -66,28 +63,12 @@ class Shards(Arrivals):
         super().install(session)
         recomputes = cast(Any, torch.compiler.disable(self.recomputes))  # as all hooks of FSDP2 are
         for module in self.modules:
-            session.cleanup.callback(module.register_forward_pre_hook(recomputes).remove)
+            session.cleanup.callback(module.register_forward_pre_hook(Hook(recomputes)).remove)
 
     def uninstall(self) -> None:
         super().uninstall()
         for scatter in self.scatters:
             scatter.states.clear()
-
-    def check_same(self) -> None:
-        if unfrozen := [name for name, param in self.frozen.items() if param.requires_grad]:
-            raise ThinwireError(
-                f"parameter {unfrozen[0]!r} required no gradient at attach and does now, so its gradient would not be "
-                "exchanged; detach() and attach again"
-            )
-        if in_backward():  # modules may hold whole parameters now
-            return
-        for one in self.owned:
-            now = getattr(one.owner, one.leaf)
-            if isinstance(now, DTensor) and now is not one.param:
-                raise ThinwireError(
-                    f"parameter {one.name!r} was replaced after attach (load_state_dict(assign=True) does it), so its "
-                    "gradient would not be exchanged; detach() and attach again"
-                )
 
     def recomputes(self, *_: object) -> None:
         """A checkpointed module is run again: in the outer pass, which brings its gradients perhaps in an inner one."""

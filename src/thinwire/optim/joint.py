@@ -1,6 +1,7 @@
 """An optimizer and the session it steps for: what each tells the other, where the optimizer is part of a method."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,11 @@ class Joint:
             elif "exp_avg" in state:
                 for copy in (unit.shared.now, unit.shared.next):
                     copy["momentum"].copy_(own(state["exp_avg"]))
+
+    def moves(self, unit: Unit) -> Mapping[str, Any]:
+        """What it remembers of a unit that lies otherwise in memory now."""
+        self.marked = -1.0
+        return self.partner.state.get(unit.param, {}) if self.partner else {}
 
     def density(self, ahead: int) -> float | None:
         """Of the exchange ``ahead`` steps from the next, where the optimizer decides it."""

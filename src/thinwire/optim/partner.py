@@ -92,6 +92,10 @@ class Partner(torch.optim.Optimizer):
                 group["steps"] += 1
             self.after()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("notes", [])  # a copy has what torch takes along, which this is not
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         # torch has cast all but ``step`` to the parameter's dtype, in which a variance would stand still

@@ -20,11 +20,13 @@ from thinwire.exchange.collectives import InFlight
 from thinwire.exchange.local import Local
 from thinwire.given import method_of
 from thinwire.kernels.choose import Choice, choose
+from thinwire.layouts import Layouts
 from thinwire.policy.plan import Method, Rule
 from thinwire.report.ledger import Ledger, Stopwatch
-from thinwire.session import Policy, Session
+from thinwire.session import Session
 from thinwire.sharding import own, wrapped
 from thinwire.tensors import ThinwireError
+from thinwire.transaction import Policy
 from thinwire.units import Worker
 
 
@@ -68,11 +70,13 @@ class SimulatedWorkers:
         ranks = [Worker(rank, asked["seed"], kernels=chosen) for rank in range(workers)]
         self.session = Session(named, method, self.peers[0], optimizer, asked["seed"], ranks, policy=policy)
         self.session.use_kernels(chosen, note)
+        self.layouts = Layouts(dict(named), "simulate again")
 
     def step(self, loss: Callable[[int], Tensor]) -> float:
         """One optimizer step; ``loss(worker)`` runs the model on that worker's batch. Answers the mean loss."""
         session = self.session
         session.check()
+        self.layouts.check(session)
         session.begin_step()
         total, inboxes = 0.0, list[list[InFlight]]()
         params = [unit.param for unit in session.units]
