@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.ambient import undisturbed
 from thinwire.arguments import check_held, inside, model_of, optimizer_of, options, unwrapped
-from thinwire.checks import seconds, whole
+from thinwire.checks import seconds
 from thinwire.core import Compressor
 from thinwire.engines.ddp import Ddp
 from thinwire.engines.fsdp2 import Fsdp2, is_fsdp1, is_fsdp2, sharded_talk
@@ -34,7 +34,6 @@ from thinwire.tensors import ThinwireError
 from thinwire.transaction import OnNonfinite, Policy, Scaler
 from thinwire.units import Worker
 
-EXCHANGES = "it is a number of exchanges, or 0 for no check"
 OUTSIDE: object = dist.GroupMember.NON_GROUP_MEMBER
 """What torch answers a rank that is not in the group."""
 
@@ -191,7 +190,7 @@ def attach(
             named = engine.exchanged()
             check_held(named, optimizer)
             engine.fits(method)
-            replicas = engine.compared(whole(0, says=EXCHANGES)("check_every", check_every))
+            replicas = engine.compared(check_every)
             chosen, note = choose(asked["kernels"], named[0][1].device)
             said = {
                 "engine": type(engine).__name__,
