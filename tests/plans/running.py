@@ -77,13 +77,19 @@ def _run(plan: Plan, rank: int, folder: str, told: Told) -> None:
 
 def _rest(plan: Plan, run: Run, rank: int, told: Told) -> None:
     """From the checkpoint to the end, once more."""
+    again = Told()
     for step in range(plan.checkpoint or 0, plan.steps):
-        _switch(plan, run, step, Told())
+        _switch(plan, run, step, again)
         with ambient(plan.ambient):
             _exchange(plan, run, rank, step)
             if step != plan.left_out:
                 run.step()
-    told.resumed = parts_of(run.inner)
+    kept = plan.zeros and any(
+        layer.used != "always" for layer in plan.layers
+    )  # gradients of 0, which no checkpoint holds
+    late = plan.switch is not None and plan.switch >= (plan.checkpoint or 0)
+    if not kept and not (late and again.refused_switch != told.refused_switch):  # a change waits for a step left out
+        told.resumed = parts_of(run.inner)
 
 
 def _whole(plan: Plan, run: Run, rank: int, told: Told, saved: list[bytes], folder: str) -> None:

@@ -19,6 +19,8 @@ def expressible(plan: Plan, refused_switch: bool) -> bool:
     """Whether the simulator can run such a plan, and promises it the same steps."""
     specs = [plan.method] + ([plan.then] if plan.then is not None and not refused_switch else [])
     routes = {spec["options"].get("route", _default(spec["recipe"])) for spec in specs}
+    if refused_switch and plan.change == "reattach":  # the first method began anew
+        return False
     if plan.nodes or plan.shards > 1 or any(layer.sparse for layer in plan.layers):
         return False
     if plan.options and ({"reduce_scatter", "all_gather"} & plan.options.keys()):

@@ -12,7 +12,6 @@ from tests.plans.packing import pack, unpack
 from tests.plans.plan import Layer, Plan
 
 PLANS, TOGETHER = 200, 20
-RUN = 40
 MOST_REFUSED = 0.15
 
 
@@ -23,7 +22,7 @@ def fleet(world2, world4):
     fleet.stop(world2, world4)
 
 
-@pytest.mark.parametrize("first", range(0, RUN, TOGETHER))
+@pytest.mark.parametrize("first", range(0, PLANS, TOGETHER))
 def test_every_law_holds(fleet, first):
     outcomes = [fleet.run(draw(seed)) for seed in range(first, first + TOGETHER)]
     for one in outcomes:
