@@ -94,8 +94,8 @@ class Parameters:
         for name in lost:
             if name in by_name and by_name[name].requires_grad:
                 raise ThinwireError(
-                    f"parameter {name!r} was replaced after {self.since} (load_state_dict(assign=True) does it), so "
-                    f"its gradient would not be exchanged; {self.again}"
+                    f"parameter {name!r} was replaced after {self.since} (load_state_dict(assign=True) does it, and "
+                    f"model.to() from some devices to others), so its gradient would not be exchanged; {self.again}"
                 )
         for name, param in now:
             if param.requires_grad and id(param) not in self.names and name not in self.apart:
