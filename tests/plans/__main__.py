@@ -33,7 +33,11 @@ def main() -> int:
         print("\n".join(plan.to_json() for plan in plans))
     fleet, began = Fleet(), time.monotonic()
     try:
-        outcomes = [_run(fleet, plan) for plan in plans]
+        outcomes: list[Outcome] = []
+        for plan in plans:
+            outcomes.append(_run(fleet, plan))
+            if len(outcomes) % 100 == 0:
+                print(f"{len(outcomes)} plans, {sum(bool(one.faults) for one in outcomes)} faults", flush=True)
     finally:
         fleet.stop()
     print(summary(outcomes, time.monotonic() - began))

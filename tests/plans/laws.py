@@ -102,6 +102,8 @@ def simulated(plan: Plan, told: list[Told]) -> Found:
     there = [step.params_after for step in told[0].steps]
     ours = simulating.simulated(plan, bool(told[0].refused_switch))
     exact = plan.workers == 2 or not simulating.summed(told[0].steps)
+    if plan.engine == "fsdp2" and any(step.clip is not None for step in told[0].steps):
+        exact = False  # the norm goes over the shards, squared, and is rounded twice more
     for number, (a, b) in enumerate(zip(there, ours, strict=True)):
         off = simulating.apart(a, b)
         if off > (0.0 if exact else FAR * _way(told[0].steps)):
