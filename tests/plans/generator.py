@@ -28,6 +28,8 @@ def draw(seed: int) -> Plan:
     plan = replace(plan, **_engine(d, plan), **_later(d, plan, partner, kind))
     plain = all(layer.dtype == "float32" for layer in layers)
     plan = replace(plan, **_manners(d, plan, plain))
+    if any(layer.dtype.endswith("16") for layer in layers):  # PyTorch's leaves a momentum of 16 bits partly unwritten
+        plan.optimizer["options"].pop("fused", None)
     if engine == "fsdp2":  # PyTorch has none for DTensors
         plan.optimizer["options"].pop("fused", None)
         if (
