@@ -7,8 +7,8 @@ import thinwire
 
 SOURCE = Path(thinwire.__file__).parent
 FLOORS = [
-    ["tensors", "ambient", "_version"],
-    ["loops", "checks"],
+    ["tensors", "ambient", "_version", "backward"],
+    ["loops", "checks", "absorbed"],
     ["context"],
     ["core", "sharding"],
     ["supported"],
@@ -18,9 +18,10 @@ FLOORS = [
     ["policy", "untrusted"],
     ["units", "methods", "adding"],
     ["exchange", "clipping", "given"],
-    ["selecting", "receiving", "clock", "fingerprint", "arguments", "foreign"],
-    ["optimizers", "optim", "pipeline", "checkpoint", "replicas", "stages", "following"],
+    ["selecting", "receiving", "clock", "fingerprint", "optimizers", "foreign"],
+    ["optim", "pipeline", "checkpoint", "replicas", "stages", "following", "arguments"],
     ["copies", "succession", "transaction", "detached"],
+    ["stepping"],
     ["session"],
     ["layouts"],
     ["engines", "sim", "lgreco"],

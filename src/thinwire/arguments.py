@@ -16,6 +16,7 @@ from thinwire.checks import Check, of_type, optional, shown, whole
 from thinwire.core import Compressor
 from thinwire.given import method_of
 from thinwire.link import Link
+from thinwire.optimizers.several import Optimizers, Several
 from thinwire.policy.plan import Rule
 from thinwire.tensors import ThinwireError
 
@@ -75,12 +76,12 @@ def inside(model: nn.Module) -> str:
 
 
 def optimizer_of(name: str, given: Any) -> Any:
-    """One optimizer, or None.
+    """One optimizer, several that are joined, or None.
 
     Raises:
         ThinwireError: it is something else.
     """
-    if given is None or isinstance(given, torch.optim.Optimizer):
+    if given is None or isinstance(given, (torch.optim.Optimizer, Several)):
         return given
     example = "pass the optimizer that steps, e.g. optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)"
     if isinstance(given, type):
@@ -153,7 +154,7 @@ def options(**given: Any) -> dict[str, Any]:
     return {name: OPTIONS[name](name, value) for name, value in given.items()}
 
 
-def check_held(named: Sequence[tuple[str, Tensor]], optimizer: torch.optim.Optimizer | None) -> None:
+def check_held(named: Sequence[tuple[str, Tensor]], optimizer: Optimizers | None) -> None:
     """An optimizer that holds no parameter of the model steps something else.
 
     Raises:

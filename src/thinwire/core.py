@@ -14,6 +14,7 @@ from typing import ClassVar, Self, TypeAlias
 import torch
 from torch import Tensor
 
+from thinwire.absorbed import Absorbed, Absorbing
 from thinwire.checks import of_type, settle
 from thinwire.context import NOWHERE, NUMBER, Context
 from thinwire.loops import Accumulation, Found, Selection
@@ -291,16 +292,7 @@ class Chain(Compressor):
         return out, *payload[coded:]
 
 
-@dataclass(frozen=True)
-class Absorbed:
-    """What an SGD optimizer did for one parameter, and a memory does now."""
-
-    momentum: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-
-
-class Memory(ABC):
+class Memory(Absorbing, ABC):
     """What is remembered of a unit between steps, in two parts that never mix.
 
     The *local* state differs between ranks and is written on the sending side alone; the *shared* state is the
@@ -316,13 +308,10 @@ class Memory(ABC):
 
     absorbs: ClassVar[bool] = False
     """Whether this memory takes momentum and weight decay over from the optimizer."""
-
     linear: ClassVar[bool] = False
     """Whether what the optimizer gets is linear in the gradients, number by number: a complex one may go as two."""
-
     feeds_back: ClassVar[bool] = False
     """Whether what was not sent comes back, which needs a compressor that contracts."""
-
     gives: ClassVar[str] = "gradient"
     """What the optimizer gets as ``grad``; it must be one that takes that."""
 
@@ -374,10 +363,10 @@ class Memory(ABC):
     ) -> Tensor:
         """From the local gradient, times ``scale`` (1 / loss scale), to what is to be compressed."""
 
-    def sent(self, x: Tensor, own: Decompressed, new: State) -> None:  # noqa: B027
+    def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
         """Remember what of ``x`` the receivers did not get; ``own`` is what they got."""
 
-    def returned(self, rest: Decompressed, new: State) -> None:  # noqa: B027
+    def returned(self, rest: Decompressed, new: State) -> None:
         """Take in, with the residual, what came back unsent: ``rest`` of all that ranks sent to this one to pass on."""
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
@@ -392,7 +381,7 @@ class Memory(ABC):
         """What else of a local state follows from ``known``, which another memory left."""
         return {}
 
-    def take_buffer(self, buffer: Tensor, local: State, shared: State) -> None:  # noqa: B027
+    def take_buffer(self, buffer: Tensor, local: State, shared: State) -> None:
         """Continue from an SGD momentum buffer."""
 
     def give_buffer(self, local: State, shared: State) -> tuple[Tensor | None, Tensor | None]:

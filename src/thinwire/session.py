@@ -27,13 +27,14 @@ from thinwire.exchange.texts import heard
 from thinwire.following import follow
 from thinwire.given import method_of
 from thinwire.loops import Kernels
-from thinwire.optim.joint import Joint
-from thinwire.optimizers import Handover, check_optimizer, log, release_optimizer, warn_once
+from thinwire.optimizers.handover import Handover, log, remembering, warn_once
+from thinwire.optimizers.several import Optimizers, check_optimizer, holders, release_optimizer
 from thinwire.policy.plan import Method, Rule
 from thinwire.replicas import Replicas
 from thinwire.report.ledger import Ledger, StepRow
 from thinwire.selecting import rehearse
 from thinwire.stages import Stages
+from thinwire.stepping import Stepping
 from thinwire.succession import agree, describe, hand_on_all, restore_alike
 from thinwire.tensors import ThinwireError, norm
 from thinwire.transaction import OnNonfinite, Policy, Scaler, Transaction
@@ -49,7 +50,7 @@ class Session(OfThisRun):
         method: how they are exchanged.
         collective: who exchanges them.
         optimizer: needed by methods that own the momentum; with any other it lets the session notice gradients that are
-            exchanged twice before a step.
+            exchanged twice before a step. Several stand in a ``Together``.
         seed: of all randomness, with the step, the unit and the rank.
         workers: the ranks that live in this process: one, or all of a simulation.
         scaler, on_nonfinite, timeout, policy: see ``thinwire.attach``.
@@ -60,7 +61,7 @@ class Session(OfThisRun):
         named: Sequence[tuple[str, Tensor]],
         method: Method,
         collective: Collective,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: Optimizers | None,
         seed: int = 0,
         workers: Sequence[Worker] | None = None,
         scaler: Scaler | None = None,
@@ -85,10 +86,10 @@ class Session(OfThisRun):
         """Raises what keeps a method from being used with this model; the engine's."""
         self.no_sync: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         """For a model without a wrapper: backward passes inside ``with wire.no_sync():`` add up, and send nothing."""
-        self.loss_scale, self.joint = 1.0, Joint(optimizer)
+        self.loss_scale, self.stepping = 1.0, Stepping(self, optimizer, scaler)
+        self.joint = self.stepping.joint
         self.cleanup = contextlib.ExitStack()
         """What detach() undoes; engines add to it."""
-        self._handover: Handover | None = None
         self.row = StepRow(0, method.name)
         try:
             with Together(self.collective, *ATTACH) as together:
@@ -96,15 +97,12 @@ class Session(OfThisRun):
         except BaseException:
             self._give_back(Local.of(1)[0])
             raise
-        if optimizer is not None:
-            self.cleanup.callback(optimizer.register_step_pre_hook(self._before_optimizer).remove)
-            self.cleanup.callback(optimizer.register_step_post_hook(self._after_optimizer).remove)
+        self.stepping.start(self.cleanup)
 
     # -- the method ------------------------------------------------------------------------------------------------
 
     def _prepare(self, method: Method) -> tuple[list[Unit], Handover | None]:
         """Everything about a method that can fail, before anything is changed."""
-        handover = self._handover
         self.fits(method)
         if self.transaction.pending and not self.transaction.failed:
             raise ThinwireError(
@@ -112,10 +110,8 @@ class Session(OfThisRun):
             )
         if any(rule.memory.stateful for rule in method.rules):
             check_optimizer(self.optimizer, self.named, self, method.name)
-        if not method.absorbs:
-            handover = None
-        elif handover is None:
-            handover = Handover(self.optimizer, method.name, dict(self.named))
+        holders(self.optimizer, self.named)
+        handover = self.stepping.prepare(method)
         settings = self.joint.agree(method, self.named) | (handover.settings if handover else {})
         return resolve(self.named, method, settings, self.seed), handover
 
@@ -130,12 +126,11 @@ class Session(OfThisRun):
             described = describe(method, units, rest)
         agree(self.collective.everyone, described)
         self.transaction.void()
-        if self._handover is not None and handover is None:
-            self._handover.give_back(self.units, self.workers, self.collective, self.timeout)
+        self.stepping.leave(handover)
         hand_on_all(self.units, units, self.workers, self.collective, self.timeout)
-        if handover is not None and self._handover is None:
-            self._say(handover.take(units, self.workers))
-        self.method, self.units, self._handover = method, units, handover
+        if said := self.stepping.enter(handover, units, method):
+            self._say(said)
+        self.method, self.units = method, units
         self._take_link()
         with together.alone():
             rehearse(units, self.workers[0].kernels)
@@ -218,9 +213,7 @@ class Session(OfThisRun):
     def _give_back(self, collective: Collective) -> None:
         self.joint.hold(False, self.units)
         release_optimizer(self.optimizer, self)
-        if self._handover is not None:
-            handover, self._handover = self._handover, None
-            handover.give_back(self.units, self.workers, collective, self.timeout)
+        self.stepping.give_back(collective)
 
     def use_kernels(self, kernels: Kernels, note: str | None) -> None:
         """Name the kernels in the ledger, and let go of them at detach; ``note``: see ``choose``."""
@@ -250,11 +243,9 @@ class Session(OfThisRun):
         """What can be wrong before a step; engines ask before the forward pass, where an error does no harm.
 
         Raises:
-            ThinwireError: the optimizer does again what the memory has taken over.
+            ThinwireError: the optimizer is asked for what the memory can't do in its place.
         """
-        if self._handover is not None:
-            self._handover.check_untouched()
-        self.joint.check()
+        self.stepping.check()
 
     def follow(self, strides: Mapping[str, tuple[int, ...]]) -> None:
         """Parameters lie otherwise in memory; ``strides``: those that they had, by name. A collective call."""
@@ -278,6 +269,7 @@ class Session(OfThisRun):
         self.turn = self.transaction.clock.turn(self.step)
         self._check_clocks()
         self._set_stage()
+        self.stepping.begin()
         self.joint.begin(self._density, self.units, self.workers)
         self.workers[0].probe = Probe() if self.step % PROBE_EVERY == 0 else None
 
@@ -296,19 +288,14 @@ class Session(OfThisRun):
             self.transaction.end_unread()
         if self.replicas is not None and self.replicas.due():
             self.replicas.check(self.step, self.transaction.refuse)
+        self.stepping.exchanged()
         if self.optimizer is None:
-            self._commit()
+            self.commit(self.units)
 
-    def _before_optimizer(self, _: torch.optim.Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self.transaction.before_optimizer(self.units, args, kwargs)
-
-    def _after_optimizer(self, *_: object) -> None:
-        if self.transaction.final:
-            self._commit()
-
-    def _commit(self) -> None:
-        """The optimizer has stepped."""
-        self.transaction.commit(self.units, self.workers)
+    def commit(self, units: Sequence[Unit], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """These units have been stepped, by this optimizer; when all have, so has the session."""
+        if not self.transaction.commit(units, self.workers, optimizer):
+            return
         self.step += 1
         self.joint.tell(self.ledger, self.step)
         if self._carrying and not carry(self.units, self.workers):
@@ -358,11 +345,11 @@ class Session(OfThisRun):
 
     def _load(self, read: Callable[[], Any], on_world_change: checkpoint.OnWorldChange) -> None:
         keepers = self.collective.keepers
-        with self._together("loading a checkpoint") as together:
+        with self._together("loading a checkpoint") as together, remembering(self.units) as adopted:
             restored = restore_alike(
                 together,
                 self.collective,
-                lambda: checkpoint.restore(read(), self.units, keepers.rank, keepers.world, on_world_change),
+                lambda: checkpoint.restore(adopted(read()), self.units, keepers.rank, keepers.world, on_world_change),
             )
             with together.alone():
                 self._put(restored)
@@ -373,7 +360,7 @@ class Session(OfThisRun):
         for unit in self.units:
             self.workers[0].local[unit.name].now = restored.local[unit.name]
             unit.shared.now = restored.shared[unit.name]
-        self.joint.hold(True, ())
+        self.stepping.restored()
         for note in restored.notes:
             self.ledger.note(note)
         self._set_heads()

@@ -9,7 +9,7 @@ from thinwire.core import State
 from thinwire.exchange.collectives import Collective, Talk
 from thinwire.exchange.control import Together
 from thinwire.exchange.texts import known_to_all
-from thinwire.optimizers import averaged, averaged_buffer
+from thinwire.optimizers.handover import averaged, averaged_buffer
 from thinwire.policy.plan import Method
 from thinwire.tensors import ThinwireError
 from thinwire.units import TwoCopies, Unit, Worker

@@ -3,12 +3,14 @@
 Where any rank's gradient was not finite, or the optimizer skips the step, what was prepared is void on all ranks.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import torch
 
 from thinwire.clock import Clock, apart, parted
+from thinwire.optimizers.several import Optimizers, each_of
 from thinwire.pipeline import Verdict
 from thinwire.report.ledger import Ledger
 from thinwire.tensors import ThinwireError
@@ -44,13 +46,13 @@ class Transaction:
     """What has been exchanged and is not yet final.
 
     Args:
-        optimizer: whose step makes it final.
+        optimizer: whose step makes it final; of several, each what it steps.
         ledger: where skipped steps are written down.
         on_nonfinite: see ``thinwire.attach``.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer | None, ledger: Ledger, on_nonfinite: OnNonfinite) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: Optimizers | None, ledger: Ledger, on_nonfinite: OnNonfinite) -> None:
+        self.each = each_of(optimizer)
         self.ledger = ledger
         self.on_nonfinite = on_nonfinite
         self.pending = False
@@ -62,20 +64,41 @@ class Transaction:
         self.looked = False
         """This rank has waited to read them."""
         self.clock = Clock()
+        self.done: list[torch.optim.Optimizer] = []
+        """The optimizers that have stepped, or left out their step, since the exchange."""
         self._idle = 0
+        self._warned = False
         self._complaint = ""
 
     def begin(self) -> int:
         """A new exchange; answers how many before it, in a row, are void because no optimizer step followed."""
         idle = self.pending and not self.failed
+        done, self.done = self.done, []
         self.pending = self.failed = False  # gradients stay: by now they are those of the next step
         self.verdicts = []
         self.looked = False
         if not idle:
             return 0
+        if done:
+            self._say_partial(done)
+            return 0
         self.ledger.skipped += 1
         self._idle += 1
         return self._idle
+
+    def _say_partial(self, done: Sequence[torch.optim.Optimizer]) -> None:
+        """Some optimizers have stepped since the exchange, and others have not."""
+        left = [one for one in self.each if not any(one is other for other in done)]
+        each = [f"{type(one).__name__} ({i})" for i, one in enumerate(self.each) if any(one is other for other in left)]
+        self.ledger.skipped += 1
+        note = (
+            f"{', '.join(each)} did not step after the last exchange, where another of the {len(self.each)} optimizers "
+            "did; what was exchanged for its parameters is void"
+        )
+        self.ledger.note(note)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{note}. Step all of optimizer= after each backward that exchanges", stacklevel=4)
 
     def end(
         self,
@@ -158,8 +181,10 @@ class Transaction:
         self._complaint = complaint
         self.ledger.note(f"{self._complaint}; skipped on all ranks")
 
-    def before_optimizer(self, units: Sequence[Unit], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """The optimizer is about to step: not where a gradient was not finite. Without gradients it does nothing."""
+    def before_optimizer(
+        self, optimizer: torch.optim.Optimizer, units: Sequence[Unit], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        """An optimizer is about to step: not where a gradient was not finite. Without gradients it does nothing."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is not None and any(unit.guarded for unit in units):
             raise ThinwireError(
@@ -167,31 +192,48 @@ class Transaction:
                 "step back; call backward first and step() without a closure"
             )
         if self.pending and self.failed:
-            self.void()
+            _clear(optimizer)  # not the others': a scaler may still have to look at their gradients
+            if self._all_done(optimizer):
+                self.pending = False
             if self.on_nonfinite == "raise":
                 raise ThinwireError(f"{self._complaint}; nothing has been changed by this step")
 
     def void(self) -> None:
         """What was prepared will never be final, and gradients that are not finite are not left to the optimizer."""
-        if self.pending and self.failed and self.optimizer is not None:
-            for group in self.optimizer.param_groups:
-                for param in group["params"]:
-                    param.grad = None
+        if self.pending and self.failed:
+            for optimizer in self.each:
+                if not any(optimizer is one for one in self.done):
+                    _clear(optimizer)
         self.pending = False
 
-    @property
-    def final(self) -> bool:
-        """Whether the optimizer step that has just ended makes it so.
+    def _all_done(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether this is the last of the optimizers."""
+        if not any(optimizer is one for one in self.done):
+            self.done.append(optimizer)
+        return len(self.done) == len(self.each)
+
+    def final(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the step of this optimizer that has just ended makes what it stepped so.
 
         A fused optimizer steps under a ``GradScaler`` even where it finds an overflow; the scaler then hands it
         ``found_inf``, and its kernel changes nothing.
         """
-        found_inf: Any = getattr(self.optimizer, "found_inf", None)
-        return self.pending and not self.failed and not (found_inf is not None and bool(found_inf))
+        if not self.pending or self.failed or any(optimizer is one for one in self.done):
+            return False
+        found_inf: Any = getattr(optimizer, "found_inf", None)
+        return not (found_inf is not None and bool(found_inf))
 
-    def commit(self, units: Sequence[Unit], workers: Sequence[Worker]) -> None:
-        """What was prepared is final. A unit that no rank used has not been touched."""
-        self.pending = False
+    def commit(
+        self, units: Sequence[Unit], workers: Sequence[Worker], optimizer: torch.optim.Optimizer | None = None
+    ) -> bool:
+        """What was prepared of these units is final; answers whether all of the step is.
+
+        Args:
+            units: those that ``optimizer`` has stepped. One that no rank used has not been touched.
+            optimizer: None where none is followed.
+        """
+        if optimizer is None or self._all_done(optimizer):
+            self.pending = False
         self._idle = 0
         verdicts = self.verdicts if self.looked else []  # where they were not, nothing is remembered
         unused = {v.units[i].name for v in verdicts for i in v.used.any(0).logical_not().nonzero().flatten()}
@@ -200,3 +242,10 @@ class Transaction:
                 unit.shared.commit()
                 for worker in workers:
                     worker.local[unit.name].commit()
+        return not self.pending
+
+
+def _clear(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = None

@@ -115,6 +115,25 @@ class Unit:
     def _blank(self) -> Tensor:
         return torch.empty_like(self.own, dtype=self.memory.dtype(self.own.dtype))
 
+    def go_on_with(self, memory: Memory, workers: Sequence["Worker"]) -> None:
+        """Take the same memory with other settings, between two steps; what is remembered stays what it is."""
+        old, self.memory = self.memory, memory
+        shared = self.shared.now
+        for worker in workers:
+            memory.take_over(old, worker.local[self.name].now, shared)
+        if (old.absorbed or Absorbed()).kind == (memory.absorbed or Absorbed()).kind:
+            return
+        fresh = memory.init_shared(self._blank())
+        for key in old.init_shared(self.like).keys() - fresh.keys() - self.memory.rests:
+            del shared[key]
+        shared.update({key: value for key, value in fresh.items() if key not in shared})
+        self.align(workers)
+
+    def align(self, workers: Sequence["Worker"]) -> None:
+        """Let the next states have what the present ones have; what rests is one tensor in both."""
+        for state in (self.shared, *(worker.local[self.name] for worker in workers)):
+            state.align(self.memory.rests)
+
     def describe(self) -> str:
         """One line that must be the same on all ranks."""
         shape = f"shape {tuple(self.param.shape)}, strides {self.own.stride()}, {self.param.dtype}"
@@ -135,6 +154,17 @@ class TwoCopies:
     def of(state: State) -> "TwoCopies":
         """A fresh state, twice."""
         return TwoCopies(state, {key: value.clone() for key, value in state.items()})
+
+    def align(self, rests: Set[str]) -> None:
+        """Let ``next`` have the tensors that ``now`` has, of its own but for what ``rests``."""
+        kept = {key: value for key, value in self.now.items() if key != "carried"}
+        for key, value in kept.items():
+            if key in rests:
+                self.next[key] = value
+            elif key not in self.next or self.next[key] is value:
+                self.next[key] = value.clone()
+        for key in self.next.keys() - kept.keys():
+            del self.next[key]
 
     def commit(self) -> None:
         """The step is final; what only ``now`` had was for this step alone."""

@@ -14,7 +14,7 @@ from thinwire.exchange.groups import Piece
 from thinwire.kernels.choose import choose
 from thinwire.kernels.reference import BLOCK, CHUNK, REFERENCE, above, at_least
 from thinwire.loops import Accumulation, Cut, Pass, smallest
-from thinwire.optimizers import warn_once
+from thinwire.optimizers.handover import warn_once
 from thinwire.selecting import select
 from thinwire.tensors import flat
 from thinwire.units import Unit, Worker

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from thinwire.ambient import undisturbed
+from thinwire.backward import in_backward
 from thinwire.engines.departures import ACCUMULATED, Departures
 from thinwire.engines.hooks import Hook
 from thinwire.engines.names import clean
-from thinwire.engines.passes import Passes, in_backward
+from thinwire.engines.passes import Passes
 from thinwire.engines.stepped import Steps
 from thinwire.engines.unchanged import Parameters
 from thinwire.exchange.routes import Routing

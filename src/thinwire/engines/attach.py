@@ -1,7 +1,7 @@
 """``attach``: the one line. It finds out what the model is wrapped in; ``ddp``, ``fsdp2``, ``plain`` know the rest."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Protocol, cast
@@ -26,6 +26,7 @@ from thinwire.exchange.texts import is_known
 from thinwire.given import method_of
 from thinwire.kernels.choose import Choice, choose
 from thinwire.link import Link
+from thinwire.optimizers.several import Optimizers, joined
 from thinwire.policy.plan import Method, Rule
 from thinwire.replicas import EVERY, Replicas
 from thinwire.session import Session
@@ -91,7 +92,7 @@ def attach(
     model: nn.Module,
     method: Method | Compressor | Rule,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     seed: int = 0,
     link: Link | str | None = None,
     scaler: Scaler | None = None,
@@ -117,7 +118,9 @@ def attach(
             compressor, as ``TopK(0.01) >> Quantize(4)``, gets error feedback where it needs it, and vectors go dense.
         optimizer: required by all methods that remember anything (dgc, topk): what a step changes there is final only
             when the optimizer steps. With dgc, ``momentum``, ``nesterov`` and ``weight_decay`` move from it into the
-            memory, with its momentum buffers, until ``detach()``. A framework's wrapper is as good as what is inside.
+            memory, with its momentum buffers, until ``detach()``; what is written in its groups is followed. A wrapper
+            (a framework's, SAM, Lookahead) is as good as what is inside. Several, each of which steps a part of the
+            parameters, as a list: a step is final when all have stepped.
         seed: of all randomness; equal on all ranks.
         link: emulate a link of this speed, e.g. ``"100mbit"``; for experiments on one machine.
         scaler: the ``GradScaler`` of a mixed-precision run, so that residuals are kept without its scale.
@@ -174,9 +177,7 @@ def attach(
     with Together(talk, *ATTACH) as together:
         with together.alone():
             model = model_of(model, dist.is_initialized())
-            while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-                optimizer = inner  # hooks of a step belong to the optimizer that steps, not to a framework's wrapper
-            optimizer = optimizer_of("optimizer", optimizer)
+            steps = optimizer_of("optimizer", joined(optimizer))
             method = method_of(method)
             asked = options(
                 seed=seed, link=link, scaler=scaler, on_nonfinite=on_nonfinite, timeout=timeout, kernels=kernels,
@@ -185,10 +186,10 @@ def attach(
             )  # fmt: skip
             nodes, timeout = asked["nodes"], seconds("timeout", timeout)
             engine = _engine(
-                model, optimizer, nodes, process_group, sparse_gradients, replicate, reduce_scatter, all_gather, timeout
+                model, steps, nodes, process_group, sparse_gradients, replicate, reduce_scatter, all_gather, timeout
             )
             named = engine.exchanged()
-            check_held(named, optimizer)
+            check_held(named, steps)
             engine.fits(method)
             replicas = engine.compared(check_every)
             chosen, note = choose(asked["kernels"], named[0][1].device)
@@ -209,7 +210,7 @@ def attach(
         try:
             worker = Worker(collective.rank, asked["seed"], kernels=chosen)
             session = Session(
-                named, method, collective, optimizer, worker.seed, [worker], scaler, on_nonfinite, timeout, policy
+                named, method, collective, steps, worker.seed, [worker], scaler, on_nonfinite, timeout, policy
             )
         except BaseException:
             collective.close()
@@ -234,7 +235,7 @@ def attach(
 
 def _engine(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: Optimizers | None,
     nodes: int | DeviceMesh | None,
     process_group: dist.ProcessGroup | None,
     sparse_gradients: bool,

@@ -16,7 +16,7 @@ from weakref import ref
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.engines.passes import in_backward
+from thinwire.backward import in_backward
 from thinwire.exchange.collectives import Future
 from thinwire.session import Session
 from thinwire.tensors import ThinwireError

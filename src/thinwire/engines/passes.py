@@ -5,16 +5,9 @@ A callback runs when its graph task is done. Recomputing a checkpointed module m
 """
 
 from collections.abc import Callable
-from typing import Any, cast
 from weakref import ref
 
-import torch
-from torch.autograd import Variable
-
-
-def in_backward() -> bool:
-    """Whether this thread is in a backward pass; torch's own checkpointing asks so too, and nothing public tells."""
-    return cast(Any, torch)._C._current_graph_task_id() != -1
+from thinwire.backward import queue
 
 
 class Pass:
@@ -31,7 +24,7 @@ class Pass:
             self.ended()
             return
         self.last = True  # FSDP2 may have queued its own after this, and that still brings gradients
-        _queue(self)
+        queue(self)
 
 
 class Passes:
@@ -53,14 +46,10 @@ class Passes:
         """The pass under way, which begins here if none is. Only inside a backward pass."""
         if (now := self.now) is None:
             now = Pass(self.ended)
-            _queue(now)
+            queue(now)
             self._now = ref(now)
         return now
 
     def over(self) -> None:
         """Autograd may hold the pass a moment longer."""
         self._now = None
-
-
-def _queue(done: Callable[[], None]) -> None:
-    cast(Any, Variable)._execution_engine.queue_callback(done)  # what DDP and FSDP2 use; there is no public name

@@ -25,6 +25,7 @@ from thinwire.exchange.collectives import TIMEOUT, Collective, ProcessGroup
 from thinwire.exchange.control import Together
 from thinwire.exchange.nodes import check_nodes, levels
 from thinwire.link import Link
+from thinwire.optimizers.several import Optimizers, each_of, kind_of
 from thinwire.policy.plan import Method
 from thinwire.replicas import Replicas
 from thinwire.selecting import rehearse
@@ -54,7 +55,7 @@ class Plain:
         group: dist.ProcessGroup,
         nodes: int | DeviceMesh | None,
         sparse: bool,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: Optimizers | None,
         timeout: float = TIMEOUT,
     ) -> None:
         self.model, self.nodes, self.sparse, self.optimizer = model, nodes, sparse, optimizer
@@ -69,11 +70,11 @@ class Plain:
     def fits(self, method: Method) -> None:
         if not self.sparse:
             return
-        if not isinstance(self.optimizer, TAKES_SPARSE):
+        if self.optimizer is None or not all(isinstance(one, TAKES_SPARSE) for one in each_of(self.optimizer)):
             names = ", ".join(kind.__name__ for kind in TAKES_SPARSE)
             raise ThinwireError(
                 f"sparse_gradients=True needs an optimizer that takes sparse gradients: {names}, not "
-                f"{type(self.optimizer).__name__}; pass one, or leave the option out"
+                f"{kind_of(self.optimizer)}; pass one, or leave the option out"
             )
         if any(group.get("fused") for group in self.optimizer.param_groups):
             raise ThinwireError(

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from thinwire.backward import in_backward
 from thinwire.engines.arrivals import Arrivals, Owned
 from thinwire.engines.hooks import Hook
-from thinwire.engines.passes import in_backward
 from thinwire.engines.scatter import Scatter
 from thinwire.exchange.collectives import ProcessGroup
 from thinwire.exchange.mesh import Mesh

@@ -3,6 +3,7 @@
 Momentum and weight decay that every rank computes alike stand in the shared state.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeAlias
 
@@ -75,7 +76,18 @@ class MomentumCorrection(Memory):
     @property
     def accumulation(self) -> Accumulation | None:
         decays_first = self.weight_decay and self.decay == "local"
-        return None if decays_first else Accumulation(self.momentum, self.nesterov)
+        return None if decays_first else self._accumulation
+
+    @property
+    def _accumulation(self) -> Accumulation:
+        """Without a momentum ``u`` is left alone, as SGD leaves its buffer: it is there again when momentum is."""
+        return Accumulation(self.momentum, self.nesterov) if self.momentum else Accumulation(None)
+
+    @property
+    def rests(self) -> Set[str]:
+        if self.momentum:
+            return frozenset()
+        return frozenset({"momentum", "decay"} if self.weight_decay else {"momentum"})
 
     @property
     def passes_on(self) -> bool:
@@ -101,12 +113,12 @@ class MomentumCorrection(Memory):
         u, v = new["momentum"], new["residual"]
         if self.weight_decay and self.decay == "local":
             grad, scale = torch.mul(grad, scale).to(u.dtype).add_(param, alpha=self.weight_decay), 1.0
-        accumulate(Accumulation(self.momentum, self.nesterov), scale, grad, old["residual"], v, old["momentum"], u)
+        accumulate(self._accumulation, scale, grad, old["residual"], v, old["momentum"], u)
         return v
 
     def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
         own.add_to(x, alpha=-1.0)  # x is new["residual"]
-        if self.masking and own.density <= self.mask_below_density:
+        if self.masking and self.momentum and own.density <= self.mask_below_density:
             own.clear(new["momentum"])
 
     def returned(self, rest: Decompressed, new: State) -> None:
@@ -115,7 +127,7 @@ class MomentumCorrection(Memory):
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
         if not self.weight_decay or self.decay == "local":
             return mean
-        if self.decay == "decoupled":
+        if self.decay == "decoupled" or not self.momentum:
             return mean.add_(param, alpha=self.weight_decay)
         w = torch.mul(old["decay"], self.momentum, out=new["decay"]).add_(param, alpha=self.weight_decay)
         if self.nesterov:
@@ -125,13 +137,26 @@ class MomentumCorrection(Memory):
     def absorb(self, settings: Absorbed) -> "MomentumCorrection":
         return replace(self, momentum=settings.momentum, nesterov=settings.nesterov, weight_decay=settings.weight_decay)
 
+    @property
+    def absorbed(self) -> Absorbed:
+        return Absorbed(self.momentum, self.nesterov, self.weight_decay)
+
+    def take_over(self, old: Memory, local: State, shared: State) -> None:
+        now, was = form(self.absorbed), form(old.absorbed or Absorbed())
+        if now != was:
+            local["momentum"].mul_(now / was)
+        if "decay" in shared and not self.weight_decay:  # its velocity goes on, as a part of the other
+            local["momentum"].add_(shared["decay"], alpha=now)
+
     def take_buffer(self, buffer: Tensor, local: State, shared: State) -> None:
-        torch.mul(buffer, self.momentum if self.nesterov else 1.0, out=local["momentum"])
+        torch.mul(buffer, form(self.absorbed), out=local["momentum"])
+        if "decay" in shared:  # is in the buffer already
+            shared["decay"].zero_()
 
     def give_buffer(self, local: State, shared: State) -> tuple[Tensor | None, Tensor | None]:
         if self.momentum == 0.0:
             return None, None
-        return local["momentum"] / (self.momentum if self.nesterov else 1.0), shared.get("decay")
+        return local["momentum"] / form(self.absorbed), shared.get("decay")
 
 
 @dataclass(frozen=True)
@@ -177,9 +202,24 @@ class Momentum(Memory):
     def absorb(self, settings: Absorbed) -> "Momentum":
         return replace(self, momentum=settings.momentum, nesterov=settings.nesterov, weight_decay=settings.weight_decay)
 
+    @property
+    def absorbed(self) -> Absorbed:
+        return Absorbed(self.momentum, self.nesterov, self.weight_decay)
+
+    @property
+    def rests(self) -> Set[str]:
+        return frozenset() if self.momentum else frozenset({"momentum"})
+
     def take_buffer(self, buffer: Tensor, local: State, shared: State) -> None:
         if "momentum" in shared:
             shared["momentum"].copy_(buffer)
+        else:  # rests, until there is a momentum again
+            shared["momentum"] = buffer.to(float_at_least_32(buffer.dtype), copy=True)
 
     def give_buffer(self, local: State, shared: State) -> tuple[Tensor | None, Tensor | None]:
         return None, shared.get("momentum")
+
+
+def form(settings: Absorbed) -> float:
+    """DGC's ``u`` over SGD's momentum buffer."""
+    return settings.momentum if settings.nesterov and settings.momentum else 1.0

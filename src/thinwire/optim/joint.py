@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from thinwire.core import Absorbed
 from thinwire.optim.partner import Partner, takes
+from thinwire.optimizers.several import Optimizers, each_of, kind_of
 from thinwire.policy.plan import Method
 from thinwire.report.ledger import Ledger
 from thinwire.sharding import own, wrapped
@@ -18,7 +18,7 @@ from thinwire.units import Unit, Worker
 class Joint:
     """What a session does with its optimizer's part in the method; nothing, where that has none."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer | None) -> None:
+    def __init__(self, optimizer: Optimizers | None) -> None:
         self.optimizer = optimizer
         self.partner = optimizer if isinstance(optimizer, Partner) else None
         self.marked: float | None = -1.0
@@ -31,7 +31,12 @@ class Joint:
         Raises:
             ThinwireError: the memories hand over something else than it steps with.
         """
-        wanted, kind = takes(self.optimizer), type(self.optimizer).__name__
+        wanted, kind = takes(self.optimizer), kind_of(self.optimizer)
+        if len(each := each_of(self.optimizer)) > 1 and any(isinstance(one, Partner) for one in each):
+            raise ThinwireError(
+                f"optimizer= is {kind}, of which one is a part of its method; it must hold all parameters that are "
+                "exchanged, alone"
+            )
         for rule in method.rules:
             if self.optimizer is not None and rule.memory.gives != wanted:
                 way_out = f"attach {self.partner.recipe}" if self.partner else "use the one that its recipe names"

@@ -226,6 +226,6 @@ def check(lr: float, betas: tuple[float, float], eps: float, weight_decay: float
         raise ThinwireError(f"weight_decay is {weight_decay}; it must not be negative")
 
 
-def takes(optimizer: torch.optim.Optimizer | None) -> str:
+def takes(optimizer: object) -> str:
     """What it wants as ``grad``."""
     return cast(str, getattr(optimizer, "takes", "gradient"))

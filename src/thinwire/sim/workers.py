@@ -21,6 +21,7 @@ from thinwire.exchange.local import Local
 from thinwire.given import method_of
 from thinwire.kernels.choose import Choice, choose
 from thinwire.layouts import Layouts
+from thinwire.optimizers.several import Optimizers, Several, joined
 from thinwire.policy.plan import Method, Rule
 from thinwire.report.ledger import Ledger, Stopwatch
 from thinwire.session import Session
@@ -51,7 +52,7 @@ class SimulatedWorkers:
         self,
         model: nn.Module,
         method: Method | Compressor | Rule,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         workers: int,
         seed: int = 0,
         kernels: Choice = "auto",
@@ -60,15 +61,16 @@ class SimulatedWorkers:
         method, workers = method_of(method), whole(1)("workers", workers)
         asked = options(seed=seed, kernels=kernels, policy=policy)
         self.model = of_type(nn.Module, ORDER)("model", model)
-        self.optimizer = optimizer = of_type(torch.optim.Optimizer, "pass the one of the model")("optimizer", optimizer)
+        kinds = (torch.optim.Optimizer, Several)
+        self.optimizer: Optimizers = of_type(kinds, "pass the one of the model")("optimizer", joined(optimizer))
         self.peers = Local.of(workers)
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         if not named:
             raise ThinwireError("the model has no parameter that requires a gradient; there is nothing to exchange")
-        check_held(named, optimizer)
+        check_held(named, self.optimizer)
         chosen, note = choose(asked["kernels"], named[0][1].device if named else torch.device("cpu"))
         ranks = [Worker(rank, asked["seed"], kernels=chosen) for rank in range(workers)]
-        self.session = Session(named, method, self.peers[0], optimizer, asked["seed"], ranks, policy=policy)
+        self.session = Session(named, method, self.peers[0], self.optimizer, asked["seed"], ranks, policy=policy)
         self.session.use_kernels(chosen, note)
         self.layouts = Layouts(dict(named), "simulate again")
 
@@ -132,7 +134,7 @@ def simulate(
     model: nn.Module,
     method: Method | Compressor | Rule,
     *,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     batches: Callable[[int, int], Any],
     loss: Callable[[nn.Module, Any], Tensor],
     workers: int,
@@ -150,7 +152,7 @@ def simulate(
     Args:
         model: trained in place.
         method: how gradients are exchanged.
-        optimizer: of the model's parameters; left as ``detach()`` leaves it.
+        optimizer: of the model's parameters, or several; left as ``detach()`` leaves it.
         batches: ``batches(worker, step)`` is the batch of that worker at that step.
         loss: ``loss(model, batch)`` is a scalar.
         workers: how many, from 1.
