@@ -1,6 +1,7 @@
 """First contact: what a newcomer hands over is accepted where it is plain, and else refused with the way out."""
 
 from datetime import timedelta
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -142,6 +143,9 @@ REFUSED = [
     (lambda: Warmup(400, ("0.25",)), "warm-up stage '0.25' is not a density"),
     (lambda: Warmup(4, steps_per_epoch=True), "steps_per_epoch is True"),
     # names
+    (lambda: thinwire.dgc(Decimal("0.01")), r"density is a Decimal; write float\(density\)"),
+    (lambda: Link.parse("1gbit,1\u017f"), "is not understood; write a bandwidth"),
+    (lambda: thinwire.dgc(keep_dense=b"head"), "it must be a list of texts"),
     (lambda: thinwire.dgc(keep_dense=3), r"keep_dense is 3; it must be a list of texts"),
     (lambda: thinwire.dgc(keep_dense=[torch.nn.Linear]), "keep_dense is .*it must be a list of texts"),
     # parts
@@ -227,6 +231,9 @@ ACCEPTED = [
     (thinwire.dgc(values=torch.float16), thinwire.dgc(values="float16")),
     (thinwire.dgc(state=torch.bfloat16), thinwire.dgc(state="bfloat16")),
     (thinwire.dgc(keep_dense="*.weight"), thinwire.dgc(keep_dense=["*.weight"])),
+    (thinwire.dgc(keep_dense={"d.*", "a.*", "c.*", "b.*"}), thinwire.dgc(keep_dense=["a.*", "b.*", "c.*", "d.*"])),
+    (thinwire.dgc(keep_dense=(name for name in ("b", "a"))), thinwire.dgc(keep_dense=["b", "a"])),
+    (thinwire.dgc(keep_dense={"b": 1, "a": 2}.keys()), thinwire.dgc(keep_dense=["b", "a"])),
     (thinwire.dgc(masking=np.bool_(False)), thinwire.dgc(masking=False)),
     (seconds("timeout", timedelta(minutes=5)), 300.0),
     (seconds("timeout", np.int64(300)), 300.0),
@@ -250,7 +257,8 @@ GIGABIT = Link(1e9)
 LINKS = {
     "1gbit": GIGABIT, "1 Gb/s": GIGABIT, "1Gbps": GIGABIT, "1 GBit/s": GIGABIT, "1 Gbits/sec": GIGABIT, "1G": GIGABIT,
     "1gbe": GIGABIT, "1 gigabit per second": GIGABIT, "1000 Mbps": GIGABIT, "1e9 bit/s": GIGABIT, "125 MB/s": GIGABIT,
-    "125 megabytes/s": GIGABIT, "10GbE": Link(1e10), "10 Gigabit Ethernet": Link(1e10), "25G": Link(2.5e10),
+    "125 megabytes/s": GIGABIT, "10GbE": Link(1e10),
+    "10GigE": Link(1e10), "1 TiB/s": Link(8 * 2.0**40), "10 Gigabit Ethernet": Link(1e10), "25G": Link(2.5e10),
     "100 Mbit/s": Link(1e8), "56k": Link(56e3), "1 GB/s": Link(8e9), "1 Mibit/s": Link(2.0**20),
     "1 MiB/s": Link(2.0**23), "1gbit,0.5ms": Link(1e9, 0.0005), "1 Gb/s, 500 us": Link(1e9, 0.0005),
     "100mbit 2 ms": Link(1e8, 0.002), "1 Tb/s; 5µs": Link(1e12, 5e-6),

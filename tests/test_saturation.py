@@ -28,6 +28,7 @@ from thinwire import (
 )
 from thinwire.memories.momentum import Momentum
 from thinwire.sim.workers import SimulatedWorkers
+from thinwire.tensors import shortened
 
 FLOAT16 = torch.finfo(torch.float16).max
 
@@ -202,3 +203,30 @@ def test_buckets_of_nothing_travel(world2):
         assert torch.equal(a, b)
         assert skipped == 0
         assert bool((a != 1.0).all())
+
+
+@pytest.mark.parametrize("state", ["bfloat16", "float32"])
+@pytest.mark.parametrize("values", ["float16", "bfloat16"])
+@pytest.mark.parametrize("chained", [True, False])
+def test_values_saturate_whatever_the_residual_is_kept_in(state, values, chained):
+    """bfloat16 has as many bytes as float16 and a range of 10^38; 65504 is none of its numbers."""
+    compressor = TopK(0.1) >> Cast(values) if chained else TopK(0.1, values=values)
+    torch.manual_seed(0)
+    model = nn.Linear(20, 20, bias=False)
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-9)
+    result = thinwire.simulate(
+        model, fed_back(compressor, memory=ErrorFeedback(state)), optimizer=sgd,
+        batches=lambda worker, step: torch.full((1, 20), 1e6), loss=lambda m, x: m(x).sum(), workers=2, steps=3,
+    )  # fmt: skip
+    assert result.ledger.skipped == 0
+    assert result.ledger.ratio > 1
+    assert all(param.isfinite().all() for param in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_shortened_is_finite_and_as_large_as_can_be(dtype):
+    short = shortened(torch.tensor([1e30, -1e30, torch.nan, 3.0], dtype=dtype), torch.float16, FLOAT16)
+    assert short[2].isnan()
+    assert short[3] == 3
+    assert short[0] == -short[1]
+    assert FLOAT16 * (1 - torch.finfo(dtype).eps) <= short[0].double() <= FLOAT16

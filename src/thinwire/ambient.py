@@ -1,7 +1,8 @@
 """What is set around a call, by whoever trains, and must change neither what a method computes nor what it sends.
 
 Of torch's settings those that belong to a thread are put aside here: autocast, grad and inference mode, a default
-device, and every other mode that rewrites calls. The default dtype belongs to all threads, of which another may be in
+device, and every other mode that rewrites calls of torch's functions (a TorchDispatchMode, as FlopCounterMode and fake
+tensors are, stays: it sees operations below them). The default dtype belongs to all threads, of which another may be in
 the midst of its own work, so it is left alone, and whatever makes a tensor says its dtype.
 """
 

@@ -6,7 +6,7 @@ refused: ``"0.01"``, True where a number belongs, NaN, or the density 1, which s
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from numbers import Integral, Real
 from typing import Any, TypeAlias, cast
@@ -51,7 +51,8 @@ def as_number(name: str, value: Any, meaning: str) -> float:
     if isinstance(value, str):
         raise ThinwireError(f"{name} is the text {shown(value)}; {_instead(value)}{meaning}")
     if not isinstance(value, Real):
-        instead = f"write float({name}) for the number in it: " if isinstance(value, torch.Tensor) else ""
+        inside = hasattr(cast("object", value), "__float__")  # a tensor, an array, a Decimal
+        instead = f"write float({name}) for the number in it: " if inside else ""
         raise ThinwireError(f"{name} is {_kind(value)}; {instead}{meaning}")
     try:
         number = float(value)
@@ -185,11 +186,14 @@ def seconds(name: str, value: Any) -> float:
 
 
 def texts(name: str, value: Any) -> tuple[str, ...]:
-    """Texts, such as globs; one alone counts as a list of one."""
-    given = [value] if isinstance(value, str) else value
-    if not isinstance(given, (list, tuple, set, frozenset)) or not all(isinstance(x, str) for x in cast(Any, given)):
-        raise ThinwireError(f"{name} is {shown(value)}; it must be a list of texts, e.g. ['*.bias', 'head.*']")
-    return tuple(cast("Sequence[str]", given))
+    """Texts, such as globs; one alone is a list of one, and a set, whose order differs between processes, is sorted."""
+    wrong = ThinwireError(f"{name} is {shown(value)}; it must be a list of texts, e.g. ['*.bias', 'head.*']")
+    if not isinstance(value, Iterable) or isinstance(value, (bytes, bytearray)):
+        raise wrong
+    given = (value,) if isinstance(value, str) else tuple(cast("Iterable[Any]", value))
+    if not all(isinstance(x, str) for x in given):
+        raise wrong
+    return tuple(sorted(given)) if isinstance(value, (set, frozenset)) else given
 
 
 def of_type(kinds: type | tuple[type, ...], meaning: str) -> Check:

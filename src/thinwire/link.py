@@ -22,10 +22,11 @@ NUMBER = r"\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
 WRITTEN = re.compile(
     rf"(?P<number>{NUMBER})\s*(?P<unit>[a-z/]+(?: Ethernet| per second)?)"
     rf"(?:\s*[,;\s]\s*(?P<late>{NUMBER})\s*(?P<time>{'|'.join(SECONDS)}))?",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
-PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30}
-LONG = {"kilo": "k", "mega": "m", "giga": "g", "tera": "t", "kibi": "ki", "mebi": "mi", "gibi": "gi"}
+PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+PREFIXES |= {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
+LONG = {"kilo": "k", "mega": "m", "giga": "g", "tera": "t", "kibi": "ki", "mebi": "mi", "gibi": "gi", "tebi": "ti"}
 
 
 def _bits(unit: str) -> float | None:
@@ -39,7 +40,7 @@ def _bits(unit: str) -> float | None:
         lower = lower.removesuffix("ethernet").strip()
     for long, short in LONG.items():
         lower = short + lower.removeprefix(long) if lower.startswith(long) else lower
-    found = re.fullmatch(r"(|[kmgt]|[kmg]i)(b|be|bits?|bytes?|)", lower)
+    found = re.fullmatch(r"(|[kmgt]|[kmgt]i)(b|be|ige|bits?|bytes?|)", lower)
     if not found or not lower:
         return None
     by_eight = found[2].startswith("byte") or (found[2] == "b" and written.endswith("B"))

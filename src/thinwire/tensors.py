@@ -1,5 +1,6 @@
 """Tensors as thinwire sees them: flat views in the order of memory, and what a receiver reconstructs from a payload."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -135,7 +136,15 @@ class Sparse(Decompressed):
 
 def shortened(x: Tensor, dtype: torch.dtype, limit: float) -> Tensor:
     """``x`` in ``dtype``: what is finite saturates at ``limit``, and what is not is NaN."""
-    return torch.where(x.isfinite(), x.clamp(-limit, limit), torch.nan).to(dtype)
+    bound = _at_most(limit, x.dtype)
+    return torch.where(x.isfinite(), x.clamp(-bound, bound), torch.nan).to(dtype)
+
+
+def _at_most(limit: float, dtype: torch.dtype) -> float:
+    """``limit``, or what ``dtype`` rounds to just below it: bfloat16 has no 65504, but 65536, which float16 has not."""
+    eps = torch.finfo(dtype).eps
+    step = eps * 2.0 ** (math.frexp(limit)[1] - 1)
+    return limit if round(limit / step) * step <= limit else limit * (1.0 - eps)
 
 
 def float_at_least_32(dtype: torch.dtype) -> torch.dtype:

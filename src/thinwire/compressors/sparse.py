@@ -136,7 +136,7 @@ class TopK(Compressor):
             parts = codes.encode(values, self.values)
         else:
             dtype = dtype_named(self.values, values.dtype)
-            if dtype.itemsize < values.dtype.itemsize:  # saturate: the residual keeps the rest
+            if torch.finfo(dtype).max < torch.finfo(values.dtype).max:  # saturate: the residual keeps the rest
                 values = shortened(values, dtype, torch.finfo(dtype).max)
             parts = (values.to(dtype),)
         return *parts, kernels.encode_indices(chosen, n)
