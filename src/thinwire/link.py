@@ -24,8 +24,9 @@ WRITTEN = re.compile(
     rf"(?:\s*[,;\s]\s*(?P<late>{NUMBER})\s*(?P<time>{'|'.join(SECONDS)}))?",
     re.IGNORECASE | re.ASCII,
 )
-PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-PREFIXES |= {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
+PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12} | {
+    f"{short}i": 2.0 ** (10 * power) for power, short in enumerate("kmgt", 1)
+}
 LONG = {"kilo": "k", "mega": "m", "giga": "g", "tera": "t", "kibi": "ki", "mebi": "mi", "gibi": "gi", "tebi": "ti"}
 
 
