@@ -9,11 +9,12 @@ of the ratios within a round. ``abs + topk`` is what a direct implementation doe
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from benchmarks.figures import spread
-from thinwire import MomentumCorrection, TopK
+from thinwire import MomentumCorrection, TopK, files
 from thinwire._version import __version__
 from thinwire.core import Context, State
 from thinwire.exchange.groups import Piece
@@ -156,7 +157,8 @@ def bars(path: str, rows: list[Row], label: str) -> None:
     axes.barh([row.case for row in rows], [row.value for row in rows])
     axes.set_xlabel(label)
     axes.invert_yaxis()
-    figure.savefig(path)
+    kind = Path(path).suffix.removeprefix(".") or "png"
+    files.write(path, lambda file: figure.savefig(file, format=kind))
     plt.close(figure)
 
 

@@ -19,6 +19,7 @@ from torch.distributed import checkpoint as dcp
 from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
+from thinwire import files
 from thinwire.demo import text as demo_text
 from thinwire.demo.model import CharLM, loss_of
 
@@ -26,8 +27,7 @@ from thinwire.demo.model import CharLM, loss_of
 def save(folder: Path, step: int, state: dict) -> None:
     dcp.save(state, checkpoint_id=folder / f"step-{step}")
     if dist.get_rank() == 0:  # the name is written last, so it never points at half a checkpoint
-        (folder / "latest.new").write_text(str(step))
-        (folder / "latest.new").rename(folder / "latest")
+        files.write_text(folder / "latest", str(step))
     dist.barrier()
 
 

@@ -8,7 +8,7 @@ import thinwire
 SOURCE = Path(thinwire.__file__).parent
 FLOORS = [
     ["tensors", "ambient", "_version", "backward"],
-    ["loops", "checks", "absorbed"],
+    ["loops", "checks", "absorbed", "files"],
     ["context"],
     ["core", "sharding"],
     ["supported"],

@@ -18,6 +18,7 @@ except ModuleNotFoundError as missing:  # pragma: no cover
 import torch
 
 import thinwire
+from thinwire import files
 from thinwire.demo import report, run
 from thinwire.demo.simulation import SimulationSettings, simulate_text
 from thinwire.demo.train import Settings
@@ -71,7 +72,8 @@ def demo(
     seconds: float, link: str, workers: int, density: float, out: Path, json_file: Path | None, quick: bool
 ) -> None:
     """Train a language model on two workers over a thin link: dense, fp16 and DGC, side by side."""
-    _check_writable(out / "results.json", *([json_file] if json_file else []))
+    for path in (out / "results.json", *([json_file] if json_file else [])):
+        files.check_writable(path)  # fail before hours of work, not after
     settings = Settings(seconds=seconds, link=link, workers=workers, density=density)
     if quick:
         settings = dataclasses.replace(settings, seconds=min(seconds, 5.0), hidden=128, evaluations=3)
@@ -110,7 +112,7 @@ def demo(
 def simulate(workers: int, density: float, steps: int, hidden: int, seed: int, json_file: Path | None) -> None:
     """Train as many workers in this one process, dense and with DGC, and compare the held-out loss."""
     if json_file:
-        _check_writable(json_file)
+        files.check_writable(json_file)
     settings = SimulationSettings(workers, density, steps, hidden, seed)
     with _progress(Console(stderr=True)) as bars:
         tasks = {case: bars.add_task(case, total=steps, info="waits") for case in ("dense", "dgc")}
@@ -148,20 +150,6 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except click.Abort:
         sys.exit(130)
-
-
-def _check_writable(*paths: Path) -> None:
-    """Fail before hours of work, not after."""
-    for path in paths:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            existed = path.exists()
-            with path.open("a"):
-                pass
-            if not existed:
-                path.unlink()
-        except OSError as error:
-            raise click.UsageError(f"can't write {path}: {error.strerror}; choose another place") from error
 
 
 def _progress(console: Console) -> Progress:

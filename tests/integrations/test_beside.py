@@ -1,5 +1,7 @@
 """The files of each rank beside a checkpoint, and what a framework must be."""
 
+import resource
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,7 +31,20 @@ def _saved_and_loaded(rank, folder):
         beside.load(wire, folder / "nothing")
     folder.mkdir(exist_ok=True)
     (folder / f"thinwire-rank{rank}-of-5.pt").write_bytes(b"of an earlier run")
+    target = folder / f"thinwire-rank{rank}-of-2.pt"
+    (folder.parent / f"victim{rank}").write_text("precious")
+    target.symlink_to(folder.parent / f"victim{rank}")  # planted
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a full disk
+    try:
+        with pytest.raises(thinwire.ThinwireError, match=rf"can't write {target}: File too large"):
+            beside.save(wire, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert target.is_symlink()
     beside.save(wire, folder)
+    assert not target.is_symlink()
+    assert (folder.parent / f"victim{rank}").read_text() == "precious"
     dist.barrier()
     saved = memory(wire)
     wire.detach()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from thinwire import files
 from thinwire.checkpoint import OnWorldChange
 from thinwire.exchange.control import Together
 from thinwire.policy.plan import Method
@@ -33,14 +34,14 @@ def save(wire: Session, folder: str | Path) -> None:
         folder: where, on a filesystem of this machine; made if it is not there.
 
     Raises:
-        ThinwireError: the folder is not a path of a filesystem.
+        ThinwireError: the folder is not a path of a filesystem, or the file can't be written.
     """
     place, talk = _local(folder), wire.collective.everyone
-    place.mkdir(parents=True, exist_ok=True)
     path = place / f"thinwire-rank{talk.rank}-of-{talk.world}.pt"
-    new = path.with_suffix(".new")
-    torch.save(_plain(wire.state_dict()), new)
-    os.replace(new, path)  # a rank that dies while it writes leaves the old file, or none
+    for killed in files.leftovers(path):
+        killed.unlink(missing_ok=True)
+    state = _plain(wire.state_dict())
+    files.write(path, lambda file: torch.save(state, file))
     for other, world in _files(place).items():
         if world != talk.world:  # of an earlier run, on another number of ranks, into the same folder
             (place / other).unlink(missing_ok=True)
@@ -96,10 +97,9 @@ def warn_of_clipping(method: Method, setting: str, off: str) -> None:
 
 def _read(folder: Path, rank: int, world: int) -> Any:
     """The state of this rank; those of all ranks, if others than these saved them; None where there is nothing."""
-    files = _files(folder)
-    if not files:
+    worlds = set(_files(folder).values())
+    if not worlds:
         return None
-    worlds = set(files.values())
     if world in worlds:
         return _open(folder / f"thinwire-rank{rank}-of-{world}.pt")
     if len(worlds) > 1:

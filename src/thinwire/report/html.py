@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thinwire import files
+
 COLOURS = ("#4c6a92", "#d08c3f", "#2f8f6b", "#a0527a", "#777777", "#222222")
 # On a narrow screen a row of a table becomes a block, with the name of the column before each cell.
 STYLE = """
@@ -95,7 +97,7 @@ def page(
 
 
 def write(path: str | Path, text: str) -> None:
-    Path(path).write_text(text, encoding="utf-8")
+    files.write_text(path, text)
 
 
 def _table(table: Table) -> str:

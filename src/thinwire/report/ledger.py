@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from thinwire import files
+
 KEPT_STEPS = 1_000
 
 
@@ -68,7 +70,7 @@ class Ledger:
 
     def write_jsonl(self, path: str | Path) -> None:
         """The kept rows, one JSON object a line."""
-        Path(path).write_text("".join(json.dumps(asdict(row)) + "\n" for row in self.rows))
+        files.write_text(path, "".join(json.dumps(asdict(row)) + "\n" for row in self.rows))
 
     def markdown(self) -> str:
         """Medians over the last 100 steps, as far as the method was the same, and the notes."""

@@ -14,6 +14,8 @@ from typing import Any
 import numpy
 import torch
 
+from thinwire import files
+
 
 @dataclass(frozen=True)
 class Row:
@@ -54,4 +56,4 @@ def cpu() -> str:
 
 def write(path: str | Path, meta: dict[str, Any], rows: Iterable[Row]) -> None:
     """Write ``{"meta": ..., "rows": [...]}``."""
-    Path(path).write_text(json.dumps({"meta": meta, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    files.write_text(path, json.dumps({"meta": meta, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
