@@ -304,6 +304,8 @@ def test_a_checkpoint_that_lost_one_half_of_the_estimates_loses_the_other():
     assert torch.equal(whole.shared["0"]["estimate"], whole.local["0"]["estimate"])
     assert whole.notes == []
     saved["shared"]["0"] = {}
+    saved["version"] = 1  # else a checksum would tell
+    del saved["checks"]
     half = restore(saved, sim.session.units, 0, 1, "error")
     assert half.local["0"]["estimate"].count_nonzero() == 0
     assert any("estimate has no place" in note for note in half.notes)

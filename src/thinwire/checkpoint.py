@@ -10,36 +10,35 @@ The state is a dict of tensors, ints and strings, so ``torch.load(weights_only=T
     local     {unit: {key: tensor [world, *shape]}}    a DTensor of which each rank holds its row, or its shard of it
     shared    {unit: {key: tensor [*shape]}}           equal on all ranks; where the model is sharded, sharded alike,
                                                        and what a compressor keeps [shards, *its shape]
+    checks    of all of it, see ``thinwire.checksums``; not in version 1, which is read without
 
 Rows are DTensors since ``torch.distributed.checkpoint`` takes plain tensors of equal names for copies of each other: it
 would save one rank's residual and give it to all.
 """
 
 import hashlib
+import itertools
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.tensor import DTensor, Shard
 
+from thinwire import checksums
 from thinwire.compressors import catalogue
 from thinwire.core import Context, Memory, State
+from thinwire.folder import read_folder as read_folder
 from thinwire.foreign import check_plan, check_state
 from thinwire.sharding import cut, place, shape_of, shard_dim
 from thinwire.tensors import ThinwireError, flat, float_at_least_32, norm
 from thinwire.units import Unit, Worker, mirrored
 from thinwire.untrusted import read_integer, read_mapping, read_tensor, shown
 
-VERSION = 1
+VERSION = 2
 OnWorldChange: TypeAlias = Literal["error", "fold", "reset"]
-_load: Callable[..., None] = cast(Any, dcp).load
 Form: TypeAlias = Callable[..., Tensor]
 """From this rank's tensor, and the parameter that it is like, to the one of which it is a part."""
 
@@ -82,21 +81,34 @@ def save(
     """
     shard, shards = place(units[0].param)
     shared = shared or _as_it_is
-    local = {unit.name: _saved(unit, worker.local[unit.name].now) for unit in units}
-    return {
+    own: dict[str, dict[str, State]] = {
+        "local": {u.name: {key: t.clone() for key, t in _saved(u, worker.local[u.name].now).items()} for u in units},
+        "shared": {unit.name: _saved_shared(unit) for unit in units},
+    }
+    state: dict[str, Any] = {
         "version": VERSION,
         **clock,
         "method": method,
-        "plan": {unit.name: plan_of(unit, local[unit.name]) for unit in units},
+        "plan": {unit.name: plan_of(unit, own["local"][unit.name]) for unit in units},
         "rank": rows(torch.tensor(float(worker.rank), dtype=torch.float32, device="cpu")),
         **({"shard": shared(torch.tensor(float(shard), dtype=torch.float32, device="cpu"))} if shards > 1 else {}),
-        "local": {
-            unit.name: {key: rows(t.clone(), unit.param) for key, t in local[unit.name].items()} for unit in units
-        },
+        "local": {u.name: {key: rows(t, u.param) for key, t in own["local"][u.name].items()} for u in units},
         "shared": {
-            unit.name: {key: shared(t, _like(unit, key, t)) for key, t in _saved_shared(unit).items()} for unit in units
+            u.name: {key: shared(t, _like(u, key, t)) for key, t in own["shared"][u.name].items()} for u in units
         },
     }
+    layout: list[checksums.Entry] = []
+    tensors: list[Tensor] = []
+    for part, unit in itertools.product(own, units):
+        for key, t in own[part][unit.name].items():
+            stacked = part == "shared" and state[part][unit.name][key].ndim > t.ndim
+            dim = -1 if stacked else shard_dim(unit.param) if shards > 1 else None
+            layout.append((part, unit.name, key, str(t.dtype), dim))
+            tensors.append(t)
+    row = checksums.of_rank(worker.rank, shard, tensors).unsqueeze(0)
+    mesh = cast(Any, units[0].param).device_mesh if shards > 1 else None
+    like = DTensor.from_local(row, mesh, [Shard(0)], run_check=False) if shards > 1 else None
+    return {**state, "checks": {**checksums.said(state, layout), "rows": rows(row, like)}}
 
 
 def _saved(unit: Unit, state: State) -> State:
@@ -163,8 +175,8 @@ def restore(
         raise ThinwireError(f"a checkpoint is a dict, or a list of those of all ranks, not {shown(given)}")
     state = states[rank] if len(states) == world and len(states) > 1 else states[0]
     saved_world = read_integer(state, "world", 1)
-    if (version := read_integer(state, "version", 1)) != VERSION:
-        raise ThinwireError(f"the checkpoint has version {version}; this thinwire reads version {VERSION}")
+    if (version := read_integer(state, "version", 1)) > VERSION:
+        raise ThinwireError(f"the checkpoint has version {version}; this thinwire reads version 1 to {VERSION}")
     clock = read_integer(state, "step", 0), read_integer(state, "installed_at", 0)
     if saved_world != world and on_world_change == "error":
         raise ThinwireError(
@@ -227,45 +239,12 @@ def restore(
         left = _without(mine, alone)
         new_local[unit.name] = _fit(left | unit.memory.inferred(left), fresh, gain, unit, notes)
         new_shared[unit.name] = _fit(_without(both, alone - {"carried"}), begun, None, unit, notes)
+    if version == 1 and "checks" not in state:
+        notes.append("the checkpoint is from before there were checksums, so its bytes were not checked")
+    else:
+        for other in states if saved_world != world else [state]:
+            notes += checksums.check(other, rank if saved_world == world else None)
     return Restored(*clock, new_local, new_shared, notes)
-
-
-def read_folder(folder: str | Path, key: str) -> dict[str, Any]:
-    """The state that ``torch.distributed.checkpoint`` saved there under ``key``, with all rows of all ranks.
-
-    The folder's own metadata is a pickle of torch's, which can run code: load only what you trust. (What
-    ``torch.load(weights_only=True)`` and frames read needs no trust.)
-
-    Raises:
-        ThinwireError: it can't be read.
-    """
-    try:
-        metadata = cast(Any, FileSystemReader(folder).read_metadata())
-        there = sum(file.stat().st_size for file in Path(folder).iterdir())
-        wanted: dict[str, Any] = {}
-        for name, entry in metadata.state_dict_metadata.items():
-            if name.startswith(f"{key}."):
-                tensor = hasattr(entry, "size")
-                if tensor and entry.size.numel() * entry.properties.dtype.itemsize > there:
-                    raise ValueError(f"{name} is said to have {entry.size.numel()} elements in {there} bytes of files")
-                wanted[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu") if tensor else 0
-        if not wanted:
-            raise KeyError(f"it has {sorted({name.partition('.')[0] for name in metadata.state_dict_metadata})}")
-        with warnings.catch_warnings():  # it says that it reads alone, which is what we ask for
-            warnings.simplefilter("ignore")
-            _load(wanted, storage_reader=FileSystemReader(folder), no_dist=True)
-        state: dict[str, Any] = {}
-        for name, value in wanted.items():
-            place: Any = state
-            *inner, last = metadata.planner_data[name][1:]
-            for part in inner:
-                place = place.setdefault(part, {})
-            place[last] = value
-        for kind in ("local", "shared"):  # what is empty leaves no trace there
-            state[kind] = {name: state.get(kind, {}).get(name, {}) for name in state["plan"]}
-    except (Exception, CheckpointException) as error:  # whatever a damaged folder makes torch raise
-        raise ThinwireError(f"no checkpoint under {key!r} can be read from {folder}: {error!r:.300}") from error
-    return state
 
 
 def _fit(saved: State, fresh: State, gain: float | None, unit: Unit, notes: list[str]) -> State:

@@ -113,7 +113,7 @@ def _read(folder: Path, rank: int, world: int) -> Any:
 
 def _open(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ThinwireError(
             f"{path.name} is missing in {path.parent}, where other ranks' files are; on machines that share no "
@@ -121,6 +121,7 @@ def _open(path: Path) -> Any:
         ) from error
     except Exception as error:  # whatever a damaged file makes torch raise
         raise ThinwireError(f"{path} can't be read, it is damaged: {error!r:.200}") from error
+    return {**cast(dict[str, Any], state), "file": str(path)} if isinstance(state, dict) else state
 
 
 def _files(folder: Path) -> dict[str, int]:

@@ -16,6 +16,8 @@ from torch import Tensor
 from thinwire.tensors import ThinwireError
 from thinwire.wire.bitpack import pack_bits, pack_words, unpack_bits, unpack_words
 
+STEP = 2**16
+
 
 def low_width(k: int, n: int) -> int:
     return max(0, (n // k).bit_length() - 1) if k else 0
@@ -52,19 +54,34 @@ def decode(packed: Tensor, k: int, n: int) -> Tensor:
     return indices.masked_fill_(ones < 0, 0)  # of bytes that are damaged
 
 
-def decode_checked(packed: Tensor, k: int, n: int) -> Tensor:
+def decode_checked(packed: Tensor, k: int, n: int, step: int = STEP) -> Tensor:
     """``decode`` for bytes that come from anywhere; they must be what ``encode`` writes, to the bit.
+
+    Args:
+        step: bits or indices that are decoded at once, a multiple of 8; some 150 bytes each, beside the indices.
 
     Raises:
         ThinwireError: they are not.
     """
-    low_bytes, _ = sizes(k, n)
-    ones = int(unpack_bits(packed[low_bytes:]).sum())
-    if ones != k:
-        raise ThinwireError(f"{ones} upper parts for {k} indices")
-    indices = decode(packed, k, n)
-    if k and (int(indices[-1]) >= n or bool((indices.diff() < 0).any())):
-        raise ThinwireError(f"indices do not ascend, or reach {int(indices[-1])} of {n} elements")
-    if not torch.equal(encode(indices, n), packed):
+    width = low_width(k, n)
+    low, bitmap = packed[: sizes(k, n)[0]], packed[sizes(k, n)[0] :]
+    indices = torch.empty(k, dtype=torch.int64, device="cpu")
+    done = last = 0
+    for at in range(0, bitmap.numel(), step // 8):
+        ones = unpack_bits(bitmap[at : at + step // 8]).nonzero().view(-1)
+        if done + len(ones) > k:
+            raise ThinwireError(f"more than {k} upper parts for {k} indices")
+        high = ones + 8 * at - torch.arange(done, done + len(ones), device="cpu")
+        indices[done : done + len(ones)] = high << width
+        done += len(ones)
+    if done != k:
+        raise ThinwireError(f"{done} upper parts for {k} indices")
+    for at in range(0, k, step):
+        piece = indices[at : at + step]
+        piece |= unpack_words(low[at * width // 8 : -(-(at + len(piece)) * width // 8)], len(piece), width)
+        if int(piece[0]) < last or int(piece[-1]) >= n or bool((piece.diff() < 0).any()):
+            raise ThinwireError(f"indices do not ascend, or reach {int(piece[-1])} of {n} elements")
+        last = int(piece[-1])
+    if k * width % 8 and int(low[-1]) >> k * width % 8:  # of the bitmap no bit is over: each has been an index below n
         raise ThinwireError("the bits that fill the last bytes are not zero")
     return indices

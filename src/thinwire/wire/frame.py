@@ -1,7 +1,8 @@
 """Frames: self-describing bytes for what leaves the process, in files and between federated clients.
 
-A frame is decoded without trust: every length is checked against what is there before anything is allocated, and
-whatever is wrong is a ``FrameError`` that says what, and at which byte.
+A frame is decoded without trust: every length is checked against what is there before anything is allocated, all memory
+that it takes is at most 8 times ``max_content``, and whatever is wrong is a ``FrameError`` that says what, and at which
+byte.
 
 Format, version 1, all numbers little-endian::
 
@@ -23,7 +24,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from torch import Tensor
 from thinwire.tensors import ThinwireError, flat
 from thinwire.wire import elias_fano, rice, zstd
 from thinwire.wire import values as codes
+from thinwire.wire.reader import Allowance, FrameError, Reader, finite, tensor
 
 MAGIC = b"THWR"
 VERSION = 1
@@ -42,12 +44,9 @@ MAX_NDIM = 16
 MAX_NUMEL = 2**48
 
 
-class FrameError(ThinwireError):
-    """These bytes are no frame, or not one that can be trusted; once decompressed, ``at`` counts in the content."""
-
-    def __init__(self, at: int, what: str) -> None:
-        super().__init__(f"bad frame at byte {at}: {what}")
-        self.at = at
+ENTRY_BYTES = 1500
+NOTE_BYTES = 300
+"""What an entry or a note takes in memory beside its values."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,8 @@ class Entry:
     indices: Tensor | None = None  # int64 [k]
     coded: tuple[str, Tensor, Tensor] | None = None
     """A code of ``wire.values``, scales and packed bytes: how ``values`` are written, where not as they are."""
+    allowance: Allowance | None = field(default=None, compare=False, repr=False)
+    """Of the frame that it was decoded from."""
 
     @staticmethod
     def quantised(shape: tuple[int, ...], values: Tensor, indices: Tensor, code: str) -> "Entry":
@@ -77,16 +78,25 @@ class Entry:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def to_dense(self, max_numel: int = 2**31) -> Tensor:
+    def to_dense(self, max_numel: int | None = None) -> Tensor:
         """The tensor, with zeros where nothing was sent; this is what allocates ``numel`` elements.
+
+        Args:
+            max_numel: how many they may be; without it, as many as fit into the memory that ``decode`` has left of 8
+                times its ``max_content``, and 2^31 where this was not decoded.
 
         Raises:
             ThinwireError: more than ``max_numel`` elements were declared.
         """
-        if self.numel > max_numel:
-            raise ThinwireError(f"an entry of {self.numel} elements was declared; at most {max_numel} are made dense")
         if self.indices is None:
             return self.values.view(self.shape)
+        if max_numel is None:
+            max_numel = self.allowance.left // self.values.element_size() if self.allowance else 2**31
+        if self.numel > max_numel:
+            raise ThinwireError(
+                f"an entry of {self.numel} elements was declared; at most {max_numel} are made dense, give max_numel= "
+                "if you know its size, or decode with a larger max_content="
+            )
         out = torch.zeros(self.numel, dtype=self.values.dtype, device="cpu")
         return out.index_add_(0, self.indices, self.values).view(self.shape)
 
@@ -139,15 +149,19 @@ def decode(data: bytes, *, max_content: int = 2**28) -> Frame:
     """The frame in these bytes, which may come from anywhere.
 
     Args:
-        max_content: bytes that a compressed frame may take when it is decompressed, in memory.
+        max_content: bytes that a compressed frame may have when it is decompressed. Decoding any frame allocates at
+            most 8 times as much, decompressed content, tensors and names included, or 64 KiB where that is more; so
+            does ``Entry.to_dense`` on one entry of it, with what the frame takes. A sparse entry takes 8 bytes an index
+            and up to 8 a value, wherever it has less on the wire.
 
     Raises:
-        FrameError: whatever is wrong with them.
+        FrameError: whatever is wrong with them, or they take more memory.
         ThinwireError: the frame is compressed, and the package for it is not there.
     """
     if not isinstance(data, bytes):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise FrameError(0, f"a frame is bytes, not {type(data).__name__}")
-    reader = _Reader(data)
+    allowance = Allowance(max_content)
+    reader = Reader(data, allowance)
     magic, version, stage, length, checksum = reader.unpack(HEAD.format, "head")
     if magic != MAGIC:
         raise FrameError(0, f"the magic is {magic!r}, not {MAGIC!r}")
@@ -157,12 +171,13 @@ def decode(data: bytes, *, max_content: int = 2**28) -> Frame:
         raise FrameError(6, f"the stage is {stage}, not 0 or 1")
     if length != len(data):
         raise FrameError(8, f"{len(data)} bytes where {length} were declared")
-    if zlib.crc32(data[HEAD.size :]) != checksum:
+    if zlib.crc32(memoryview(data)[HEAD.size :]) != checksum:
         raise FrameError(16, "the checksum does not fit the content")
     if stage == ZSTD:
         reader = _decompressed(reader, max_content)
     notes: dict[str, int | str] = {}
     for _ in range(reader.number("H", "number of notes")):
+        allowance.keep(NOTE_BYTES, reader.at, "a note")
         key = reader.text("B", "note")
         kind = reader.number("B", "kind of note")
         if kind > 1 or key in notes:
@@ -170,6 +185,7 @@ def decode(data: bytes, *, max_content: int = 2**28) -> Frame:
         notes[key] = reader.text("I", "note") if kind else reader.number("q", "note")
     entries: dict[str, Entry] = {}
     for _ in range(reader.number("I", "number of entries")):
+        allowance.keep(ENTRY_BYTES, reader.at, "an entry")
         name = reader.text("H", "name of an entry")
         if name in entries:
             raise FrameError(reader.at, f"entry {name!r} is there twice")
@@ -179,12 +195,13 @@ def decode(data: bytes, *, max_content: int = 2**28) -> Frame:
     return Frame(entries, notes)
 
 
-def _decompressed(reader: "_Reader", max_content: int) -> "_Reader":
+def _decompressed(reader: Reader, max_content: int) -> Reader:
     size = reader.number("Q", "length of the content")
     if size > max_content:
         raise FrameError(reader.at - 8, f"{size} bytes of content; at most {max_content} are read, see max_content=")
     try:
-        return _Reader(zstd.decompress(reader.rest(), size))
+        reader.allowance.keep(size, reader.at - 8, "its content")
+        return Reader(zstd.decompress(reader.rest(), size), reader.allowance)
     except zstd.BadContent as error:
         raise FrameError(reader.at, str(error)) from error
 
@@ -230,7 +247,7 @@ def _check_entry(name: str, entry: Entry, count: int) -> None:
         )
 
 
-def _entry(reader: "_Reader", name: str) -> Entry:
+def _entry(reader: Reader, name: str) -> Entry:
     start = reader.at
     kind, dtype, ndim = (int(field) for field in reader.unpack("<BBB", f"kind of {name!r}"))
     coded = dtype >= len(DTYPES)
@@ -241,7 +258,7 @@ def _entry(reader: "_Reader", name: str) -> Entry:
     if numel > MAX_NUMEL or max(shape, default=0) > MAX_NUMEL:
         raise FrameError(start + 3, f"{name!r} has {numel} elements; at most {MAX_NUMEL} are read")
     if kind == DENSE:
-        return Entry(shape, reader.values(numel, DTYPES[dtype], name))
+        return Entry(shape, reader.values(numel, DTYPES[dtype], name), allowance=reader.allowance)
     at = reader.at
     k = reader.number("Q", f"k of {name!r}")
     if k > numel:
@@ -258,24 +275,31 @@ def _entry(reader: "_Reader", name: str) -> Entry:
         )
     at = reader.at
     packed = reader.take(nbytes, f"indices of {name!r}")
+    copied = 0 if kind == RICE else nbytes
+    reader.allowance.keep(8 * k + copied, at, f"indices of {name!r}")
     try:
         if kind == RICE:
-            indices = rice.decode_checked(packed, k, numel, b)
+            indices = rice.decode_checked(packed, k, numel, b, reader.allowance.step)
         else:
-            indices = elias_fano.decode_checked(_tensor(packed, torch.uint8), k, numel)
+            indices = elias_fano.decode_checked(tensor(packed, torch.uint8), k, numel, reader.allowance.step)
     except ThinwireError as error:
         raise FrameError(at, f"indices of {name!r}: {error}") from error
-    return Entry(shape, values, indices, coded)
+    reader.allowance.release(copied)
+    return Entry(shape, values, indices, coded, reader.allowance)
 
 
-def _coded(reader: "_Reader", code: str, k: int, name: str) -> tuple[tuple[str, Tensor, Tensor], Tensor]:
+def _coded(reader: Reader, code: str, k: int, name: str) -> tuple[tuple[str, Tensor, Tensor], Tensor]:
     """How the values are written, and what they are."""
     at = reader.at
     num_scales, nbytes = codes.sizes(code, k)
     scales = reader.values(num_scales, torch.float32, name)
     packed = reader.values(nbytes, torch.uint8, name)
-    values = codes.decode(scales, packed, code, k)
-    if bool((scales < 0).any()) or not bool(values.isfinite().all()) or _spare_bits(packed, k * codes.CODES[code]):
+    reader.allowance.keep(4 * k, at, f"values of {name!r}")
+    values, step, bits = torch.empty(k, dtype=torch.float32, device="cpu"), reader.allowance.step, codes.CODES[code]
+    for i in range(0, k, step):  # a multiple of 8, so that each piece begins with a byte
+        piece = packed[i * bits // 8 : (i + step) * bits // 8]
+        values[i : i + step] = codes.decode(scales, piece, code, min(step, k - i))
+    if bool((scales < 0).any()) or not finite(values, step) or _spare_bits(packed, k * bits):
         raise FrameError(at, f"{name!r} has scales {scales.tolist()}, or bits after the last value")
     return (code, scales, packed), values
 
@@ -283,48 +307,6 @@ def _coded(reader: "_Reader", code: str, k: int, name: str) -> tuple[tuple[str, 
 def _spare_bits(packed: Tensor, bits: int) -> bool:
     """Whether the last byte has more than the lowest ``bits % 8`` bits set, where it is not full."""
     return bool(bits % 8) and bool(packed[-1] >> bits % 8)
-
-
-class _Reader:
-    """Reads forward, never beyond the end, and knows where it is."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.at = 0
-
-    def take(self, nbytes: int, what: str) -> bytes:
-        if nbytes > len(self.data) - self.at:
-            raise FrameError(self.at, f"{what} takes {nbytes} bytes, {len(self.data) - self.at} are left")
-        self.at += nbytes
-        return self.data[self.at - nbytes : self.at]
-
-    def rest(self) -> bytes:
-        return self.data[self.at :]
-
-    def unpack(self, format: str, what: str) -> tuple[Any, ...]:
-        return struct.unpack(format, self.take(struct.calcsize(format), what))
-
-    def number(self, format: str, what: str) -> int:
-        return self.unpack("<" + format, what)[0]
-
-    def text(self, length: str, what: str) -> str:
-        at = self.at
-        try:
-            return self.take(self.number(length, what), what).decode()
-        except UnicodeDecodeError as error:
-            raise FrameError(at, f"{what} is not UTF-8") from error
-
-    def values(self, count: int, dtype: torch.dtype, name: str) -> Tensor:
-        at = self.at
-        data = self.take(count * dtype.itemsize, f"data of {name!r}")
-        values = _tensor(data, dtype)
-        if dtype.is_floating_point and not values.isfinite().all():
-            raise FrameError(at, f"{name!r} has values that are not finite")
-        return values
-
-
-def _tensor(data: bytes, dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
 
 
 def _text(text: str, length: str) -> bytes:

@@ -55,8 +55,11 @@ def encode(indices: Tensor, b: int) -> bytes:
     return np.packbits(bits).tobytes()
 
 
-def decode_checked(data: bytes, k: int, n: int, b: int) -> Tensor:
+def decode_checked(data: bytes | memoryview, k: int, n: int, b: int, step: int | None = None) -> Tensor:
     """int64 indices ``[k]`` from bytes that come from anywhere; they must be what ``encode`` writes, to the bit.
+
+    Args:
+        step: bits that are decoded at once, at least 64; ``WINDOW`` at most.
 
     Raises:
         ThinwireError: they are not k indices that ascend below n, and nothing else.
@@ -65,16 +68,19 @@ def decode_checked(data: bytes, k: int, n: int, b: int) -> Tensor:
         raise ThinwireError(f"{len(data)} bytes are not those of {k} indices below {n} with b = {b}")
     packed = np.frombuffer(data, np.uint8)
     indices = np.empty(k, np.int64)
-    done, at, previous, window = 0, 0, -1, WINDOW
+    window = WINDOW if step is None else min(step, WINDOW)
+    done, at, previous, ones = 0, 0, -1, 0
     while done < k:
-        bits = np.unpackbits(packed[at // 8 : (at + window) // 8 + 1])[at % 8 :]
+        bits = np.unpackbits(packed[at // 8 : (at + max(window, 64 + b)) // 8 + 1])[at % 8 :]
         starts, stops = _codewords(bits, b, k - done)
-        if not len(starts):
-            if at + window >= 8 * len(data):
+        if not len(starts):  # as many ones of a codeword as there are, and the next time the rest of it
+            begun = len(bits) if bits.all() else int(bits.argmin())
+            at, ones = at + begun, ones + begun
+            if not begun or at >= 8 * len(data):
                 raise ThinwireError(f"the bits end after {done} of {k} indices")
-            window *= 2
             continue
         gaps = stops - starts
+        gaps[0] += ones
         if int(gaps.max()) > n >> b:
             raise ThinwireError(f"indices reach beyond {n} elements")
         for j in range(b):
@@ -83,7 +89,7 @@ def decode_checked(data: bytes, k: int, n: int, b: int) -> Tensor:
         if int(found.min()) < 0 or int(found[-1]) >= n:  # a sum that overflows is negative first: no gap reaches 2^63
             raise ThinwireError(f"indices reach beyond {n} elements")
         indices[done : done + len(found)] = found
-        done, at, previous, window = done + len(found), at + int(stops[-1]) + b + 1, int(found[-1]), WINDOW
+        done, at, previous, ones = done + len(found), at + int(stops[-1]) + b + 1, int(found[-1]), 0
     if len(data) != -(-at // 8) or (at % 8 and data[-1] << at % 8 & 0xFF):
         raise ThinwireError(f"{8 * len(data)} bits where {at} are needed, or what fills the last byte is not zero")
     return torch.from_numpy(indices)

@@ -20,7 +20,7 @@ def compress(data: bytes) -> bytes:
     return _package().ZstdCompressor(level=LEVEL).compress(data)
 
 
-def decompress(data: bytes, size: int) -> bytes:
+def decompress(data: bytes | memoryview, size: int) -> bytes:
     """The content of one zstd frame, which must be ``size`` bytes; no more are ever allocated.
 
     Raises:
