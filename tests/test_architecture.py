@@ -8,7 +8,7 @@ import thinwire
 SOURCE = Path(thinwire.__file__).parent
 FLOORS = [
     ["tensors", "ambient", "_version", "backward"],
-    ["loops", "checks", "absorbed", "files"],
+    ["loops", "checks", "absorbed", "files", "skips"],
     ["context"],
     ["core", "sharding"],
     ["supported"],

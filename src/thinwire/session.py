@@ -170,7 +170,7 @@ class Session(OfThisRun):
 
     def _set_stage(self) -> None:
         density = self._stage(self.step)
-        if density != self._density:
+        if self.joint.keep(density, self.units) or density != self._density:
             self._density = density
             self.stages.begin(self.units, self.method, density, self._link, self.turn_bytes)
             if (idle := all_dense(self.units, self.method, density)) is not None:
@@ -263,6 +263,8 @@ class Session(OfThisRun):
         """Before the first bucket of a step. What an earlier one prepared and no optimizer made final is void."""
         if self.transaction.begin() == 3:
             self._say("3 exchanges without a step of the attached optimizer: is it the one that steps?")
+        if text := self.transaction.complaint():
+            self._say(text)
         self.row = StepRow(self.step, self.method.name)
         self._sent_before = self.collective.sent, self.collective.sent_inside
         self.loss_scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0

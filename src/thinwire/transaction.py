@@ -13,6 +13,7 @@ from thinwire.clock import Clock, apart, parted
 from thinwire.optimizers.several import Optimizers, each_of
 from thinwire.pipeline import Verdict
 from thinwire.report.ledger import Ledger
+from thinwire.skips import Skips
 from thinwire.tensors import ThinwireError
 from thinwire.units import Unit, Worker
 from thinwire.wire.head import SLOTS
@@ -66,6 +67,7 @@ class Transaction:
         self.clock = Clock()
         self.done: list[torch.optim.Optimizer] = []
         """The optimizers that have stepped, or left out their step, since the exchange."""
+        self.skips = Skips()
         self._idle = 0
         self._warned = False
         self._complaint = ""
@@ -83,6 +85,8 @@ class Transaction:
             self._say_partial(done)
             return 0
         self.ledger.skipped += 1
+        self.skips.skip()
+        self._complaint = ""
         self._idle += 1
         return self._idle
 
@@ -99,6 +103,10 @@ class Transaction:
         if not self._warned:
             self._warned = True
             warnings.warn(f"{note}. Step all of optimizer= after each backward that exchanges", stacklevel=4)
+
+    def complaint(self) -> str | None:
+        """What a run that skips most of its steps is to say now."""
+        return self.skips.complaint(self._complaint)
 
     def end(
         self,
@@ -177,6 +185,7 @@ class Transaction:
 
     def _complain(self, complaint: str) -> None:
         self.ledger.skipped += 1
+        self.skips.skip()
         self.failed = True
         self._complaint = complaint
         self.ledger.note(f"{self._complaint}; skipped on all ranks")
@@ -234,6 +243,7 @@ class Transaction:
         """
         if optimizer is None or self._all_done(optimizer):
             self.pending = False
+            self.skips.take()
         self._idle = 0
         verdicts = self.verdicts if self.looked else []  # where they were not, nothing is remembered
         unused = {v.units[i].name for v in verdicts for i in v.used.any(0).logical_not().nonzero().flatten()}

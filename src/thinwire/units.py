@@ -47,6 +47,8 @@ class Unit:
     """Whether one rank may use it in a step where another does not, and nobody but the message tells."""
     gathered: bool = False
     """Whether its payload is gathered although it could be summed."""
+    kept: bool = False
+    """Whether the optimizer wants it dense at all steps."""
     seed: int = 0
     declined: str | None = None
     """Why an earlier rule that was written for it does not count."""
@@ -344,7 +346,7 @@ def set_stage(
     for unit in units:
         unit.gathered = compresses and small and not unit.compressed
         asked = unit.method_compressor if density is None else unit.method_compressor.with_density(density)
-        if density == 1.0 and unit.compressed:
+        if (density == 1.0 or unit.kept) and unit.compressed:
             asked = DENSE
         unit.compressor = asked
         if asked.summable:

@@ -1,5 +1,8 @@
 """Methods whose optimizer is a part of them: 1-bit Adam, 0/1 Adam, 1-bit LAMB."""
 
+from collections.abc import Sequence
+
+from thinwire.checks import texts
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.sign import Sign
 from thinwire.core import Memory
@@ -7,7 +10,13 @@ from thinwire.memories.adam import CompressedMomentum, SteadyFeedback
 from thinwire.policy.plan import Method, Route, Rule
 
 
-def onebit_adam(*, block: int = 4096, clip: float | None = None, route: Route = "two_phase") -> Method:
+def onebit_adam(
+    *,
+    block: int = 4096,
+    clip: float | None = None,
+    keep_dense: Sequence[str] | str = (),
+    route: Route = "two_phase",
+) -> Method:
     """1-bit Adam's exchange, for ``thinwire.OneBitAdam``: the momentum, dense at first and then one bit an element.
 
     Tensors of fewer than two dimensions exchange their momentum dense. When the variance is frozen is said to the
@@ -16,6 +25,8 @@ def onebit_adam(*, block: int = 4096, clip: float | None = None, route: Route = 
     Args:
         block: elements that share a scale, the mean of their magnitudes.
         clip: local gradient clipping, see ``thinwire.Method``; what is in ``grad`` afterwards is the momentum.
+        keep_dense: globs of parameter names to exchange dense. Tensors of rare features (embeddings, bags of words) are
+            kept so by the optimizer, see ``thinwire.OneBitAdam``.
         route: how it travels, see ``thinwire.Method``. Two phases take 2 bits an element, however many workers.
 
     Raises:
@@ -37,14 +48,20 @@ def onebit_adam(*, block: int = 4096, clip: float | None = None, route: Route = 
 
     Departures: see ``thinwire.OneBitAdam`` and ``thinwire.CompressedMomentum``.
     """
-    return _signs("onebit_adam", CompressedMomentum(), block, clip, route)
+    return _signs("onebit_adam", CompressedMomentum(), block, clip, keep_dense, route)
 
 
-def zeroone_adam(*, block: int = 4096, clip: float | None = None, route: Route = "two_phase") -> Method:
+def zeroone_adam(
+    *,
+    block: int = 4096,
+    clip: float | None = None,
+    keep_dense: Sequence[str] | str = (),
+    route: Route = "two_phase",
+) -> Method:
     """0/1 Adam's exchange, for ``thinwire.ZeroOneAdam``: one bit an element but for ever rarer dense steps.
 
     Args:
-        block, clip, route: as for ``onebit_adam``.
+        block, clip, keep_dense, route: as for ``onebit_adam``.
 
     **Wire**: as ``onebit_adam``, with the dense steps spread: ``16 (1 + log2(T / 16))`` of T.
 
@@ -53,10 +70,16 @@ def zeroone_adam(*, block: int = 4096, clip: float | None = None, route: Route =
 
     Departures: without the local steps of its second half, see ``thinwire.ZeroOneAdam``.
     """
-    return _signs("zeroone_adam", SteadyFeedback(), block, clip, route)
+    return _signs("zeroone_adam", SteadyFeedback(), block, clip, keep_dense, route)
 
 
-def onebit_lamb(*, block: int = 4096, clip: float | None = None, route: Route = "two_phase") -> Method:
+def onebit_lamb(
+    *,
+    block: int = 4096,
+    clip: float | None = None,
+    keep_dense: Sequence[str] | str = (),
+    route: Route = "two_phase",
+) -> Method:
     """1-bit LAMB's exchange, for ``thinwire.OneBitLamb``; that of ``onebit_adam``.
 
     Source: C. Li et al., "1-bit LAMB: Communication Efficient Large-Scale Large-Batch Training with LAMB's Convergence
@@ -64,8 +87,11 @@ def onebit_lamb(*, block: int = 4096, clip: float | None = None, route: Route = 
 
     Departures: see ``thinwire.OneBitLamb``.
     """
-    return _signs("onebit_lamb", CompressedMomentum(), block, clip, route)
+    return _signs("onebit_lamb", CompressedMomentum(), block, clip, keep_dense, route)
 
 
-def _signs(name: str, memory: Memory, block: int, clip: float | None, route: Route) -> Method:
-    return Method(name, (Rule(Sign(block), memory, min_ndim=2), Rule(Cast(), memory)), clip, route=route)
+def _signs(
+    name: str, memory: Memory, block: int, clip: float | None, keep_dense: Sequence[str] | str, route: Route
+) -> Method:
+    kept = (Rule(Cast(), memory, match=glob) for glob in texts("keep_dense", keep_dense))
+    return Method(name, (*kept, Rule(Sign(block), memory, min_ndim=2), Rule(Cast(), memory)), clip, route=route)

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from thinwire.optim.partner import FreezeStep, Freezing, Partner, fresh
+from thinwire.optim.rare import is_sparse, lifted, quiet
+from thinwire.sharding import own, wrapped
 from thinwire.tensors import ThinwireError
 
 
@@ -40,7 +42,8 @@ class OneBitAdam(Freezing):
 
     Departures: bias correction; the scale of a block is its l1 mean, not the l2 norm of a tensor, which does not
     contract; the ratio test looks at the variance without bias, and in both directions; elements whose variance is 0 at
-    the switch are left out.
+    the switch are left out. Tensors of which over a quarter had no gradient in the last dense step (rare features) stay
+    dense, and their variance follows; variances far below their block's are lifted (``optim.rare``).
     """
 
     recipe: ClassVar[str] = "thinwire.onebit_adam()"
@@ -61,14 +64,17 @@ class OneBitAdam(Freezing):
     def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         fresh(state, param, "exp_avg", "exp_avg_sq")
-        if self.frozen:
+        fixed = self.fixed(state)
+        if fixed:
             state.pop("exp_avg", None)
         else:
+            g = self.recovered(grad, state, beta1)
             state["step"] += 1
-            refresh(state["exp_avg_sq"], self.recovered(grad, state, beta1), beta2)
+            refresh(state["exp_avg_sq"], g, beta2)
+            self.look(g, state)
             state["exp_avg"].copy_(grad)
         t = float(state["step"]) if group["bias_correction"] else math.inf
-        apply(param, grad, state["exp_avg_sq"], group, math.inf if self.frozen else t, t)
+        apply(param, grad, state["exp_avg_sq"], group, math.inf if fixed else t, t)
 
 
 class ZeroOneAdam(Partner):
@@ -93,7 +99,7 @@ class ZeroOneAdam(Partner):
 
     Departures: ranks exchange at every step. The paper's second half, local steps between ever rarer exchanges, moves
     the replicas apart, which nothing here allows. Bias correction by the number of refreshes. A weight whose variance
-    is still 0 does not move.
+    is still 0 does not move. Rare features: as in ``OneBitAdam``.
     """
 
     takes: ClassVar[str] = "gradient beside dense steps"
@@ -136,10 +142,24 @@ class ZeroOneAdam(Partner):
         m, v = state["exp_avg"], state["exp_avg_sq"]
         state["step"] += 1
         m.mul_(beta1).add_(grad, alpha=1.0 - beta1)
-        if self._refreshes(self.steps):
+        dense = self._refreshes(self.steps)
+        if dense or state.get("kept"):
+            g = grad.to(v.dtype)
             state["refreshed"] += 1
-            refresh(v, grad.to(v.dtype), beta2)
+            refresh(v, g, beta2)
+            if dense and not self._refreshes(self.steps + 1):
+                state["kept"] = is_sparse(quiet(g, v))
+                state["small"] = 0 if state["kept"] else lifted(v)[1]
+        if not dense and state.get("small"):
+            v = wrapped(lifted(v)[0].as_strided(own(v).shape, own(v).stride()), v)
         apply(param, m * (v != 0), v, group, float(state["step"]), float(state["refreshed"]))
+
+    def after(self) -> None:
+        if self._refreshes(self.steps - 1) and not self._refreshes(self.steps):
+            small = sum(state.get("small", 0) for _, state, _ in self.variances())
+            if small:
+                self.note(f"{small:,} variances are next to nothing and count as a hundredth of their block's")
+            self.say_kept()
 
 
 def is_refresh(step: int, each: int) -> bool:

@@ -88,6 +88,15 @@ class Joint:
                 "attach; use a scheduler that leaves it alone (in OneCycleLR: cycle_momentum=False)"
             )
 
+    def keep(self, density: float | None, units: Sequence[Unit]) -> bool:
+        """At the first step of a stage, the units learn whether they stay dense; answers whether that is new."""
+        if not self.partner or density == self.marked:
+            return False
+        before = [unit.kept for unit in units]
+        for unit in units:
+            unit.kept = self.partner.kept(unit.param)
+        return before != [unit.kept for unit in units]
+
     def begin(self, density: float | None, units: Sequence[Unit], workers: Sequence[Worker]) -> None:
         """A step begins; at the first of a stage, the units learn what of them is left out."""
         if not self.partner or density == self.marked:

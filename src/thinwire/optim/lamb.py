@@ -37,7 +37,7 @@ class OneBitLamb(Freezing):
 
     Departures: every block of every tensor has its own scale, so momenta are not rescaled to share one; the moving
     average of the trust ratio starts from the first and not from 0; elements whose variance is 0 are left out, of the
-    exchange and of the maximum.
+    exchange and of the maximum. Rare features: as in ``OneBitAdam``.
     """
 
     recipe: ClassVar[str] = "thinwire.onebit_lamb()"
@@ -71,9 +71,10 @@ class OneBitLamb(Freezing):
         fresh(state, param, "exp_avg", "exp_avg_sq")
         g = self.recovered(grad, state, beta1)
         state["exp_avg"].copy_(grad)
-        state["step"] += 0.0 if self.frozen else 1.0
+        fixed = self.fixed(state)
+        state["step"] += 0.0 if fixed else 1.0
         t, v = float(state["step"]) if group["bias_correction"] else math.inf, state["exp_avg_sq"]
-        if self.frozen:
+        if fixed:
             denom = denominator(v, t, group)
             direction = grad / denom
             step = direction.add(param, alpha=group["weight_decay"])
@@ -81,6 +82,7 @@ class OneBitLamb(Freezing):
             ratio = ratio * self._factor(denom, g, direction, step, state, group)
         else:
             refresh(v, g, beta2)
+            self.look(g, state)
             direction = grad / (1.0 - beta1**t) / denominator(v, t, group)
             step = direction.add(param, alpha=group["weight_decay"])
             ratio = trust(param, step, *group["coeff"])

@@ -14,7 +14,9 @@ from torch.optim.optimizer import ParamsT
 
 from thinwire.ambient import undisturbed
 from thinwire.core import Absorbed
-from thinwire.tensors import ThinwireError, float_at_least_32
+from thinwire.optim.rare import is_sparse, lifted, quiet
+from thinwire.sharding import own
+from thinwire.tensors import ThinwireError, flat, float_at_least_32
 
 FreezeStep: TypeAlias = int | Literal["auto"] | None
 """Dense steps before the variance is frozen; by the ratio test; or never."""
@@ -41,6 +43,7 @@ class Partner(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "steps": 0, **rest})
         self.notes: list[str] = []
         """What the ledger is to say."""
+        self._said: set[str] = set()
 
     @abstractmethod
     def density(self, ahead: int = 0) -> float | None:
@@ -53,6 +56,10 @@ class Partner(torch.optim.Optimizer):
     def live(self, param: Tensor) -> Tensor | None:
         """1 where an element of ``param`` takes part in the exchange and 0 where it does not; None for all of it."""
         return None
+
+    def kept(self, param: Tensor) -> bool:
+        """Whether it is exchanged dense at all steps, since its features are rare."""
+        return bool(self.state.get(param, {}).get("kept"))
 
     def settings(self) -> dict[int, Absorbed]:
         """What the memory does for the optimizer, by the parameter's id."""
@@ -95,6 +102,22 @@ class Partner(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("notes", [])  # a copy has what torch takes along, which this is not
+        self.__dict__.setdefault("_said", set[str]())
+
+    def note(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.notes.append(text)
+
+    def say_kept(self) -> None:
+        """A note for the ledger of what stays dense."""
+        if shapes := [tuple(p.shape) for group in self.param_groups for p in group["params"] if self.kept(p)]:
+            more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
+            self.note(
+                f"{len(shapes)} parameters of rare features, of shapes {', '.join(map(str, shapes[:3]))}{more}, stay "
+                "dense and their variance follows: over a quarter of their elements had no gradient in the last dense "
+                "step"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -118,7 +141,8 @@ class Freezing(Partner):
     """One that exchanges densely until its variance is frozen, by step or by the ratio test, and compressed after.
 
     The ratio test looks every ``1 / (1 - beta2)`` steps at ``||v / (1 - beta2^t)||_1`` over all parameters, and freezes
-    when it has changed by less than 4 % while the learning rate has not grown.
+    when it has changed by less than 4 % while the learning rate has not grown. ``optim.rare`` says what is not frozen
+    with the rest, and what is lifted then.
     """
 
     takes: ClassVar[str] = "momentum"
@@ -166,8 +190,18 @@ class Freezing(Partner):
     def _every(self) -> int:
         return max(1, round(1.0 / (1.0 - self.param_groups[0]["betas"][1])))
 
+    def fixed(self, state: dict[str, Any]) -> bool:
+        """Whether a parameter's variance stays as it is from now on."""
+        return self.frozen and not state.get("kept")
+
+    def look(self, g: Tensor, state: dict[str, Any]) -> None:
+        """Count what has no gradient, in a dense step after which the variance may be frozen."""
+        end, ahead = self.param_groups[0]["freeze_step"], self.steps + 1
+        if not self.frozen and (end == ahead or (end == "auto" and ahead % self._every == 0)):
+            state["quiet"] = quiet(g, state["exp_avg_sq"])
+
     def live(self, param: Tensor) -> Tensor | None:
-        if not self.frozen:
+        if not self.frozen or self.kept(param):
             return None
         v = self.state.get(param, {}).get("exp_avg_sq")
         if v is None:
@@ -195,11 +229,21 @@ class Freezing(Partner):
     def _freeze(self, why: str) -> None:
         for group in self.param_groups:
             group["frozen_at"] = self.steps
-        dead = sum(int((v == 0).sum()) for v, _, _ in self.variances())
+        small = 0
+        for v, state, _ in self.variances():
+            state["kept"] = is_sparse(state.pop("quiet", None))
+            if not state["kept"]:
+                found, count = lifted(v)
+                flat(own(v)).copy_(found)
+                small += count
+        dead = sum(int((v == 0).sum()) for v, state, _ in self.variances() if not state["kept"])
         params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
         dead += sum(param.numel() for param in params if "exp_avg_sq" not in self.state.get(param, {}))
         left_out = f"; {dead:,} elements whose variance is 0 are left out from here on" if dead else ""
         self.notes.append(f"the variance is frozen after {self.steps} steps ({why}){left_out}")
+        if small:
+            self.note(f"{small:,} variances were next to nothing and were lifted to a hundredth of their block's")
+        self.say_kept()
 
     def recovered(self, m: Tensor, state: dict[str, Any], beta1: float) -> Tensor:
         """The mean gradient that led from the last momentum to this one."""
