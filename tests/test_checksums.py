@@ -109,6 +109,41 @@ def test_a_checksum_tells_what_a_sum_does_not():
     assert checksums.checksum(wide) == checksums.checksum(wide.contiguous())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.float64])
+def test_a_piece_that_begins_anywhere(dtype):
+    whole = torch.arange(4 * 3001).remainder(97).to(dtype).view(4, 3001)
+    for view in (*whole, whole[1:], whole[0, 3:], whole[3, 5:6], whole[:, 1], whole[1, 1:1]):
+        assert checksums.checksum(view) == checksums.checksum(view.clone())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_odd_numbers_of_elements_in_the_rows_of_a_folder(dtype):
+    named = [("w", torch.nn.Parameter(torch.randn(7, 5))), ("v", torch.nn.Parameter(torch.randn(33, 63)))]
+    optimizer = torch.optim.SGD([param for _, param in named], lr=0.1, momentum=0.9)
+    session = Session(named, thinwire.dgc(0.1, state=dtype), Local.of(1)[0], optimizer)
+    states = []
+    for session.workers[0].rank in range(3):
+        for state in session.workers[0].local.values():
+            for tensor in state.now.values():
+                tensor.normal_()
+        clock, text = {"world": 3, "step": 3, "installed_at": 0}, session.method.to_json()
+        states.append(save(session.units, session.workers[0], lambda t, like=None: t.unsqueeze(0), clock, text))
+    whole = copy.deepcopy(states[0])
+    for unit, tensors in whole["local"].items():
+        for key in tensors:
+            tensors[key] = torch.cat([state["local"][unit][key] for state in states])
+    whole["rank"] = torch.cat([state["rank"] for state in states])
+    whole["checks"]["rows"] = torch.cat([state["checks"]["rows"] for state in states])
+    for rank in range(3):
+        restored = restore(whole, session.units, rank, 3, "error")
+        assert torch.equal(restored.local["w"]["residual"], states[rank]["local"]["w"]["residual"][0])
+        assert torch.equal(restored.local["v"]["residual"], states[rank]["local"]["v"]["residual"][0])
+    mean = whole["local"]["v"]["residual"].float().mean(0)
+    folded = [restore(whole, session.units, rank, 2, "fold").local["v"]["residual"].float() for rank in range(2)]
+    torch.testing.assert_close(sum(folded) / 2, mean, rtol=0.02, atol=0.02)
+    assert not restore(whole, session.units, 0, 2, "reset").local["v"]["residual"].any()
+
+
 def _turned(rank, folder):
     model, optimizer = build()
     wire = thinwire.attach(DistributedDataParallel(model), thinwire.dgc(0.05), optimizer=optimizer)

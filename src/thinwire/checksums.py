@@ -38,6 +38,8 @@ def checksum(tensor: Tensor) -> int:
     three words can't cancel out in both. Faster than a CRC, and on CUDA only the sums go to the host.
     """
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if data.storage_offset() % 8:  # a row of an odd number of elements: words can't begin between words
+        data = data.clone()
     words = data[: data.numel() // 8 * 8].view(torch.int64)
     table = words[: len(words) // COLUMNS * COLUMNS].view(-1, COLUMNS)
     sums = torch.cat([table.sum(0), table.sum(1), words[table.numel() :]])
