@@ -1,6 +1,7 @@
 """Small frames that claim a lot: whatever they hold, decoding takes at most 8 times ``max_content``."""
 
 import json
+import math
 import os
 import struct
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from thinwire import ThinwireError
-from thinwire.wire import rice, zstd
+from thinwire.wire import elias_fano, rice, zstd
 from thinwire.wire.frame import DTYPES, HEAD, Entry, Frame, decode, encode
 from thinwire.wire.values import CODES, sizes
 
@@ -25,6 +26,21 @@ def sealed(content):
 
 def one(kind, dtype, numel, rest):
     return struct.pack("<HIH1sBBBQ", 0, 1, 1, b"w", kind, dtype, 1, numel) + rest
+
+
+def many(kind, dtype, shape, room, k=0):
+    """Entries of few values, which hold more of Python and of torch than of the frame."""
+    code = list(CODES)[dtype - len(DTYPES)] if dtype >= len(DTYPES) else ""
+    scales, packed = sizes(code, k) if code else (0, k)
+    rest = struct.pack(f"<BBB{len(shape)}Q", kind, dtype, len(shape), *shape)
+    if kind == 0:
+        rest += bytes(math.prod(shape))
+    else:
+        rest += struct.pack(f"<Q{scales}f", k, *[1.0] * scales) + bytes(packed)
+        indices = elias_fano.encode(torch.full((k,), math.prod(shape) - 1), math.prod(shape)).numpy().tobytes()
+        rest += struct.pack("<BQ", rice.parameter(k, math.prod(shape)), 0) if kind == 2 else indices
+    entries = [struct.pack("<H5s", 5, f"{i:05x}".encode()) + rest for i in range(room // (7 + len(rest)))]
+    return struct.pack("<HI", 0, len(entries)) + b"".join(entries)
 
 
 def hostile():
@@ -54,6 +70,14 @@ def hostile():
     yield "entries", struct.pack("<HI", 0, 4096) + b"".join(names)
     more = [struct.pack("<H5sBBBQ", 5, f"{i:05x}".encode(), 0, 6, 1, 0) for i in range(room // 18)]
     yield "empty entries", struct.pack("<HI", 0, len(more)) + b"".join(more)
+    for kind, dtype, name in ((0, 6, "dense"), (1, 6, "sparse"), (2, 6, "rice"), (1, 7, "sign"), (2, 8, "int2")):
+        for ndim in (0, 1, 16):
+            yield (
+                f"many {name} of {ndim} dimensions",
+                many(kind, dtype, (2**40,) * (ndim - 1) + (0,) * bool(ndim), room),
+            )
+    for dtype in (6, 7, 8):
+        yield f"many of one value, {dtype}", many(1, dtype, (1,) * 14 + (300_000,), room, 1)
     notes = [struct.pack("<B4sBq", 4, f"{i:04x}".encode(), 0, 2**40 + i) for i in range(65535)]
     yield "notes", struct.pack("<H", 65535) + b"".join(notes) + bytes(4)
     text = "😀".encode() + b"x" * (room - 64)

@@ -42,11 +42,11 @@ DENSE, ELIAS_FANO, RICE = range(3)
 PLAIN, ZSTD = range(2)
 MAX_NDIM = 16
 MAX_NUMEL = 2**48
-
-
-ENTRY_BYTES = 1500
+ENTRY_BYTES = 900
+TENSOR_BYTES = 800
+DIMENSION_BYTES = 48
 NOTE_BYTES = 300
-"""What an entry or a note takes in memory beside its values."""
+"""What an entry with its name, each of its tensors and dimensions, or a note takes in memory beside its values."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +253,8 @@ def _entry(reader: Reader, name: str) -> Entry:
     coded = dtype >= len(DTYPES)
     if kind > RICE or dtype >= len(DTYPES) + (kind != DENSE) * len(codes.CODES) or ndim > MAX_NDIM:
         raise FrameError(start, f"{name!r} has kind {kind}, dtype {dtype}, {ndim} dimensions")
+    tensors = 1 if kind == DENSE else 4 if coded else 2
+    reader.allowance.keep(TENSOR_BYTES * tensors + DIMENSION_BYTES * ndim, start, f"what {name!r} is made of")
     shape = reader.unpack(f"<{ndim}Q", f"shape of {name!r}")
     numel = math.prod(shape)
     if numel > MAX_NUMEL or max(shape, default=0) > MAX_NUMEL:
