@@ -77,6 +77,56 @@ def test_a_device_or_a_folder_is_not_replaced(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder", "pipe", "to pipe"]
 
 
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_new_file_has_the_permissions_of_the_one_that_it_replaces(tmp_path, writer):
+    target = tmp_path / "made"
+    umask = os.umask(0o022)
+    try:
+        WRITERS[writer](target)
+        assert stat.S_IMODE(target.stat().st_mode) == 0o644
+        for mode in (0o600, 0o664, 0o400, 0o777):
+            target.chmod(mode)
+            WRITERS[writer](target)
+            assert stat.S_IMODE(target.stat().st_mode) == mode
+        target.unlink()
+        target.symlink_to("nothing")  # whose own mode is 0777
+        WRITERS[writer](target)
+        assert stat.S_IMODE(target.stat().st_mode) == 0o644
+    finally:
+        os.umask(umask)
+
+
+def test_new_folders_are_removed_where_the_file_can_not_be_written(tmp_path):
+    for name in ("a/b/c/" + "é" * 200, "a/b/" + "n" * 300 + "/made", "a/b/../c/" + "n" * 300):
+        for attempt in (files.check_writable, lambda path: files.write_text(path, "x")):
+            with pytest.raises(ThinwireError, match="File name too long"):
+                attempt(tmp_path / name)
+            assert os.listdir(tmp_path) == []
+    with pytest.raises(ZeroDivisionError):
+        files.write(tmp_path / "a" / "b" / "made", lambda file: 1 / 0)
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "old").mkdir()
+    with pytest.raises(ZeroDivisionError):
+        files.write(tmp_path / "old" / "new" / "made", lambda file: 1 / 0)
+    assert os.listdir(tmp_path) == ["old"]
+    assert os.listdir(tmp_path / "old") == []
+
+
+def test_text_and_names_that_can_not_be_encoded(tmp_path):
+    target = tmp_path / "made"
+    target.write_text("before")
+    for text in ("\ud800", "<p>\udcff</p>", "é" * 100 + "\udfff"):
+        for attempt in (files.write_text, html.write):
+            with pytest.raises(ThinwireError, match=r"can't write .*made: character \d+ of its text, '\\ud"):
+                attempt(target, text)
+    assert target.read_text() == "before"
+    for name in ("a\0b", "\ud800", "new\0folder/a"):
+        for attempt in (files.check_writable, lambda path: files.write_text(path, "x")):
+            with pytest.raises(ThinwireError, match="no file can have this name"):
+                attempt(f"{tmp_path}/{name}")
+    assert os.listdir(tmp_path) == ["made"]
+
+
 def test_what_fills_a_file_may_fail_by_itself(tmp_path):
     with pytest.raises(ZeroDivisionError):
         files.write(tmp_path / "made", lambda file: file.write(b"x") // 0)

@@ -6,6 +6,7 @@ import secrets
 import stat
 import zlib
 from collections.abc import Callable, Generator
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -19,8 +20,9 @@ def write(path: str | Path, fill: Callable[[BinaryIO], object]) -> None:
     """Replace a file by a new one, at once.
 
     The content goes into a new file of a random name beside it, and is on the disk before that takes the place of the
-    old one; where anything fails the new file is removed, and the old one stays. A link in that place is replaced, not
-    followed. The folder may be a link: it is where the caller asked to write, and it is opened once.
+    old one, whose permissions it has; where anything fails the new file and new folders are removed, and the old file
+    stays. A link in that place is replaced, not followed. The folder may be a link: it is where the caller asked to
+    write, and it is opened once.
 
     Args:
         path: the file; its folder is made if it is not there.
@@ -29,13 +31,16 @@ def write(path: str | Path, fill: Callable[[BinaryIO], object]) -> None:
     Raises:
         ThinwireError: it can't be written.
     """
-    path = Path(path)
+    path = _path(path)
     made = _beginning(path) + secrets.token_hex(8)
     with _failing_as(path), _folder(path) as folder:
         _check_place(path, folder)
-        file = os.open(made, NEW, 0o666, dir_fd=folder)
+        mode = _mode(path, folder)
+        file = os.open(made, NEW, 0o666 if mode is None else mode, dir_fd=folder)
         try:
             with _Out(file) as out:
+                if mode is not None and mode != stat.S_IMODE(os.fstat(file).st_mode):  # the umask took some of it
+                    os.fchmod(file, mode)
                 out.fill(fill)
             os.replace(made, path.name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
@@ -47,8 +52,18 @@ def write(path: str | Path, fill: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace a file by one with this text in UTF-8; see ``write``."""
-    data = text.encode()
+    """Replace a file by one with this text in UTF-8; see ``write``.
+
+    Raises:
+        ThinwireError: as ``write``, or the text can't be UTF-8.
+    """
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise ThinwireError(
+            f"can't write {path}: character {error.start} of its text, {text[error.start]!r}, can't be written as "
+            "UTF-8; what stood there before is as it was. Take it out of the text, and write it again"
+        ) from error
     write(path, lambda file: file.write(data))
 
 
@@ -69,9 +84,10 @@ def check_writable(path: str | Path) -> None:
     Raises:
         ThinwireError: it can't.
     """
-    path = Path(path)
+    path = _path(path)
     with _failing_as(path), _folder(path) as folder:
         _check_place(path, folder)
+        _mode(path, folder)  # where the name is too long it fails, as ``write`` would
         made = _beginning(path) + secrets.token_hex(8)
         os.close(os.open(made, NEW, 0o666, dir_fd=folder))
         os.unlink(made, dir_fd=folder)
@@ -114,12 +130,46 @@ class _Out:
 
 @contextlib.contextmanager
 def _folder(path: Path) -> Generator[int]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    """The folder of ``path``, open; what had to be made for it is removed where anything fails."""
+    made: list[Path] = []
     try:
-        yield folder
-    finally:
-        os.close(folder)
+        missing = takewhile(lambda each: not os.path.exists(each), (path.parent, *path.parent.parents))
+        for each in reversed(list(missing)):
+            try:
+                each.mkdir()
+                made.append(each)
+            except FileExistsError:  # another process was faster, or it is a link to nothing
+                if not each.is_dir():
+                    raise
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield folder
+        finally:
+            os.close(folder)
+    except BaseException:
+        with contextlib.suppress(OSError):  # another process has put something there
+            for each in reversed(made):
+                each.rmdir()
+        raise
+
+
+def _path(path: str | Path) -> Path:
+    try:
+        named = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        raise ThinwireError(f"can't write {os.fspath(path)!r}: no file can have this name; choose another one")
+    return Path(path)
+
+
+def _mode(path: Path, folder: int) -> int | None:
+    """The permissions of the file that is to be replaced, if there is one."""
+    try:
+        mode = os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return None
+    return mode & 0o777 if stat.S_ISREG(mode) else None
 
 
 def _check_place(path: Path, folder: int) -> None:
