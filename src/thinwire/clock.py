@@ -2,18 +2,17 @@
 
 Every exchange tells all ranks that they are at the same step. Before the next one each has made one optimizer step, or
 none; so what must be equal on all ranks before anything is said (the sizes of messages, who leads) follows from
-the last exchange, never from a rank's own step.
+the last exchange that said so and the number of those since, never from a rank's own step.
 """
 
 from collections.abc import Sequence
 
 
 class Clock:
-    """What this rank knows of the others' steps; ``turn`` and ``possible`` are equal on all ranks."""
+    """What all ranks know of their steps; ``turn`` and ``possible`` are equal on all of them."""
 
     def __init__(self) -> None:
-        self._last: int | None = None
-        self._turn = 0
+        self._last = self._turn = 0
 
     def all_at(self, step: int) -> None:
         """The ranks have compared their steps, and are all here."""
@@ -24,16 +23,16 @@ class Clock:
         self._last, self._turn = step, step + final
 
     def unread(self) -> None:
-        """An exchange has been made that said nothing of it, or that nobody waits to read."""
-        self._last = None
+        """An exchange has been made that said nothing of it, or that nobody waits to read: it may be a step or not."""
+        self._turn += 1
 
-    def turn(self, step: int) -> int:
-        """The step that all ranks are taken to be at; ``step`` is this rank's own, where nothing is known."""
-        return step if self._last is None else self._turn
+    def turn(self) -> int:
+        """The step that all ranks are taken to be at."""
+        return self._turn
 
-    def possible(self, step: int) -> Sequence[int]:
-        """The steps that a rank can be at now."""
-        return (step - 1, step, step + 1) if self._last is None else (self._last, self._turn)
+    def possible(self) -> Sequence[int]:
+        """The first and the last of the steps that a rank can be at now."""
+        return self._last, self._turn
 
 
 def apart(steps: Sequence[int]) -> str:

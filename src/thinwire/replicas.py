@@ -39,7 +39,10 @@ class Replicas:
     def __init__(self, named: Sequence[tuple[str, Tensor]], talk: Talk, parts: int = 1, every: int = EVERY) -> None:
         if type(every) is not int or every < 0:
             raise ThinwireError(f"check_every is {every!r}; it is a number of exchanges, or 0 for no check")
-        self.named = [(name, param) for name, param in named if _has_bits(param)] if talk.world > parts else []
+        held = [(name, param) for name, param in named if _has_bits(param)]
+        self.described = [(f"parameter {name!r}", f"of shape {tuple(p.shape)}, {p.dtype}") for name, p in held]
+        """What must be equal on all ranks before values are compared: the number of texts follows from it."""
+        self.named = held if talk.world > parts else []
         self.talk, self.parts, self.every = talk, parts, every
         self._begun = 0
 
@@ -49,7 +52,8 @@ class Replicas:
         return self.every > 0 and self._begun % self.every == 0 and self.talk.world > 1
 
     def begin(self) -> None:
-        """Compare the parameters before the first exchange. A collective call.
+        """Compare the parameters, once all ranks have the same ``described``, before the first exchange. A collective
+        call.
 
         Raises:
             ThinwireError: they differ; it is the same on all ranks.

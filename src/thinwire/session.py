@@ -17,7 +17,7 @@ from thinwire import checkpoint
 from thinwire.ambient import undisturbed_methods
 from thinwire.copies import OfThisRun
 from thinwire.core import Compressor
-from thinwire.detached import leave_behind
+from thinwire.detached import changing, leave_behind
 from thinwire.exchange.collectives import TIMEOUT, Collective
 from thinwire.exchange.control import ATTACH, Together
 from thinwire.exchange.cost import measure
@@ -124,21 +124,22 @@ class Session(OfThisRun):
             units, handover = self._prepare(method)
             rest = {"seed": self.seed, "step": self.step, "optimizer": self.joint.rule(), "link": self.collective.link}
             described = describe(method, units, rest)
-        agree(self.collective.everyone, described)
-        self.transaction.void()
-        self.stepping.leave(handover)
-        hand_on_all(self.units, units, self.workers, self.collective, self.timeout)
-        if said := self.stepping.enter(handover, units, method):
-            self._say(said)
-        self.method, self.units = method, units
-        self._take_link()
-        with together.alone():
             rehearse(units, self.workers[0].kernels)
-            self.joint.hold(True, units)
-            self._installed_at, self._density = self.step, -1.0
-            self.transaction.clock.all_at(self.step)
-            self._set_heads()
-            self._set_stage()
+        agree(self.collective.everyone, described)
+        with changing(self, together.what):
+            self.transaction.void()
+            self.stepping.leave(handover)
+            hand_on_all(self.units, units, self.workers, self.collective, self.timeout)
+            if said := self.stepping.enter(handover, units, method):
+                self._say(said)
+            self.method, self.units = method, units
+            self._take_link()
+            with together.alone():
+                self.joint.hold(True, units)
+                self._installed_at, self._density = self.step, -1.0
+                self.transaction.clock.all_at(self.step)
+                self._set_heads()
+                self._set_stage()
 
     def _take_link(self) -> None:
         """The link that routes are chosen by: emulated, or measured where the method asks. A collective call."""
@@ -160,7 +161,7 @@ class Session(OfThisRun):
         Raises:
             ThinwireError: there are such ranks.
         """
-        if len({self._stage(step) for step in self.transaction.clock.possible(self.step)}) > 1:
+        if len({self._stage(step) for step in self.transaction.clock.possible()}) > 1:
             with self._together("a stage of the warm-up"):
                 steps = self._steps()
             self.transaction.compare(steps, self.step)
@@ -268,7 +269,8 @@ class Session(OfThisRun):
         self.row = StepRow(self.step, self.method.name)
         self._sent_before = self.collective.sent, self.collective.sent_inside
         self.loss_scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
-        self.turn = self.transaction.clock.turn(self.step)
+        self.turn = self.transaction.clock.turn()
+        self.collective.at(self.step)
         self._check_clocks()
         self._set_stage()
         self.stepping.begin()
@@ -285,7 +287,7 @@ class Session(OfThisRun):
         self.ledger.add(row)
         if bad is not None or self.stages.reads:
             beside = partial(self.collective.any_beside, timeout=self.timeout)
-            self.transaction.end(self.step, beside, bool(bad), self._steps)
+            self.transaction.end(self.step, beside, bool(bad), self._steps, self.collective.apart())
         else:
             self.transaction.end_unread()
         if self.replicas is not None and self.replicas.due():

@@ -114,6 +114,7 @@ class Transaction:
         beside: Callable[[Sequence[bool]], Sequence[bool]] = list,
         bad: bool = False,
         steps: Callable[[], Sequence[int]] = list,
+        parted_inside: bool = False,
     ) -> None:
         """All of it has arrived.
 
@@ -121,13 +122,14 @@ class Transaction:
             beside: whether each is so on any rank with another part of the model, from what is so on this one.
             bad: whether something was not finite of which no message tells.
             steps: asks all ranks which step they are at.
+            parted_inside: whether ranks that share messages are at different steps.
 
         Raises:
             ThinwireError: the ranks are not at the same step.
         """
         self.pending = self.looked = True
         said = self._said()
-        differ = any(differs for differs, _ in said)
+        differ = parted_inside or any(differs for differs, _ in said)
         for verdict, (_, failed) in zip(self.verdicts, said, strict=True):
             if failed and not differ:
                 self._fail(verdict, step)
@@ -165,6 +167,7 @@ class Transaction:
         """
         if others := apart(steps):
             self.refuse(parted(step, others))
+        self.clock.all_at(step)
 
     def refuse(self, complaint: str) -> None:
         """Raise an error after which a step of the optimizer changes nothing.

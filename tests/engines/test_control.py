@@ -16,7 +16,10 @@ import thinwire
 from tests.engines.test_faults import finish, start_ranks
 from thinwire import ThinwireError, Warmup, dgc, topk
 from thinwire.engines.plain import Plain
+from thinwire.exchange.collectives import NoAnswer
+from thinwire.exchange.control import Together
 from thinwire.exchange.nodes import Nodes
+from thinwire.exchange.texts import is_known
 from thinwire.session import Session
 
 
@@ -169,14 +172,52 @@ def _raising(rank, engine):
     told(lambda: wire.load("/nowhere") if rank else wire.load_state_dict(wire.state_dict()), ThinwireError, "/nowhere")
     step(model, optimizer)
     assert wire.step == 1, "the session lives on too"
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setattr(Session, "_set_stage", raises(ZeroDivisionError()))
+        told(lambda: wire.set_method(topk(0.2)), ZeroDivisionError, "failed on rank 1: ZeroDivisionError")
+    for use in (lambda: step(model, optimizer), lambda: wire.set_method(topk(0.2)), wire.state_dict):
+        assert "step 1: set_method() ended in the middle (" in error_of(use)
     wire.detach()
+    step(model, optimizer)
     return found
+
+
+class _Alone:
+    """A rank that reaches nobody."""
+
+    def __init__(self):
+        self.everyone, self.rank, self.left = self, 1, []
+        self.leave = self.left.append
+
+    def exchange_text(self, text, timeout=None):
+        raise NoAnswer("connection closed by peer")
+
+
+def test_an_error_that_could_not_be_told_is_not_taken_for_a_known_one():
+    talk, known = _Alone(), []
+
+    def call():
+        with Together(talk, "attach()") as together:
+            try:
+                with together.alone():
+                    raise ValueError("of its own")
+            except ValueError as error:
+                known.append(is_known(error))
+                raise
+
+    with pytest.raises(ValueError, match="of its own") as raised:
+        call()
+    assert known == [False], "whoever cleans up must not ask the others"
+    assert is_known(raised.value)
+    assert talk.left == ["attach() failed on rank 1: ValueError: of its own"]
+    assert "connection closed" in raised.value.__notes__[0]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_whatever_a_rank_raises_is_told_to_the_others(world2, engine):
     for found in world2.run(_raising, engine, timeout=120.0):
-        assert len(found) == 8
+        assert len(found) == 9
 
 
 def _in_the_middle(rank):

@@ -258,6 +258,32 @@ def test_the_first_parameter_that_differs_is_named_on_all_ranks(world2, where):
             )
 
 
+def _unlike(rank, sizes):
+    """What FSDP2 ranks hear of which one has other layers."""
+    found = []
+    for mine in sizes:
+        layers = [nn.Linear(4, n) for n in mine[rank]]
+        model, mesh = nn.Sequential(*layers), mesh_of(2, 1)
+        fully_shard(model, mesh=mesh["shard"])
+        with pytest.raises(ThinwireError) as raised:
+            thinwire.attach(model, dense(), replicate=mesh["replicate"], timeout=30)
+        found.append(str(raised.value))
+    return found
+
+
+UNLIKE = [
+    (([4], [4, 4, 4, 4]), "rank 0 has nothing; rank 1 has parameter '1.weight': of shape (4, 4), torch.float32"),
+    (([4, 4, 4], [4]), "rank 0 has parameter '1.weight': of shape (4, 4), torch.float32; rank 1 has nothing"),
+    (([4, 4], [4, 8]), "rank 0 has parameter '1.weight': of shape (4, 4), torch.float32; rank 1 has parameter '1.w"),
+]
+
+
+def test_ranks_with_other_parameters_hear_so_before_values_are_compared(world2):
+    for errors in world2.run(_unlike, [sizes for sizes, _ in UNLIKE], timeout=180):
+        for (_, said), error in zip(UNLIKE, errors, strict=True):
+            assert said in error
+
+
 def _four(rank):
     """A replica of a shard, and a rank of a node, that differ from the others."""
     errors = []

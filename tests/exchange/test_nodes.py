@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 import thinwire
 from tests.engines.models import batch, build, flat_parameters, loss_of, simulated
 from tests.engines.test_ddp import SMALL_BUCKETS, close
-from thinwire import ThinwireError, cast, dense, dgc, scalecom, topk
+from thinwire import ThinwireError, cast, dense, dgc, powersgd, scalecom, topk
 from thinwire.exchange.collectives import ProcessGroup
 from thinwire.exchange.nodes import Nodes, groups_of
 
@@ -35,8 +35,22 @@ def _contract(rank):
         last.future.wait()
         assert torch.equal(last.answer(), torch.full(shape, 4.0))
     assert nodes.any_inside([rank == 1, False, True], mine, 30) == [rank < 2, False, True]
-    assert 1290 <= nodes.sent <= 1470, "half of every message, padded; an all-reduce of two sends one message"
+    assert 1390 <= nodes.sent <= 1590, "half of every message, padded, and a step; an all-reduce sends one message"
     assert nodes.sent_inside > nodes.sent
+    assert not nodes.apart()
+    sends = {
+        "sum": lambda x: nodes.all_reduce(x.to(torch.float16)),
+        "gather": nodes.all_gather,
+        "all to all": lambda x: nodes.all_to_all(x.expand(2, -1)),
+        "broadcast": lambda x: nodes.broadcast(x, 1),
+    }
+    for what, send in sends.items():
+        for late in range(4):
+            nodes.at(255 + (rank == late))
+            last = send(torch.zeros(24, dtype=torch.uint8)).last(30)
+            last.future.wait()
+            last.answer()
+            assert nodes.apart() == (what != "broadcast" or late >= 2), (what, late)
     nodes.close()
     return True
 
@@ -119,6 +133,45 @@ def _again(rank):
 def test_attach_again_and_bad_nodes(world4):
     a, *others = world4.run(_again)
     assert all(torch.equal(a, b) for b in others)
+
+
+def _leaves_out_a_step(rank, cases):
+    """How each run ends where one rank leaves out a step of the optimizer."""
+    found = []
+    for engine, method, who in cases:
+        model, optimizer = build()
+        run = DistributedDataParallel(model) if engine == "ddp" else model
+        group = {} if engine == "ddp" else {"process_group": dist.group.WORLD}
+        wire = thinwire.attach(run, method, optimizer=optimizer, nodes=2, check_every=0, **group)
+        try:
+            for step in range(4):
+                optimizer.zero_grad()
+                loss_of(run, batch(rank, step)).backward()
+                if (rank, step) != (who, 1):
+                    optimizer.step()
+            found.append((step, "nothing"))
+        except ThinwireError as error:
+            before = flat_parameters(model)
+            optimizer.step()
+            assert torch.equal(before, flat_parameters(model))
+            found.append((step, str(error)))
+        dist.barrier()
+        wire.detach()
+    return found
+
+
+LEFT_OUT = [(engine, m, who) for engine in ("ddp", "bare") for m in (topk(0.05), powersgd(2)) for who in (1, 2)]
+LEFT_OUT += [("ddp", m, who) for m in (topk(0.05), powersgd(2)) for who in (0, 3)]
+LEFT_OUT += [("ddp", dgc(0.02, route="two_phase"), 3), ("ddp", scalecom(0.05), 2), ("bare", cast("bfloat16"), 1)]
+
+
+def test_a_step_that_a_rank_of_any_lane_leaves_out_is_an_error_on_all(world4):
+    for rank, found in enumerate(world4.run(_leaves_out_a_step, LEFT_OUT, timeout=240)):
+        for (engine, method, who), (step, error) in zip(LEFT_OUT, found, strict=True):
+            assert error.startswith(f"step {2 - (rank == who)}: the step clocks of the ranks have parted"), (
+                engine, method.name, who, error,
+            )  # fmt: skip
+            assert step == 2, (engine, method.name, who)
 
 
 def _experts(rank):

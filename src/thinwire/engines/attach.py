@@ -202,7 +202,7 @@ def attach(
                 "all_gather": all_gather,
                 "check_every": check_every,
             }
-            lines = [(key, str(value)) for key, value in said.items()]
+            lines = [*((key, str(value)) for key, value in said.items()), *replicas.described]
         agree(engine.talk, lines)
         if not engine.begins_alike:
             replicas.begin()

@@ -195,6 +195,14 @@ class Collective(Talk, Protocol):
         """Bytes that this rank has sent to those it shares messages with."""
         ...
 
+    def at(self, step: int) -> None:
+        """The step that this rank is at, for those that share its messages: a head is in the part of one of them."""
+        ...
+
+    def apart(self) -> bool:
+        """Whether what has arrived since says that ranks which share messages are at different steps; waits."""
+        ...
+
     def mean_inside(self, gradients: Tensor, timeout: float) -> None:
         """Average over the ranks that share messages, in place; waits."""
         ...
@@ -241,6 +249,12 @@ class OneLevel:
     @property
     def keepers(self) -> Any:
         return self
+
+    def at(self, step: int) -> None:
+        pass
+
+    def apart(self) -> bool:
+        return False
 
     def mean_inside(self, gradients: Tensor, timeout: float) -> None:
         pass

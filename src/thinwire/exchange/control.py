@@ -67,10 +67,10 @@ class Together:
         text = self._told(error)
         try:
             self.talk.everyone.exchange_text(text, patience)
-        except (NoAnswer, ThinwireError) as reason:
-            self.talk.leave(text)
+        except (NoAnswer, ThinwireError) as reason:  # whoever ends the call leaves a word
             error.add_note(f"The other ranks could not be told: {reason}")
-        known_to_all(error)
+        else:
+            known_to_all(error)
 
     def _told(self, error: BaseException) -> str:
         said = str(error) if isinstance(error, ThinwireError) else f"{type(error).__name__}: {error}"

@@ -142,6 +142,12 @@ class Mesh:
     def broadcast(self, message: Tensor, source: int) -> InFlight:
         return self.replicas.broadcast(message, source)
 
+    def at(self, step: int) -> None:
+        pass  # every message of a replica has a head
+
+    def apart(self) -> bool:
+        return False
+
     def mean_inside(self, gradients: Tensor, timeout: float) -> None:
         pass  # the reduce-scatter has done it
 

@@ -4,6 +4,9 @@ A node is one worker. Its ranks average their gradients, hold the same state, an
 which each sends its own part to its counterparts in the other nodes; what they receive they put together inside.
 So a message between nodes crosses each node's link once, spread over the ranks, and what compression loses is that
 of as many workers as there are nodes.
+
+A message has one head, which is in the part of one rank of a node. So every part ends with the step of the rank that
+sends it; all ranks receive all parts, and learn whether any of them is at another step.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +25,7 @@ from thinwire.exchange.liveness import Lost
 from thinwire.exchange.paced import Paced
 from thinwire.link import Link
 from thinwire.tensors import ThinwireError
+from thinwire.wire.head import CLOCK, SLOTS
 from thinwire.wire.layout import ROW_ALIGNMENT
 
 
@@ -83,6 +87,8 @@ class Nodes:
         self.label = f"{between.label}, between {self.world} nodes of {self.lanes} ranks"
         link = between.link
         self.link = link and Link(link.bandwidth * self.lanes, link.latency)
+        self._step = 0
+        self._parted: list[Tensor] = []  # of each exchange since ``at``, whether the steps in it differ
 
     @property
     def keepers(self) -> Collective:
@@ -103,40 +109,77 @@ class Nodes:
         flags = torch.tensor(used, dtype=torch.float32, device=gradients.device)
         return [bool(flag) for flag in _wait(self.inside.all_reduce(flags), timeout)]
 
+    def at(self, step: int) -> None:
+        self._step = step
+        self._parted.clear()
+
+    def apart(self) -> bool:
+        parted, self._parted = self._parted, []
+        return bool(parted) and bool(torch.stack(parted).any())
+
     def all_reduce(self, message: Tensor) -> InFlight:
         shape, dtype, nbytes = message.shape, message.dtype, message.nbytes
-        part = self._part(message.reshape(1, -1).view(torch.uint8))
+        part = self._part(message.reshape(1, -1).view(torch.uint8), SLOTS * message.itemsize).view(dtype)
+        part[0, self._step % SLOTS - SLOTS] = 1
         return self._then_inside(
-            self.between.all_reduce(part.view(dtype)), 1, lambda rows: rows[0, :nbytes].view(dtype).view(shape)
+            self.between.all_reduce(part),
+            1,
+            SLOTS * message.itemsize,
+            lambda clocks: clocks.view(dtype).ne(0).flatten(0, 1).any(0).sum() > 1,
+            lambda rows: rows[0, :nbytes].view(dtype).view(shape),
         )
 
     def all_gather(self, message: Tensor) -> InFlight:
         nbytes = message.numel()
-        part = self._part(message.view(1, -1)).view(-1)
-        return self._then_inside(self.between.all_gather(part), self.world, lambda rows: rows[:, :nbytes])
+        part = self._clocked(message.view(1, -1)).view(-1)
+        return self._gathered(self.between.all_gather(part), self.world, lambda rows: rows[:, :nbytes])
 
     def all_to_all(self, message: Tensor) -> InFlight:
         nbytes = message.shape[1]
-        return self._then_inside(
-            self.between.all_to_all(self._part(message)), self.world, lambda rows: rows[:, :nbytes]
+        return self._gathered(
+            self.between.all_to_all(self._clocked(message)), self.world, lambda rows: rows[:, :nbytes]
         )
 
     def broadcast(self, message: Tensor, source: int) -> InFlight:
         nbytes = message.numel()
-        part = self._part(message.view(1, -1)).view(-1)
-        return self._then_inside(self.between.broadcast(part, source), 1, lambda rows: rows[0, :nbytes])
+        part = self._clocked(message.view(1, -1)).view(-1)
+        return self._gathered(self.between.broadcast(part, source), 1, lambda rows: rows[0, :nbytes])
 
-    def _part(self, rows: Tensor) -> Tensor:
-        """This rank's columns of uint8 ``[rows, nbytes]``, padded."""
+    def _part(self, rows: Tensor, more: int) -> Tensor:
+        """This rank's columns of uint8 ``[rows, nbytes]``, padded, and ``more`` columns of zeros."""
         width = -(-rows.shape[1] // (self.lanes * ROW_ALIGNMENT)) * ROW_ALIGNMENT
-        padded = torch.nn.functional.pad(rows, (0, width * self.lanes - rows.shape[1]))
-        return padded[:, self._lane * width : (self._lane + 1) * width].contiguous()
+        mine = rows[:, self._lane * width : (self._lane + 1) * width]
+        return torch.nn.functional.pad(mine, (0, width - mine.shape[1] + more))
 
-    def _then_inside(self, first: InFlight, rows: int, whole: Callable[[Tensor], Tensor]) -> InFlight:
+    def _clocked(self, rows: Tensor) -> Tensor:
+        part = self._part(rows, ROW_ALIGNMENT)
+        part[:, -1] = self._step % CLOCK
+        return part
+
+    def _gathered(self, first: InFlight, rows: int, whole: Callable[[Tensor], Tensor]) -> InFlight:
+        return self._then_inside(first, rows, ROW_ALIGNMENT, lambda clocks: (clocks != clocks[0, 0]).any(), whole)
+
+    def _then_inside(
+        self,
+        first: InFlight,
+        rows: int,
+        more: int,
+        parted: Callable[[Tensor], Tensor],
+        whole: Callable[[Tensor], Tensor],
+    ) -> InFlight:
+        """The second stage of an exchange.
+
+        Args:
+            more: columns of a part that tell steps.
+            parted: from these columns, ``[lanes, rows, more]``, whether the steps differ; bool ``[]``.
+            whole: from the rows to the answer.
+        """
         lanes = self.lanes
 
         def arrange(parts: Tensor) -> Tensor:
-            return whole(parts.view(lanes, rows, -1).transpose(0, 1).reshape(rows, -1))
+            each = parts.view(lanes, rows, -1)
+            self._parted.append(parted(each[..., -more:].contiguous()))
+            return whole(each[..., :-more].transpose(0, 1).reshape(rows, -1))
 
         @cache
         def then() -> InFlight:
