@@ -6,7 +6,7 @@ the number of exchanges begun, which is equal on all ranks even where one of the
 the parameters.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from thinwire.tensors import ThinwireError
 
 EVERY = 100
 """Exchanges from one look to the next: at that, reading the parameters takes less than 0.3 % of the time."""
+ASIDE = "-"
+"""Before the hash of a rank that is not compared."""
 
 
 class Replicas:
@@ -44,6 +46,10 @@ class Replicas:
         """What must be equal on all ranks before values are compared: the number of texts follows from it."""
         self.named = held if talk.world > parts else []
         self.talk, self.parts, self.every = talk, parts, every
+        self.aside = False
+        """Whether the others' parameters will replace this rank's; the engine's to say, before a check."""
+        self.strays: Sequence[int] = ()
+        """The ranks aside whose parameters were not the others' at the last look; all ranks know the same."""
         self._begun = 0
 
     def due(self) -> bool:
@@ -67,7 +73,7 @@ class Replicas:
             )
 
     def check(self, step: int, refuse: Callable[[str], None]) -> None:
-        """Compare steps and parameters. A collective call.
+        """Compare the steps of all ranks, and the parameters of those that are not aside. A collective call.
 
         Args:
             step: that this rank is at.
@@ -85,16 +91,26 @@ class Replicas:
     def _look(self, step: int) -> tuple[list[int], str]:
         """The steps of all ranks, and the first parameter that differs with the ranks where it does, or ""."""
         hashes = [fingerprint(own(param)) for _, param in self.named]
-        said = [text.split() for text in self.talk.exchange_text(f"{step} {chained(hashes):016x}")]
-        differs = self._first(hashes) if self._odd([text for _, text in said]) else ""
+        said = [text.split() for text in self.talk.exchange_text(f"{step} {self._said(hashes)}")]
+        found = [text for _, text in said]
+        self.strays = [r for r, text in enumerate(found) if text.startswith(ASIDE) and text[len(ASIDE) :] not in found]
+        differs = self._first(hashes) if self._odd(found) else ""
         return [int(text) for text, _ in said], differs
 
-    def _odd(self, said: Sequence[str]) -> list[int]:
-        """The ranks that said something else than the first that holds the same part."""
-        return [rank for rank, text in enumerate(said) if text != said[rank % self.parts]]
+    def _said(self, hashes: Sequence[int]) -> str:
+        return f"{ASIDE * self.aside}{chained(hashes):016x}"
 
-    def _asked(self, hashes: Sequence[int]) -> list[int]:
-        return self._odd(self.talk.exchange_text(f"{chained(hashes):016x}"))
+    def _odd(self, said: Sequence[str]) -> dict[int, int]:
+        """The ranks that said something else than the first that holds the same part, and that one."""
+        first: dict[int, int] = {}
+        for rank, text in enumerate(said):
+            if not text.startswith(ASIDE):
+                first.setdefault(rank % self.parts, rank)
+        others = [(rank, first[rank % self.parts]) for rank, text in enumerate(said) if not text.startswith(ASIDE)]
+        return {rank: one for rank, one in others if said[rank] != said[one]}
+
+    def _asked(self, hashes: Sequence[int]) -> dict[int, int]:
+        return self._odd(self.talk.exchange_text(self._said(hashes)))
 
     def _first(self, hashes: Sequence[int]) -> str:
         """Find the first that differs by halves, each a text of 16 characters; all ranks take the same halves."""
@@ -105,10 +121,10 @@ class Replicas:
         ranks = self._asked(hashes[low:high])
         return f"parameter {self.named[low][0]!r} is not the same on all ranks: {self._listed(ranks)}"
 
-    def _listed(self, ranks: Sequence[int]) -> str:
+    def _listed(self, ranks: Mapping[int, int]) -> str:
         first: dict[int, list[str]] = {}
-        for rank in ranks:
-            first.setdefault(rank % self.parts, []).append(str(rank))
+        for rank, one in ranks.items():
+            first.setdefault(one, []).append(str(rank))
         shard = ", which holds the same shard" if self.parts > 1 else ""
         said = [
             ("ranks {} differ" if len(odd) > 1 else "rank {} differs").format(" and ".join(odd))

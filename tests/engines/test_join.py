@@ -62,13 +62,42 @@ def test_a_rank_that_has_joined_goes_on_with_the_others(world2, counts, method, 
     assert left[0] == max(counts) + 2, "a step of any rank is one of all"
 
 
+def _scheduled(rank, kind):
+    model, optimizer = build()
+    ddp = DistributedDataParallel(model)
+    wire = thinwire.attach(ddp, topk(0.1), optimizer=optimizer, timeout=30.0, kernels="reference", check_every=2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    with ddp.join():
+        for step in range((3, 9)[rank]):
+            optimizer.zero_grad()
+            loss_of(ddp, batch(rank, step)).backward()
+            if kind in ("clip", "both"):
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.step()
+            if kind != "clip":
+                scheduler.step()
+    notes = [note for note in wire.ledger.notes if "has joined and steps otherwise" in note]
+    wire.detach()
+    return wire.step, flat_parameters(model), notes
+
+
+@pytest.mark.parametrize("kind", ["scheduler", "clip", "both"])
+def test_a_rank_that_has_joined_may_step_otherwise_until_ddp_replaces_its_parameters(world2, kind):
+    (step, a, notes), (last, b, others) = world2.run(_scheduled, kind)
+    assert step == last == 9
+    assert torch.equal(a, b)
+    assert notes == others
+    assert len(notes) == 1
+    assert "rank 0 has joined" in notes[0]
+
+
 def _refused(rank, what):
     model, optimizer = build()
     ddp = DistributedDataParallel(model)
     options = {"scaler": torch.amp.GradScaler("cpu")} if what == "scaler" else {}
     wire = thinwire.attach(ddp, topk(0.1), optimizer=optimizer, timeout=30.0, kernels="reference", **options)
     with pytest.raises(ThinwireError) as raised, ddp.join(divide_by_initial_world_size=what == "scaler"):
-        train(rank, ddp, optimizer, 3 - rank)
+        train(rank, ddp, optimizer, 3 * rank)  # with no batch a rank is in join() at once
     wire.detach()
     return str(raised.value)
 

@@ -21,7 +21,7 @@ from thinwire.ambient import undisturbed
 from thinwire.engines.bucketed import Bucketed
 from thinwire.engines.departures import ACCUMULATED, Departures
 from thinwire.engines.hooks import Hook
-from thinwire.engines.joined import Joined
+from thinwire.engines.joined import Entry, Joined
 from thinwire.engines.names import clean
 from thinwire.engines.stepped import Steps, inside
 from thinwire.engines.unchanged import Parameters
@@ -87,6 +87,7 @@ class Dispatcher:
                 session.cleanup.callback(handle.remove)
         self.exchanged_since_step = False
         self.session, self.joined = session, Joined(ddp)
+        session.cleanup.callback(Entry.install(ddp, self.joined, session))
 
     def uninstall(self) -> None:
         self.session = self.used = self.joined = None
@@ -216,7 +217,11 @@ class Dispatcher:
             self.absent = self.unfinished()
         self.planned = None
         self.steps.ended()
+        if self.joined is not None and session.replicas is not None:
+            session.replicas.aside = self.joined.shadows
         session.end_step()
+        if self.joined is not None:
+            self.joined.tell(session)
 
     def _pass(
         self, session: Session, planned: Bucket, bucket: GradBucket, buffer: Tensor
