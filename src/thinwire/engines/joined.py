@@ -12,7 +12,7 @@ parameters part until DDP replaces them, so nobody compares them until then, and
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 from weakref import ref
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.backward import in_backward
 from thinwire.exchange.collectives import Future
-from thinwire.optimizers import warn_once
+from thinwire.optimizers.handover import warn_once
 from thinwire.session import Session
 from thinwire.tensors import ThinwireError
 
@@ -136,8 +136,7 @@ class Entry:
         if enable and (session := self._session()) is not None:
             self._joined.allow(session, divide_by_initial_world_size)
         ddp: Any = self._ddp()
-        join: Any = type(ddp).join
-        return join(ddp, divide_by_initial_world_size, enable, throw_on_early_termination)
+        return cast(Any, type(ddp)).join(ddp, divide_by_initial_world_size, enable, throw_on_early_termination)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or pickled model has its own ``join`` in its place."""
