@@ -11,7 +11,7 @@ from tests.engines.models import batch, build, flat_parameters, loss_of, simulat
 from tests.engines.test_ddp import SMALL_BUCKETS, trained
 from thinwire import Cast, ErrorFeedback, NoMemory, PowerSGD, Rule, ThinwireError, Warmup, dense, powersgd
 from thinwire.compressors.lowrank import orthonormalise, random_columns
-from thinwire.core import Context
+from thinwire.core import NOWHERE, Context
 from thinwire.sim.workers import SimulatedWorkers
 
 N, M, WORKERS = 30, 20, 4
@@ -291,3 +291,15 @@ def test_losses_are_what_is_lost_once_it_has_converged():
         compressor.commit(payload, x, state, new, ctx)
         state = new
     assert float((x - out).square().sum()) == pytest.approx(known[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(31, 33), (8, 3, 3, 3), (50, 8)])
+def test_its_state_lies_as_a_checkpoint_of_it_does(shape, dtype):
+    """Products with another order of memory differ in their last bits."""
+    like = torch.randn(shape, dtype=dtype)
+    state = PowerSGD(2).init(like, NOWHERE)
+    assert {key: value.is_contiguous() for key, value in state.items()} == {"left": True, "right": True}
+    wider = PowerSGD(4).inherit(state, PowerSGD(4).init(like, NOWHERE))
+    narrower = PowerSGD(1).inherit(state, PowerSGD(1).init(like, NOWHERE))
+    assert all(value.clone().is_contiguous() for value in (*wider.values(), *narrower.values()))

@@ -374,8 +374,9 @@ def _attach_late_and_detach(rank):
 def test_attach_between_steps_and_detach(world2):
     for got, expected, seen in world2.run(_attach_late_and_detach):
         assert (got - expected).abs().max() < 1e-12
-        assert seen[0] == seen[2] == {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
-        assert seen[1] == {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+        assert (
+            seen == [{"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}] * 3
+        )  # what is written is what is meant
 
 
 def _change_method(rank):
@@ -408,7 +409,7 @@ def _change_method(rank):
 def test_methods_change_in_mid_run(world2):
     (a, facts, sent), (b, _, _) = world2.run(_change_method)
     assert torch.equal(a, b)
-    assert facts == [(True, 0.9, 4), True, False, 0.0]
+    assert facts == [(True, 0.9, 4), True, False, 0.9]
     assert sent[0] < sent[5]
     assert sent[8] == 0  # nothing is compressed while dense
 
@@ -533,21 +534,6 @@ def _replaced_later(rank):
 
 def test_a_parameter_replaced_while_attached(world2):
     world2.run(_replaced_later)
-
-
-def _scheduler_writes_momentum(rank):
-    model, optimizer = build()
-    ddp = DistributedDataParallel(model)
-    wire = thinwire.attach(ddp, dgc(0.1), optimizer=optimizer)
-    optimizer.param_groups[0]["momentum"] = 0.85
-    with pytest.raises(ThinwireError, match=r"momentum is 0.85 again.*cycle_momentum=False"):
-        loss_of(ddp, batch(rank, 0)).backward()
-    optimizer.param_groups[0]["momentum"] = 0.0
-    wire.detach()
-
-
-def test_a_scheduler_that_writes_momentum(world2):
-    world2.run(_scheduler_writes_momentum)
 
 
 def _tuple_bucket(rank):

@@ -37,7 +37,8 @@ def orthonormalise(x: Tensor, fallback: Tensor) -> Tensor:
 def random_columns(rows: int, rank: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """Orthonormal columns ``[rows, rank]`` of any direction, on the CPU."""
     drawn = torch.randn(rows, rank, generator=generator, dtype=torch.float64, device="cpu")
-    return orthonormalise(drawn, drawn).to(dtype)
+    # as it lies in a checkpoint, too: products with the other order of memory differ in their last bits
+    return orthonormalise(drawn, drawn).to(dtype).contiguous()
 
 
 @dataclass(frozen=True)
