@@ -204,10 +204,10 @@ def attach(
             }
             lines = [*((key, str(value)) for key, value in said.items()), *replicas.described]
         agree(engine.talk, lines)
-        if not engine.begins_alike:
-            replicas.begin()
         collective = engine.collective(asked["link"], together)
         try:
+            if not engine.begins_alike:
+                replicas.begin()
             worker = Worker(collective.rank, asked["seed"], kernels=chosen)
             session = Session(
                 named, method, collective, steps, worker.seed, [worker], scaler, on_nonfinite, timeout, policy
