@@ -5,6 +5,7 @@ who live say so in the group's store, since a failure closes connections between
 """
 
 import contextlib
+import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -60,6 +61,15 @@ class Liveness:
         self.here()
         closed = self._closed()
         others = [rank for rank in range(self.world) if rank != self.rank]
+        found: list[Lost] = []
+        # the store answers never where the link to its host is cut, and nothing bounds that wait
+        asking = threading.Thread(target=lambda: found.append(self._words(others, closed)), daemon=True)
+        asking.start()
+        asking.join(2 * WORD_SECONDS)
+        return found[0] if found else Lost(closed, [rank for rank in others if rank not in closed])
+
+    def _words(self, others: Sequence[int], closed: Sequence[int]) -> Lost:
+        """Read in the store what the others say."""
         deadline = time.monotonic() + WORD_SECONDS
         try:
             while (quiet := self._quiet(others)) and time.monotonic() < deadline:
