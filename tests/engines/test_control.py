@@ -148,7 +148,7 @@ def _raising(rank, engine):
             patch.setattr("thinwire.engines.attach.method_of", raises(TypeError("no method here")))
         told(start(engine, group, topk(0.1), timeout=15.0)[2], TypeError, "failed on rank 1: TypeError: no ")
     wrong = {"link": 5 if rank else None, "kernels": "none" if rank else "reference", "timeout": 15.0}
-    told(start(engine, group, topk(0.1), **wrong)[2], ThinwireError, "failed on rank 1: kernels")
+    told(start(engine, group, topk(0.1), **wrong)[2], ThinwireError, "failed on rank 1: link is 5")
     model, optimizer, attach = start(engine, group, dgc(0.1), timeout=15.0)
     settings = dict(optimizer.param_groups[0])
     with pytest.MonkeyPatch.context() as patch:
@@ -235,7 +235,7 @@ def test_an_error_that_could_not_be_told_is_not_taken_for_a_known_one():
 @pytest.mark.parametrize("engine", ENGINES)
 def test_whatever_a_rank_raises_is_told_to_the_others(world2, engine):
     for found in world2.run(_raising, engine, timeout=120.0):
-        assert len(found) == 8
+        assert len(found) == 9
 
 
 def _in_the_middle(rank):
