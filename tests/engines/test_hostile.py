@@ -27,11 +27,11 @@ PATTERNS = {
 }
 
 
-def _hostile(rank):
+def _hostile(rank, patterns):
     found = {}
     send = pipeline.send
-    for i, (name, method) in enumerate(METHODS.items()):  # each with one pattern: an attach takes its time
-        for pattern, overwrite in list(PATTERNS.items())[i % len(PATTERNS) :][:1]:
+    for name, method in METHODS.items():
+        for pattern, overwrite in ((one, PATTERNS[one]) for one in patterns):
             group = dist.new_group([0, 1])
             model, optimizer = build()
             canary = torch.full((4096,), 7, dtype=torch.uint8)
@@ -62,8 +62,10 @@ def _hostile(rank):
     return found
 
 
-def test_hostile_messages_are_an_error_or_a_wrong_gradient_and_no_crash(world2):
-    honest, _ = world2.run(_hostile, timeout=120.0)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_hostile_messages_are_an_error_or_a_wrong_gradient_and_no_crash(world2, pattern):
+    honest, _ = world2.run(_hostile, [pattern], timeout=120.0)
     assert len(honest) == len(METHODS)
-    assert any(what != "a step" for what in honest.values()), "indices out of range are an error"
+    if pattern == "highest bits":
+        assert any(what != "a step" for what in honest.values()), "indices out of range are an error"
     assert all("step 0: the" in what for what in honest.values() if what != "a step"), honest
