@@ -38,7 +38,9 @@ def test_demo_writes_results(demo):
         for metric in ("steps", "heldout_loss", "wire_bytes_per_step", "ratio", "ratio_compressed", "step_ms"):
             assert found[case, metric] > 0, (case, metric)
     assert found["dense", "ratio"] == 1
-    assert found["fp16", "ratio"] == pytest.approx(2)
+    assert found["fp16", "ratio"] == pytest.approx(2, rel=1e-3), (
+        "but for the head, which dense messages of DDP have not"
+    )
     assert found["dgc", "ratio_compressed"] > 300
     assert found["dgc", "ratio"] > 10
     assert found["dgc", "steps"] > found["dense", "steps"]

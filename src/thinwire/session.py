@@ -162,12 +162,11 @@ class Session(OfThisRun):
             ThinwireError: there are such ranks.
         """
         if len({self._stage(step) for step in self.transaction.clock.possible()}) > 1:
-            with self._together("a stage of the warm-up"):
-                steps = self._steps()
-            self.transaction.compare(steps, self.step)
+            self.transaction.compare(self._steps("a stage of the warm-up"), self.step)
 
-    def _steps(self) -> list[int]:
-        return heard(self.collective.everyone.exchange_text(str(self.step)), int, "step")
+    def _steps(self, what: str = "a comparison of steps") -> list[int]:
+        with self._together(what):
+            return heard(self.collective.everyone.exchange_text(str(self.step)), int, "step")
 
     def _set_stage(self) -> None:
         density = self._stage(self.step)
@@ -291,7 +290,8 @@ class Session(OfThisRun):
         else:
             self.transaction.end_unread()
         if self.replicas is not None and self.replicas.due():
-            self.replicas.check(self.step, self.transaction.refuse)
+            with self._together("the check of replicas"):
+                self.replicas.check(self.step, self.transaction.refuse)
         self.stepping.exchanged()
         if self.optimizer is None:
             self.commit(self.units)

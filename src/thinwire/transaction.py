@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, TypeAlias, cast
 import torch
 
 from thinwire.clock import Clock, apart, parted
+from thinwire.exchange.texts import known_to_all
 from thinwire.optimizers.several import Optimizers, each_of
 from thinwire.pipeline import Verdict
 from thinwire.report.ledger import Ledger
@@ -170,14 +171,14 @@ class Transaction:
         self.clock.all_at(step)
 
     def refuse(self, complaint: str) -> None:
-        """Raise an error after which a step of the optimizer changes nothing.
+        """Raise an error, the same on all ranks, after which a step of the optimizer changes nothing.
 
         Raises:
             ThinwireError: always.
         """
         self.pending = self.failed = True
         self._complaint = complaint
-        raise ThinwireError(complaint)
+        raise known_to_all(ThinwireError(complaint))
 
     def _fail(self, verdict: Verdict, step: int) -> None:
         if self.failed:  # said of another message already

@@ -83,7 +83,7 @@ def _absent(rank, engine):
         method = topk(0.1, warmup=stages) if what == "warm-up" else dgc(0.1)
         model, optimizer, attach = start(engine, group, method)
         wire = attach() if what != "attach" else None
-        if wire is not None:
+        for _ in range(0 if wire is None else 2):  # in the second, DDP itself asks the others about its buckets
             step(model, optimizer)
         calls = {
             "attach": attach,
@@ -107,10 +107,10 @@ def test_a_rank_that_does_not_come_is_an_error_after_the_timeout(world2, engine)
         found,
         (
             r"attach\(\)",
-            r"step 1: set_method\(\)",
-            "step 1: loading a checkpoint",
-            "step 1: a stage",
-            r"step 1: detach",
+            r"step 2: set_method\(\)",
+            "step 2: loading a checkpoint",
+            "step 2: a stage",
+            r"step 2: detach",
         ),
         strict=True,
     ):

@@ -91,7 +91,7 @@ class Bucketed:
     def _look(self, key: int, param: Tensor, grad: Tensor) -> None:
         mine, known = own(param), self._strides(param, grad)
         local = None if param.grad is None else own(param.grad)
-        if sum(size > 1 for size in param.shape) < 2 or not is_dense(mine):
+        if sum(size > 1 for size in param.shape) < 2 or not param.numel() or not is_dense(mine):
             self.strides[key] = mine.stride() if is_dense(mine) else grad.stride()
             self.sure.add(key)
         elif local is not None and self.views:
