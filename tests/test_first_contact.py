@@ -132,7 +132,7 @@ REFUSED = [
     # warm-ups
     (lambda: thinwire.dgc(warmup="400"), "warmup is the text '400'; write 400, without quotes: give a number of steps"),
     (lambda: thinwire.dgc(warmup=True), "warmup is True, which is no number; give a number of steps"),
-    (lambda: thinwire.dgc(warmup=2), "a warm-up of 2 steps can't hold 4 stages"),
+    (lambda: thinwire.dgc(warmup=2), r"a warm-up of 2 steps .*: thinwire\.Warmup\(2, \(0.25,\)\)"),
     (lambda: thinwire.dgc(warmup=-40), "warmup is -40"),
     (lambda: thinwire.dgc(warmup=0.05), "warmup is 0.05; give a number of steps"),
     (lambda: thinwire.dgc(warmup=(0.25, 0.06)), "warmup is a tuple; give a number of steps"),

@@ -195,6 +195,13 @@ def test_the_plan_declines_vectors_and_small_matrices_and_says_so():
         SimulatedWorkers(alone, method, torch.optim.SGD(alone.parameters(), lr=0.1), 2)
 
 
+def test_a_warm_up_that_changes_nothing_is_said():
+    named = nn.ParameterDict({"big": nn.Parameter(torch.zeros(50, 40))})
+    optimizer = torch.optim.SGD(named.parameters(), lr=0.1)
+    session = SimulatedWorkers(named, powersgd(2, warmup=Warmup(4)), optimizer, 2).session
+    assert "big: no density to change, so the warm-up's 0.25 leaves them as they are" in session.ledger.notes
+
+
 METHODS = {
     "powersgd": powersgd(2),
     "powersgd-clip": powersgd(3, min_compression_rate=0.0, clip=0.5),

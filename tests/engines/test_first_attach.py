@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import thinwire
 from tests.engines.models import batch, build, flat_parameters, loss_of
 from thinwire import ErrorFeedback, MomentumCorrection, PowerSGD, Quantize, RandK, Rule, ThinwireError, TopK, dgc, topk
+from thinwire.sim.workers import SimulatedWorkers
 
 
 @pytest.fixture
@@ -253,6 +254,18 @@ def test_a_model_of_which_nothing_is_compressed(make, method, caplog):
     assert sum(said in note for note in result.ledger.notes) == 1
     assert said in caplog.text
     assert not any("compresses nothing" in note for note in simulated().ledger.notes)
+
+
+@pytest.mark.parametrize("settings", [{"momentum": 0.9}, {"weight_decay": 0.1}])
+def test_a_method_of_which_some_memories_would_lose_the_momentum(settings):
+    method = thinwire.Method("mine", (Rule(TopK(0.05), MomentumCorrection(), min_ndim=2), REST))
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **settings)
+    with pytest.raises(ThinwireError, match=r"'bias' would lose them: its memory is NoMemory; .*thinwire.Momentum\(\)"):
+        SimulatedWorkers(model, method, optimizer, 2)
+    model = nn.Linear(8, 8)
+    groups = [{"params": [model.weight], **settings}, {"params": [model.bias]}]
+    SimulatedWorkers(model, method, torch.optim.SGD(groups, lr=0.1), 2)
 
 
 def test_after_detach(alone):

@@ -98,6 +98,22 @@ def test_who_has_a_gradient_is_told_by_flags_and_not_by_values(world2):
             assert fewer, (engine, method.name)
 
 
+def _unequal_use_apart(rank, cases):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("thinwire.exchange.routes.APART_BYTES", 1)
+        return _unequal_use(rank, cases)
+
+
+def test_who_has_a_gradient_is_told_where_the_head_is_a_message_of_its_own(world2):
+    cases = [case for case in USES if case[1].name == "dense" and case[0] != "ddp"]
+    one, other = world2.run(_unequal_use_apart, cases, timeout=180)
+    within, _ = world2.run(_unequal_use, cases, timeout=180)
+    for (weights, there, _), (theirs, same, _), (expected, *_) in zip(one, other, within, strict=True):
+        assert torch.equal(weights, theirs)
+        assert torch.equal(weights, expected)
+        assert there == same == [[True, True, False]] * 3
+
+
 def test_the_simulator_does_as_the_model_without_a_wrapper(world2):
     (real, *_), _ = (ranks[0] for ranks in world2.run(_unequal_use, [USES[2]], timeout=180))
     model, _, opt, _ = build("simulated")

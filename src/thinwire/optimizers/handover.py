@@ -55,6 +55,8 @@ class Handover:
         self.each = check(optimizer, method, named, held)
         self.held = {name: one for name, one in held.items() if isinstance(one, torch.optim.SGD)}
         self.others = held.keys() - self.held.keys()
+        memories = {name: method.rule(name, param.shape, param.numel()).memory for name, param in named}
+        self.homeless = {name: type(memory).__name__ for name, memory in memories.items() if not memory.absorbs}
         self.settings = self.read()
         self.seen: Written | None = None
         """What was written in the groups when it was followed last."""
@@ -83,6 +85,12 @@ class Handover:
             for param in group["params"]:
                 if name := self.names.get(id(param)):
                     settings[name] = own
+                    if name in self.homeless and own != Absorbed():
+                        raise ThinwireError(
+                            f"{self.method} takes momentum and weight decay out of the optimizer, and {name!r} would "
+                            f"lose them: its memory is {self.homeless[name]}; give its rule thinwire.Momentum(), or "
+                            "the parameter a group without both"
+                        )
                 elif param.requires_grad:
                     raise ThinwireError(
                         f"the optimizer also holds a parameter of shape {tuple(param.shape)} (in group {i}) that is "

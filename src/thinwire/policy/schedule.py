@@ -57,7 +57,7 @@ class Warmup:
         if not self.stages or self.length < len(self.stages):
             raise ThinwireError(
                 f"a warm-up of {self.length} steps can't hold {len(self.stages)} stages; "
-                "give more steps, fewer stages, or no warm-up"
+                f"give more steps, no warm-up, or fewer stages: thinwire.Warmup({self.steps}, (0.25,))"
             )
 
     @staticmethod
