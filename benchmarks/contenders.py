@@ -48,6 +48,7 @@ THINWIRE: dict[str, tuple[Callable[[], thinwire.Method], str]] = {
     "dgc_bf16_state": (lambda: thinwire.dgc(0.001, state="bfloat16"), "sparse"),
     "dgc_int4": (lambda: thinwire.dgc(0.001, values="int4"), "sparse"),
     "dgc_two_phase": (lambda: thinwire.dgc(0.001, route="two_phase"), "sparse"),
+    "dense_bare": (lambda: thinwire.dense(), "bare"),
     "dgc_bare": (lambda: thinwire.dgc(0.001), "bare"),
     "dgc_ddp": (lambda: thinwire.dgc(0.001), "ddp"),
     "topk": (lambda: thinwire.topk(0.001), "ddp"),

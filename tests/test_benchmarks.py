@@ -36,6 +36,12 @@ def test_step(tmp_path):
     assert (tmp_path / "out.png").stat().st_size > 0
 
 
+def test_checks(tmp_path):
+    figures = run(tmp_path, "benchmarks.checks", "--models", "tiny", "--rounds", "2")
+    for metric in ("step_ms", "look_ms", "save_ms", "load_ms", "look_share", "save_ratio", "load_ratio"):
+        assert figures["tiny", metric] > 0
+
+
 def test_codec(tmp_path):
     """Whatever depends on k alone is held to its bounds here as well: on a message of 1,000 elements, not 25,600."""
     plot = str(tmp_path / "out.png")
