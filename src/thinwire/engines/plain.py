@@ -131,9 +131,10 @@ class Plain:
         def shared() -> list[str]:
             return [mine[id(p)] for ddp in wrappers() for p in inside(ddp).parameters() if id(p) in mine]
 
-        if shared():
-            gc.collect()  # one that nobody uses any more may not be gone yet
         if names := shared():
+            gc.collect()  # one that nobody uses any more may not be gone yet
+            names = shared()
+        if names:
             raise ThinwireError(
                 f"parameter {names[0]!r} is part of a DistributedDataParallel, whose hooks average its gradient too: "
                 "attach to the DDP model, without process_group=, or let go of it first (del ddp)"

@@ -160,7 +160,10 @@ def inside(ddp: DistributedDataParallel) -> nn.Module:
 
 def wrappers() -> list[DistributedDataParallel]:
     """Every DDP model that lives in this process; a pass over all objects, to be made rarely."""
-    return [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
+    kinds = {DistributedDataParallel}  # abstract, so issubclass() is slow, and there are a million objects
+    while more := {each for kind in kinds for each in kind.__subclasses__()} - kinds:
+        kinds |= more
+    return [one for one in gc.get_objects() if type(one) in kinds]
 
 
 def _mark(grad: Tensor) -> tuple[int, int]:
