@@ -1,10 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# tests that measure no time, and may run beside others
-ALONE := compressors kernels wire
-
-.PHONY: setup demo test lint format clean $(ALONE)
+.PHONY: setup demo test together alone lint format clean
 
 setup: .venv/ready
 
@@ -24,11 +21,15 @@ lint: setup
 	$(BIN)/pyright
 
 test: setup
-	$(MAKE) -j2 --output-sync=target lint $(ALONE)
-	$(BIN)/python -m pytest $(addprefix --ignore=tests/,$(ALONE))
+	$(MAKE) -j2 lint together
+	$(MAKE) alone
 
-$(ALONE): setup
-	$(BIN)/python -m pytest tests/$@
+# on two cores two at a time, each with processes of its own; then those that measure time
+together: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone"
+
+alone: setup
+	$(BIN)/python -m pytest -m alone
 
 format: setup
 	$(BIN)/ruff check --fix .

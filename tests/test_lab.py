@@ -11,6 +11,8 @@ import pytest
 from benchmarks.lab import Lab, LabError, features, network, ulink
 from benchmarks.lab.__main__ import examine, transfer
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[1]
 ROUND_TRIP = """
 import socket, statistics, sys, time

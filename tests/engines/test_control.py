@@ -22,6 +22,8 @@ from thinwire.exchange.nodes import Nodes
 from thinwire.exchange.texts import is_known
 from thinwire.session import Session
 
+pytestmark = pytest.mark.alone
+
 
 def model_of():
     torch.manual_seed(0)

@@ -580,6 +580,7 @@ def _overlap(rank, link):
     return min(times[2:]), wire.ledger.rows[-1].exchange_seconds, wire.ledger.link
 
 
+@pytest.mark.alone
 def test_an_emulated_link_takes_its_time_and_is_labelled(world2):
     size = 4 * (256 * 256 + 256) * 2  # bytes in fp16
     for link in ("50mbit", "200mbit"):

@@ -20,6 +20,8 @@ from thinwire import ThinwireError, dgc, topk
 from thinwire.exchange.collectives import exchange_failed
 from thinwire.exchange.local import Local
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 
 STEPS, EVERY = 16, 5

@@ -11,6 +11,8 @@ from benchmarks.lab import Lab, LabError
 
 from tests.engines.test_faults import ROOT
 
+pytestmark = pytest.mark.alone
+
 TRAIN = """
 import sys, time
 import torch, torch.distributed as dist

@@ -420,6 +420,7 @@ def _receivers(rank, wrapped):
     return threads == {threading.current_thread()}
 
 
+@pytest.mark.alone
 def test_who_waits_receives(world2):
     """DDP waits for a future, which another thread completes; without it no thread is woken to receive."""
     assert world2.run(_receivers, False) == [True, True]
@@ -441,6 +442,7 @@ def _waited(rank, method):
     return seconds, wire.ledger.rows[-1].exchange_seconds
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("route", ["all_gather", "two_phase"])
 def test_the_ledger_says_what_was_waited_for(world2, route):
     for seconds, waited in world2.run(_waited, dgc(0.05, route=route)):

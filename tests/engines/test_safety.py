@@ -494,6 +494,7 @@ def _starts(rank, clip):
     return [start < reached[0] for start in starts]
 
 
+@pytest.mark.alone
 def test_the_exchange_starts_before_backward_has_ended(world2):
     for early in world2.run(_starts, None):
         assert early.count(True) >= 2, early

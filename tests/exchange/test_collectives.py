@@ -12,6 +12,8 @@ from thinwire.exchange.collectives import ProcessGroup
 from thinwire.exchange.local import Local
 from thinwire.exchange.paced import Paced
 
+pytestmark = pytest.mark.alone
+
 
 def contract(collectives):
     """What every rank must see; ``collectives`` are those of the ranks that live in this process."""

@@ -13,6 +13,8 @@ from tests.engines.test_faults import finish, start_ranks
 from thinwire.exchange import direct
 from thinwire.exchange.collectives import ProcessGroup
 
+pytestmark = pytest.mark.alone
+
 
 def _rows(world, nbytes, seed, rank):
     generator = torch.Generator().manual_seed(1000 * seed + rank)
