@@ -42,6 +42,12 @@ def test_checks(tmp_path):
         assert figures["tiny", metric] > 0
 
 
+def test_before_after(tmp_path):
+    figures = run(tmp_path, "benchmarks.before_after", "--model", "tiny", "--methods", "dgc", "--rounds", "2")
+    assert figures["dgc", "before_ms"] > 0
+    assert figures["dgc", "after_over_before"] > 0
+
+
 def test_codec(tmp_path):
     """Whatever depends on k alone is held to its bounds here as well: on a message of 1,000 elements, not 25,600."""
     plot = str(tmp_path / "out.png")

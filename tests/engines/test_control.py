@@ -22,8 +22,6 @@ from thinwire.exchange.nodes import Nodes
 from thinwire.exchange.texts import is_known
 from thinwire.session import Session
 
-pytestmark = pytest.mark.alone
-
 
 def model_of():
     torch.manual_seed(0)
@@ -102,6 +100,7 @@ def _absent(rank, engine):
     return found
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_rank_that_does_not_come_is_an_error_after_the_timeout(world2, engine):
     found, _ = world2.run(_absent, engine, timeout=120.0)
@@ -326,6 +325,7 @@ sys.exit(3)
 """
 
 
+@pytest.mark.alone
 def test_after_a_detach_that_timed_out_the_process_ends():
     first, second = start_ranks(2, ["-c", LINGERING])
     try:
@@ -355,6 +355,7 @@ def _late(rank):
     return texts
 
 
+@pytest.mark.alone
 def test_one_who_is_late_is_not_said_to_be_gone(world4):
     found = world4.run(_late, timeout=120.0)
     for texts in found:
@@ -377,5 +378,6 @@ def _between_nodes(rank):
     return text
 
 
+@pytest.mark.alone
 def test_nodes_too_name_who_did_not_answer(world4):
     assert all("detach() failed on rank" in text for text in world4.run(_between_nodes, timeout=120.0)[1:])

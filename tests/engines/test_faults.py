@@ -20,8 +20,6 @@ from thinwire import ThinwireError, dgc, topk
 from thinwire.exchange.collectives import exchange_failed
 from thinwire.exchange.local import Local
 
-pytestmark = pytest.mark.alone
-
 ROOT = Path(__file__).parents[2]
 
 STEPS, EVERY = 16, 5
@@ -149,6 +147,7 @@ loss_of(ddp, batch(rank, 1)).backward()
 """
 
 
+@pytest.mark.alone
 def test_a_rank_that_does_not_come_is_an_error_after_the_timeout():
     first, second = start_ranks(2, ["-c", LATE])
     start = time.monotonic()

@@ -11,8 +11,6 @@ from benchmarks.lab import Lab, LabError
 
 from tests.engines.test_faults import ROOT
 
-pytestmark = pytest.mark.alone
-
 TRAIN = """
 import sys, time
 import torch, torch.distributed as dist
@@ -59,6 +57,7 @@ def train(lab, timeout, steps):
     return ranks
 
 
+@pytest.mark.alone
 def test_a_link_cut_for_two_seconds_only_slows(lab):
     ranks = train(lab, timeout=30.0, steps=150)
     lab.cut(1)
@@ -71,6 +70,7 @@ def test_a_link_cut_for_two_seconds_only_slows(lab):
     assert float(lines[0][3]) > 1.5, "nothing was cut"
 
 
+@pytest.mark.alone
 def test_a_link_cut_beyond_the_timeout_is_an_error(lab):
     ranks = train(lab, timeout=3.0, steps=1_000_000)
     lab.cut(1)

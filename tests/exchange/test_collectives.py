@@ -12,8 +12,6 @@ from thinwire.exchange.collectives import ProcessGroup
 from thinwire.exchange.local import Local
 from thinwire.exchange.paced import Paced
 
-pytestmark = pytest.mark.alone
-
 
 def contract(collectives):
     """What every rank must see; ``collectives`` are those of the ranks that live in this process."""
@@ -88,6 +86,7 @@ def test_contract_of_the_simulator(workers):
     contract(Local.of(workers))
 
 
+@pytest.mark.alone
 def test_the_link_carries_one_message_after_the_other(world2):
     for issued, first, second in world2.run(_time_on_link):
         assert issued < 0.1, "starting an exchange must not wait"

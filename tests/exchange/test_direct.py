@@ -13,8 +13,6 @@ from tests.engines.test_faults import finish, start_ranks
 from thinwire.exchange import direct
 from thinwire.exchange.collectives import ProcessGroup
 
-pytestmark = pytest.mark.alone
-
 
 def _rows(world, nbytes, seed, rank):
     generator = torch.Generator().manual_seed(1000 * seed + rank)
@@ -129,6 +127,7 @@ if what != "leaves":
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("what", "interfaces"),
     [("is gone", "lo"), ("is late", "lo,lo"), ("leaves", "lo")],

@@ -22,8 +22,6 @@ from thinwire.kernels.choose import choose
 from thinwire.kernels.reference import REFERENCE
 from thinwire.units import Worker, resolve, set_stage
 
-pytestmark = pytest.mark.alone
-
 ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
 SHAPES = {"sampled": (250, 400), "exact": (90, 100), "few": (3,)}
 WORLD = 2
