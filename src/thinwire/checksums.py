@@ -16,6 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -27,6 +28,8 @@ from thinwire.untrusted import read_mapping, read_tensor
 Entry: TypeAlias = tuple[str, str, str, str, int | None]
 """Part, unit, key, dtype and the dimension along which it is cut."""
 COLUMNS = 1024
+AT_ONCE = 256
+"""Rows that are summed both ways while they are in the cache of a CPU."""
 SAID = ("version", "world", "step", "installed_at", "method")
 """What is equal on all ranks."""
 
@@ -42,9 +45,20 @@ def checksum(tensor: Tensor) -> int:
         data = data.clone()
     words = data[: data.numel() // 8 * 8].view(torch.int64)
     table = words[: len(words) // COLUMNS * COLUMNS].view(-1, COLUMNS)
-    sums = torch.cat([table.sum(0), table.sum(1), words[table.numel() :]])
-    rest = data[8 * len(words) :]
-    return _hash(sums.cpu().numpy().tobytes(), rest.cpu().numpy().tobytes(), str(tensor.dtype).encode())
+    parts = *_sums(table), words[table.numel() :], data[8 * len(words) :]
+    return _hash(*(part.cpu().numpy().tobytes() for part in parts), str(tensor.dtype).encode())
+
+
+def _sums(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each column and of each row, modulo 2^64. NumPy does it in a third of the time that torch takes on a CPU."""
+    if table.device.type != "cpu":
+        return table.sum(0), table.sum(1)
+    words = table.numpy()
+    columns, rows = np.zeros(COLUMNS, np.int64), np.empty(len(words), np.int64)
+    for i in range(0, len(words), AT_ONCE):  # the second sum finds them in the cache
+        columns += words[i : i + AT_ONCE].sum(0)
+        words[i : i + AT_ONCE].sum(1, out=rows[i : i + AT_ONCE])
+    return torch.from_numpy(columns), torch.from_numpy(rows)
 
 
 def of_rank(rank: int, shard: int, tensors: Sequence[Tensor]) -> Tensor:
