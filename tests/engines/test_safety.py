@@ -261,7 +261,7 @@ def test_unused_parameters_keep_their_residual(world2, route, selection, per_ran
 
 
 def test_conditional_models_do_not_hang(world2):
-    world2.run(_experts, dgc(0.05), 40, 10, True, {}, timeout=240)
+    world2.run(_experts, dgc(0.05), 100, 10, True, {}, timeout=240)
 
 
 # -- change of method ------------------------------------------------------------------------------------------------
