@@ -1,11 +1,16 @@
 """What users do between backward and step, and with their optimizers."""
 
+import warnings
+from contextlib import nullcontext
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
 from tests.engines.models import batch, build, flat_parameters, loss_of
+from tests.engines.test_control import start as begin
 from tests.engines.test_ddp import SMALL_BUCKETS
 from tests.engines.test_safety import Experts, states
 from thinwire import ThinwireError, Warmup, dense, dgc, randk, scalecom, topk
@@ -214,3 +219,38 @@ def test_all_ranks_that_are_at_another_step_are_named():
     transaction.verdicts.append(Verdict((), nothing, nothing, torch.tensor(True)))
     with pytest.raises(ThinwireError, match=r"rank 0 is at step 512, rank 2 at 511\."):
         transaction.end(512, steps=lambda: [512, 512, 511])
+
+
+def _left_out(rank, engine):
+    """What is said where a step was left out and its gradients are gone, and then where they are not."""
+    model, optimizer, attach = begin(engine, dist.group.WORLD, topk(0.1), timeout=60.0)
+    wire = attach()
+
+    def train(step, quiet):
+        pause = {"ddp": lambda: model.no_sync(), "plain": lambda: wire.no_sync(), "fsdp2": nullcontext}[engine]
+        if engine == "fsdp2":
+            model.set_requires_gradient_sync(not quiet)
+        with pause() if quiet else nullcontext():
+            model(torch.randn(4, 6, generator=torch.Generator().manual_seed(2 * step + rank))).square().sum().backward()
+
+    said = []
+    for gone in (True, False):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(0, quiet=False)  # and no step of the optimizer
+            if gone:
+                optimizer.zero_grad()
+            train(1, quiet=gone)
+            train(2, quiet=False)
+        optimizer.step()
+        optimizer.zero_grad()
+        said.append([one for one in caught if "already averaged" in str(one.message)])
+    error = wire.ledger.rows[-1].error is None or wire.ledger.rows[0].error > 0
+    fewer = wire.ledger.wire_bytes < wire.ledger.dense_bytes
+    wire.detach()
+    return [len(one) for one in said], error and fewer
+
+
+@pytest.mark.parametrize("engine", ["ddp", "plain", "fsdp2"])
+def test_gradients_of_a_step_that_was_left_out_are_not_said_to_be_added_to_once_they_are_gone(world2, engine):
+    assert world2.run(_left_out, engine) == [([0, 1], True)] * 2

@@ -144,6 +144,8 @@ class Arrivals:
         self.check_same(self.session)
         self.checked = True
         self.session.check()
+        if self.exchanged_since_step and all(one.param.grad is None for one in self.owned):
+            self.exchanged_since_step = False  # a step was left out, and its gradients are gone
         if not self.paused:  # fine where an optimizer does not step on the sum, as in a GAN
             self._warn_of_old(self.session, 0)
 

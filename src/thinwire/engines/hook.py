@@ -107,7 +107,9 @@ class Dispatcher:
             self.bucketed.changed()
         self.bucketed.check()
         self._check_waits(ddp)
-        if not self.exchanged_since_step or self.params[0].grad is None:
+        if self.exchanged_since_step and all(param.grad is None for param in self.params):
+            self.exchanged_since_step = False  # a step was left out, and its gradients are gone
+        if not self.exchanged_since_step:
             return
         if not ddp.require_backward_grad_sync:  # fine where an optimizer does not step on the sum, as in a GAN
             self._watch()
