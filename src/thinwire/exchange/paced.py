@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 from queue import SimpleQueue
 from threading import Thread
+from typing import Protocol
 
 from torch import Tensor
 
@@ -15,6 +16,13 @@ GRACE = 5.0
 """Seconds for what is under way when the link is let go of: an exchange that nobody answers must not keep a process."""
 
 
+class Clock(Protocol):
+    """Seconds, and a way to let them pass: the module ``time``, or a test's own."""
+
+    def monotonic(self) -> float: ...
+    def sleep(self, seconds: float, /) -> None: ...
+
+
 class Paced(OneLevel):
     """Makes a real exchange take as long as it would on a thin link: an emulation, and labelled as one.
 
@@ -22,8 +30,8 @@ class Paced(OneLevel):
     link has carried it, or when the real one has ended, whichever is later.
     """
 
-    def __init__(self, inner: Collective, link: Link) -> None:
-        self.inner = inner
+    def __init__(self, inner: Collective, link: Link, clock: Clock = time) -> None:
+        self.inner, self.clock = inner, clock
         self.link: Link | None = link
         self._pacing = link
         self.label = f"{inner.label}, emulated {link}"
@@ -70,7 +78,7 @@ class Paced(OneLevel):
 
     def _pace(self, kind: Kind, nbytes: int, inner: InFlight) -> InFlight:
         seconds = self._pacing.seconds(kind, nbytes, self.world)
-        self._free_at = max(time.monotonic(), self._free_at) + seconds
+        self._free_at = max(self.clock.monotonic(), self._free_at) + seconds
         paced = in_future(inner.result)
         self._queue.put((inner.future, self._free_at, paced))
         return replace(inner, future=paced)
@@ -83,7 +91,7 @@ class Paced(OneLevel):
             except Exception as error:
                 paced.set_exception(error)
                 continue
-            time.sleep(max(0.0, deadline - time.monotonic()))
+            self.clock.sleep(max(0.0, deadline - self.clock.monotonic()))
             paced.set_result(real.value())
 
     def close(self) -> None:
