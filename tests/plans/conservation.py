@@ -63,7 +63,8 @@ def _corrected(case: Case) -> Sides:
         sent = sent - wd * p
     elif wd and memory.decay == "separate":
         w = m * case.shared_old["decay"] + wd * p
-        yield "the velocity of the decay", case.shared_new["decay"], w
+        if m:  # as SGD without momentum has no buffer
+            yield "the velocity of the decay", case.shared_new["decay"], w
         sent = sent - (wd * p + m * w if memory.nesterov else w)
     entered = m * (u + g) + g if memory.nesterov else m * u + g
     yield "sent + residual = asked", sent + case.after("residual"), case.before("residual") + entered
