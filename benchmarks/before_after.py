@@ -9,21 +9,20 @@ rank, and the fastest of them counts, since what disturbs a step only adds to it
 """
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import several, spread
 from benchmarks.lab.processes import Hosts
 from benchmarks.lab.ranks import KEEP, ROOT
+from benchmarks.revisions import checked_out
 
 
 def rank_main(model: str, methods: Sequence[str], steps: int) -> None:
@@ -74,18 +73,6 @@ class Side:
             print("go", file=rank.stdin, flush=True)
         each: list[dict[str, list[float]]] = [json.loads(line) for line in self.read()]
         return {name: min(map(max, zip(*(one[name] for one in each), strict=True))) for name in each[0]}
-
-
-@contextlib.contextmanager
-def checked_out(revision: str) -> Iterator[Path]:
-    """The tree of a revision, beside this one."""
-    with tempfile.TemporaryDirectory() as folder:
-        tree = str(Path(folder) / "tree")
-        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, revision], cwd=ROOT, check=True)
-        try:
-            yield Path(tree)
-        finally:
-            subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
 
 
 def measure(before: Path, given: Any) -> dict[tuple[str, str], list[float]]:

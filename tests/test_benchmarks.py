@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import convex, lgreco
+from benchmarks.same_bits.comparing import difference
+
+ROOT = Path(__file__).parents[1]
+checkout = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="another revision needs git")
 
 
 def run(tmp_path, *command):
     """What ``python -m benchmarks.*`` wrote, as {(case, metric): value}."""
     argv = [sys.executable, "-m", *command, "--json", str(tmp_path / "out.json")]
-    subprocess.run(argv, check=True, timeout=120, cwd=Path(__file__).parents[1], capture_output=True)
+    subprocess.run(argv, check=True, timeout=120, cwd=ROOT, capture_output=True)
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     return {(row["case"], row["metric"]): row["value"] for row in rows}
 
@@ -42,11 +46,36 @@ def test_checks(tmp_path):
         assert figures["tiny", metric] > 0
 
 
-@pytest.mark.skipif(not (Path(__file__).parents[1] / ".git").exists(), reason="another revision needs git")
+@checkout
 def test_before_after(tmp_path):
     figures = run(tmp_path, "benchmarks.before_after", "--model", "tiny", "--methods", "dgc", "--rounds", "2")
     assert figures["dgc", "before_ms"] > 0
     assert figures["dgc", "after_over_before"] > 0
+
+
+@checkout
+def test_same_bits(tmp_path):
+    """Of ``dense()`` alone, whose bits are DDP's at every revision."""
+    options = ["HEAD", "--cells", "dense*/sim3/reference", "--json", str(tmp_path / "out.json")]
+    argv = [sys.executable, "-m", "benchmarks.same_bits", *options]
+    done = subprocess.run(argv, timeout=120, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 cells equal, 0 differ" in done.stdout
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["before"] == found["after"]
+    assert len(found["after"]["dense/sim3/reference"]["params"]) == 5
+
+
+def test_same_bits_says_what_differs():
+    before = {"params": ["a", "b"], "states": {"w/residual": "a", "w/momentum": "b"}, "bytes": [[1.0]]}
+    after = {"params": ["a", "c"], "states": {"w/residual": "c", "w/velocity": "b"}, "bytes": [[2.0]]}
+    error, other = ({"error": kind, "said": "no"} for kind in ("ThinwireError", "TypeError"))
+    assert difference(before, before) == difference(error, error) == ""
+    changed = difference(before, after)
+    assert changed.startswith("params from step 2 of 2 on, states: 1 of 2 (w/residual), 1 of 2 gone (w/momentum), ")
+    assert changed.endswith("new (w/velocity), bytes (1.0, now 2.0)")
+    assert difference(before, error) == "no error before, ThinwireError (no) after"
+    assert "TypeError" in difference(error, other)
 
 
 def test_codec(tmp_path):
@@ -143,7 +172,7 @@ def test_convex(tmp_path):
 
 def test_convex_on_phishing():
     """EF21 converges where error feedback stalls: the data is beside the repository, or this is skipped."""
-    data = convex.load("phishing", Path(__file__).parents[2] / "shared" / "data")
+    data = convex.load("phishing", ROOT.parent / "shared" / "data")
     if data is None:
         pytest.skip("../shared/data/libsvm_phishing.npz is not there")
     problem = convex.Problem.of(*data)
