@@ -103,6 +103,6 @@ def digests(run: Run) -> dict[str, str]:
 
 def digest(x: Tensor) -> str:
     """Equal for equal bits; all that is not a number is alike."""
-    x = own(x).detach()
+    x = (x.to_dense() if x.is_sparse else own(x)).detach()
     x = x.masked_fill(x.isnan(), torch.nan) if x.is_floating_point() else x
     return hashlib.sha1(x.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:12]
