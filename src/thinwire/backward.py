@@ -4,12 +4,23 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.autograd import Variable
 
 
 def in_backward() -> bool:
     """Whether this thread is in a backward pass; torch's own checkpointing asks so too."""
     return cast(Any, torch)._C._current_graph_task_id() != -1
+
+
+def is_shared(grad: Tensor) -> bool:
+    """Tell whether another tensor lives in the same memory: autograd may still read it, or it is another gradient.
+
+    A gradient that is a view of what flows on becomes ``.grad`` without a copy, since its tensor has one owner; whether
+    its memory has another, autograd does not ask.
+    """
+    count = getattr(cast(Any, torch)._C, "_storage_Use_Count", None)
+    return count is None or count(cast(Any, grad.untyped_storage())._cdata) > 2  # the gradient, and whoever asks
 
 
 def queue(done: Callable[[], None]) -> None:

@@ -349,7 +349,7 @@ def set_stage(
         asked = unit.method_compressor if density is None else unit.method_compressor.with_density(density)
         if (density == 1.0 or unit.kept) and unit.compressed:
             asked = DENSE
-        elif density is not None and unit.compressed and asked is unit.method_compressor:
+        elif density is not None and unit.compressed and asked == unit.method_compressor:
             as_ever.append(unit.name)
         unit.compressor = asked
         if asked.summable:
@@ -367,7 +367,7 @@ def set_stage(
         elif route != "all_gather" and not (asked.cuttable or asked.led):
             notes.append(f"{unit.name} takes an all-gather: {type(asked).__name__} can't be cut into pieces")
     if as_ever:
-        notes.append(f"{_listed(as_ever)}: no density to change, so the warm-up's {density:g} leaves them as they are")
+        notes.append(f"{_listed(as_ever)}: a warm-up density of {density:g} changes nothing")
     return notes
 
 

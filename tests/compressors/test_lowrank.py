@@ -199,7 +199,7 @@ def test_a_warm_up_that_changes_nothing_is_said():
     named = nn.ParameterDict({"big": nn.Parameter(torch.zeros(50, 40))})
     optimizer = torch.optim.SGD(named.parameters(), lr=0.1)
     session = SimulatedWorkers(named, powersgd(2, warmup=Warmup(4)), optimizer, 2).session
-    assert "big: no density to change, so the warm-up's 0.25 leaves them as they are" in session.ledger.notes
+    assert "big: a warm-up density of 0.25 changes nothing" in session.ledger.notes
 
 
 METHODS = {

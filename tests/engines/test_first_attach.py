@@ -261,11 +261,20 @@ def test_a_method_of_which_some_memories_would_lose_the_momentum(settings):
     method = thinwire.Method("mine", (Rule(TopK(0.05), MomentumCorrection(), min_ndim=2), REST))
     model = nn.Linear(8, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **settings)
-    with pytest.raises(ThinwireError, match=r"'bias' would lose them: its memory is NoMemory; .*thinwire.Momentum\(\)"):
+    with pytest.raises(
+        ThinwireError, match=r"'bias' would lose them, since its memory is NoMemory; .*thinwire.Momentum\(\)"
+    ):
         SimulatedWorkers(model, method, optimizer, 2)
     model = nn.Linear(8, 8)
     groups = [{"params": [model.weight], **settings}, {"params": [model.bias]}]
-    SimulatedWorkers(model, method, torch.optim.SGD(groups, lr=0.1), 2)
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    optimizer.param_groups[1]["nesterov"] = True  # of no momentum is nothing
+    session = SimulatedWorkers(model, method, optimizer, 2).session
+    session.optimizer.param_groups[1]["momentum"] = 0.9
+    with pytest.raises(ThinwireError, match="'bias' would lose them"):
+        session.check()
+    session.set_method(dgc(0.05))  # which has a place for it
+    session.check()
 
 
 def test_after_detach(alone):

@@ -5,6 +5,7 @@ import threading
 import time
 import warnings
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.engines.test_ddp import close
 from thinwire import ThinwireError, Warmup, cast, dense, dgc, pipeline, topk
 from thinwire.engines import plain
 from thinwire.engines.plain import Plain
+from thinwire.methods.basic import IDENTITY
 
 
 def start(rank, method, sgd=None, **options):
@@ -85,6 +87,65 @@ def test_four_workers_and_nodes(world4):
     inside = trained(world4, dgc(0.005), nodes=2, sparse_gradients=True)
     assert inside[1]
     assert "between 2 nodes of 2 ranks" in inside[2]["report"]
+
+
+class Aliased(nn.Module):
+    """Gradients that are views of what flows on, or of one memory, and become ``.grad`` without a copy."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.scale, self.table, self.other = (nn.Parameter(torch.randn(64, 48)) for _ in range(3))
+
+    def forward(self, x):
+        return x * self.scale + self.table.unsqueeze(0) + self.other.view(48, 64).view(64, 48)
+
+
+def _aliased(rank, method, sparse, flat):
+    plain.BUCKET, before = 4 * 64 * 48, plain.BUCKET
+    try:
+        model, alone = Aliased(), Aliased()
+        memory = torch.zeros(3, 64, 48)  # gradients that the user has laid into one memory stay there
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        options = {"process_group": dist.group.WORLD, "sparse_gradients": sparse}
+        wire = thinwire.attach(model, method, optimizer=optimizer, **options)
+        found = []
+        for step in range(3):
+            xs = [torch.randn(1, 64, 48, generator=torch.Generator().manual_seed(2 * step + one)) for one in (0, 1)]
+            optimizer.zero_grad()
+            if flat:
+                for param, grad in zip(model.parameters(), memory.zero_(), strict=True):
+                    param.grad = grad
+            (model(xs[rank]) * xs[rank]).sum().backward()
+            expected = [torch.autograd.grad((alone(x) * x).sum(), list(alone.parameters())) for x in xs]
+            means = [(one + other) / 2 for one, other in zip(*expected, strict=True)]
+            grads = [param.grad for param in model.parameters()]
+            found.append([torch.equal(grad.to_dense(), mean) for grad, mean in zip(grads, means, strict=True)])
+            if flat:
+                assert torch.equal(memory, torch.stack(grads))
+        row = wire.ledger.rows[-1]
+        wire.detach()
+        return found, row.error, row.compressed_wire_bytes < row.compressed_dense_bytes
+    finally:
+        plain.BUCKET = before
+
+
+def _only(name, method):
+    return thinwire.Method(method.name, (replace(method.rules[0], match=name), IDENTITY))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_memory_that_autograd_still_reads_is_left_alone(world2, sparse, flat):
+    if sparse and flat:
+        return
+    for found, _, _ in world2.run(_aliased, dense(), sparse, flat):
+        assert found == [[True] * 3] * 3
+    for name, place in (("table", 1), ("other", 2)):  # what is not compressed arrives as it is
+        for found, error, fewer in world2.run(_aliased, _only(name, topk(0.05)), sparse, flat):
+            assert found == [[one != place for one in range(3)]] * 3, (name, found)
+            assert error is None or error > 0
+            assert fewer
 
 
 @pytest.mark.parametrize("method", [topk(0.05), cast("float16"), dense()], ids=lambda m: m.name)

@@ -41,7 +41,7 @@ def build(engine, optimizer="adamw", **options):
         fully_shard(model, mesh=mesh["shard"])
         options |= {"replicate": mesh["replicate"]}
     elif engine == "bare":
-        options |= {"process_group": dist.group.WORLD}
+        options = {"process_group": dist.group.WORLD} | options
     params = list(model.parameters())
     kind = torch.optim.AdamW(params, lr=0.01, weight_decay=0.1)
     if optimizer == "sgd":
@@ -96,22 +96,6 @@ def test_who_has_a_gradient_is_told_by_flags_and_not_by_values(world2):
         assert there == same == [[True, True, False]] * 3, (engine, method.name)
         if method.name != "dense":
             assert fewer, (engine, method.name)
-
-
-def _unequal_use_apart(rank, cases):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("thinwire.exchange.routes.APART_BYTES", 1)
-        return _unequal_use(rank, cases)
-
-
-def test_who_has_a_gradient_is_told_where_the_head_is_a_message_of_its_own(world2):
-    cases = [case for case in USES if case[1].name == "dense" and case[0] != "ddp"]
-    one, other = world2.run(_unequal_use_apart, cases, timeout=180)
-    within, _ = world2.run(_unequal_use, cases, timeout=180)
-    for (weights, there, _), (theirs, same, _), (expected, *_) in zip(one, other, within, strict=True):
-        assert torch.equal(weights, theirs)
-        assert torch.equal(weights, expected)
-        assert there == same == [[True, True, False]] * 3
 
 
 def test_the_simulator_does_as_the_model_without_a_wrapper(world2):
@@ -338,3 +322,24 @@ def test_shards_are_compared_with_their_replicas_and_nodes_rank_by_rank(world4):
 def test_what_is_no_number_of_exchanges_is_refused(world2, wrong):
     for [error] in world2.run(_changed, [("ddp", "body.weight", nudge, {"check_every": wrong})], "run", timeout=180):
         assert error.startswith(f"check_every is {wrong!r}; it is a number of exchanges")
+
+
+def _raises_in_the_check(rank):
+    """What a rank hears where another raises something in the check of replicas, or never comes to it."""
+    _, run, opt, options = build("bare", process_group=dist.new_group([0, 1]))
+    wire = thinwire.attach(run, topk(0.05), optimizer=opt, check_every=1, timeout=20.0, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setattr("thinwire.replicas.fingerprint", lambda _: {}["of its own"])
+        with pytest.raises((ThinwireError, KeyError)) as raised:
+            run(inputs(rank, 0), rank).square().mean().backward()
+    wire.abandon()
+    dist.barrier()
+    return str(raised.value)
+
+
+def test_what_is_raised_in_the_check_of_replicas_is_told(world2):
+    honest, raised = world2.run(_raises_in_the_check)
+    assert "of its own" in raised
+    assert "rank 1" in honest
+    assert "step 0: the check of replicas failed" in honest

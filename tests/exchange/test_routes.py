@@ -1,15 +1,13 @@
 import torch
 
-from thinwire import dense, dgc, pipeline, topk
+from thinwire import dense, dgc, topk
 from thinwire.exchange.routes import plan_bucket
-from thinwire.units import Worker, resolve, set_stage
+from thinwire.units import resolve, set_stage
 
 
-def bucket(shapes, method, world, dtypes=None, optional=False, **link):
+def bucket(shapes, method, world, dtypes=None, **link):
     named = [(f"p{i}", torch.zeros(s, dtype=(dtypes or {}).get(i, torch.float32))) for i, s in enumerate(shapes)]
     units = resolve(named, method, {})
-    for unit in units:
-        unit.optional = optional
     set_stage(units, None, world, **link)
     return plan_bucket(units, world)
 
@@ -39,24 +37,6 @@ def test_what_can_be_summed_is_summed_in_one_message_for_each_dtype():
         ("all_reduce", (1,), torch.bfloat16),
     ]
     assert planned.groups[0].layout.nbytes == 60, "an all-reduce of an odd size is not padded, and has no head"
-
-
-def test_a_large_dense_message_is_what_lies_in_memory_and_its_head_goes_apart():
-    shapes = [(512, 256), (256, 512)]
-    planned = bucket(shapes, dense(), 2, optional=True)
-    assert [(group.units, len(group.pieces), group.has_head) for group in planned.groups] == [
-        ((0, 1), 2, False),
-        ((0, 1), 0, True),
-    ]
-    memory = torch.randn(2 * 512 * 256)
-    grads = [run.view(shape) for run, shape in zip(memory.split(512 * 256), shapes, strict=True)]
-    worker = Worker(0, 0, {unit.name: unit.fresh_local() for unit in planned.units})
-    whole, head = pipeline.send(planned, grads, worker, 0, [True, False]).messages
-    assert whole.data_ptr() == memory.data_ptr()
-    assert head.view(torch.float32).tolist() == [1, 0, 0, 0, 1, 0, 0, 0]
-    assert planned.wire_bytes(2) == (memory.nbytes + 32, 0.0)
-    small = bucket([(511, 256), (256, 512)], dense(), 2, optional=True)
-    assert [group.has_head for group in small.groups] == [True]
 
 
 def test_bytes_of_a_bucket():

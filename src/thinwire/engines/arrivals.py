@@ -81,6 +81,7 @@ class Arrivals:
         self.checked = False  # since the last backward pass
         self.ended = True  # whether the last exchange has
         self.laid: list[tuple[Owned, Tensor]] = []  # gradients in place of others that lay otherwise
+        self.copied: list[tuple[Owned, Tensor]] = []  # instead of memory that is not the gradient's alone
         everything: list[tuple[str, Tensor]] = list(model.named_parameters())
         exchanged = {clean(name): param for name, param in everything if id(param) in self.by_param}
         others = [(clean(name), param) for name, param in everything if id(param) not in self.by_param]
@@ -131,6 +132,10 @@ class Arrivals:
     def count_arrival(self, session: Session, one: Owned) -> None:
         """Book what brought this gradient."""
 
+    def lends(self, grad: Tensor) -> bool:
+        """Whether somebody else may read the memory of a gradient, or has one in it."""
+        return False
+
     def closing(self, session: Session) -> bool | None:
         """All have landed; whether what the engine itself remembers was not finite, None where that is nothing."""
         return None
@@ -174,6 +179,7 @@ class Arrivals:
             self.arrived.clear()
             self.left.clear()
             self.laid.clear()
+            self.copied.clear()
             self.departures.begin()
             self.exchanged_since_step = session.optimizer is not None
             session.begin_step()
@@ -242,7 +248,7 @@ class Arrivals:
         found = [one.param.grad for one in bucket]
         grads = [
             torch.zeros_like(own(one.param)) if grad is None
-            else own(grad) if not grad.is_sparse and grad.stride() == one.param.stride()
+            else self._alone(one, own(grad)) if not grad.is_sparse and grad.stride() == one.param.stride()
             else self._dense(one, grad)
             for one, grad in zip(bucket, found, strict=True)
         ]  # fmt: skip
@@ -259,6 +265,24 @@ class Arrivals:
             for one in bucket:
                 one.param.grad = None
         self.departures.send(session, planned, grads, grads[0], used)
+
+    def _alone(self, one: Owned, grad: Tensor) -> Tensor:
+        """The gradient, or a copy: what is sent from its memory is overwritten, which nobody else may notice."""
+        if not self.lends(grad):
+            return grad
+        copy = grad.clone()
+        self.copied.append((one, copy))
+        return copy
+
+    def _bring_back(self) -> None:
+        """Write what has arrived in copies where the gradients lie, now that backward has ended; once into a place."""
+        end, each = 0, [(own(cast(Tensor, one.param.grad)), one, copy) for one, copy in self.copied]
+        for grad, one, copy in sorted(each, key=lambda found: found[0].data_ptr()):
+            if grad.data_ptr() < end:
+                one.param.grad = cast(Any, wrapped(copy, one.param))
+            else:
+                grad.copy_(copy)
+            end = max(end, grad.data_ptr() + grad.nbytes)
 
     def _dense(self, one: Owned, grad: Tensor) -> Tensor:
         """The gradient as its parameter lies in memory, whose place it will take."""
@@ -288,6 +312,9 @@ class Arrivals:
         for one, grad in self.laid if not self.sparse else ():
             one.param.grad = cast(Any, wrapped(grad, one.param))
         self.laid.clear()
+        if not self.sparse:
+            self._bring_back()
+        self.copied.clear()
         bad = self.closing(session)
         self.left.clear()
         self.before.clear()

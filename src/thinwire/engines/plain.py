@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from thinwire.backward import is_shared
 from thinwire.engines.arrivals import Arrivals, Owned
 from thinwire.engines.hooks import Hook
 from thinwire.engines.names import clean
@@ -219,6 +220,9 @@ class Unwrapped(Arrivals):
         super().install(session)
         hook = cast(Any, torch.compiler.disable(self.after_forward))  # nothing to compile
         session.cleanup.callback(self.model.register_forward_hook(Hook(hook)).remove)
+
+    def lends(self, grad: Tensor) -> bool:
+        return is_shared(grad)
 
     def after_forward(self, _: nn.Module, inputs: object, output: object) -> None:
         """What the model answers gets its gradient first, and in the outer pass.

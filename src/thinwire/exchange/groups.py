@@ -75,7 +75,7 @@ class Group(ABC):
             return []
         totals: list[Tensor] = []
         if not any(units[i].guarded for i in self.units):
-            bad = torch.zeros(len(self.units), dtype=torch.bool, device=units[self.units[0]].own.device)
+            bad = payloads[0][0].new_zeros(len(self.units), dtype=torch.bool)
             return [(head.encode([used[i] for i in self.units], bad, self.dtype, step),)]
         first = [[payloads[j][0] for j, _ in self.by_unit.get(i, [])] if units[i].guarded else [] for i in self.units]
         for each in first:

@@ -27,10 +27,6 @@ from thinwire.units import Unit, payload_like
 from thinwire.wire import head
 from thinwire.wire.layout import ROW_ALIGNMENT, Layout
 
-APART_BYTES = 2**20
-"""Bytes of a dense message from which its head is a message of its own: so it may be what lies in memory, and to copy
-it would take longer than another small exchange does."""
-
 
 @dataclass(frozen=True)
 class Routing:
@@ -100,21 +96,10 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
         size = head.size(len(chosen), dtype)
         return [(torch.empty(size, dtype=dtype, device="meta"),)] if any(units[i].told for i in chosen) else []
 
-    def whole(kind: Kind, chosen: list[int], dtype: torch.dtype, heads: list[Payload]) -> Whole:
+    def whole(kind: Kind, chosen: list[int], dtype: torch.dtype) -> Whole:
+        heads = head_of(chosen, dtype)
         layout = Layout([*(payloads[i] for i in chosen), *heads], ROW_ALIGNMENT if kind == "all_gather" else 1)
         return Whole(kind, tuple(chosen), tuple(map(Piece, chosen)), dtype, bool(heads), layout)
-
-    def summing(chosen: list[int], dtype: torch.dtype) -> list[Whole]:
-        heads = head_of(chosen, dtype)
-        nbytes = 0 if any(units[i].guarded or units[i].compressed for i in chosen) else nbytes_of(chosen)
-        if not heads or nbytes < APART_BYTES:
-            return [whole("all_reduce", chosen, dtype, heads)]
-        alone = Layout(head_of(chosen, torch.float32), 1)
-        head_only = Whole("all_reduce", tuple(chosen), (), torch.float32, True, alone)
-        return [whole("all_reduce", chosen, dtype, []), head_only]
-
-    def nbytes_of(chosen: list[int]) -> int:
-        return sum(tensor.nbytes for i in chosen for tensor in payloads[i])
 
     def following(chosen: list[int], dtype: torch.dtype) -> Led:
         heads = head_of(chosen, dtype)
@@ -125,19 +110,16 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
     def in_pieces(chosen: list[int]) -> Group:
         return two_phase(units, chosen, head_of(chosen, torch.uint8), routing.second, world)
 
-    def gathering_all(chosen: list[int]) -> list[Group]:
-        return [whole("all_gather", chosen, torch.uint8, head_of(chosen, torch.uint8))] if chosen else []
-
-    gathering = gathering_all(gathered)
+    gathering: list[Group] = [whole("all_gather", gathered, torch.uint8)] if gathered else []
     cuttable = [i for i in gathered if units[i].compressor.cuttable]
     if routing.route != "all_gather" and any(units[i].own.numel() for i in cuttable):
         rest = [i for i in gathered if i not in cuttable]
-        owned = [in_pieces(cuttable), *gathering_all(rest)]
+        owned = [in_pieces(cuttable), *([whole("all_gather", rest, torch.uint8)] if rest else [])]
         if routing.route == "two_phase" or seconds(owned, routing, world) < seconds(gathering, routing, world):
             gathering = owned
-    sums = [group for dtype, chosen in summed.items() for group in summing(chosen, dtype)]
+    summing = [whole("all_reduce", chosen, dtype) for dtype, chosen in summed.items()]
     leading = [following(chosen, dtype) for dtype, chosen in led.items()]
-    return Bucket(tuple(units), (*gathering, *sums, *leading))
+    return Bucket(tuple(units), (*gathering, *summing, *leading))
 
 
 def seconds(groups: Sequence[Group], routing: Routing, world: int) -> float:

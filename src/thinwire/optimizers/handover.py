@@ -58,6 +58,7 @@ class Handover:
         memories = {name: method.rule(name, param.shape, param.numel()).memory for name, param in named}
         self.homeless = {name: type(memory).__name__ for name, memory in memories.items() if not memory.absorbs}
         self.settings = self.read()
+        self._check_homes(self.settings)
         self.seen: Written | None = None
         """What was written in the groups when it was followed last."""
         self.inside: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -85,12 +86,6 @@ class Handover:
             for param in group["params"]:
                 if name := self.names.get(id(param)):
                     settings[name] = own
-                    if name in self.homeless and own != Absorbed():
-                        raise ThinwireError(
-                            f"{self.method} takes momentum and weight decay out of the optimizer, and {name!r} would "
-                            f"lose them: its memory is {self.homeless[name]}; give its rule thinwire.Momentum(), or "
-                            "the parameter a group without both"
-                        )
                 elif param.requires_grad:
                     raise ThinwireError(
                         f"the optimizer also holds a parameter of shape {tuple(param.shape)} (in group {i}) that is "
@@ -112,8 +107,18 @@ class Handover:
         """
         if self.written() != self.seen:
             settings = self.read()
+            self._check_homes(settings)
             for unit in units:
                 unit.memory.absorb(settings[unit.name])
+
+    def _check_homes(self, settings: Mapping[str, Absorbed]) -> None:
+        for name, memory in self.homeless.items():
+            if settings[name].momentum or settings[name].weight_decay:
+                raise ThinwireError(
+                    f"{self.method} takes momentum and weight decay out of the optimizer, and {name!r} would lose "
+                    f"them, since its memory is {memory}; give its rule thinwire.Momentum(), or the parameter a group "
+                    "without both"
+                )
 
     def follow(self, units: Sequence[Unit], workers: Sequence[Worker]) -> bool:
         """Let the memories do what is written; answers whether any of them does something of another kind now.
