@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test together alone lint format clean
+.PHONY: setup demo test together alone gpu lint format clean
 
 setup: .venv/ready
 
@@ -30,6 +30,10 @@ together: setup
 
 alone: setup
 	$(BIN)/python -m pytest -m alone
+
+# on a machine with CUDA, from the checkout as it is: needs torch, pytest, triton and numba, and no network
+gpu:
+	@PYTHONPATH="$(CURDIR)/src:$(CURDIR)" $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -3,12 +3,17 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from benchmarks import convex, lgreco
+from benchmarks.gpu import page, sections
+from benchmarks.gpu.found import Found
 from benchmarks.same_bits.comparing import difference
+
+from thinwire.report import results
 
 ROOT = Path(__file__).parents[1]
 checkout = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="another revision needs git")
@@ -97,6 +102,62 @@ def test_kernels(tmp_path):
     figures = run(tmp_path, "benchmarks.kernels", *options)
     for case in ["copy", "dgc/cpu", "dgc/reference", "dgc/abs_topk", "dgc/cpu_bf16_grad", "dgc/cpu_bf16_state"]:
         assert figures[f"{case}/1", "ratio_to_ref"] > 0
+
+
+def test_gpu(tmp_path):
+    """The benchmarks on the CPU, tiny."""
+    written = tmp_path / "page.md"
+    only = "machine,kernels,step of the mlp,step of the gpt"
+    figures = run(tmp_path, "benchmarks.gpu", "--device", "cpu", "--tiny", "--only", only, "--out", str(written))
+    for case in ("copy", "kernel/fp32", "kernel_and_selection/bf16", "dgc/bf16", "dgc_reference/fp32", "abs_topk/fp32"):
+        assert figures[f"0.3M/{case}", "ratio_to_floor"] > 0
+    for case in ("mlp/sgd/dgc_ddp", "mlp/sgd/powersgd_hook", "gpt/adamw/topk_ddp", "gpt/sgd/dgc_sparse"):
+        assert figures[case, "ratio_to_local"] > 0
+    assert figures["mlp/sgd/dense_1gbit", "step_ms"] > figures["mlp/sgd/local", "step_ms"]
+    assert "Nothing failed." in written.read_text()
+
+
+def test_gpu_survives_what_fails(tmp_path):
+    """A section that fails, one that hangs and one that dies are said, with what they had found before."""
+    found = Found(str(tmp_path / "before.json"), "cpu", 60.0)
+    found.put("a", "ms", [1.0])
+    assert found.attempt("b", lambda: 1 / 0) is None
+    failing = f"shutil.copy({str(tmp_path / 'before.json')!r}, path)"
+    found.failed.clear()
+    found.path = str(tmp_path / "good.json")
+    found.write()
+    good = f"shutil.copy({str(tmp_path / 'good.json')!r}, path)"
+    ends = {
+        "raises": failing,
+        "hangs": f"{good}; time.sleep(60)",
+        "dies": f"{good}; os.abort()",
+        "goes on": good,
+    }
+    code = "import os, shutil, sys, time; path = sys.argv[sys.argv.index('--json') + 1]; "
+    each = [sections.Section(name, ["-c", code + end], 10.0) for name, end in ends.items()]
+    outcomes = sections.run_all([(each, 2, time.monotonic() + 60)], tmp_path)
+    assert all([row.value for row in one.rows] == [1.0] for one in outcomes)
+    failed = {one.name: [said for _, said in one.failed] for one in outcomes}
+    assert "ZeroDivisionError" in failed["raises"][0]
+    assert "cut after 10 s" in failed["hangs"][0]
+    assert "exit code -6" in failed["dies"][0]
+    assert failed["goes on"] == []
+    page.write(tmp_path / "page.md", results.meta("0", device="A Device"), outcomes)
+    page.write(tmp_path / "page.md", results.meta("0", device="A Device"), outcomes)
+    text = (tmp_path / "page.md").read_text()
+    assert "**3 failed.**" in text
+    assert "`raises: b`: ZeroDivisionError: division by zero" in text
+    assert text.count("## Earlier") == 1
+    assert page.slug("NVIDIA H200") == "nvidia-h200"
+
+
+def test_gpu_without_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("CUDA is here")
+    argv = [sys.executable, "-m", "benchmarks.gpu"]
+    done = subprocess.run(argv, check=True, timeout=60, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1
+    assert "no CUDA here" in done.stdout
 
 
 def test_exchange(tmp_path):

@@ -1,4 +1,4 @@
-"""Worlds of real gloo processes that stay alive between tests, since each takes seconds to start."""
+"""Worlds of real processes, of gloo if not told otherwise, that stay alive between tests: to start takes seconds."""
 
 import contextlib
 import os
@@ -14,8 +14,8 @@ import torch.distributed as dist
 class World:
     """``run(fn, *args)`` calls ``fn(rank, *args)`` on every rank and answers the results in rank order."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, backend: str = "gloo") -> None:
+        self.size, self.backend = size, backend
         self.pipes: list[Connection] = []
         self.processes = []
 
@@ -24,7 +24,9 @@ class World:
         rendezvous = f"tcp://127.0.0.1:{free_port()}"
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, rendezvous, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self.size, rendezvous, theirs, self.backend), daemon=True
+            )
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -58,10 +60,14 @@ class World:
         self.processes, self.pipes = [], []
 
 
-def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, rendezvous: str, pipe: Connection, backend: str) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)
+    options = {}
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        options["device_id"] = torch.device("cuda", rank)
+    dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=size, **options)
     with contextlib.suppress(EOFError):
         while True:
             fn, args = pipe.recv()

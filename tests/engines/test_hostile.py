@@ -36,7 +36,7 @@ def _hostile(rank, patterns):
             model, optimizer = build()
             canary = torch.full((4096,), 7, dtype=torch.uint8)
             wire = thinwire.attach(
-                model, method(), optimizer=optimizer, process_group=group, timeout=10.0, kernels="reference"
+                model, method(), optimizer=optimizer, process_group=group, timeout=6.0, kernels="reference"
             )
 
             def lying(*args, send=send, overwrite=overwrite, **kwargs):

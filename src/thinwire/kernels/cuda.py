@@ -96,7 +96,7 @@ def _accumulate(
         _tl.store(g + at, _tl.zeros([ROWS, BLOCK], g.dtype.element_ty), mask=there)
     # magnitudes compare like their bits, with NaN above infinity
     bits = y.to(_tl.int32, bitcast=True) & 0x7FFFFFFF
-    _tl.store(maxima + row, _tl.max(_tl.where(there, bits, 0), axis=1), mask=row * BLOCK < n)
+    _tl.store(maxima + row, _tl.max(_tl.where(there, bits, 0), axis=1), mask=row.to(_tl.int64) * BLOCK < n)
 
 
 class Cuda(Reference):
