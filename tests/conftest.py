@@ -20,17 +20,23 @@ def _quiet_and_seeded():
 
 
 @pytest.fixture(scope="session")
-def world2():
-    world = World(2)
-    yield world
-    world.stop()
+def _worlds():
+    worlds = {2: World(2), 4: World(4)}
+    yield worlds
+    for world in worlds.values():
+        world.stop()
 
 
-@pytest.fixture(scope="session")
-def world4():
-    world = World(4)
-    yield world
-    world.stop()
+@pytest.fixture(scope="module")
+def world2(_worlds):
+    yield _worlds[2]
+    _worlds[2].tire()
+
+
+@pytest.fixture(scope="module")
+def world4(_worlds):
+    yield _worlds[4]
+    _worlds[4].tire()
 
 
 @pytest.fixture

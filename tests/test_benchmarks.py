@@ -53,7 +53,9 @@ def test_checks(tmp_path):
 
 @checkout
 def test_before_after(tmp_path):
-    figures = run(tmp_path, "benchmarks.before_after", "--model", "tiny", "--methods", "dgc", "--rounds", "2")
+    figures = run(
+        tmp_path, "benchmarks.before_after", "--model", "tiny", "--methods", "dgc", "--rounds", "1", "--steps", "1"
+    )
     assert figures["dgc", "before_ms"] > 0
     assert figures["dgc", "after_over_before"] > 0
 
@@ -104,14 +106,15 @@ def test_kernels(tmp_path):
         assert figures[f"{case}/1", "ratio_to_ref"] > 0
 
 
+@pytest.mark.alone
 def test_gpu(tmp_path):
     """The benchmarks on the CPU, tiny."""
     written = tmp_path / "page.md"
-    only = "machine,kernels,step of the mlp,step of the gpt"
+    only = "machine,kernels,step of the mlp"
     figures = run(tmp_path, "benchmarks.gpu", "--device", "cpu", "--tiny", "--only", only, "--out", str(written))
     for case in ("copy", "kernel/fp32", "kernel_and_selection/bf16", "dgc/bf16", "dgc_reference/fp32", "abs_topk/fp32"):
         assert figures[f"0.3M/{case}", "ratio_to_floor"] > 0
-    for case in ("mlp/sgd/dgc_ddp", "mlp/sgd/powersgd_hook", "gpt/adamw/topk_ddp", "gpt/sgd/dgc_sparse"):
+    for case in ("mlp/sgd/dgc_ddp", "mlp/sgd/powersgd_hook"):
         assert figures[case, "ratio_to_local"] > 0
     assert figures["mlp/sgd/dense_1gbit", "step_ms"] > figures["mlp/sgd/local", "step_ms"]
     assert "Nothing failed." in written.read_text()

@@ -10,6 +10,8 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed as dist
 
+MOST_GROUPS = 12
+
 
 class World:
     """``run(fn, *args)`` calls ``fn(rank, *args)`` on every rank and answers the results in rank order."""
@@ -18,6 +20,7 @@ class World:
         self.size, self.backend = size, backend
         self.pipes: list[Connection] = []
         self.processes = []
+        self.groups = 0
 
     def start(self) -> None:
         context = get_context("spawn")
@@ -48,16 +51,22 @@ class World:
                 code = self.processes[rank].exitcode
                 self.stop()
                 raise AssertionError(f"rank {rank} died with exit code {code}") from None
-        if failed := [(rank, text) for rank, (ok, text) in enumerate(answers) if not ok]:
+        self.groups = max(groups for *_, groups in answers)
+        if failed := [(rank, text) for rank, (ok, text, _) in enumerate(answers) if not ok]:
             self.stop()  # the others may be in the middle of a collective
             raise AssertionError("\n".join(f"rank {rank}:\n{text}" for rank, text in failed))
-        return [value for _, value in answers]
+        return [value for _, value, _ in answers]
+
+    def tire(self) -> None:
+        """End the processes where many groups are left in them: each has threads that wake 100 times a second."""
+        if self.groups > MOST_GROUPS:
+            self.stop()
 
     def stop(self) -> None:
         for process in self.processes:
             process.kill()
             process.join()
-        self.processes, self.pipes = [], []
+        self.processes, self.pipes, self.groups = [], [], 0
 
 
 def _serve(rank: int, size: int, rendezvous: str, pipe: Connection, backend: str) -> None:
@@ -72,9 +81,13 @@ def _serve(rank: int, size: int, rendezvous: str, pipe: Connection, backend: str
         while True:
             fn, args = pipe.recv()
             try:
-                pipe.send((True, fn(rank, *args)))
+                pipe.send((True, fn(rank, *args), _groups()))
             except BaseException:
-                pipe.send((False, traceback.format_exc()))
+                pipe.send((False, traceback.format_exc(), _groups()))
+
+
+def _groups() -> int:
+    return len(dist.distributed_c10d._world.pg_map)
 
 
 def free_port() -> int:
