@@ -30,13 +30,13 @@ def _worlds():
 @pytest.fixture(scope="module")
 def world2(_worlds):
     yield _worlds[2]
-    _worlds[2].tire()
+    _worlds[2].stop_if_crowded()
 
 
 @pytest.fixture(scope="module")
 def world4(_worlds):
     yield _worlds[4]
-    _worlds[4].tire()
+    _worlds[4].stop_if_crowded()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 MOST_GROUPS = 12
+"""Process groups that tests may leave in a world."""
 
 
 class World:
@@ -57,7 +58,7 @@ class World:
             raise AssertionError("\n".join(f"rank {rank}:\n{text}" for rank, text in failed))
         return [value for _, value, _ in answers]
 
-    def tire(self) -> None:
+    def stop_if_crowded(self) -> None:
         """End the processes where many groups are left in them: each has threads that wake 100 times a second."""
         if self.groups > MOST_GROUPS:
             self.stop()

@@ -343,14 +343,14 @@ def set_stage(
     extra = wire_bytes("all_gather", plain_nbytes, world) - wire_bytes("all_reduce", plain_nbytes, world)
     small = plain_nbytes <= GATHER_BYTES and (route == "two_phase" or extra <= 2 * (world - 1) * turn_bytes)
     compresses = any(not (unit.method_compressor.summable or unit.method_compressor.led) for unit in units)
-    as_ever: list[str] = []
+    unchanged: list[str] = []
     for unit in units:
         unit.gathered = compresses and small and not unit.compressed
         asked = unit.method_compressor if density is None else unit.method_compressor.with_density(density)
         if (density == 1.0 or unit.kept) and unit.compressed:
             asked = DENSE
         elif density is not None and unit.compressed and asked == unit.method_compressor:
-            as_ever.append(unit.name)
+            unchanged.append(unit.name)
         unit.compressor = asked
         if asked.summable:
             continue
@@ -366,8 +366,8 @@ def set_stage(
             )
         elif route != "all_gather" and not (asked.cuttable or asked.led):
             notes.append(f"{unit.name} takes an all-gather: {type(asked).__name__} can't be cut into pieces")
-    if as_ever:
-        notes.append(f"{_listed(as_ever)}: a warm-up density of {density:g} changes nothing")
+    if unchanged:
+        notes.append(f"{_listed(unchanged)}: a warm-up density of {density:g} changes nothing")
     return notes
 
 

@@ -123,9 +123,9 @@ def _aliased(rank, method, sparse, flat):
             found.append([torch.equal(grad.to_dense(), mean) for grad, mean in zip(grads, means, strict=True)])
             if flat:
                 assert torch.equal(memory, torch.stack(grads))
-        row = wire.ledger.rows[-1]
+        row, error = wire.ledger.rows[-1], wire.ledger.rows[0].error
         wire.detach()
-        return found, row.error, row.compressed_wire_bytes < row.compressed_dense_bytes
+        return found, error, row.compressed_wire_bytes < row.compressed_dense_bytes
     finally:
         plain.BUCKET = before
 
@@ -134,17 +134,14 @@ def _only(name, method):
     return thinwire.Method(method.name, (replace(method.rules[0], match=name), IDENTITY))
 
 
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(("sparse", "flat"), [(False, False), (False, True), (True, False)])
 def test_memory_that_autograd_still_reads_is_left_alone(world2, sparse, flat):
-    if sparse and flat:
-        return
     for found, _, _ in world2.run(_aliased, dense(), sparse, flat):
         assert found == [[True] * 3] * 3
     for name, place in (("table", 1), ("other", 2)):  # what is not compressed arrives as it is
         for found, error, fewer in world2.run(_aliased, _only(name, topk(0.05)), sparse, flat):
             assert found == [[one != place for one in range(3)]] * 3, (name, found)
-            assert error is None or error > 0
+            assert error > 0
             assert fewer
 
 

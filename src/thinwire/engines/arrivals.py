@@ -132,8 +132,8 @@ class Arrivals:
     def count_arrival(self, session: Session, one: Owned) -> None:
         """Book what brought this gradient."""
 
-    def lends(self, grad: Tensor) -> bool:
-        """Whether somebody else may read the memory of a gradient, or has one in it."""
+    def shares(self, grad: Tensor) -> bool:
+        """Tell whether another tensor may live in the memory of a gradient."""
         return False
 
     def closing(self, session: Session) -> bool | None:
@@ -248,7 +248,7 @@ class Arrivals:
         found = [one.param.grad for one in bucket]
         grads = [
             torch.zeros_like(own(one.param)) if grad is None
-            else self._alone(one, own(grad)) if not grad.is_sparse and grad.stride() == one.param.stride()
+            else self._unshared(one, own(grad)) if not grad.is_sparse and grad.stride() == one.param.stride()
             else self._dense(one, grad)
             for one, grad in zip(bucket, found, strict=True)
         ]  # fmt: skip
@@ -266,15 +266,15 @@ class Arrivals:
                 one.param.grad = None
         self.departures.send(session, planned, grads, grads[0], used)
 
-    def _alone(self, one: Owned, grad: Tensor) -> Tensor:
+    def _unshared(self, one: Owned, grad: Tensor) -> Tensor:
         """The gradient, or a copy: what is sent from its memory is overwritten, which nobody else may notice."""
-        if not self.lends(grad):
+        if not self.shares(grad):
             return grad
         copy = grad.clone()
         self.copied.append((one, copy))
         return copy
 
-    def _bring_back(self) -> None:
+    def _write_back(self) -> None:
         """Write what has arrived in copies where the gradients lie, now that backward has ended; once into a place."""
         end, each = 0, [(own(cast(Tensor, one.param.grad)), one, copy) for one, copy in self.copied]
         for grad, one, copy in sorted(each, key=lambda found: found[0].data_ptr()):
@@ -313,7 +313,7 @@ class Arrivals:
             one.param.grad = cast(Any, wrapped(grad, one.param))
         self.laid.clear()
         if not self.sparse:
-            self._bring_back()
+            self._write_back()
         self.copied.clear()
         bad = self.closing(session)
         self.left.clear()

@@ -221,7 +221,7 @@ class Unwrapped(Arrivals):
         hook = cast(Any, torch.compiler.disable(self.after_forward))  # nothing to compile
         session.cleanup.callback(self.model.register_forward_hook(Hook(hook)).remove)
 
-    def lends(self, grad: Tensor) -> bool:
+    def shares(self, grad: Tensor) -> bool:
         return is_shared(grad)
 
     def after_forward(self, _: nn.Module, inputs: object, output: object) -> None:

@@ -16,7 +16,7 @@ GRACE = 5.0
 """Seconds for what is under way when the link is let go of: an exchange that nobody answers must not keep a process."""
 
 
-class Clock(Protocol):
+class Time(Protocol):
     """Seconds, and a way to let them pass: the module ``time``, or a test's own."""
 
     def monotonic(self) -> float: ...
@@ -30,7 +30,7 @@ class Paced(OneLevel):
     link has carried it, or when the real one has ended, whichever is later.
     """
 
-    def __init__(self, inner: Collective, link: Link, clock: Clock = time) -> None:
+    def __init__(self, inner: Collective, link: Link, clock: Time = time) -> None:
         self.inner, self.clock = inner, clock
         self.link: Link | None = link
         self._pacing = link

@@ -56,9 +56,9 @@ class Handover:
         self.held = {name: one for name, one in held.items() if isinstance(one, torch.optim.SGD)}
         self.others = held.keys() - self.held.keys()
         memories = {name: method.rule(name, param.shape, param.numel()).memory for name, param in named}
-        self.homeless = {name: type(memory).__name__ for name, memory in memories.items() if not memory.absorbs}
+        self.not_absorbing = {name: type(memory).__name__ for name, memory in memories.items() if not memory.absorbs}
         self.settings = self.read()
-        self._check_homes(self.settings)
+        self._check_nothing_is_lost(self.settings)
         self.seen: Written | None = None
         """What was written in the groups when it was followed last."""
         self.inside: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -107,12 +107,13 @@ class Handover:
         """
         if self.written() != self.seen:
             settings = self.read()
-            self._check_homes(settings)
+            self._check_nothing_is_lost(settings)
             for unit in units:
                 unit.memory.absorb(settings[unit.name])
 
-    def _check_homes(self, settings: Mapping[str, Absorbed]) -> None:
-        for name, memory in self.homeless.items():
+    def _check_nothing_is_lost(self, settings: Mapping[str, Absorbed]) -> None:
+        """Raise a ``ThinwireError`` where momentum is taken from a parameter whose memory has none."""
+        for name, memory in self.not_absorbing.items():
             if settings[name].momentum or settings[name].weight_decay:
                 raise ThinwireError(
                     f"{self.method} takes momentum and weight decay out of the optimizer, and {name!r} would lose "
