@@ -21,10 +21,10 @@ import torch.distributed as dist
 import thinwire
 from benchmarks.contenders import MODELS, sgd
 from benchmarks.figures import several, spread
-from thinwire.fingerprint import fingerprint
-from thinwire.replicas import EVERY
 from thinwire.report import results
 from thinwire.report.results import Row
+from thinwire.session.fingerprint import fingerprint
+from thinwire.session.replicas import EVERY
 
 
 def milliseconds(call: Callable[[], object]) -> float:
@@ -56,7 +56,7 @@ def measure(name: str, rounds: int, file: Path) -> list[Row]:
             "save_ms": milliseconds(lambda: torch.save(session.state_dict(), file)),
             "load_ms": milliseconds(lambda: session.load_state_dict(torch.load(file))),
         }
-        with mock.patch("thinwire.checksums.checksum", return_value=0):
+        with mock.patch("thinwire.session.checksums.checksum", return_value=0):
             once["bare_save_ms"] = milliseconds(lambda: torch.save(session.state_dict(), file))
             once["bare_load_ms"] = milliseconds(lambda: session.load_state_dict(torch.load(file)))
         once["look_share"] = once["look_ms"] / (EVERY * once["step_ms"])

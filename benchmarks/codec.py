@@ -21,15 +21,15 @@ from tests.test_sizes import resnet50
 from torch import Tensor
 
 import thinwire
+from thinwire.coding import bitpack, elias_fano, frame, header, rice
+from thinwire.coding import values as wire_values
+from thinwire.coding.values import CODES
 from thinwire.core import Context, Payload
-from thinwire.exchange.routes import Bucket, plan_bucket
+from thinwire.exchange.buckets import Bucket, plan_bucket
+from thinwire.exchange.units import resolve, set_stage
 from thinwire.kernels.reference import REFERENCE
 from thinwire.report import results
 from thinwire.report.results import Row
-from thinwire.units import resolve, set_stage
-from thinwire.wire import bitpack, elias_fano, frame, head, rice
-from thinwire.wire import values as wire_values
-from thinwire.wire.values import CODES
 
 DENSITIES = (0.25, 0.125, 0.1, 0.0625, 0.05, 0.03125, 0.015625, 0.01, 0.0078125, 0.004, 0.001, 0.0005, 0.0001)
 MESSAGE_DENSITIES = (0.1, 0.01, 0.001, 0.0001)
@@ -148,7 +148,7 @@ def plan(shapes: list[tuple[int, ...]], p: float, values: str) -> Bucket:
 def to_message(bucket: Bucket, payloads: list[Payload]) -> Tensor:
     """The message as ``pipeline.send`` packs it: payloads, head, padding."""
     (group,) = bucket.groups
-    flags = head.encode([True] * len(group.units), torch.zeros(len(group.units), dtype=torch.bool), group.dtype, 0)
+    flags = header.encode([True] * len(group.units), torch.zeros(len(group.units), dtype=torch.bool), group.dtype, 0)
     return group.layout.pack([*(payloads[i] for i in group.units), (flags,)])
 
 

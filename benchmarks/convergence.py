@@ -21,8 +21,8 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
 
 from thinwire import Method, Warmup, cast, dense, dgc, ef21_sgdm, lean, maxmin, powersgd, qsgd, simulate, topk
 from thinwire._version import __version__
-from thinwire.demo import text as demo_text
-from thinwire.demo.model import CharLM, loss_of, transformer
+from thinwire.cli import text as demo_text
+from thinwire.cli.demo_models import CharLM, loss_of, transformer
 from thinwire.report.results import Row, meta, write
 
 CLIP = 1.0

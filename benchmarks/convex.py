@@ -3,8 +3,8 @@
     python -m benchmarks.convex --json convex.json --plot convex.png
 
 20 workers, a logistic loss with a non-convex regulariser, float64, the library's memories and Top-k; learning rates are
-multiples of ``thinwire.theory.ef21_step``. Three tables: exact gradients; mini-batches on data sorted by label; one
-worker whose data is ten times larger. A data set that is not in ``--data`` is skipped, and that is said.
+multiples of ``thinwire.methods.theory.ef21_step``. Three tables: exact gradients; mini-batches on data sorted by label;
+one worker whose data is ten times larger. A data set that is not in ``--data`` is skipped, and that is said.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from benchmarks.figures import several
 from thinwire import EF21, EControl, ErrorFeedback, Memory, NoMemory, TopK
 from thinwire._version import __version__
 from thinwire.core import NOWHERE
+from thinwire.core.tensors import Sparse
+from thinwire.exchange.units import TwoCopies, payload_nbytes
+from thinwire.methods.theory import Mean, ef21_step, logistic_smoothness, xi
 from thinwire.report.results import Row, meta, write
-from thinwire.tensors import Sparse
-from thinwire.theory import Mean, ef21_step, logistic_smoothness, xi
-from thinwire.units import TwoCopies, payload_nbytes
 
 WORKERS, REGULARIZER, BATCH = 20, 0.1, 4
 SETS = {"phishing": 1, "mushrooms": 2, "a9a": 4, "w8a": 1}

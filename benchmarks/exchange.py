@@ -12,7 +12,7 @@ one link by relative least squares. From some number of workers on it is the lab
 hosts share and real ones do not: there messages and bytes cost ``N`` times a price of their own, where that explains
 more; beyond what was measured it is left out. Where an all-gather would send more than dense, thinwire takes
 an all-reduce, whose messages and bytes are taken to cost what those of an all-gather do. ``auto`` is what that route
-takes from the link that ``thinwire.exchange.cost`` fits at attach. Checked, and printed: two phases send at most 1.2
+takes from the link that ``thinwire.comm.link_speed`` fits at attach. Checked, and printed: two phases send at most 1.2
 times as much at 1024 workers as at 16; the model is within 15 % of every measured point; ``auto`` takes at most 5 %
 longer than the better route.
 """
@@ -29,10 +29,10 @@ import thinwire
 from benchmarks.figures import several
 from benchmarks.lab import run_ranks
 from thinwire import Link, dgc
-from thinwire.exchange.routes import Bucket, Routing, plan_bucket
-from thinwire.link import Kind, wire_bytes
+from thinwire.comm.link import Kind, wire_bytes
+from thinwire.exchange.buckets import Bucket, Routing, plan_bucket
+from thinwire.exchange.units import resolve, set_stage
 from thinwire.report import results
-from thinwire.units import resolve, set_stage
 
 ROUTES = ("all_gather", "two_phase")
 MODELLED = (16, 32, 64, 128, 256, 512, 1024)

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.lab import report
-from thinwire.exchange.collectives import ProcessGroup
-from thinwire.exchange.cost import measure
-from thinwire.link import Kind
+from thinwire.comm.link import Kind
+from thinwire.comm.link_speed import measure
+from thinwire.comm.process_group import ProcessGroup
 
 TIMEOUT = 600.0
 TIMES = 3

@@ -24,8 +24,8 @@ from torch import nn
 
 from thinwire import Method, Warmup, dense, dgc, simulate, topk
 from thinwire._version import __version__
-from thinwire.demo import text as demo_text
-from thinwire.demo.model import CharLM, loss_of, transformer
+from thinwire.cli import text as demo_text
+from thinwire.cli.demo_models import CharLM, loss_of, transformer
 from thinwire.methods.lean import VALUES as LEAN_VALUES
 from thinwire.methods.lean import density_for
 from thinwire.report.results import Row, meta, write

@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 
 from benchmarks.figures import spread
-from thinwire import MomentumCorrection, TopK, files
+from thinwire import MomentumCorrection, TopK
 from thinwire._version import __version__
-from thinwire.core import Context, State
-from thinwire.exchange.groups import Piece
+from thinwire.core import Context, State, files
+from thinwire.core.loops import Kernels
+from thinwire.exchange.fused import select
+from thinwire.exchange.messages import Piece
+from thinwire.exchange.units import TwoCopies, Unit, Worker
 from thinwire.kernels.cpu import Cpu
 from thinwire.kernels.reference import REFERENCE
-from thinwire.loops import Kernels
 from thinwire.report.results import Row, meta, write
-from thinwire.selecting import select
-from thinwire.units import TwoCopies, Unit, Worker
 
 SETTLE = 0.02
 """Seconds for torch's OpenMP threads to stop spinning for more work, which they do on the cores that a case needs."""

@@ -26,13 +26,13 @@ from torch.nn.functional import cross_entropy, relu
 from benchmarks.figures import spread
 from thinwire import LGreCo, Method, maxmin, powersgd, simulate, topk
 from thinwire._version import __version__
+from thinwire.cli import text as demo_text
+from thinwire.cli.demo_models import CharLM, loss_of
 from thinwire.core import Compressor, Context
-from thinwire.demo import text as demo_text
-from thinwire.demo.model import CharLM, loss_of
-from thinwire.lgreco import Snapshot, losses
+from thinwire.exchange.units import Probe
+from thinwire.policies.lgreco import Snapshot, losses
 from thinwire.report.results import Row, meta, write
-from thinwire.session import Session
-from thinwire.units import Probe
+from thinwire.session.session import Session
 
 CLIP = 1.0
 LENGTH = 32

@@ -10,11 +10,10 @@ import re
 import torch
 
 from thinwire import methods
-from thinwire.compressors import catalogue
 from thinwire.compressors.sparse import TopK
-from thinwire.core import Compressor
-from thinwire.policy.plan import Method
-from thinwire.units import payload_nbytes
+from thinwire.core import Compressor, registry
+from thinwire.exchange.units import payload_nbytes
+from thinwire.methods.method import Method
 
 ELEMENTS = (1024, 1024)
 ARGUMENTS = {
@@ -130,12 +129,12 @@ def page() -> str:
     parts = [
         f"| `{row.__name__}` | {cell(first_sentence(row))} | {cell(section(row, 'Wire'))} "
         f"| {cell(section(row, 'Source'))} |"
-        for row in catalogue.COMPRESSORS.values()
+        for row in registry.COMPRESSORS.values()
     ]
     memories = [
         f"| `{row.__name__}` | {cell(first_sentence(row))} | {cell(section(row, 'State'))} "
         f"| {cell(section(row, 'Source'))} |"
-        for row in catalogue.MEMORIES.values()
+        for row in registry.MEMORIES.values()
     ]
     tables = {"recipes": map(recipe_row, recipes), "compressors": parts, "memories": memories}
     return TEMPLATE.format(**{name: "\n".join(rows) for name, rows in tables.items()})

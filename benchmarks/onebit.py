@@ -14,8 +14,8 @@ import torch
 
 from thinwire import OneBitAdam, ZeroOneAdam, dense, onebit_adam, simulate, zeroone_adam
 from thinwire._version import __version__
-from thinwire.demo import text as demo_text
-from thinwire.demo.model import loss_of, transformer
+from thinwire.cli import text as demo_text
+from thinwire.cli.demo_models import loss_of, transformer
 from thinwire.report.results import Row, meta, write
 
 CASES = ("adam", "onebit_adam", "zeroone_adam")

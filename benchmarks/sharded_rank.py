@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 import thinwire
 from benchmarks.lab import report
 from thinwire import QSGD, Quantize, dense
-from thinwire.demo import text as demo_text
-from thinwire.demo.model import loss_of, transformer
+from thinwire.cli import text as demo_text
+from thinwire.cli.demo_models import loss_of, transformer
 
 LENGTH, BATCH = 32, 8
 CASES: dict[str, Callable[[], dict[str, Any]] | None] = {

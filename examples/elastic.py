@@ -19,9 +19,9 @@ from torch.distributed import checkpoint as dcp
 from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
-from thinwire import files
-from thinwire.demo import text as demo_text
-from thinwire.demo.model import CharLM, loss_of
+from thinwire.cli import text as demo_text
+from thinwire.cli.demo_models import CharLM, loss_of
+from thinwire.core import files
 
 
 def save(folder: Path, step: int, state: dict) -> None:

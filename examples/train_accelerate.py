@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 import thinwire  # <- thinwire
-from thinwire.demo import text as demo_text
-from thinwire.demo.model import CharLM, loss_of
+from thinwire.cli import text as demo_text
+from thinwire.cli.demo_models import CharLM, loss_of
 from thinwire.integrations.accelerate import attach  # <- thinwire
 
 

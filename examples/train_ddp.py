@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import thinwire  # <- thinwire
-from thinwire.demo import text as demo_text
-from thinwire.demo.model import CharLM, loss_of
+from thinwire.cli import text as demo_text
+from thinwire.cli.demo_models import CharLM, loss_of
 
 CLIP = 1.0
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import thinwire  # <- thinwire
-from thinwire.demo import text as demo_text
+from thinwire.cli import text as demo_text
 
 
 class Block(nn.Module):

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 import thinwire  # <- thinwire
-from thinwire.demo import text as demo_text
+from thinwire.cli import text as demo_text
 from thinwire.integrations.trainer import Compression  # <- thinwire
 
 LENGTH = 32

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import thinwire  # <- thinwire
-from thinwire.demo import text as demo_text
-from thinwire.demo.model import CharLM, loss_of
+from thinwire.cli import text as demo_text
+from thinwire.cli.demo_models import CharLM, loss_of
 from thinwire.integrations.lightning import Compression  # <- thinwire
 
 LENGTH = 32

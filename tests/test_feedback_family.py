@@ -7,14 +7,14 @@ import torch
 
 import thinwire
 from tests.engines.models import build, simulated, train_ddp
-from thinwire import EF21, EControl, ErrorFeedback, MomentumCorrection, ThinwireError, TopK, theory
-from thinwire.checkpoint import restore, save
+from thinwire import EF21, EControl, ErrorFeedback, MomentumCorrection, ThinwireError, TopK
 from thinwire.compressors.cast import Cast
 from thinwire.core import NOWHERE, Context
-from thinwire.methods import econtrol, ef14, ef21, ef21_bc, ef21_pp, ef21_sgdm, ef21_w
-from thinwire.policy.plan import Method, Rule, Warmup
-from thinwire.sim.workers import SimulatedWorkers
-from thinwire.units import TwoCopies
+from thinwire.engines.simulator import SimulatedWorkers
+from thinwire.exchange.units import TwoCopies
+from thinwire.methods import econtrol, ef14, ef21, ef21_bc, ef21_pp, ef21_sgdm, ef21_w, theory
+from thinwire.methods.method import Method, Rule, Warmup
+from thinwire.session.checkpoint import restore, save
 
 WORKERS, D, K = 3, 24, 4
 EXACT = {"rtol": 0.0, "atol": 1e-12}

@@ -36,9 +36,9 @@ from thinwire import (
     TopK,
     Warmup,
 )
-from thinwire.checks import seconds
-from thinwire.context import Context
-from thinwire.given import method_of
+from thinwire.core.checks import seconds
+from thinwire.core.context import Context
+from thinwire.methods.given import method_of
 
 NAN, INF = float("nan"), float("inf")
 SHARE = r"is kept/total and must be in \(0, 1\]"

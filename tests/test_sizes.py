@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from thinwire import dgc
-from thinwire.link import Link, wire_bytes
-from thinwire.units import payload_nbytes, resolve
+from thinwire.comm.link import Link, wire_bytes
+from thinwire.exchange.units import payload_nbytes, resolve
 
 MIB = 2**20
 

@@ -17,7 +17,7 @@ import thinwire
 from benchmarks.contenders import LEARNING_RATE, bf16_hook
 from benchmarks.gpu.models import Task
 from thinwire import Link
-from thinwire.link import Kind
+from thinwire.comm.link import Kind
 
 Setup = Callable[[DistributedDataParallel], object]
 

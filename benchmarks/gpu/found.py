@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.figures import spread
-from thinwire import files
+from thinwire.core import files
 from thinwire.report.results import Row
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from benchmarks.gpu.found import Found, begin, milliseconds
 from benchmarks.kernels import Case, Copy, Direct
-from thinwire.kernels.choose import choose
+from thinwire.core.loops import Accumulation, Cut, Kernels, Pass
 from thinwire.kernels.reference import BLOCK, REFERENCE
-from thinwire.loops import Accumulation, Cut, Kernels, Pass
+from thinwire.kernels.select import choose
 
 DENSITY = 0.001
 SIZES = {"25.6M": 25_600_000, "200M": 200_000_000}

@@ -12,8 +12,8 @@ from benchmarks.gpu.found import begin
 
 def compiled() -> str:
     """Triton needs a C compiler and Python's headers for the code that launches its kernels."""
-    from thinwire.kernels.choose import choose
-    from thinwire.loops import Accumulation, Cut, Pass
+    from thinwire.core.loops import Accumulation, Cut, Pass
+    from thinwire.kernels.select import choose
 
     x = torch.ones(1000, device="cuda")
     kernels, note = choose("cuda", x.device)

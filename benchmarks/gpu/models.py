@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.contenders import MODELS
-from thinwire.demo.model import Transformer
+from thinwire.cli.demo_models import Transformer
 
 
 class Gpt(Transformer):

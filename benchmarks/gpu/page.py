@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.sections import Outcome
-from thinwire import files
+from thinwire.core import files
 from thinwire.report.results import Row
 
 TABLES = [

@@ -2,34 +2,35 @@
 
     wire = thinwire.attach(ddp, thinwire.dgc(density=0.001), optimizer=optimizer)
 
-``thinwire.pipeline`` is the file to read first.
+``thinwire.exchange.pipeline`` is the file to read first.
 """
 
 from thinwire._version import __version__
-from thinwire.compressors.blocks import BlockTopK
+from thinwire.attach import attach
+from thinwire.comm.link import Link
+from thinwire.compressors.block_topk import BlockTopK
 from thinwire.compressors.cast import Cast
+from thinwire.compressors.cltk import CLTK
 from thinwire.compressors.dct import DctTopK
-from thinwire.compressors.led import CLTK
-from thinwire.compressors.lowrank import PowerSGD
 from thinwire.compressors.natural import Natural
+from thinwire.compressors.powersgd import PowerSGD
 from thinwire.compressors.quantize import QSGD, Quantize
-from thinwire.compressors.random import RandK
+from thinwire.compressors.randk import RandK
 from thinwire.compressors.scaled import Scaled
 from thinwire.compressors.sidco import SIDCo
 from thinwire.compressors.sign import Sign
 from thinwire.compressors.sparse import TopK
 from thinwire.compressors.ternary import TernGrad
 from thinwire.compressors.threshold import Threshold
-from thinwire.core import Compressor, Memory
-from thinwire.engines.attach import attach
-from thinwire.lgreco import LGreCo
-from thinwire.link import Link
-from thinwire.memories.adam import CompressedMomentum, SteadyFeedback
-from thinwire.memories.demo import DecoupledMomentum
-from thinwire.memories.feedback import ErrorFeedback, NoMemory
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor, Memory
+from thinwire.engines.simulator import Simulation, simulate
+from thinwire.memories.compressed_momentum import CompressedMomentum, SteadyFeedback
+from thinwire.memories.decoupled_momentum import DecoupledMomentum
+from thinwire.memories.error_feedback import ErrorFeedback, NoMemory
+from thinwire.memories.majority_vote import MajorityVote
 from thinwire.memories.momentum import Momentum, MomentumCorrection
 from thinwire.memories.shifted import EF21, EControl
-from thinwire.memories.vote import MajorityVote
 from thinwire.methods import (
     cast,
     decoupled_momentum,
@@ -58,12 +59,11 @@ from thinwire.methods import (
     topk,
     zeroone_adam,
 )
+from thinwire.methods.method import Method, Rule
+from thinwire.methods.warmup import Warmup
 from thinwire.optim import OneBitAdam, OneBitLamb, ZeroOneAdam
-from thinwire.policy.plan import Method, Rule
-from thinwire.policy.schedule import Warmup
-from thinwire.session import Session
-from thinwire.sim.workers import Simulation, simulate
-from thinwire.tensors import ThinwireError
+from thinwire.policies.lgreco import LGreCo
+from thinwire.session.session import Session
 
 __all__ = [
     "CLTK",

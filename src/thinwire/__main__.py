@@ -1,4 +1,4 @@
-from thinwire.cli import main
+from thinwire.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -5,32 +5,32 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from thinwire.compressors import catalogue
-from thinwire.compressors.blocks import BlockTopK
+from thinwire.compressors.block_topk import BlockTopK
 from thinwire.compressors.cast import Cast
+from thinwire.compressors.cltk import CLTK
 from thinwire.compressors.dct import DctTopK
-from thinwire.compressors.led import CLTK
-from thinwire.compressors.lowrank import PowerSGD
 from thinwire.compressors.natural import Natural
+from thinwire.compressors.powersgd import PowerSGD
 from thinwire.compressors.quantize import QSGD, Quantize
-from thinwire.compressors.random import RandK
+from thinwire.compressors.randk import RandK
 from thinwire.compressors.scaled import Scaled
 from thinwire.compressors.sidco import SIDCo
 from thinwire.compressors.sign import Sign
 from thinwire.compressors.sparse import TopK
 from thinwire.compressors.ternary import TernGrad
 from thinwire.compressors.threshold import Threshold
-from thinwire.core import Compressor, Context
-from thinwire.memories.adam import CompressedMomentum, SteadyFeedback
-from thinwire.memories.demo import DecoupledMomentum
-from thinwire.memories.feedback import ErrorFeedback, NoMemory
+from thinwire.core import Compressor, Context, registry
+from thinwire.core.errors import ThinwireError
+from thinwire.core.tensors import Sparse, flat
+from thinwire.engines.simulator import SimulatedWorkers
+from thinwire.exchange.units import payload_nbytes
+from thinwire.memories.compressed_momentum import CompressedMomentum, SteadyFeedback
+from thinwire.memories.decoupled_momentum import DecoupledMomentum
+from thinwire.memories.error_feedback import ErrorFeedback, NoMemory
+from thinwire.memories.majority_vote import MajorityVote
 from thinwire.memories.momentum import Momentum, MomentumCorrection
 from thinwire.memories.shifted import EF21, EControl
-from thinwire.memories.vote import MajorityVote
-from thinwire.policy.plan import Method, Rule
-from thinwire.sim.workers import SimulatedWorkers
-from thinwire.tensors import Sparse, ThinwireError, flat
-from thinwire.units import payload_nbytes
+from thinwire.methods.method import Method, Rule
 
 CASES = [
     Cast(),
@@ -257,19 +257,19 @@ class TestBattery:
     ids=str,
 )
 def test_json_round_trip(part):
-    rows = catalogue.COMPRESSORS | catalogue.MEMORIES
-    assert catalogue.from_json(catalogue.to_json(part), rows) == part
+    rows = registry.COMPRESSORS | registry.MEMORIES
+    assert registry.from_json(registry.to_json(part), rows) == part
 
 
 def test_every_row_is_in_the_battery():
-    assert {type(case) for case in CASES} == set(catalogue.COMPRESSORS.values())
+    assert {type(case) for case in CASES} == set(registry.COMPRESSORS.values())
 
 
 def test_unknown_rows():
-    with pytest.raises(ThinwireError, match="kind 'nonsense' is not in the catalogue"):
-        catalogue.from_json({"kind": "nonsense"}, catalogue.COMPRESSORS)
+    with pytest.raises(ThinwireError, match="kind 'nonsense' is not registered"):
+        registry.from_json({"kind": "nonsense"}, registry.COMPRESSORS)
     with pytest.raises(ThinwireError, match="unexpected keyword"):
-        catalogue.from_json({"kind": "topk", "density": 0.1, "colour": 1}, catalogue.COMPRESSORS)
+        registry.from_json({"kind": "topk", "density": 0.1, "colour": 1}, registry.COMPRESSORS)
 
 
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.1, float("nan")])
@@ -386,7 +386,7 @@ def halves():
 
 
 def test_a_state_follows_the_mean_and_shapes_may_alternate(monkeypatch):
-    monkeypatch.setitem(catalogue.COMPRESSORS, "halves", Halves)
+    monkeypatch.setitem(registry.COMPRESSORS, "halves", Halves)
     param = torch.nn.Parameter(torch.zeros(5, 5))
     optimizer = torch.optim.SGD([param], lr=1.0)
     sim = SimulatedWorkers(torch.nn.ParameterList([param]), halves(), optimizer, 2)

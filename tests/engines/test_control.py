@@ -2,6 +2,7 @@
 
 import re
 import signal
+import sys
 import time
 
 import pytest
@@ -15,12 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 import thinwire
 from tests.engines.test_faults import finish, start_ranks
 from thinwire import ThinwireError, Warmup, dgc, topk
-from thinwire.engines.plain import Plain
-from thinwire.exchange.collectives import NoAnswer
-from thinwire.exchange.control import Together
-from thinwire.exchange.nodes import Nodes
-from thinwire.exchange.texts import is_known
-from thinwire.session import Session
+from thinwire.comm.control import Together
+from thinwire.comm.hierarchical import Nodes
+from thinwire.comm.process_group import NoAnswer
+from thinwire.comm.texts import is_known
+from thinwire.engines.bare import Plain
+from thinwire.session.session import Session
 
 
 def model_of():
@@ -146,7 +147,7 @@ def _raising(rank, engine):
     told(start(engine, group, wrong, timeout=15.0)[2], ThinwireError, "failed on rank 1: method is ")
     with pytest.MonkeyPatch.context() as patch:
         if rank:
-            patch.setattr("thinwire.engines.attach.method_of", raises(TypeError("no method here")))
+            patch.setattr(sys.modules["thinwire.attach"], "method_of", raises(TypeError("no method here")))
         told(start(engine, group, topk(0.1), timeout=15.0)[2], TypeError, "failed on rank 1: TypeError: no ")
     wrong = {"link": 5 if rank else None, "kernels": "none" if rank else "reference", "timeout": 15.0}
     told(start(engine, group, topk(0.1), **wrong)[2], ThinwireError, "failed on rank 1: link is 5")
@@ -165,13 +166,13 @@ def _raising(rank, engine):
     wire = attach()
     with pytest.MonkeyPatch.context() as patch:
         if rank:
-            patch.setattr("thinwire.session.method_of", raises(TypeError("no method here")))
+            patch.setattr("thinwire.session.session.method_of", raises(TypeError("no method here")))
         told(lambda: wire.set_method(topk(0.2)), TypeError, "set_method() failed on rank 1: TypeError")
     broken = Clumsy() if rank else wire.state_dict()
     told(lambda: wire.load_state_dict(broken), ThinwireError, "loading a checkpoint failed on rank 1: a checkpoint is")
     with pytest.MonkeyPatch.context() as patch:
         if rank:
-            patch.setattr("thinwire.checkpoint.restore", raises(IndexError()))
+            patch.setattr("thinwire.session.checkpoint.restore", raises(IndexError()))
         told(lambda: wire.load_state_dict(wire.state_dict()), IndexError, "failed on rank 1: IndexError")
     told(lambda: wire.load("/nowhere") if rank else wire.load_state_dict(wire.state_dict()), ThinwireError, "/nowhere")
     step(model, optimizer)
@@ -242,7 +243,7 @@ def test_whatever_a_rank_raises_is_told_to_the_others(world2, engine):
 def _in_the_middle(rank):
     """What is raised between two exchanges can't be told by a third: it is left in the store."""
     found = []
-    for kind, place in ((ValueError, (Plain, "_held")), (MemoryError, ("thinwire.succession.hand_on",))):
+    for kind, place in ((ValueError, (Plain, "_held")), (MemoryError, ("thinwire.session.migrate.hand_on",))):
         group = dist.new_group([0, 1])
         _, optimizer, attach = start("plain", group, dgc(0.1), timeout=15.0)
         with pytest.MonkeyPatch.context() as patch:

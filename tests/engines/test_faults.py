@@ -17,8 +17,8 @@ import thinwire
 from tests.engines.models import batch, build, loss_of, train_ddp
 from tests.world import free_port
 from thinwire import ThinwireError, dgc, topk
-from thinwire.exchange.collectives import exchange_failed
-from thinwire.exchange.local import Local
+from thinwire.comm.process_group import exchange_failed
+from thinwire.comm.simulated import Local
 
 ROOT = Path(__file__).parents[2]
 

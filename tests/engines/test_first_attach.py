@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import thinwire
 from tests.engines.models import batch, build, flat_parameters, loss_of
 from thinwire import ErrorFeedback, MomentumCorrection, PowerSGD, Quantize, RandK, Rule, ThinwireError, TopK, dgc, topk
-from thinwire.sim.workers import SimulatedWorkers
+from thinwire.engines.simulator import SimulatedWorkers
 
 
 @pytest.fixture

@@ -45,9 +45,9 @@ from thinwire import (
     powersgd,
     topk,
 )
-from thinwire.engines.fsdp2 import Fsdp2, check_method
-from thinwire.exchange import direct
-from thinwire.sharding import own
+from thinwire.comm import gloo_p2p
+from thinwire.core.sharding import own
+from thinwire.engines.fsdp2.engine import Fsdp2, check_method
 
 HALF = {"spare": False}
 KEEPS_UNUSED = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
@@ -65,7 +65,7 @@ def _run(rank, shape, runs):
     mesh, answers = mesh_of(*shape), []
     before = threads()
     for options in runs:
-        with mock.patch.object(direct, "LEAST", 0):  # messages go as long ones do
+        with mock.patch.object(gloo_p2p, "LEAST", 0):  # messages go as long ones do
             model, _, wire = train(rank, mesh, **{"steps": STEPS, **options})
         facts = {}
         if wire is not None:

@@ -6,7 +6,8 @@ import torch.distributed as dist
 
 import thinwire
 from tests.engines.models import batch, build, loss_of
-from thinwire import ThinwireError, pipeline
+from thinwire import ThinwireError
+from thinwire.exchange import pipeline
 
 METHODS = {
     "cast": lambda: thinwire.cast("float16"),

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 import thinwire
 from tests.engines.sharded import mesh_of
 from thinwire import OneBitAdam, ThinwireError, dgc, onebit_adam, powersgd, randk, topk
-from thinwire.sim.workers import SimulatedWorkers
+from thinwire.engines.simulator import SimulatedWorkers
 
 SHAPES = {"image": (8, 6, 3, 3), "volume": (4, 3, 2, 3, 2), "matrix": (24, 20), "bias": (8,)}
 STEPS = 6

@@ -14,9 +14,9 @@ from tests.engines.test_control import start as begin
 from tests.engines.test_ddp import SMALL_BUCKETS
 from tests.engines.test_safety import Experts, states
 from thinwire import ThinwireError, Warmup, dense, dgc, randk, scalecom, topk
-from thinwire.pipeline import Verdict
+from thinwire.exchange.pipeline import Verdict
 from thinwire.report.ledger import Ledger
-from thinwire.transaction import Transaction
+from thinwire.session.transaction import Transaction
 
 
 def start(method, **options):

@@ -15,7 +15,7 @@ import thinwire
 from tests.engines import sharded
 from tests.engines.models import Net, batch, flat_parameters, loss_of
 from thinwire import ThinwireError, dense, dgc, topk
-from thinwire.sim.workers import SimulatedWorkers
+from thinwire.engines.simulator import SimulatedWorkers
 
 EXACT = dgc(1.0)
 LOST = "momentum and residuals of step 3"

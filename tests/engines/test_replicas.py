@@ -330,7 +330,7 @@ def _raises_in_the_check(rank):
     wire = thinwire.attach(run, topk(0.05), optimizer=opt, check_every=1, timeout=20.0, **options)
     with pytest.MonkeyPatch.context() as patch:
         if rank:
-            patch.setattr("thinwire.replicas.fingerprint", lambda _: {}["of its own"])
+            patch.setattr("thinwire.session.replicas.fingerprint", lambda _: {}["of its own"])
         with pytest.raises((ThinwireError, KeyError)) as raised:
             run(inputs(rank, 0), rank).square().mean().backward()
     wire.abandon()

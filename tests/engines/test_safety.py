@@ -273,7 +273,7 @@ def travelled(methods: list[thinwire.Method], momentum: float = 0.9) -> float:
     model = nn.Module()
     model.register_parameter("weight", weight)
     optimizer = torch.optim.SGD([weight], lr=1.0, momentum=momentum)
-    from thinwire.sim.workers import SimulatedWorkers
+    from thinwire.engines.simulator import SimulatedWorkers
 
     sim = SimulatedWorkers(model, methods[0], optimizer, 2)
     for step in range(420):
@@ -302,7 +302,7 @@ def test_a_residual_changes_hands_in_the_right_units(methods):
 
 def test_a_warmup_counts_from_where_it_was_installed_and_ends_above_its_density():
     model, optimizer = build()
-    from thinwire.sim.workers import SimulatedWorkers
+    from thinwire.engines.simulator import SimulatedWorkers
 
     sim = SimulatedWorkers(model, dense(), optimizer, 2)
     sent = []
@@ -442,7 +442,7 @@ def test_a_sparse_gradient_that_is_not_finite_skips_too(world2):
 @pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")])
 @pytest.mark.parametrize("kernels", ["reference", "auto"])
 def test_a_change_of_the_state_dtype_keeps_the_residual(dtypes, kernels):
-    from thinwire.sim.workers import SimulatedWorkers
+    from thinwire.engines.simulator import SimulatedWorkers
 
     model = nn.Linear(512, 512, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -466,19 +466,19 @@ def test_a_change_of_the_state_dtype_keeps_the_residual(dtypes, kernels):
 
 def _starts(rank, clip):
     """How long before the end of backward each exchange was started, in the last step."""
-    from thinwire.engines import departures
+    from thinwire.engines import scheduler
 
     model = nn.Sequential(*[nn.Linear(512, 512) for _ in range(4)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     ddp = DistributedDataParallel(model, bucket_cap_mb=1)
     wire = thinwire.attach(ddp, dgc(0.1, clip=clip), optimizer=optimizer)  # smaller messages travel together
-    starts, route = [], departures.route_together
+    starts, route = [], scheduler.route_together
 
     def spy(*args):
         starts.append(time.perf_counter())
         return route(*args)
 
-    departures.route_together = spy
+    scheduler.route_together = spy
     reached = []
     next(iter(model[0].parameters())).register_hook(lambda g: reached.append(time.perf_counter()))
     try:
@@ -489,7 +489,7 @@ def _starts(rank, clip):
             ddp(torch.randn(64, 512)).square().mean().backward()
             optimizer.step()
     finally:
-        departures.route_together = route
+        scheduler.route_together = route
     wire.detach()
     return [start < reached[0] for start in starts]
 

@@ -4,15 +4,17 @@ import pytest
 import torch
 
 from tests.engines.models import simulated
-from thinwire import Link, Method, ThinwireError, Warmup, dgc, pipeline, topk
-from thinwire.adding import added
+from thinwire import Link, Method, ThinwireError, Warmup, dgc, topk
+from thinwire.comm.simulated import Local
 from thinwire.compressors.sparse import TopK
-from thinwire.core import Absorbed, Context
-from thinwire.exchange.local import Local
-from thinwire.exchange.routes import Routing, plan_bucket
-from thinwire.exchange.two_phase import cut, without
-from thinwire.tensors import Sparse
-from thinwire.units import Worker, resolve, set_stage
+from thinwire.core import Context
+from thinwire.core.absorbed import Absorbed
+from thinwire.core.tensors import Sparse
+from thinwire.exchange import pipeline
+from thinwire.exchange.adding import added
+from thinwire.exchange.buckets import Routing, plan_bucket
+from thinwire.exchange.routes.two_phase import cut, without
+from thinwire.exchange.units import Worker, resolve, set_stage
 
 SHAPES = {"w": (30, 7), "empty": (0, 5), "b": (3,), "one": (1, 1), "v": (11, 13), "a": (1,)}
 

@@ -1,4 +1,4 @@
-"""A coverage-guided fuzzing target for ``thinwire.checkpoint`` (libFuzzer, through atheris).
+"""A coverage-guided fuzzing target for ``thinwire.session.checkpoint`` (libFuzzer, through atheris).
 
     python tests/fuzz/fuzz_checkpoint.py -runs=1000000 -max_len=200 -rss_limit_mb=1500
 
@@ -20,12 +20,12 @@ from pathlib import Path
 import atheris
 import torch
 
-with atheris.instrument_imports(include=["thinwire.checkpoint", "thinwire.compressors.catalogue", "thinwire.memories"]):
-    from thinwire import checkpoint
+with atheris.instrument_imports(include=["thinwire.session.checkpoint", "thinwire.core.registry", "thinwire.memories"]):
+    from thinwire.session import checkpoint
 
 from thinwire import ThinwireError, dgc, topk
-from thinwire.exchange.local import Local
-from thinwire.session import Session
+from thinwire.comm.simulated import Local
+from thinwire.session.session import Session
 
 WORLDS = (1, 2, 3, 4)
 SHAPE = (6, 5)

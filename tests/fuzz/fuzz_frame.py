@@ -1,4 +1,4 @@
-"""A coverage-guided fuzzing target for ``thinwire.wire.frame`` (libFuzzer, through atheris).
+"""A coverage-guided fuzzing target for ``thinwire.coding.frame`` (libFuzzer, through atheris).
 
     python tests/fuzz/fuzz_frame.py -runs=1000000 -max_len=400 -rss_limit_mb=1500
 
@@ -16,8 +16,8 @@ from pathlib import Path
 import atheris
 import torch
 
-with atheris.instrument_imports(include=["thinwire.wire"]):
-    from thinwire.wire import frame, zstd
+with atheris.instrument_imports(include=["thinwire.coding"]):
+    from thinwire.coding import frame, zstd
 
 MAX_CONTENT = 2**16
 decode_rice = frame.rice.decode_checked

@@ -44,6 +44,6 @@ def group():
 @pytest.fixture
 def kernels():
     pytest.importorskip("triton", reason="the CUDA kernels need triton")
-    from thinwire.kernels.choose import choose
+    from thinwire.kernels.select import choose
 
     return choose("cuda", torch.device(DEVICE))[0]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.gpu.training import DEVICE
-from thinwire import fingerprint as module
-from thinwire.checksums import checksum
-from thinwire.fingerprint import fingerprint
+from thinwire.session import fingerprint as module
+from thinwire.session.checksums import checksum
+from thinwire.session.fingerprint import fingerprint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8]
 SIZES = [0, 1, 7, 8, 63, 1000, 8191, 8192, 100_003, 3_000_001]

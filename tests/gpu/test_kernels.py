@@ -10,11 +10,11 @@ from tests.gpu.training import CUDA, DEVICE
 from tests.kernels.test_kernels import DTYPES, INF, NAN, RULES, again, hostile, same
 from thinwire import ErrorFeedback, MomentumCorrection, TopK
 from thinwire.core import Context
-from thinwire.exchange.groups import Piece
+from thinwire.core.loops import Cut, Pass, smallest
+from thinwire.exchange.fused import rehearse, select
+from thinwire.exchange.messages import Piece
+from thinwire.exchange.units import Unit, Worker
 from thinwire.kernels.reference import REFERENCE
-from thinwire.loops import Cut, Pass, smallest
-from thinwire.selecting import rehearse, select
-from thinwire.units import Unit, Worker
 
 KINDS = ("normal", "equal", "zero", "denormal", "not finite")
 LONG = 3_000_000 if CUDA else 5_000

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 import thinwire
 from tests.engines.models import flat_parameters
 from tests.gpu.training import CUDA, DEVICE, apart, attached, build, train
-from thinwire.engines.departures import Departures
+from thinwire.engines.scheduler import Departures
 
 STEPS = 30 if CUDA else 3
 WIDTH = 512 if CUDA else 32

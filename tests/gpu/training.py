@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 import thinwire
 from tests.engines import sharded
 from tests.engines.models import Net, batch, flat_parameters
-from thinwire.exchange.collectives import ProcessGroup
+from thinwire.comm.process_group import ProcessGroup
 
 DEVICE = os.environ.get("THINWIRE_TEST_DEVICE", "cuda")
 CUDA = DEVICE == "cuda"

@@ -77,14 +77,14 @@ def written(path: str) -> torch.Tensor:
 @contextlib.contextmanager
 def loads():
     """Collects what is remembered just after each load, while the framework loads by itself."""
-    from thinwire.integrations import beside
+    from thinwire.integrations import per_rank_files
 
-    found, load = [], beside.load
-    beside.load = lambda wire, *rest: (load(wire, *rest), found.append(memory(wire)))
+    found, load = [], per_rank_files.load
+    per_rank_files.load = lambda wire, *rest: (load(wire, *rest), found.append(memory(wire)))
     try:
         yield found
     finally:
-        beside.load = load
+        per_rank_files.load = load
 
 
 def facts(ledger, saved, loaded, unbroken: nn.Module, resumed: nn.Module) -> dict:

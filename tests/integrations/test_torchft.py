@@ -138,7 +138,7 @@ def test_only_compressors_that_need_no_memory():
         CompressedProcessGroup(None, thinwire.TopK(0.01))
     with pytest.raises(thinwire.ThinwireError, match="compressor=PowerSGD needs matrices"):
         CompressedProcessGroup(None, thinwire.PowerSGD(2))
-    with pytest.raises(thinwire.ThinwireError, match="Mine is not in the catalogue"):
+    with pytest.raises(thinwire.ThinwireError, match="Mine is not registered"):
         CompressedProcessGroup(None, Mine(8))
 
 

@@ -10,16 +10,16 @@ import torch
 
 import thinwire
 from thinwire import ErrorFeedback, MomentumCorrection, ThinwireError, TopK
+from thinwire.coding import elias_fano
 from thinwire.core import Context
-from thinwire.exchange.groups import Piece
-from thinwire.kernels.choose import choose
+from thinwire.core.loops import Accumulation, Cut, Pass, smallest
+from thinwire.core.tensors import flat
+from thinwire.exchange.fused import select
+from thinwire.exchange.messages import Piece
+from thinwire.exchange.units import Unit, Worker
 from thinwire.kernels.reference import BLOCK, CHUNK, REFERENCE, above, at_least
-from thinwire.loops import Accumulation, Cut, Pass, smallest
-from thinwire.optimizers.handover import warn_once
-from thinwire.selecting import select
-from thinwire.tensors import flat
-from thinwire.units import Unit, Worker
-from thinwire.wire import elias_fano
+from thinwire.kernels.select import choose
+from thinwire.session.momentum_transfer import warn_once
 
 RULES = [Accumulation(None), Accumulation(0.9), Accumulation(0.9, nesterov=True)]
 SIZES = [0, 1, 2, 63, 64, 65, BLOCK, 1000, CHUNK + 77]
@@ -431,7 +431,7 @@ def test_what_is_rehearsed_is_all_that_runs():
 import torch
 from numba.core.dispatcher import Dispatcher
 import thinwire
-from thinwire.kernels import bits
+from thinwire.kernels import cpu_bits as bits
 model = torch.nn.Linear(512, 512)
 compiled = lambda: {name: len(f.signatures) for name, f in vars(bits).items()
                     if isinstance(f, Dispatcher) and name[0] != "_"}

@@ -15,13 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from thinwire import dgc, pipeline
-from thinwire.core import Absorbed
-from thinwire.exchange.local import Local
-from thinwire.exchange.routes import plan_bucket
-from thinwire.kernels.choose import choose
+from thinwire import dgc
+from thinwire.comm.simulated import Local
+from thinwire.core.absorbed import Absorbed
+from thinwire.exchange import pipeline
+from thinwire.exchange.buckets import plan_bucket
+from thinwire.exchange.units import Worker, resolve, set_stage
 from thinwire.kernels.reference import REFERENCE
-from thinwire.units import Worker, resolve, set_stage
+from thinwire.kernels.select import choose
 
 ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
 SHAPES = {"sampled": (250, 400), "exact": (90, 100), "few": (3,)}

@@ -9,11 +9,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
 from tests.engines.models import Net, batch, flat_parameters, loss_of
-from thinwire import ThinwireError, checkpoint
+from thinwire import ThinwireError
 from thinwire.compressors.cast import Cast
-from thinwire.memories.adam import CompressedMomentum
-from thinwire.optim.adam import is_refresh
-from thinwire.sim.workers import SimulatedWorkers
+from thinwire.engines.simulator import SimulatedWorkers
+from thinwire.memories.compressed_momentum import CompressedMomentum
+from thinwire.optim.onebit_adam import is_refresh
+from thinwire.session import checkpoint
 
 KW = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.01}
 MAKE = {

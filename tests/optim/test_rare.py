@@ -9,8 +9,8 @@ from torch.nn.functional import cross_entropy
 
 import thinwire
 from tests.engines.models import flat_parameters
+from thinwire.engines.simulator import simulate
 from thinwire.optim.rare import LEAST, lifted
-from thinwire.sim.workers import simulate
 
 STEPS, FREEZE = 90, 30
 

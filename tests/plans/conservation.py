@@ -9,7 +9,7 @@ from torch import Tensor
 import thinwire
 from tests.plans.workers import Worker
 from thinwire.core import Compressor, Memory
-from thinwire.units import DENSE, payload_like
+from thinwire.exchange.units import DENSE, payload_like
 
 ROUNDINGS = 64.0
 """How many roundings of the shortest dtype that takes part may add up."""

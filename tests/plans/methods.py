@@ -5,8 +5,8 @@ from typing import Any
 import thinwire
 from tests.plans.draws import Draw
 from tests.plans.plan import Spec
-from thinwire.compressors import catalogue
-from thinwire.policy.plan import Method, Rule
+from thinwire.core import registry
+from thinwire.methods.method import Method, Rule
 
 DENSITIES = (0.01, 0.03, 0.1, 0.25)
 VALUES = (None, "float16", "bfloat16", "int2", "int4", "int8", "sign")
@@ -26,8 +26,8 @@ def build(spec: Spec) -> Method:
 
 def part(value: Spec) -> Any:
     """A compressor or a memory."""
-    rows = catalogue.MEMORIES if value["kind"] in catalogue.MEMORIES else catalogue.COMPRESSORS
-    return catalogue.from_json(value, rows)
+    rows = registry.MEMORIES if value["kind"] in registry.MEMORIES else registry.COMPRESSORS
+    return registry.from_json(value, rows)
 
 
 def _value(value: Any) -> Any:

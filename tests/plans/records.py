@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.plans.engines import Run
+from thinwire.core.sharding import own
 from thinwire.report.ledger import StepRow
-from thinwire.sharding import own
 
 States = dict[str, dict[str, Tensor]]
 

@@ -8,8 +8,8 @@ from tests.plans.ambient import ambient
 from tests.plans.model import Model, loss, optimizer_of
 from tests.plans.plan import Plan, Spec
 from tests.plans.records import Step, parts_of
-from thinwire.sim.workers import SimulatedWorkers
-from thinwire.units import DENSE
+from thinwire.engines.simulator import SimulatedWorkers
+from thinwire.exchange.units import DENSE
 
 ASSUMED = "1gbit,0.1ms"
 """The simulator's link, by which it chooses routes."""

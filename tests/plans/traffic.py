@@ -6,15 +6,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from thinwire.exchange import collectives
-from thinwire.link import Kind, wire_bytes
+from thinwire.comm import process_group
+from thinwire.comm.link import Kind, wire_bytes
 
 
 @contextlib.contextmanager
 def counted(group: dist.ProcessGroup | None) -> Iterator[list[float]]:
     """The bytes that this rank sends to a group meanwhile, in a list of one."""
     total, kept = [0.0], {name: getattr(dist, name) for name in ("all_reduce", "all_to_all_single", "broadcast")}
-    gather, talk, talking = collectives._all_gather, collectives.ProcessGroup.exchange_text, [False]
+    gather, talk, talking = process_group._all_gather, process_group.ProcessGroup.exchange_text, [False]
 
     def watching(call: Any, kind: Kind, which: int) -> Any:
         def made(*args: Any, **kwargs: Any) -> Any:
@@ -32,14 +32,14 @@ def counted(group: dist.ProcessGroup | None) -> Iterator[list[float]]:
         finally:
             talking[0] = False
 
-    collectives.ProcessGroup.exchange_text = talked
+    process_group.ProcessGroup.exchange_text = talked
     dist.all_reduce = watching(kept["all_reduce"], "all_reduce", 0)
     dist.all_to_all_single = watching(kept["all_to_all_single"], "all_to_all", 1)
     dist.broadcast = watching(kept["broadcast"], "broadcast", 0)
-    collectives._all_gather = watching(gather, "all_gather", 1)
+    process_group._all_gather = watching(gather, "all_gather", 1)
     try:
         yield total
     finally:
-        collectives._all_gather, collectives.ProcessGroup.exchange_text = gather, talk
+        process_group._all_gather, process_group.ProcessGroup.exchange_text = gather, talk
         for name, call in kept.items():
             setattr(dist, name, call)

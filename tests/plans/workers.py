@@ -65,7 +65,7 @@ def _mean(found: list[Tensor | None]) -> Tensor | None:
 
 
 def clip(workers: list[Worker], threshold: float | None, scale: float) -> None:
-    """What ``thinwire.clipping`` does to each worker's gradients, in float64."""
+    """What ``thinwire.session.clipping`` does to each worker's gradients, in float64."""
     for worker in workers:
         there = [g for g in worker.asked.values() if g is not None]
         if threshold is None or not there:

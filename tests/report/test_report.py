@@ -3,8 +3,8 @@ from html import escape
 
 import pytest
 
-from thinwire.demo import report, run
-from thinwire.demo.train import CaseResult, Point, Settings
+from thinwire.cli import demo_report, demo_runs
+from thinwire.cli.demo_training import CaseResult, Point, Settings
 from thinwire.report import html, results
 from thinwire.report.ledger import Ledger, StepRow
 
@@ -78,22 +78,22 @@ def _case(case, steps, warmup, loss):
 @pytest.mark.parametrize("steps", [1, 39, 40])
 def test_a_demo_that_ends_in_its_warm_up_says_so(steps):
     cases = [_case("dense", 10, 0, 3.0), _case("dgc", steps, 40, 2.0)]
-    rows = run.rows(cases)
-    text = report.html_page(cases, Settings(), rows, results.meta("0"))
-    assert report.table(rows)[1][0] == "dgc (warm-up)"
-    assert "Too short for a verdict" in report.verdict(cases, Settings())
+    rows = demo_runs.rows(cases)
+    text = demo_report.html_page(cases, Settings(), rows, results.meta("0"))
+    assert demo_report.table(rows)[1][0] == "dgc (warm-up)"
+    assert "Too short for a verdict" in demo_report.verdict(cases, Settings())
     assert f"dgc did {steps} steps and its warm-up takes 40" in text
     assert text.count("(warm-up)") == 2  # in the table, and at its bar
 
 
 def test_the_verdict_names_the_lowest_loss():
     done = [_case("dense", 10, 0, 3.0), _case("dgc", 41, 40, 2.0)]
-    assert report.table(run.rows(done))[1][0] == "dgc"
-    assert "dgc reached the lowest held-out loss (dense 3.000, dgc 2.000)" in report.verdict(done, Settings())
-    assert "4.1 times the steps of dense" in report.verdict(done, Settings())
+    assert demo_report.table(demo_runs.rows(done))[1][0] == "dgc"
+    assert "dgc reached the lowest held-out loss (dense 3.000, dgc 2.000)" in demo_report.verdict(done, Settings())
+    assert "4.1 times the steps of dense" in demo_report.verdict(done, Settings())
     lost = [_case("dense", 10, 0, 1.0), _case("dgc", 41, 40, 2.0)]
-    assert "leave compression off" in report.verdict(lost, Settings())
+    assert "leave compression off" in demo_report.verdict(lost, Settings())
     meta = results.meta("0.1")
-    page = report.html_page(lost, Settings(), run.rows(lost), meta)
+    page = demo_report.html_page(lost, Settings(), demo_runs.rows(lost), meta)
     for said in (meta["command"], "thinwire 0.1", results.cpu(), "2 cores" if meta["cores"] == 2 else "cores", "rest"):
         assert escape(said) in page

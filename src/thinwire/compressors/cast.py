@@ -6,9 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.checks import dtype, optional, settle
-from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Dense, Sparse, flat, shortened
+from thinwire.core.checks import dtype, optional, settle
+from thinwire.core.context import Context
+from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.registry import register
+from thinwire.core.tensors import Decompressed, Dense, Sparse, flat, shortened
 
 DTYPES = {
     "float64": torch.float64,
@@ -26,6 +28,7 @@ def dtype_named(name: str | None, default: torch.dtype) -> torch.dtype:
     return default if name is None else DTYPES[name]
 
 
+@register("cast")
 @dataclass(frozen=True)
 class Cast(Compressor):
     """Sends every element, cast to ``dtype``; with None it is the identity.

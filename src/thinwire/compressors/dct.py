@@ -8,11 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.checks import settle, share, whole
-from thinwire.compressors import chunked
-from thinwire.compressors.select import largest_of_each
-from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Dense, Sparse, flat, float_at_least_32, shortened
+from thinwire.compressors import chunked_indices
+from thinwire.compressors.sampling import largest_of_each
+from thinwire.core.ambient import full_precision
+from thinwire.core.checks import settle, share, whole
+from thinwire.core.context import Context
+from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.registry import register
+from thinwire.core.tensors import Decompressed, Dense, Sparse, flat, float_at_least_32, shortened
 
 
 def chunk_of(n: int, largest: int) -> int:
@@ -59,6 +62,7 @@ class Grid:
     def chunks(self) -> int:
         return math.ceil(self.rows / self.height) * math.ceil(self.columns / self.width)
 
+    @full_precision()
     def transform(self, x: Tensor) -> Tensor:
         """The coefficients ``[chunks, height * width]`` of ``x`` ``[rows * columns]``."""
         h, w = self.height, self.width
@@ -68,6 +72,7 @@ class Grid:
         d, e = (basis(n, x.dtype, x.device) for n in (h, w))
         return (d @ tiles @ e.t()).reshape(-1, self.size)
 
+    @full_precision()
     def back(self, coefficients: Tensor) -> Tensor:
         """The inverse of ``transform``."""
         h, w = self.height, self.width
@@ -77,6 +82,7 @@ class Grid:
         return padded[: self.rows, : self.columns].reshape(-1)
 
 
+@register("dct_topk")
 @dataclass(frozen=True)
 class DctTopK(Compressor):
     """Sends the largest coefficients of an orthonormal cosine transform (DCT-II) of each chunk.
@@ -91,8 +97,8 @@ class DctTopK(Compressor):
     Raises:
         ThinwireError: a value outside its range.
 
-    **Wire**: k values, and k indices as in ``thinwire.compressors.chunked``, 9.0 bits each for 32 of 4096: 41 bits a
-    coefficient, and with ``>> Cast("bfloat16")`` 25, where the reference sends 96.
+    **Wire**: k values, and k indices as in ``thinwire.compressors.chunked_indices``, 9.0 bits each for 32 of 4096: 41
+    bits a coefficient, and with ``>> Cast("bfloat16")`` 25, where the reference sends 96.
 
     Example:
         >>> x = torch.ones(64, 64)
@@ -138,11 +144,11 @@ class DctTopK(Compressor):
         each = math.ceil(self.density * grid.size)
         k, n = each * grid.chunks, grid.size * grid.chunks
         if x.is_meta:
-            return x.new_empty(k), x.new_empty(chunked.nbytes(k, n, grid.size), dtype=torch.uint8)
+            return x.new_empty(k), x.new_empty(chunked_indices.nbytes(k, n, grid.size), dtype=torch.uint8)
         coefficients = grid.transform(flat(x).to(float_at_least_32(x.dtype)))
         chosen = largest_of_each(coefficients.abs(), each)
         values = shortened(coefficients.view(-1)[chosen], x.dtype, torch.finfo(x.dtype).max)
-        return values, chunked.encode(chosen, n, grid.size, ctx)
+        return values, chunked_indices.encode(chosen, n, grid.size, ctx)
 
     def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
         return self.compress(x.dense(like), state, ctx)
@@ -153,5 +159,5 @@ class DctTopK(Compressor):
         n = grid.size * grid.chunks
         values = payload[0].to(float_at_least_32(payload[0].dtype))
         coefficients = values.new_zeros(n)
-        coefficients[chunked.decode(payload[1], values.numel(), n, grid.size, each, ctx)] = values
+        coefficients[chunked_indices.decode(payload[1], values.numel(), n, grid.size, each, ctx)] = values
         return Dense(grid.back(coefficients.view(-1, grid.size)))

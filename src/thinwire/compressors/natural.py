@@ -7,15 +7,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.compressors.buckets import as_float32
-from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Dense, Sparse, flat
-from thinwire.wire.bitpack import pack_bits, unpack_bits
+from thinwire.coding.bitpack import pack_bits, unpack_bits
+from thinwire.compressors.block_scales import as_float32
+from thinwire.core.context import Context
+from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.registry import register
+from thinwire.core.tensors import Decompressed, Dense, Sparse, flat
 
 MANTISSA = 23
 """Bits of a float32 below its exponent."""
 
 
+@register("natural")
 @dataclass(frozen=True)
 class Natural(Compressor):
     """Rounds every element at random to one of the two powers of two beside it; unbiased, ``omega = 1/8``.

@@ -8,11 +8,13 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from thinwire.checks import one_of, settle, whole
-from thinwire.compressors.buckets import as_float32, count, in_buckets, l2, scale_of
-from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Dense, Sparse, flat
-from thinwire.wire.bitpack import pack_fields, unpack_fields
+from thinwire.coding.bitpack import pack_fields, unpack_fields
+from thinwire.compressors.block_scales import as_float32, count, in_buckets, l2, scale_of
+from thinwire.core.checks import one_of, settle, whole
+from thinwire.core.context import Context
+from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.registry import register
+from thinwire.core.tensors import Decompressed, Dense, Sparse, flat
 
 
 def lost_in_rounding(levels: Tensor, *, randomly: bool) -> Tensor:
@@ -29,6 +31,7 @@ def rounded_randomly(levels: Tensor, ctx: Context) -> Tensor:
     return low.add_(luck < levels - low)
 
 
+@register("qsgd")
 @dataclass(frozen=True)
 class QSGD(Compressor):
     """Rounds every element at random to one of ``s = 2^(bits-1) - 1`` magnitudes and a sign; unbiased.
@@ -120,6 +123,7 @@ class QSGD(Compressor):
         return self.compress(x.dense(like), state, ctx)
 
 
+@register("quantize")
 @dataclass(frozen=True)
 class Quantize(Compressor):
     """Rounds every element to one of ``2^bits`` levels, evenly spaced from the minimum of its bucket to the maximum.

@@ -4,9 +4,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from thinwire.checks import of_type, settle
-from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Sparse, ThinwireError
+from thinwire.core.checks import of_type, settle
+from thinwire.core.context import Context
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.registry import register
+from thinwire.core.tensors import Decompressed, Sparse
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Times(Decompressed):
         return indices, values * self.factor
 
 
+@register("scaled")
 @dataclass(frozen=True)
 class Scaled(Compressor):
     """An unbiased compressor for error feedback: ``C / (1 + omega)`` contracts where C alone may not.

@@ -8,11 +8,13 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from thinwire.checks import one_of, optional, settle, share, whole
 from thinwire.compressors.sparse import VALUES, TopK
 from thinwire.compressors.threshold import bounded
-from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Sparse, flat
+from thinwire.core.checks import one_of, optional, settle, share, whole
+from thinwire.core.context import Context
+from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.registry import register
+from thinwire.core.tensors import Decompressed, Sparse, flat
 
 FIRST = 0.25
 """The share of the elements that the first of several stages lets through."""
@@ -76,6 +78,7 @@ def peeled(head: Tensor, floor: float, q: float, stages: int, fit: Callable[[Ten
     return floor
 
 
+@register("sidco")
 @dataclass(frozen=True)
 class SIDCo(Compressor):
     """About the ``k = ceil(density * n)`` largest magnitudes, by a threshold that is fitted to them, in O(n).

@@ -6,13 +6,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from thinwire.checks import one_of, settle, whole
-from thinwire.compressors.buckets import as_float32, count, in_buckets, l2, scale_of
-from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Dense, Sparse, flat
-from thinwire.wire.bitpack import pack_bits, unpack_bits
+from thinwire.coding.bitpack import pack_bits, unpack_bits
+from thinwire.compressors.block_scales import as_float32, count, in_buckets, l2, scale_of
+from thinwire.core.checks import one_of, settle, whole
+from thinwire.core.context import Context
+from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.registry import register
+from thinwire.core.tensors import Decompressed, Dense, Sparse, flat
 
 
+@register("sign")
 @dataclass(frozen=True)
 class Sign(Compressor):
     """Sends the sign of every element, and the scale of each block of B.

@@ -8,20 +8,24 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from thinwire.checks import dtype, one_of, optional, real, settle, share, whole
+from thinwire.coding import elias_fano
+from thinwire.coding import values as codes
 from thinwire.compressors.cast import DTYPES, OWN, dtype_named
-from thinwire.compressors.select import EXACT_BELOW, Sampling, sample_size
-from thinwire.core import Compressor, Context, Payload, State
+from thinwire.compressors.sampling import EXACT_BELOW, Sampling, sample_size
+from thinwire.core.checks import dtype, one_of, optional, real, settle, share, whole
+from thinwire.core.context import Context
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.loops import Found
+from thinwire.core.registry import register
+from thinwire.core.tensors import Decompressed, Sparse, flat, float_at_least_32, shortened
 from thinwire.kernels.reference import REFERENCE
-from thinwire.loops import Found
-from thinwire.tensors import Decompressed, Sparse, ThinwireError, flat, float_at_least_32, shortened
-from thinwire.wire import elias_fano
-from thinwire.wire import values as codes
 
 VALUES = optional(dtype((*codes.CODES, *DTYPES), OWN))
 """What values may be sent in."""
 
 
+@register("topk")
 @dataclass(frozen=True)
 class TopK(Compressor):
     """Sends the ``k = ceil(density * n)`` elements of largest magnitude of each tensor.
@@ -31,7 +35,7 @@ class TopK(Compressor):
 
     Args:
         density: kept / total, in (0, 1].
-        values: dtype of the values on the wire, None for that of ``x``; or a code, see ``thinwire.wire.values``:
+        values: dtype of the values on the wire, None for that of ``x``; or a code, see ``thinwire.coding.values``:
             ``"int8"``, ``"int4"``, ``"int2"`` (a sign, and one of 128, 8 or 2 magnitudes),
             or ``"sign"`` (1 bit, and the mean magnitude). What a shorter one loses stays in the residual.
         selection: ``"exact"``; ``"sampled"``, a threshold from a sample, which may send fewer than k but never more;

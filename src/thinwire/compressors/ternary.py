@@ -7,13 +7,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.checks import optional, real, settle
-from thinwire.compressors.buckets import as_float32, l2, scale_of
-from thinwire.core import Compressor, Context, Payload, State
-from thinwire.tensors import Decompressed, Dense, Sparse, flat
-from thinwire.wire.bitpack import pack_trits, unpack_trits
+from thinwire.coding.bitpack import pack_trits, unpack_trits
+from thinwire.compressors.block_scales import as_float32, l2, scale_of
+from thinwire.core.checks import optional, real, settle
+from thinwire.core.context import Context
+from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.registry import register
+from thinwire.core.tensors import Decompressed, Dense, Sparse, flat
 
 
+@register("terngrad")
 @dataclass(frozen=True)
 class TernGrad(Compressor):
     """Sends the sign of every element with a probability that grows with its magnitude, and one scale a tensor.

@@ -6,11 +6,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.checks import real, settle, share
 from thinwire.compressors.sparse import VALUES, TopK
-from thinwire.core import Compressor, Context, Payload, State
+from thinwire.core.checks import real, settle, share
+from thinwire.core.context import Context
+from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.registry import register
+from thinwire.core.tensors import Decompressed, Sparse, flat
 from thinwire.kernels.reference import REFERENCE, at_least
-from thinwire.tensors import Decompressed, Sparse, flat
 
 
 def bounded(magnitude: Tensor, threshold: float, k: int) -> Tensor:
@@ -21,6 +23,7 @@ def bounded(magnitude: Tensor, threshold: float, k: int) -> Tensor:
     return chosen if chosen.numel() else REFERENCE.largest(magnitude, min(k, 1))
 
 
+@register("threshold")
 @dataclass(frozen=True)
 class Threshold(Compressor):
     """Sends the elements whose magnitude is not below a threshold: at least one, and at most a capacity.

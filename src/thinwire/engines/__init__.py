@@ -1,0 +1,1 @@
+"""Engines: where gradients come from. Names, streams and lifetimes, no maths."""

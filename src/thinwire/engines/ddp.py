@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.engines.hook import Dispatcher, ignored
+from thinwire.comm.control import Together
+from thinwire.comm.hierarchical import check_nodes, levels
+from thinwire.comm.link import Link
+from thinwire.comm.process_group import TIMEOUT, Collective, ProcessGroup
+from thinwire.core.errors import ThinwireError
+from thinwire.engines.ddp_hook import Dispatcher, ignored
 from thinwire.engines.names import clean
 from thinwire.engines.stepped import inside
 from thinwire.engines.unchanged import warn_of_apart
-from thinwire.exchange.collectives import TIMEOUT, Collective, ProcessGroup
-from thinwire.exchange.control import Together
-from thinwire.exchange.nodes import check_nodes, levels
-from thinwire.link import Link
-from thinwire.policy.plan import Method
-from thinwire.replicas import Replicas
-from thinwire.session import Session
-from thinwire.tensors import ThinwireError
-from thinwire.units import DENSE
+from thinwire.exchange.units import DENSE
+from thinwire.methods.method import Method
+from thinwire.session.replicas import Replicas
+from thinwire.session.session import Session
 
 
 class Ddp:

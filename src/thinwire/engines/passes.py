@@ -7,7 +7,7 @@ A callback runs when its graph task is done. Recomputing a checkpointed module m
 from collections.abc import Callable
 from weakref import ref
 
-from thinwire.backward import queue
+from thinwire.session.backward import queue
 
 
 class Pass:

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from thinwire.session import Session
-from thinwire.sharding import own
-from thinwire.tensors import ThinwireError
+from thinwire.core.errors import ThinwireError
+from thinwire.core.sharding import own
+from thinwire.session.session import Session
 
 Marks: TypeAlias = dict[int, tuple[int, int]]
 

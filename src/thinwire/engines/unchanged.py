@@ -11,10 +11,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from thinwire.core.errors import ThinwireError
+from thinwire.engines.layouts import Layouts
 from thinwire.engines.names import clean
-from thinwire.layouts import Layouts
-from thinwire.session import Session
-from thinwire.tensors import ThinwireError
+from thinwire.session.session import Session
 
 
 class Parameters:

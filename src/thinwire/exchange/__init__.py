@@ -1,0 +1,1 @@
+"""The journey of a gradient: read ``pipeline.py`` first."""

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.checkpoint import OnWorldChange
-from thinwire.core import Compressor
-from thinwire.engines.attach import attach as attach_to
-from thinwire.integrations import beside
-from thinwire.integrations.needs import framework
-from thinwire.policy.plan import Method, Rule
-from thinwire.session import Session
-from thinwire.tensors import ThinwireError
+from thinwire.attach import attach as attach_to
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor
+from thinwire.integrations import per_rank_files
+from thinwire.integrations.versions import framework
+from thinwire.methods.method import Method, Rule
+from thinwire.session.checkpoint import OnWorldChange
+from thinwire.session.session import Session
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,10 +73,10 @@ def attach(
     wire = attach_to(wrapped, method, optimizer=optimizer, **{"scaler": scaler, **options})
 
     def save(models: Any, weights: Any, folder: str) -> None:
-        beside.save(wire, folder)
+        per_rank_files.save(wire, folder)
 
     def load(models: Any, folder: str) -> None:
-        beside.load(wire, Path(folder), on_world_change, strict)
+        per_rank_files.load(wire, Path(folder), on_world_change, strict)
 
     wire.cleanup.callback(accelerator.register_save_state_pre_hook(save).remove)
     wire.cleanup.callback(accelerator.register_load_state_pre_hook(load).remove)

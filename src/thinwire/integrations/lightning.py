@@ -16,15 +16,15 @@ from typing import Any, cast
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.checkpoint import OnWorldChange
-from thinwire.core import Compressor
-from thinwire.engines.attach import attach
-from thinwire.given import method_of
-from thinwire.integrations import beside
-from thinwire.integrations.needs import framework
-from thinwire.policy.plan import Method, Rule
-from thinwire.session import Session
-from thinwire.tensors import ThinwireError
+from thinwire.attach import attach
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor
+from thinwire.integrations import per_rank_files
+from thinwire.integrations.versions import framework
+from thinwire.methods.given import method_of
+from thinwire.methods.method import Method, Rule
+from thinwire.session.checkpoint import OnWorldChange
+from thinwire.session.session import Session
 
 framework("lightning.pytorch", "lightning", "2.4")
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
@@ -82,7 +82,7 @@ class Compression(Callback):
             )
         if trainer.gradient_clip_val and trainer.is_global_zero:
             setting = f"gradient_clip_val={trainer.gradient_clip_val}"
-            beside.warn_of_clipping(self.method, setting, "gradient_clip_val=None")
+            per_rank_files.warn_of_clipping(self.method, setting, "gradient_clip_val=None")
         wrapped = next((part for part in wrapped.modules() if isinstance(part, DistributedDataParallel)), wrapped)
         before = optimizers[0].register_step_pre_hook(_run_closure)  # so it runs before that of the session
         try:
@@ -94,7 +94,7 @@ class Compression(Callback):
         self.wire.cleanup.callback(before.remove)
         self._follow(trainer.strategy)
         if trainer.ckpt_path is not None:
-            beside.load(self.wire, _folder(trainer.ckpt_path), self.on_world_change, self.strict)
+            per_rank_files.load(self.wire, _folder(trainer.ckpt_path), self.on_world_change, self.strict)
 
     def _follow(self, strategy: Any) -> None:
         """Write and remove each rank's file together with the checkpoint."""
@@ -105,12 +105,12 @@ class Compression(Callback):
         def save_checkpoint(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
             write(checkpoint, filepath, storage_options=storage_options)
             if self.wire is not None and "optimizer_states" in checkpoint:  # not weights alone
-                beside.save(self.wire, _folder(filepath))
+                per_rank_files.save(self.wire, _folder(filepath))
 
         def remove_checkpoint(filepath: str | Path) -> None:
             remove(filepath)
             if self.wire is not None:
-                beside.remove(self.wire, _folder(filepath))
+                per_rank_files.remove(self.wire, _folder(filepath))
 
         strategy.save_checkpoint, strategy.remove_checkpoint = save_checkpoint, remove_checkpoint
 

@@ -21,16 +21,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions  # pyright: ignore[reportPrivateImportUsage]
 
-from thinwire.compressors import catalogue
-from thinwire.core import Compressor, Context
-from thinwire.exchange.all_reduce import all_reduce, payload_bytes
-from thinwire.exchange.collectives import TIMEOUT, Future, InFlight, in_future
-from thinwire.exchange.reduce_scatter import check_flat
-from thinwire.integrations.needs import framework
-from thinwire.link import wire_bytes
-from thinwire.memories.feedback import NoMemory
-from thinwire.policy.plan import Rule
-from thinwire.tensors import ThinwireError
+from thinwire.comm.link import wire_bytes
+from thinwire.comm.process_group import TIMEOUT, Future, InFlight, in_future
+from thinwire.core import registry
+from thinwire.core.context import Context
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor
+from thinwire.exchange.routes.reduce_scatter import check_flat
+from thinwire.exchange.routes.stateless_all_reduce import all_reduce, payload_bytes
+from thinwire.integrations.versions import framework
+from thinwire.memories.error_feedback import NoMemory
+from thinwire.methods.method import Rule
 
 framework("torchft", "torchft", "0.2")
 from torchft.process_group import ProcessGroupWrapper  # noqa: E402
@@ -52,7 +53,7 @@ class CompressedProcessGroup(ProcessGroupWrapper):
             CUDA always.
 
     Raises:
-        ThinwireError: the compressor is biased, remembers, needs matrices, or is not in the catalogue.
+        ThinwireError: the compressor is biased, remembers, needs matrices, or is not registered.
 
     **Wire**: ``2 (N-1) / N`` payloads of a tensor; 8 bits take 0.26 of float32's bytes.
 
@@ -69,7 +70,7 @@ class CompressedProcessGroup(ProcessGroupWrapper):
         Rule(compressor, NoMemory())  # refuses what is biased
         super().__init__(pg=group)
         self.compressor, self.least, self.seed, self.patience = compressor, least, seed, timeout
-        self._said = json.dumps([catalogue.to_json(compressor), least, seed], sort_keys=True)
+        self._said = json.dumps([registry.to_json(compressor), least, seed], sort_keys=True)
         self.wire_bytes = 0.0
         """Bytes that this replica has sent for all-reduces."""
         self.dense_bytes = 0.0

@@ -13,16 +13,16 @@ from typing import Any, cast
 
 from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.checkpoint import OnWorldChange
-from thinwire.checks import of_type
-from thinwire.core import Compressor
-from thinwire.engines.attach import attach
-from thinwire.given import method_of
-from thinwire.integrations import beside
-from thinwire.integrations.needs import framework
-from thinwire.policy.plan import Method, Rule
-from thinwire.session import Session
-from thinwire.tensors import ThinwireError
+from thinwire.attach import attach
+from thinwire.core.checks import of_type
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor
+from thinwire.integrations import per_rank_files
+from thinwire.integrations.versions import framework
+from thinwire.methods.given import method_of
+from thinwire.methods.method import Method, Rule
+from thinwire.session.checkpoint import OnWorldChange
+from thinwire.session.session import Session
 
 framework("transformers", "transformers", "5.0")
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments  # noqa: E402
@@ -98,11 +98,11 @@ class Compression(TrainerCallback):
         self.wire = attach(wrapped, self.method, optimizer=self.trainer.optimizer, **options)
         self._attached, self._began = True, state
         if state.global_step > 0:
-            beside.load(self.wire, self._resumed_from(args, state), self.on_world_change, self.strict)
+            per_rank_files.load(self.wire, self._resumed_from(args, state), self.on_world_change, self.strict)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         if self.wire is not None and self._attached:
-            beside.save(self.wire, _folder(args, state))
+            per_rank_files.save(self.wire, _folder(args, state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         self._began = None
@@ -122,7 +122,7 @@ class Compression(TrainerCallback):
                 stacklevel=2,
             )
         if args.max_grad_norm:
-            beside.warn_of_clipping(self.method, f"max_grad_norm={args.max_grad_norm}", "max_grad_norm=0")
+            per_rank_files.warn_of_clipping(self.method, f"max_grad_norm={args.max_grad_norm}", "max_grad_norm=0")
 
     def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The checkpoint that the Trainer has loaded, of which it tells nobody.

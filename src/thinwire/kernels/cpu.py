@@ -16,12 +16,12 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinwire.kernels import bits, blocks
+from thinwire.coding import elias_fano
+from thinwire.core.loops import Cut, Found, Pass
+from thinwire.kernels import cpu_bits, cpu_blocks
 from thinwire.kernels.reference import BITS, REFERENCE, above, kth_largest, settled
-from thinwire.loops import Cut, Found, Pass
-from thinwire.wire import elias_fano
 
-BLOCK = blocks.BLOCK
+BLOCK = cpu_blocks.BLOCK
 MIN_BLOCKS = 2**12
 """Fewer blocks than this are not worth another thread."""
 INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80}
@@ -55,7 +55,7 @@ class Cpu:
     def sample(self, work: Pass, start: int, stride: int, run: int) -> Tensor:
         n = work.grad.numel()
         out = numpy.empty(run * len(range(start, n - run + 1, stride)), numpy.float32)
-        pick = blocks.compiled_sample(_kind(work), GRADS[work.grad.dtype], STATES[work.new_residual.dtype])
+        pick = cpu_blocks.compiled_sample(_kind(work), GRADS[work.grad.dtype], STATES[work.new_residual.dtype])
         u = work.new_residual if work.old_momentum is None else work.old_momentum
         addresses = (work.grad.data_ptr(), u.data_ptr(), work.old_residual.data_ptr())
         pick(*addresses, start, stride, run, work.rule.momentum or 0.0, work.scale, out)
@@ -96,8 +96,8 @@ class Cpu:
             return above(x, threshold)
         masks = numpy.empty(-(-x.numel() // BLOCK), numpy.uint64)
         as_bits = x.view(BITS[x.dtype]).numpy()
-        bits.above(as_bits, int(threshold.view(BITS[x.dtype])), masks)
-        return joined([bits.found(masks, as_bits)], x.dtype)
+        cpu_bits.above(as_bits, int(threshold.view(BITS[x.dtype])), masks)
+        return joined([cpu_bits.found(masks, as_bits)], x.dtype)
 
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
         if magnitude.dtype not in STATES:
@@ -109,12 +109,12 @@ class Cpu:
         if x.dtype != torch.float32 or not 0 < k < x.numel():
             return REFERENCE.largest(x, k)
         as_bits, infinity, out = x.view(torch.int32).numpy(), INFINITY[x.dtype], numpy.empty(k, numpy.int64)
-        bits.at_least(as_bits, _kth_largest(as_bits, k, infinity), infinity, out)
+        cpu_bits.at_least(as_bits, _kth_largest(as_bits, k, infinity), infinity, out)
         return torch.from_numpy(out)
 
     def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
         if out.dtype == torch.float32:
-            bits.add(out.numpy(), indices.numpy(), values.numpy(), alpha)
+            cpu_bits.add(out.numpy(), indices.numpy(), values.numpy(), alpha)
         else:
             out.index_add_(0, indices, values, alpha=alpha)
 
@@ -132,7 +132,7 @@ class Cpu:
         every, summed = torch.cat([*indices]), torch.cat([*values])
         there, total = torch.empty_like(every), torch.empty_like(summed)
         edges = numpy.array([*accumulate((one.numel() for one in indices), initial=0)], numpy.int64)
-        count = bits.merge(every.numpy(), summed.numpy(), edges, alpha, there.numpy(), total.numpy())
+        count = cpu_bits.merge(every.numpy(), summed.numpy(), edges, alpha, there.numpy(), total.numpy())
         return (there[:count], total[:count]) if count >= 0 else REFERENCE.merge(indices, values, alpha)
 
     def gather(self, packed: Sequence[Tensor], values: Sequence[Tensor], n: int, alpha: float) -> Found:
@@ -142,35 +142,35 @@ class Cpu:
         coded, summed = torch.cat([*packed]).view(senders, -1).numpy(), torch.cat([*values]).numpy()
         every, there, total = (numpy.empty(senders * k, dtype) for dtype in (numpy.int64, numpy.int64, numpy.float32))
         width, low = elias_fano.low_width(k, n), elias_fano.sizes(k, n)[0]
-        count = bits.gather(coded, width, low, every, summed, alpha, there, total)
+        count = cpu_bits.gather(coded, width, low, every, summed, alpha, there, total)
         if count < 0:  # of bytes that are damaged
             return REFERENCE.gather(packed, values, n, alpha)
         return torch.from_numpy(there[:count]), torch.from_numpy(total[:count])
 
     def coordinates(self, indices: Tensor, shape: Sequence[int]) -> Tensor:
         out = numpy.empty((len(shape), indices.numel()), numpy.int64)
-        bits.coordinates(indices.numpy(), numpy.array(shape, numpy.int64), out)
+        cpu_bits.coordinates(indices.numpy(), numpy.array(shape, numpy.int64), out)
         return torch.from_numpy(out)
 
     def without_repeats(self, indices: Tensor, values: Tensor) -> Tensor:
         if values.dtype != torch.float32:
             return REFERENCE.without_repeats(indices, values)
-        if not bits.repeats(indices.numpy()):
+        if not cpu_bits.repeats(indices.numpy()):
             return values
         values = values.clone()
-        bits.without_repeats(indices.numpy(), values.numpy())
+        cpu_bits.without_repeats(indices.numpy(), values.numpy())
         return values
 
     def encode_indices(self, indices: Tensor, n: int) -> Tensor:
         k = indices.numel()
         low, high = elias_fano.sizes(k, n)
         out = numpy.zeros(low + high, numpy.uint8)
-        bits.encode(indices.numpy(), elias_fano.low_width(k, n), low, out)
+        cpu_bits.encode(indices.numpy(), elias_fano.low_width(k, n), low, out)
         return torch.from_numpy(out)
 
     def decode_indices(self, packed: Tensor, k: int, n: int) -> Tensor:
         out = numpy.empty(k, numpy.int64)
-        bits.decode(packed.numpy(), elias_fano.low_width(k, n), elias_fano.sizes(k, n)[0], out)
+        cpu_bits.decode(packed.numpy(), elias_fano.low_width(k, n), elias_fano.sizes(k, n)[0], out)
         return torch.from_numpy(out)
 
     def close(self) -> None:
@@ -182,7 +182,7 @@ class Cpu:
 def _kth_largest(as_bits: Any, k: int, infinity: int) -> int:
     """One compiled call for the threshold of a sample; what is not far below the number of elements NumPy finds."""
     if 4 * k <= as_bits.size // BLOCK:
-        return int(bits.kth_largest(as_bits, k, infinity))
+        return int(cpu_bits.kth_largest(as_bits, k, infinity))
     return min(int(kth_largest(as_bits & numpy.iinfo(as_bits.dtype).max, k)[0]), infinity)
 
 
@@ -193,8 +193,8 @@ def _part(work: Pass, cut: Cut, low: int, high: int) -> Part:
     u = v if work.old_momentum is None else work.old_momentum
     new_u = new_v if work.new_momentum is None else work.new_momentum
     addresses = [t.data_ptr() + low * BLOCK * t.itemsize for t in (work.grad, u, v, new_u, new_v)]
-    aligned = all(address % (blocks.LANES * new_v.itemsize) == 0 for address in addresses[3:])
-    run = blocks.compiled_pass(_kind(work), GRADS[work.grad.dtype], STATES[new_v.dtype], aligned, work.clear)
+    aligned = all(address % (cpu_blocks.LANES * new_v.itemsize) == 0 for address in addresses[3:])
+    run = cpu_blocks.compiled_pass(_kind(work), GRADS[work.grad.dtype], STATES[new_v.dtype], aligned, work.clear)
     count = min(n, high * BLOCK) - low * BLOCK
     settings = (count, work.rule.momentum or 0.0, work.scale, float(cut.threshold))
 

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thinwire.kernels import fixed
+from thinwire.core.loops import Cut, Found, Pass
+from thinwire.kernels import fixed_shapes
 from thinwire.kernels.reference import BLOCK, Reference
-from thinwire.loops import Cut, Found, Pass
 
 _tl: Any = tl
 _jit: Any = cast(Any, triton).jit
@@ -115,16 +115,16 @@ class Cuda(Reference):
         return [self._pass(work, cut) for work, cut in zip(works, cuts, strict=True)]
 
     def look(self, x: Tensor, cut: Cut) -> Found:
-        return fixed.within(x, fixed.maxima(x, BLOCK), BLOCK, cut)
+        return fixed_shapes.within(x, fixed_shapes.maxima(x, BLOCK), BLOCK, cut)
 
     def fill(self, indices: Tensor, values: Tensor, k: int) -> Found:
-        return fixed.fill(indices, values, k)
+        return fixed_shapes.fill(indices, values, k)
 
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
-        return fixed.kth(magnitude, k)
+        return fixed_shapes.kth(magnitude, k)
 
     def largest(self, x: Tensor, k: int) -> Tensor:
-        return fixed.largest(x, k)
+        return fixed_shapes.largest(x, k)
 
     def _pass(self, work: Pass, cut: Cut) -> Found:
         n, new_v = work.grad.numel(), work.new_residual
@@ -137,4 +137,4 @@ class Cuda(Reference):
             settings = (n, work.rule.momentum or 0.0, work.scale, kind, work.clear, ROWS, BLOCK)
             grid = (_cdiv(blocks, ROWS),)
             _accumulate[grid](work.grad, u, work.old_residual, new_u, new_v, maxima, *settings, enable_fp_fusion=False)
-        return fixed.within(new_v, maxima.view(torch.float32)[: n // BLOCK], BLOCK, cut)
+        return fixed_shapes.within(new_v, maxima.view(torch.float32)[: n // BLOCK], BLOCK, cut)

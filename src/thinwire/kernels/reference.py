@@ -14,10 +14,10 @@ import numpy
 import torch
 from torch import Tensor
 
-from thinwire.kernels import fixed
-from thinwire.loops import Cut, Found, Kernels, Pass
-from thinwire.memories.feedback import accumulate
-from thinwire.wire import elias_fano
+from thinwire.coding import elias_fano
+from thinwire.core.loops import Cut, Found, Kernels, Pass
+from thinwire.kernels import fixed_shapes
+from thinwire.kernels.accumulate import accumulate
 
 CHUNK = 2**19
 BLOCK = 2**6
@@ -110,7 +110,7 @@ class Reference:
 
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
         if magnitude.device.type != "cpu":
-            return fixed.kth(magnitude, k)
+            return fixed_shapes.kth(magnitude, k)
         x = magnitude.view(BITS[magnitude.dtype]).numpy()
         kth = torch.from_numpy(kth_largest(x & numpy.iinfo(x.dtype).max, k))  # NaN may have a sign
         return kth.view(magnitude.dtype).nan_to_num(math.inf, math.inf)[0]

@@ -1,0 +1,21 @@
+"""Memories: what is remembered of a parameter between steps."""
+
+from thinwire.memories.compressed_momentum import CompressedMomentum, SteadyFeedback
+from thinwire.memories.decoupled_momentum import DecoupledMomentum
+from thinwire.memories.error_feedback import ErrorFeedback, NoMemory
+from thinwire.memories.majority_vote import MajorityVote
+from thinwire.memories.momentum import Momentum, MomentumCorrection
+from thinwire.memories.shifted import EF21, EControl
+
+__all__ = [
+    "EF21",
+    "CompressedMomentum",
+    "DecoupledMomentum",
+    "EControl",
+    "ErrorFeedback",
+    "MajorityVote",
+    "Momentum",
+    "MomentumCorrection",
+    "NoMemory",
+    "SteadyFeedback",
+]

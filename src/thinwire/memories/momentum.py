@@ -10,11 +10,15 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from thinwire.checks import Check, flag, one_of, real, settle
-from thinwire.core import NOWHERE, Absorbed, Context, Memory, State
-from thinwire.loops import Accumulation
-from thinwire.memories.feedback import STATE, StateDtype, accumulate, zeros
-from thinwire.tensors import Decompressed, float_at_least_32
+from thinwire.core.absorbed import Absorbed
+from thinwire.core.checks import Check, flag, one_of, real, settle
+from thinwire.core.context import NOWHERE, Context
+from thinwire.core.interfaces import Memory, State
+from thinwire.core.loops import Accumulation
+from thinwire.core.registry import register
+from thinwire.core.tensors import Decompressed, float_at_least_32
+from thinwire.kernels.accumulate import accumulate
+from thinwire.memories.error_feedback import STATE, StateDtype, zeros
 
 WeightDecay: TypeAlias = Literal["separate", "local", "decoupled"]
 SGD: dict[str, Check] = {
@@ -25,6 +29,7 @@ SGD: dict[str, Check] = {
 }
 
 
+@register("momentum_correction")
 @dataclass(frozen=True)
 class MomentumCorrection(Memory):
     """DGC's memory: accumulates the velocity instead of the gradient, so momentum survives sparse sending.
@@ -159,6 +164,7 @@ class MomentumCorrection(Memory):
         return local["momentum"] / form(self.absorbed), shared.get("decay")
 
 
+@register("momentum")
 @dataclass(frozen=True)
 class Momentum(Memory):
     """Ordinary SGD momentum, applied after the exchange: what DGC gives the tensors that it does not compress.

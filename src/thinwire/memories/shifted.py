@@ -11,12 +11,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.checks import of_type, optional, real, settle
-from thinwire.core import NOWHERE, NUMBER, Compressor, Context, Memory, State
-from thinwire.memories.feedback import zeros
-from thinwire.tensors import Decompressed, ThinwireError, float_at_least_32
+from thinwire.core.checks import of_type, optional, real, settle
+from thinwire.core.context import NOWHERE, NUMBER, Context
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor, Memory, State
+from thinwire.core.registry import register
+from thinwire.core.tensors import Decompressed, float_at_least_32
+from thinwire.memories.error_feedback import zeros
 
 
+@register("ef21")
 @dataclass(frozen=True)
 class EF21(Memory):
     """Sends the difference between the gradient and the sum of what was sent before, and steps with that sum.
@@ -125,6 +129,7 @@ class EF21(Memory):
         return mean.copy_(h)  # not the state itself, which the optimizer may not write to
 
 
+@register("econtrol")
 @dataclass(frozen=True)
 class EControl(Memory):
     """EF21 with a residual beside the estimate, which comes back with the strength ``eta``.

@@ -5,14 +5,14 @@ from typing import Literal
 
 import torch
 
-from thinwire import checks
-from thinwire.checks import texts
 from thinwire.compressors.cast import DTYPES, Cast
 from thinwire.compressors.sparse import TopK
-from thinwire.memories.feedback import ErrorFeedback, NoMemory, StateDtype
+from thinwire.core import checks
+from thinwire.core.checks import texts
+from thinwire.memories.error_feedback import ErrorFeedback, NoMemory, StateDtype
 from thinwire.memories.momentum import Momentum, MomentumCorrection, WeightDecay
-from thinwire.policy.plan import Method, Route, Rule
-from thinwire.policy.schedule import Warmup
+from thinwire.methods.method import Method, Route, Rule
+from thinwire.methods.warmup import Warmup
 
 IDENTITY = Rule(Cast(), NoMemory())
 SENT = checks.dtype(tuple(DTYPES), "; thinwire.dense() sends gradients as they are")
@@ -139,7 +139,7 @@ def dgc(
     for Distributed Training", 2018, arXiv:1712.01887.
 
     Departures: Elias-Fano indices instead of 16-bit runs; see also ``thinwire.MomentumCorrection`` and
-    ``thinwire.compressors.select``.
+    ``thinwire.compressors.sampling``.
     """
     after_averaging = Momentum(decay=decay)
     rules = (

@@ -7,12 +7,12 @@ from functools import partial
 
 import torch
 
-from thinwire.checks import flag, real
+from thinwire.coding import values as codes
 from thinwire.compressors.cast import dtype_named
+from thinwire.core.checks import flag, real
 from thinwire.methods.basic import dgc, topk
-from thinwire.policy.plan import Method, Route
-from thinwire.policy.schedule import Warmup
-from thinwire.wire import values as codes
+from thinwire.methods.method import Method, Route
+from thinwire.methods.warmup import Warmup
 
 VALUES = "int4"
 """The code that lost least at the same bytes."""

@@ -2,17 +2,17 @@
 
 from typing import Literal
 
-from thinwire.checks import flag
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.natural import Natural
 from thinwire.compressors.quantize import QSGD, Quantize
 from thinwire.compressors.sign import Sign
 from thinwire.compressors.ternary import TernGrad
-from thinwire.core import Compressor, Memory
-from thinwire.memories.feedback import ErrorFeedback, NoMemory, StateDtype
-from thinwire.memories.vote import MajorityVote
+from thinwire.core.checks import flag
+from thinwire.core.interfaces import Compressor, Memory
+from thinwire.memories.error_feedback import ErrorFeedback, NoMemory, StateDtype
+from thinwire.memories.majority_vote import MajorityVote
 from thinwire.methods.basic import IDENTITY
-from thinwire.policy.plan import Method, Route, Rule
+from thinwire.methods.method import Method, Route, Rule
 
 
 def _matrices(name: str, compressor: Compressor, memory: Memory, route: Route, rest: Rule = IDENTITY) -> Method:

@@ -2,18 +2,18 @@
 
 from typing import Literal
 
-from thinwire.checks import dtype, flag, optional
 from thinwire.compressors.cast import DTYPES, Cast
+from thinwire.compressors.cltk import CLTK
 from thinwire.compressors.dct import DctTopK
-from thinwire.compressors.led import CLTK
-from thinwire.compressors.random import RandK
+from thinwire.compressors.randk import RandK
 from thinwire.compressors.sidco import SIDCo
-from thinwire.core import Compressor
-from thinwire.memories.demo import DecoupledMomentum
-from thinwire.memories.feedback import ErrorFeedback, NoMemory, StateDtype
+from thinwire.core.checks import dtype, flag, optional
+from thinwire.core.interfaces import Compressor
+from thinwire.memories.decoupled_momentum import DecoupledMomentum
+from thinwire.memories.error_feedback import ErrorFeedback, NoMemory, StateDtype
 from thinwire.methods.basic import IDENTITY
-from thinwire.policy.plan import Method, Route, Rule
-from thinwire.policy.schedule import Warmup
+from thinwire.methods.method import Method, Route, Rule
+from thinwire.methods.warmup import Warmup
 
 
 def randk(

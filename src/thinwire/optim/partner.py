@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from thinwire.ambient import undisturbed
-from thinwire.core import Absorbed
+from thinwire.core.absorbed import Absorbed
+from thinwire.core.ambient import undisturbed
+from thinwire.core.errors import ThinwireError
+from thinwire.core.sharding import own
+from thinwire.core.tensors import flat, float_at_least_32
 from thinwire.optim.rare import is_sparse, lifted, quiet
-from thinwire.sharding import own
-from thinwire.tensors import ThinwireError, flat, float_at_least_32
 
 FreezeStep: TypeAlias = int | Literal["auto"] | None
 """Dense steps before the variance is frozen; by the ratio test; or never."""

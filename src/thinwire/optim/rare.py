@@ -12,8 +12,8 @@ feature is rare, the row of an embedding or the column of a bag of words, that r
 import torch
 from torch import Tensor
 
-from thinwire.sharding import own
-from thinwire.tensors import flat
+from thinwire.core.sharding import own
+from thinwire.core.tensors import flat
 
 QUIET = 1e-6
 """A squared gradient below this share of its variance is none: what rounding leaves is smaller."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinwire import files
+from thinwire.core import files
 
 COLOURS = ("#4c6a92", "#d08c3f", "#2f8f6b", "#a0527a", "#777777", "#222222")
 # On a narrow screen a row of a table becomes a block, with the name of the column before each cell.

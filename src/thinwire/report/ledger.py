@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from thinwire import files
+from thinwire.core import files
 
 KEPT_STEPS = 1_000
 

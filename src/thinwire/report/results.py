@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 import torch
 
-from thinwire import files
+from thinwire.core import files
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,299 @@
+"""``attach``: the one line. It finds out what the model is wrapped in; ``ddp``, ``fsdp2``, ``plain`` know the rest."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from thinwire.comm.control import ATTACH, Together
+from thinwire.comm.link import Link
+from thinwire.comm.process_group import TIMEOUT, Collective, ProcessGroup, Talk
+from thinwire.comm.simulated import Local
+from thinwire.comm.texts import is_known
+from thinwire.core.ambient import undisturbed
+from thinwire.core.checks import seconds
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor
+from thinwire.engines.bare import Plain
+from thinwire.engines.ddp import Ddp
+from thinwire.engines.fsdp2.engine import Fsdp2, is_fsdp1, is_fsdp2, sharded_talk
+from thinwire.exchange.units import Worker
+from thinwire.kernels.select import Choice, choose
+from thinwire.methods.given import method_of
+from thinwire.methods.method import Method, Rule
+from thinwire.session.arguments import check_held, inside, model_of, optimizer_of, options, unwrapped
+from thinwire.session.migrate import agree
+from thinwire.session.optimizers import Optimizers, joined
+from thinwire.session.replicas import EVERY, Replicas
+from thinwire.session.session import Session
+from thinwire.session.transaction import OnNonfinite, Policy, Scaler
+
+OUTSIDE: object = dist.GroupMember.NON_GROUP_MEMBER
+"""What torch answers a rank that is not in the group."""
+
+
+class Engine(Protocol):
+    """Where gradients come from."""
+
+    @property
+    def talk(self) -> Talk:
+        """All ranks of the model."""
+        ...
+
+    def exchanged(self) -> list[tuple[str, Tensor]]:
+        """The parameters whose gradients are exchanged, if nothing is in the way.
+
+        Raises:
+            ThinwireError: something is; nothing has been changed.
+        """
+        ...
+
+    @property
+    def fits(self) -> Callable[[Method], None]:
+        """Raises what keeps a method from being used with this model."""
+        ...
+
+    @property
+    def no_sync(self) -> Callable[[], AbstractContextManager[None]]:
+        """Backward passes inside it add up, and send nothing; an error where the wrapper has that itself."""
+        ...
+
+    def collective(self, link: Link | None, together: Together) -> Collective:
+        """Who exchanges them. A collective call."""
+        ...
+
+    def share(self, session: Session) -> None:
+        """Make all ranks begin alike. A collective call."""
+        ...
+
+    def compared(self, every: int) -> Replicas:
+        """What must be equal on all ranks that hold the same part of the model, in any exchange."""
+        ...
+
+    @property
+    def begins_alike(self) -> bool:
+        """Whether ``share`` makes it so."""
+        ...
+
+    def install(self, session: Session) -> None:
+        """Pass the gradients through the session from now on; exchanges nothing."""
+        ...
+
+
+@undisturbed
+def attach(
+    model: nn.Module,
+    method: Method | Compressor | Rule,
+    *,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    seed: int = 0,
+    link: Link | str | None = None,
+    scaler: Scaler | None = None,
+    on_nonfinite: OnNonfinite = "skip",
+    timeout: float | timedelta = TIMEOUT,
+    check_every: int = EVERY,
+    kernels: Choice = "auto",
+    nodes: int | DeviceMesh | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    sparse_gradients: bool = False,
+    replicate: DeviceMesh | None = None,
+    reduce_scatter: Compressor | Rule | None = None,
+    all_gather: Compressor | None = None,
+    policy: Policy | None = None,
+) -> Session:
+    """Exchange the gradients of a model by ``method``. A collective call: all ranks make it alike.
+
+    Args:
+        model: a ``DistributedDataParallel``; one whose parts went through ``fully_shard`` on a mesh of one dimension;
+            or, with ``process_group=``, one that nothing is wrapped around. On gloo or NCCL; before the first step
+            or between any two.
+        method: ``thinwire.dgc()``, ``thinwire.topk()``, ``thinwire.cast()``, ``thinwire.dense()`` or one of your own. A
+            compressor, as ``TopK(0.01) >> Quantize(4)``, gets error feedback where it needs it, and vectors go dense.
+        optimizer: required by all methods that remember anything (dgc, topk): what a step changes there is final only
+            when the optimizer steps. With dgc, ``momentum``, ``nesterov`` and ``weight_decay`` move from it into the
+            memory, with its momentum buffers, until ``detach()``; what is written in its groups is followed. A wrapper
+            (a framework's, SAM, Lookahead) is as good as what is inside. Several, each of which steps a part of the
+            parameters, as a list: a step is final when all have stepped.
+        seed: of all randomness; equal on all ranks.
+        link: emulate a link of this speed, e.g. ``"100mbit"``; for experiments on one machine.
+        scaler: the ``GradScaler`` of a mixed-precision run, so that residuals are kept without its scale.
+        on_nonfinite: a gradient that is not finite on any rank makes all ranks skip the step ("skip"), or raise when
+            the optimizer is about to step ("raise"). With a scaler, the scaler skips. It concerns methods that remember
+            something; ``dense()`` and ``cast()`` pass on what they get, as DDP does.
+        timeout: seconds, or a ``timedelta``, after which an exchange that a rank does not join is an error. A rank that
+            only evaluates or saves for longer than this needs more. On NCCL it is the process group's own timeout that
+            counts.
+        check_every: after so many exchanges, and at attach, the ranks compare hashes of their parameters; where they
+            differ, an error names the first parameter and the ranks. 0 for at attach only.
+        kernels: the loops that compress: "reference" is plain PyTorch, "cpu" needs ``thinwire[cpu]``, "auto" takes the
+            fastest there is; the ledger names it. All give the same bits.
+        nodes: (not FSDP2) compress between nodes only. The ranks of a node, which follow each other, as a number; or a
+            ``DeviceMesh`` of two dimensions, between nodes and inside. Ranks of a node average their gradients and are
+            one worker together; the ledger's wire bytes are those between nodes. ``link`` is then that between nodes.
+        process_group: (no wrapper) the ranks that train the model, e.g. ``dist.group.WORLD``. They begin with the
+            parameters and buffers of its first rank, and average gradients from then on, as under DDP, but without
+            DDP's copies into buckets. Buffers are not broadcast again. Accumulate under ``wire.no_sync()``.
+        sparse_gradients: (no wrapper) give the optimizer sparse tensors where at most 1/32 of the elements arrive, so
+            that a step touches what has arrived instead of every parameter. For contiguous parameters of float32 or
+            float64, ``torch.optim.SGD`` and ``Adagrad``, and a method that leaves them neither momentum nor weight
+            decay, as dgc does. ``clip_grad_norm_`` does not take sparse gradients.
+        replicate: (FSDP2) the mesh, of one dimension, over the replicas of each shard: the reduce-scattered gradients
+            are exchanged over it by ``method``, and residuals have the size of a shard. None for no replicas.
+        reduce_scatter: (FSDP2) how gradients travel between the ranks that a parameter is sharded over, e.g.
+            ``thinwire.Quantize(8, rounding="stochastic")``; None for PyTorch's own. A ``Rule(compressor,
+            ErrorFeedback())`` remembers what it lost, at the cost of two unsharded gradients a rank, which is what
+            FSDP2 saves.
+        all_gather: (FSDP2) how parameters travel between those ranks, e.g. ``thinwire.Quantize(8)``; None for PyTorch's
+            own. The passes then work with rounded weights, and the optimizer with exact ones. One that draws, with
+            ``rounding="stochastic"``, needs ``optimizer=``.
+        policy: changes the method while it trains, e.g. ``thinwire.LGreCo``.
+
+    Returns:
+        The session: ``report()``, ``set_method()``, ``detach()``, and ``ledger``.
+
+    Raises:
+        ThinwireError: the model is none of these, its hook slot is taken, its optimizer does not fit the method, ranks
+            ask for different things, or a compressed parameter has sparse gradients. Nothing has been changed then.
+
+    Example::
+
+        ddp = DistributedDataParallel(model)
+        wire = thinwire.attach(ddp, thinwire.dgc(density=0.001), optimizer=optimizer)
+
+        fully_shard(model, mesh=mesh["shard"])
+        wire = thinwire.attach(model, thinwire.topk(0.01), optimizer=optimizer, replicate=mesh["replicate"])
+
+        wire = thinwire.attach(model, thinwire.dgc(0.001), optimizer=optimizer, process_group=dist.group.WORLD)
+    """
+    model = unwrapped(model)
+    talk = _talk(model, process_group, replicate, timeout)
+    with Together(talk, *ATTACH) as together:
+        with together.alone():
+            model = model_of(model, dist.is_initialized())
+            steps = optimizer_of("optimizer", joined(optimizer))
+            method = method_of(method)
+            asked = options(
+                seed=seed, link=link, scaler=scaler, on_nonfinite=on_nonfinite, timeout=timeout, kernels=kernels,
+                nodes=nodes, process_group=process_group, sparse_gradients=sparse_gradients, replicate=replicate,
+                reduce_scatter=reduce_scatter, all_gather=all_gather, policy=policy,
+            )  # fmt: skip
+            nodes, timeout = asked["nodes"], seconds("timeout", timeout)
+            engine = _engine(
+                model, steps, nodes, process_group, sparse_gradients, replicate, reduce_scatter, all_gather, timeout
+            )
+            named = engine.exchanged()
+            check_held(named, steps)
+            engine.fits(method)
+            replicas = engine.compared(check_every)
+            chosen, note = choose(asked["kernels"], named[0][1].device)
+            said = {
+                "engine": type(engine).__name__,
+                "nodes": nodes,
+                "sparse_gradients": sparse_gradients,
+                "replicate": replicate is not None,
+                "reduce_scatter": reduce_scatter,
+                "all_gather": all_gather,
+                "check_every": check_every,
+            }
+            lines = [*((key, str(value)) for key, value in said.items()), *replicas.described]
+        agree(engine.talk, lines)
+        collective = engine.collective(asked["link"], together)
+        try:
+            if not engine.begins_alike:
+                replicas.begin()
+            worker = Worker(collective.rank, asked["seed"], kernels=chosen)
+            session = Session(
+                named, method, collective, steps, worker.seed, [worker], scaler, on_nonfinite, timeout, policy
+            )
+        except BaseException:
+            collective.close()
+            raise
+        session.fits = engine.fits
+        session.use_kernels(chosen, note)
+        session.no_sync = engine.no_sync
+        session.replicas = replicas
+        try:
+            engine.share(session)
+            with together.alone():
+                engine.install(session)
+        except BaseException as error:  # by now the optimizer has handed over its momentum
+            with contextlib.suppress(ThinwireError):  # what has failed already is the one to be told
+                if is_known(error):
+                    session.detach()
+                else:
+                    session.abandon()
+            raise
+        return session
+
+
+def _engine(
+    model: nn.Module,
+    optimizer: Optimizers | None,
+    nodes: int | DeviceMesh | None,
+    process_group: dist.ProcessGroup | None,
+    sparse_gradients: bool,
+    replicate: DeviceMesh | None,
+    reduce_scatter: Compressor | Rule | None,
+    all_gather: Compressor | None,
+    timeout: float,
+) -> Engine:
+    """The engine for what the model is wrapped in; the arguments are those of ``attach``.
+
+    Raises:
+        ThinwireError: there is none, or an argument is not for this one.
+    """
+    wrapped = isinstance(model, DistributedDataParallel) or is_fsdp2(model)
+    if wrapped and (process_group is not None or sparse_gradients):
+        raise ThinwireError(
+            "process_group= and sparse_gradients= are for a model without a wrapper; this one averages its gradients "
+            "over a group that it was given before: leave them out"
+        )
+    if is_fsdp2(model):
+        if nodes is not None:
+            raise ThinwireError(
+                "nodes= is for DDP; with FSDP2, shard inside a node and pass replicate=, the mesh between nodes"
+            )
+        return Fsdp2(model, replicate, reduce_scatter, all_gather, optimizer is not None, timeout)
+    if not (replicate is None and reduce_scatter is None and all_gather is None):
+        raise ThinwireError("replicate=, reduce_scatter= and all_gather= are for FSDP2; this model has no shards")
+    if isinstance(model, DistributedDataParallel):
+        return Ddp(model, nodes, timeout)
+    if is_fsdp1(model):
+        raise ThinwireError(
+            "FullyShardedDataParallel (FSDP1) is not supported; replace it by torch.distributed.fsdp.fully_shard(model)"
+        )
+    if process_group is not None:
+        return Plain(model, process_group, nodes, sparse_gradients, optimizer, timeout)
+    raise ThinwireError(
+        f"attach() takes a DistributedDataParallel or a model that went through fully_shard, not "
+        f"{type(model).__name__}; wrap the model first, or pass process_group=dist.group.WORLD, after "
+        f"init_process_group(), to exchange the gradients of the model as it is{inside(model)}"
+    )
+
+
+def _talk(
+    model: nn.Module, process_group: dist.ProcessGroup | None, replicate: DeviceMesh | None, timeout: float | timedelta
+) -> Talk:
+    """The ranks that are told where this one can't attach: those of the model, as far as can be seen of it."""
+    alone = Local.of(1)[0]
+    if not (dist.is_available() and dist.is_initialized()) or cast(object, process_group) is OUTSIDE:
+        return alone
+    patience = TIMEOUT
+    try:
+        patience = seconds("timeout", timeout)
+        if isinstance(model, DistributedDataParallel):
+            return ProcessGroup(cast(dist.ProcessGroup, model.process_group), patience)
+        if is_fsdp2(model):
+            return sharded_talk(model, replicate, patience)
+        if process_group is not None:
+            return ProcessGroup(process_group, patience)
+    except Exception:  # what is wrong is said by the checks
+        pass
+    return ProcessGroup(cast(dist.ProcessGroup, dist.group.WORLD), patience)

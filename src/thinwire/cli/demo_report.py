@@ -1,0 +1,99 @@
+"""The demo's table and page."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from thinwire.cli.demo_training import CaseResult, Settings
+from thinwire.report.html import Bars, Plot, Table, page
+from thinwire.report.results import Row
+
+HEADER = ("method", "steps", "held-out loss", "bytes per step and worker", "ratio", "ms per step")
+SPLIT_HEADER = ("method", "step", "compute", "compress", "decompress", "rest")
+
+
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """One line of text for each case, under ``HEADER``; a case that ended inside its warm-up says so."""
+    figures, cases = _by_case(rows)
+    return [
+        [
+            case + (" (warm-up)" if figures[case, "steps"] <= figures[case, "warmup_steps"] else ""),
+            f"{figures[case, 'steps']:,.0f}",
+            f"{figures[case, 'heldout_loss']:.3f}",
+            f"{figures[case, 'wire_bytes_per_step']:,.0f}",
+            f"{figures[case, 'ratio']:,.1f}",
+            f"{figures[case, 'step_ms']:,.0f}",
+        ]
+        for case in cases
+    ]
+
+
+def setting(settings: Settings) -> str:
+    """The conditions of the figures; every link here is emulated."""
+    return (
+        f"The same model, text, seed and {settings.seconds:g} seconds for each method; {settings.wire} link. Bytes and "
+        "ratio are those after the warm-up; steps and loss include it. Ratio is dense fp32 bytes over the method's."
+    )
+
+
+def warmup_note(results: Sequence[CaseResult]) -> str:
+    """A sentence for the cases that ended inside their warm-up; empty if there are none."""
+    return " ".join(
+        f"{r.case} did {r.steps} steps and its warm-up takes {r.warmup}: its bytes and ratio are those of the warm-up, "
+        "which sends more. Give it more --seconds."
+        for r in results
+        if r.in_warmup
+    )
+
+
+def verdict(results: Sequence[CaseResult], settings: Settings) -> str:
+    """The result in a sentence or two: which method to take on this link."""
+    dense, best = results[0], min(results, key=lambda r: r.points[-1].held_out_loss)
+    losses = ", ".join(f"{r.case} {r.points[-1].held_out_loss:.3f}" for r in results)
+    where = f"In {settings.seconds:g} seconds each ({settings.wire})"
+    if note := warmup_note(results):
+        return f"Too short for a verdict. {note} Held-out losses so far: {losses}."
+    if best is dense:
+        return f"{where}, dense reached the lowest held-out loss ({losses}): leave compression off on such a link."
+    return (
+        f"{where}, {best.case} reached the lowest held-out loss ({losses}): it did {best.steps / dense.steps:.1f} "
+        f"times the steps of dense and sent {best.ratio:,.0f} times fewer bytes in each."
+    )
+
+
+def html_page(results: Sequence[CaseResult], settings: Settings, rows: Sequence[Row], meta: Mapping[str, Any]) -> str:
+    """The page: verdict, tables, held-out loss against seconds and against steps, bytes per step, ledgers."""
+    loss = "held-out loss (nats per character)"
+    by_seconds = {r.case: ([p.seconds for p in r.points], [p.held_out_loss for p in r.points]) for r in results}
+    by_steps = {r.case: ([float(p.step) for p in r.points], [p.held_out_loss for p in r.points]) for r in results}
+    by_bytes = {r.case: (r.wire_bytes, _bar_label(r)) for r in results}
+    wire = f"emulated, {settings.wire.partition(', emulated ')[2]}"
+    plots = [
+        Plot("Loss against seconds", f"seconds of training ({wire})", loss, by_seconds, "At equal time."),
+        Plot("Loss against steps", "steps", loss, by_steps, "At equal steps."),
+        Bars("Bytes per step", "bytes per worker and step", by_bytes, "On a linear scale."),
+    ]
+    figures, cases = _by_case(rows)
+    split = [[case, *(f"{figures[case, f'{part}_ms']:,.0f}" for part in SPLIT_HEADER[1:])] for case in cases]
+    tables = [
+        Table(HEADER, table(rows)),
+        Table(SPLIT_HEADER, split, "Milliseconds of a step. Rest: waiting for the link, and the optimizer."),
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+    footer = [
+        f"Command: {meta['command']}",
+        f"Versions: {versions}",
+        f"Machine: {meta['cpu']}, {meta['cores']} cores, {platform.system()}; {settings.workers} processes",
+        f"Date: {meta['date']}",
+    ]
+    ledgers = {f"ledger: {r.case}": r.report for r in results}
+    return page("thinwire demo", verdict(results, settings), setting(settings), tables, plots, ledgers, footer)
+
+
+def _bar_label(result: CaseResult) -> str:
+    fewer = f"\n {result.ratio:,.1f} times fewer" if result.ratio > 1.0 else ""
+    return f"{result.wire_bytes:,.0f}{fewer}{' (warm-up)' if result.in_warmup else ''}"
+
+
+def _by_case(rows: Sequence[Row]) -> tuple[dict[tuple[str, str], float], list[str]]:
+    return {(row.case, row.metric): row.value for row in rows}, list(dict.fromkeys(row.case for row in rows))

@@ -1,0 +1,167 @@
+"""The command line. Needs the extra ``thinwire[cli]``."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    import click
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn
+    from rich.table import Table
+except ModuleNotFoundError as missing:  # pragma: no cover
+    sys.exit(f"the command line needs {missing.name}; install it with: pip install 'thinwire[cli]'")
+
+import torch
+
+import thinwire
+from thinwire.cli import demo_report, demo_runs
+from thinwire.cli.demo_training import Settings
+from thinwire.cli.simulate import SimulationSettings, simulate_text
+from thinwire.comm.link import Link
+from thinwire.core import files
+from thinwire.core.errors import ThinwireError
+from thinwire.kernels.select import choose
+from thinwire.report import html, results
+
+
+class LinkType(click.ParamType[str]):
+    """A link like 100mbit; kept as text, since that is how it is shown."""
+
+    name = "link"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            Link.parse(value)
+        except ThinwireError as error:
+            self.fail(str(error), param, ctx)
+        return value
+
+
+class Finite(click.FloatRange):
+    """A float range without nan and infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        return number if math.isfinite(number) else self.fail(f"{value!r} is not a finite number", param, ctx)
+
+
+DENSITY = Finite(0.0, 1.0, min_open=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(thinwire.__version__, prog_name="thinwire")
+def cli() -> None:
+    """Train PyTorch over thin wires."""
+
+
+@cli.command()
+@click.option("--seconds", type=Finite(1.0), default=80.0, show_default=True, help="Training time, each.")
+@click.option("--link", type=LinkType(), default="100mbit", show_default=True, help="Emulated, e.g. 1gbit,0.5ms.")
+@click.option("--workers", type=click.IntRange(2), default=2, show_default=True, help="Worker processes.")
+@click.option("--density", type=DENSITY, default=0.001, show_default=True, help="Share of the gradient DGC sends.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo"), show_default=True)
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the results here."
+)
+@click.option("--quick", is_flag=True, help="A small model for a few seconds; the figures mean nothing.")
+def demo(
+    seconds: float, link: str, workers: int, density: float, out: Path, json_file: Path | None, quick: bool
+) -> None:
+    """Train a language model on two workers over a thin link: dense, fp16 and DGC, side by side."""
+    for path in (out / "results.json", *([json_file] if json_file else [])):
+        files.check_writable(path)  # fail before hours of work, not after
+    settings = Settings(seconds=seconds, link=link, workers=workers, density=density)
+    if quick:
+        settings = dataclasses.replace(settings, seconds=min(seconds, 5.0), hidden=128, evaluations=3)
+    console = Console(stderr=True)
+    console.print(demo_report.setting(settings), highlight=False)
+    if (note := choose("auto", torch.device("cpu"))[1]) is not None:
+        console.print(note, highlight=False)
+    with _progress(console) as bars:
+        tasks: dict[str, TaskID] = {
+            case: bars.add_task(case, total=settings.seconds, info="waits") for case in demo_runs.CASES
+        }
+
+        def progress(case: str, trained: float, step: int, loss: float) -> None:
+            stage = "  warm-up" if step <= settings.warmup(case) else ""
+            info = f"{trained:4.0f} s  step {step:>5}  loss {loss:.3f}{stage}"
+            bars.update(tasks[case], completed=trained, info=info)
+
+        cases = demo_runs.run(settings, progress=progress)
+    rows = demo_runs.rows(cases)
+    meta = results.meta(thinwire.__version__, settings=dataclasses.asdict(settings), link=f"emulated {link}")
+    for path in (out / "results.json", *([json_file] if json_file else [])):
+        results.write(path, meta, rows)
+    html.write(out / "report.html", demo_report.html_page(cases, settings, rows, meta))
+    _print_table(settings.wire, demo_report.HEADER, demo_report.table(rows))
+    click.echo(demo_report.verdict(cases, settings))
+    click.echo(f"{out / 'results.json'}  {out / 'report.html'}")
+
+
+@cli.command()
+@click.option("--workers", type=click.IntRange(1), default=32, show_default=True, help="Virtual workers.")
+@click.option("--density", type=DENSITY, default=0.001, show_default=True, help="Share of the gradient DGC sends.")
+@click.option("--steps", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--hidden", type=click.IntRange(8), default=128, show_default=True, help="Width of the LSTM.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
+def simulate(workers: int, density: float, steps: int, hidden: int, seed: int, json_file: Path | None) -> None:
+    """Train as many workers in this one process, dense and with DGC, and compare the held-out loss."""
+    if json_file:
+        files.check_writable(json_file)
+    settings = SimulationSettings(workers, density, steps, hidden, seed)
+    with _progress(Console(stderr=True)) as bars:
+        tasks = {case: bars.add_task(case, total=steps, info="waits") for case in ("dense", "dgc")}
+
+        def progress(case: str, step: int, loss: float) -> None:
+            bars.update(tasks[case], completed=step + 1, info=f"step {step + 1:>5}  loss {loss:.3f}")
+
+        rows = simulate_text(settings, progress)
+    if json_file:
+        results.write(json_file, results.meta(thinwire.__version__, settings=dataclasses.asdict(settings)), rows)
+    figures = {(row.case, row.metric): row.value for row in rows}
+    lines = [
+        [
+            case,
+            f"{figures[case, 'heldout_loss']:.3f}",
+            f"{figures[case, 'train_loss']:.3f}",
+            f"{figures[case, 'ratio']:,.1f}",
+        ]
+        for case in ("dense", "dgc")
+    ]
+    title = f"N = {workers} simulated workers, {steps} steps"
+    _print_table(title, ("method", "held-out loss", "training loss", "ratio over all steps"), lines)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The entry point: whatever is refused is one line that says what is allowed, and exit code 2."""
+    try:
+        cli.main(args, prog_name="thinwire", standalone_mode=False)
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "thinwire"
+        click.echo(f"thinwire: {error.format_message()} (see {path} --help)", err=True)
+        sys.exit(2)
+    except (click.ClickException, ThinwireError) as error:
+        click.echo(f"thinwire: {error}", err=True)
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(130)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<6}"), BarColumn(), TextColumn("{task.fields[info]}"), console=console
+    )
+
+
+def _print_table(title: str, header: Any, lines: list[list[str]]) -> None:
+    table = Table(title=title)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for line in lines:
+        table.add_row(*line)
+    Console().print(table)

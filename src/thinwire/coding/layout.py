@@ -1,0 +1,118 @@
+"""Where each payload lies in a message: without a header, since every rank can compute it.
+
+A message is one uint8 buffer. The tensors of all payloads stand in it by falling element size, each size in the
+order of the units, so every tensor is aligned and nothing is padded but the end of a message that is gathered (to
+8 bytes, so that the rows of the result are aligned too).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from thinwire.core.interfaces import Payload
+from thinwire.core.tensors import flat
+
+WIDEST = 16
+"""Bytes of the longest number."""
+ROW_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of one payload."""
+
+    unit: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Layout:
+    """The layout of the message that carries these payloads; only their shapes and dtypes are read."""
+
+    def __init__(self, payloads: Sequence[Payload], alignment: int = ROW_ALIGNMENT) -> None:
+        tensors = [(u, t) for u, payload in enumerate(payloads) for t in payload]
+        self.order = sorted(range(len(tensors)), key=lambda j: -tensors[j][1].dtype.itemsize)
+        self.parts: list[Part] = []
+        offset = 0
+        for j in self.order:
+            u, t = tensors[j]
+            self.parts.append(Part(u, tuple(t.shape), t.dtype, offset))
+            offset += self.parts[-1].nbytes
+        self.places = sorted(range(len(self.order)), key=lambda place: self.order[place])
+        self.num_units = len(payloads)
+        self.nbytes = -(-offset // alignment) * alignment
+        self.padding = self.nbytes - offset
+
+    @cached_property
+    def unit_nbytes(self) -> list[int]:
+        """Bytes of each unit's payload, padding left out."""
+        sums = [0] * self.num_units
+        for part in self.parts:
+            sums[part.unit] += part.nbytes
+        return sums
+
+    def pack(self, payloads: Sequence[Payload], *, in_place: bool = False) -> Tensor:
+        """The message, uint8 ``[nbytes]``; ``in_place`` allows a view of payloads that already lie so in memory."""
+        tensors = [t for payload in payloads for t in payload]
+        ordered = [flat(tensors[j]).view(torch.uint8) for j in self.order]
+        if in_place and not self.padding and _adjacent(ordered):
+            return ordered[0].as_strided((self.nbytes,), (1,))
+        if self.padding:
+            ordered.append(ordered[0].new_zeros(self.padding))
+        return torch.cat(ordered)
+
+    def unpack(self, message: Tensor) -> list[Payload]:
+        """The payloads in a message, as views of it."""
+        return self.unpack_all(message[: self.nbytes].unsqueeze(0))[0][0]
+
+    def unpack_all(self, messages: Tensor) -> tuple[list[list[Payload]], list[Tensor]]:
+        """Those in each of ``messages`` ``[senders, n]``, n at least ``nbytes`` and a multiple of the largest itemsize.
+
+        Also each of their tensors, in their order, for all senders, ``[senders, *shape]``; all are views.
+        """
+        payloads: list[list[list[Tensor]]] = [[[] for _ in range(self.num_units)] for _ in range(len(messages))]
+        columns = self._columns(messages)
+        for part, column in zip(self._listed, columns, strict=True):
+            for own, tensor in zip(payloads, column.unbind(), strict=True):
+                own[part.unit].append(tensor)
+        return [[tuple(payload) for payload in own] for own in payloads], columns
+
+    def _columns(self, messages: Tensor) -> list[Tensor]:
+        if not self.nbytes:  # rows of nothing have strides that no dtype but bytes can be seen in
+            messages = messages.new_empty(len(messages), WIDEST)
+        pieces = cast("tuple[Tensor, ...]", cast(Any, messages[:, : self.nbytes]).split(self._sizes, 1))
+        columns = [pieces[place].view(self.parts[place].dtype) for place in self.places]
+        return [
+            column if len(part.shape) == 1 else column.view(len(messages), *part.shape)
+            for part, column in zip(self._listed, columns, strict=True)
+        ]
+
+    @cached_property
+    def _listed(self) -> list[Part]:
+        """The parts in the order of the payloads."""
+        return [self.parts[place] for place in self.places]
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [*(part.nbytes for part in self.parts), self.padding]
+
+
+def _adjacent(pieces: Sequence[Tensor]) -> bool:
+    """Whether the pieces follow each other in one storage."""
+    storage = pieces[0].untyped_storage().data_ptr()
+    end = pieces[0].data_ptr()
+    for piece in pieces:
+        if piece.untyped_storage().data_ptr() != storage or piece.data_ptr() != end:
+            return False
+        end += piece.numel()
+    return True

@@ -1,0 +1,1 @@
+"""Communication: what carries bytes between workers and never looks inside them."""

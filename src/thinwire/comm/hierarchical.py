@@ -1,0 +1,243 @@
+"""Two levels: dense inside a node, where links are fast, and compressed between nodes.
+
+A node is one worker. Its ranks average their gradients, hold the same state, and so compress to the same message, of
+which each sends its own part to its counterparts in the other nodes; what they receive they put together inside.
+So a message between nodes crosses each node's link once, spread over the ranks, and what compression loses is that
+of as many workers as there are nodes.
+
+A message has one head, which is in the part of one rank of a node. So every part ends with the step of the rank that
+sends it; all ranks receive all parts, and learn whether any of them is at another step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from functools import cache
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from thinwire.coding.header import CLOCK, SLOTS
+from thinwire.coding.layout import ROW_ALIGNMENT
+from thinwire.comm.emulated import Paced
+from thinwire.comm.link import Link
+from thinwire.comm.liveness import Lost
+from thinwire.comm.process_group import Collective, InFlight, ProcessGroup, network
+from thinwire.core.errors import ThinwireError
+
+
+def check_nodes(everyone: ProcessGroup, nodes: int | DeviceMesh | None) -> None:
+    """Look whether the ranks can be put into such nodes, before anything is made.
+
+    Args:
+        nodes: as for ``groups_of``; None for no nodes.
+
+    Raises:
+        ThinwireError: they do not make whole nodes of all ranks.
+    """
+    if nodes is None:
+        return
+    ranks = dist.get_process_group_ranks(everyone.group)
+    if not isinstance(nodes, int):
+        if nodes.ndim != 2 or sorted(cast("list[int]", nodes.mesh.flatten().tolist())) != sorted(ranks):
+            raise ThinwireError(
+                f"nodes is a mesh of {nodes.ndim} dimensions and {nodes.size()} ranks; it must have two, between nodes "
+                f"and inside, and hold the {len(ranks)} ranks of this model"
+            )
+        return
+    if nodes < 1 or len(ranks) % nodes:
+        raise ThinwireError(f"nodes is {nodes}; it is the ranks of one node, and must divide {len(ranks)}")
+    if len(ranks) != dist.get_world_size():
+        raise ThinwireError("nodes as a number needs a model on all ranks; give a mesh of two dimensions")
+
+
+def groups_of(
+    everyone: ProcessGroup, nodes: int | DeviceMesh
+) -> tuple[ProcessGroup, ProcessGroup, list[dist.ProcessGroup]]:
+    """The groups inside this rank's node and between its counterparts, and those that were made for it.
+
+    Args:
+        nodes: ranks in a node, which follow each other; or a mesh of two dimensions, between nodes and inside.
+    """
+    if not isinstance(nodes, int):
+        inside, between = (ProcessGroup(nodes.get_group(dim), everyone.timeout) for dim in (1, 0))
+        return inside, between, []
+    ranks = dist.get_process_group_ranks(everyone.group)
+    # every rank makes every group, in this order: groups of their own choosing would find stale addresses
+    inside = [_group(ranks[i : i + nodes], everyone.timeout) for i in range(0, len(ranks), nodes)]
+    between = [_group(ranks[lane::nodes], everyone.timeout) for lane in range(nodes)]
+    node, lane = divmod(everyone.rank, nodes)
+    made = [inside[node], between[lane]]
+    return ProcessGroup(made[0], everyone.timeout), ProcessGroup(made[1], everyone.timeout), made
+
+
+class Nodes:
+    """Shows the pipeline one worker a node; each exchange has a stage between nodes and one inside."""
+
+    def __init__(
+        self, everyone: ProcessGroup, inside: Collective, between: Collective, made: Sequence[dist.ProcessGroup] = ()
+    ) -> None:
+        self.everyone = everyone
+        self.inside, self.between, self._made = inside, between, made
+        self.rank, self.world = between.rank, between.world
+        self.lanes, self._lane = inside.world, inside.rank
+        self.label = f"{between.label}, between {self.world} nodes of {self.lanes} ranks"
+        link = between.link
+        self.link = link and Link(link.bandwidth * self.lanes, link.latency)
+        self._step = 0
+        self._parted: list[Tensor] = []  # of each exchange since ``at``, whether the steps in it differ
+
+    @property
+    def keepers(self) -> Collective:
+        return self.everyone
+
+    @property
+    def sent(self) -> float:
+        return self.between.sent
+
+    @property
+    def sent_inside(self) -> float:
+        return self.inside.sent
+
+    def mean_inside(self, gradients: Tensor, timeout: float) -> None:
+        _wait(self.inside.all_reduce(gradients.mul_(1.0 / self.lanes)), timeout)
+
+    def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
+        flags = torch.tensor(used, dtype=torch.float32, device=gradients.device)
+        return [bool(flag) for flag in _wait(self.inside.all_reduce(flags), timeout)]
+
+    def at(self, step: int) -> None:
+        self._step = step
+        self._parted.clear()
+
+    def apart(self) -> bool:
+        parted, self._parted = self._parted, []
+        return bool(parted) and bool(torch.stack(parted).any())
+
+    def all_reduce(self, message: Tensor) -> InFlight:
+        shape, dtype, nbytes = message.shape, message.dtype, message.nbytes
+        part = self._part(message.reshape(1, -1).view(torch.uint8), SLOTS * message.itemsize).view(dtype)
+        part[0, self._step % SLOTS - SLOTS] = 1
+        return self._then_inside(
+            self.between.all_reduce(part),
+            1,
+            SLOTS * message.itemsize,
+            lambda clocks: clocks.view(dtype).ne(0).flatten(0, 1).any(0).sum() > 1,
+            lambda rows: rows[0, :nbytes].view(dtype).view(shape),
+        )
+
+    def all_gather(self, message: Tensor) -> InFlight:
+        nbytes = message.numel()
+        part = self._clocked(message.view(1, -1)).view(-1)
+        return self._gathered(self.between.all_gather(part), self.world, lambda rows: rows[:, :nbytes])
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        nbytes = message.shape[1]
+        return self._gathered(
+            self.between.all_to_all(self._clocked(message)), self.world, lambda rows: rows[:, :nbytes]
+        )
+
+    def broadcast(self, message: Tensor, source: int) -> InFlight:
+        nbytes = message.numel()
+        part = self._clocked(message.view(1, -1)).view(-1)
+        return self._gathered(self.between.broadcast(part, source), 1, lambda rows: rows[0, :nbytes])
+
+    def _part(self, rows: Tensor, more: int) -> Tensor:
+        """This rank's columns of uint8 ``[rows, nbytes]``, padded, and ``more`` columns of zeros."""
+        width = -(-rows.shape[1] // (self.lanes * ROW_ALIGNMENT)) * ROW_ALIGNMENT
+        mine = rows[:, self._lane * width : (self._lane + 1) * width]
+        return torch.nn.functional.pad(mine, (0, width - mine.shape[1] + more))
+
+    def _clocked(self, rows: Tensor) -> Tensor:
+        part = self._part(rows, ROW_ALIGNMENT)
+        part[:, -1] = self._step % CLOCK
+        return part
+
+    def _gathered(self, first: InFlight, rows: int, whole: Callable[[Tensor], Tensor]) -> InFlight:
+        return self._then_inside(first, rows, ROW_ALIGNMENT, lambda clocks: (clocks != clocks[0, 0]).any(), whole)
+
+    def _then_inside(
+        self,
+        first: InFlight,
+        rows: int,
+        more: int,
+        parted: Callable[[Tensor], Tensor],
+        whole: Callable[[Tensor], Tensor],
+    ) -> InFlight:
+        """The second stage of an exchange.
+
+        Args:
+            more: columns of a part that tell steps.
+            parted: from these columns, ``[lanes, rows, more]``, whether the steps differ; bool ``[]``.
+            whole: from the rows to the answer.
+        """
+        lanes = self.lanes
+
+        def arrange(parts: Tensor) -> Tensor:
+            each = parts.view(lanes, rows, -1)
+            self._parted.append(parted(each[..., -more:].contiguous()))
+            return whole(each[..., :-more].transpose(0, 1).reshape(rows, -1))
+
+        @cache
+        def then() -> InFlight:
+            return replace(self.inside.all_gather(first.answer().reshape(-1).view(torch.uint8)), arrange=arrange)
+
+        return replace(first, then=then)
+
+    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
+        return self.everyone.exchange_text(text, timeout)
+
+    def any_beside(self, flags: Sequence[bool], timeout: float) -> list[bool]:
+        return list(flags)
+
+    def norm_beside(self, norm: Tensor, timeout: float) -> Tensor:
+        return norm
+
+    def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        return self.everyone.rows(tensor, like)
+
+    def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        return tensor
+
+    def lost(self) -> Lost:
+        found = self.everyone.lost()
+        self.hang_up()
+        return found
+
+    def here(self) -> None:
+        self.everyone.here()
+
+    def leave(self, word: str) -> None:
+        self.everyone.leave(word)
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        for part in (self.everyone, self.inside, self.between):
+            part.hang_up()
+
+    def close(self) -> None:
+        self.between.close()
+        self.inside.close()
+        for group in self._made:
+            dist.destroy_process_group(group)
+
+
+def levels(everyone: ProcessGroup, nodes: int | DeviceMesh | None, link: Link | None) -> Collective:
+    """Who exchanges between the replicas: all of them alike, or nodes. ``link`` is emulated where it is given."""
+    groups = groups_of(everyone, nodes) if nodes is not None else None
+    own = everyone if groups is None else groups[1]
+    collective: Collective = Paced(own, link) if link else own
+    return collective if groups is None else Nodes(everyone, groups[0], collective, groups[2])
+
+
+def _group(ranks: list[int], timeout: float) -> dist.ProcessGroup:
+    with network(timeout):
+        return cast(dist.ProcessGroup, dist.new_group(ranks, timedelta(seconds=timeout)))
+
+
+def _wait(flight: InFlight, timeout: float) -> Tensor:
+    flight.wait(timeout)
+    return flight.answer()

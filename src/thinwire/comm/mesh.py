@@ -1,0 +1,227 @@
+"""Two axes: a model that is sharded over one, and whose every shard has replicas along the other.
+
+A shard and its replicas are a world of their own: they exchange the gradients of that shard and nothing else. What
+concerns the whole model, verdicts and norms, also goes over the shards; what is said, over all ranks.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from thinwire.comm.liveness import Lost
+from thinwire.comm.process_group import Collective, InFlight, NoAnswer, ProcessGroup, Talk, failed
+from thinwire.comm.texts import heard
+from thinwire.core.errors import ThinwireError
+from thinwire.core.sharding import shape_of, shard_dim
+
+
+class BothAxes:
+    """All ranks of the mesh, the replicas of shard 0 apart by the number of shards."""
+
+    def __init__(self, replicas: Talk, shards: Talk) -> None:
+        self.replicas, self.shards = replicas, shards
+        self.rank = replicas.rank * shards.world + shards.rank
+        self.world = replicas.world * shards.world
+
+    @property
+    def everyone(self) -> Talk:
+        return self
+
+    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
+        said = self.shards.exchange_text(json.dumps(self.replicas.exchange_text(text, timeout)), timeout)
+        columns = heard(said, self._read_column, "list of texts")
+        return [column[replica] for replica in range(self.replicas.world) for column in columns]
+
+    def _read_column(self, said: str) -> list[str]:
+        column = json.loads(said)
+        if not isinstance(column, list) or [*map(type, cast("list[object]", column))] != [str] * self.replicas.world:
+            raise ValueError(f"{said:.40}")
+        return cast("list[str]", column)
+
+    def lost(self) -> Lost:
+        self.here()  # on both axes first, since this rank's peers along the other one may look already
+        along, across = self.replicas.lost(), self.shards.lost()
+        return Lost(
+            sorted({*map(self._of_replica, along.gone), *map(self._of_shard, across.gone)}),
+            sorted({*map(self._of_replica, along.silent), *map(self._of_shard, across.silent)}),
+            along.raised or across.raised,
+        )
+
+    def _of_replica(self, replica: int) -> int:
+        return replica * self.shards.world + self.shards.rank
+
+    def _of_shard(self, shard: int) -> int:
+        return self.replicas.rank * self.shards.world + shard
+
+    def here(self) -> None:
+        self.replicas.here()
+        self.shards.here()
+
+    def leave(self, word: str) -> None:
+        self.replicas.leave(word)
+        self.shards.leave(word)
+
+
+def columns_of(shards: ProcessGroup, group: dist.ProcessGroup | None) -> list[list[int]]:
+    """The ranks that hold each shard, from those that hold this rank's. A collective call of the ``shards``."""
+    column = dist.get_process_group_ranks(group) if group is not None else [dist.get_rank()]
+    return heard(shards.exchange_text(json.dumps(column)), _read_ranks, "list of ranks")
+
+
+def _read_ranks(said: str) -> list[int]:
+    ranks = json.loads(said)
+    if not isinstance(ranks, list) or not all(isinstance(rank, int) for rank in cast("list[object]", ranks)):
+        raise ValueError(f"{said:.40}")
+    return [rank % 2**31 for rank in cast("list[int]", ranks)]
+
+
+class Mesh:
+    """Shows the pipeline the replicas of this rank's shard.
+
+    Args:
+        replicas: who exchanges; over an emulated link perhaps.
+        shards: the ranks that hold the other parts of the model.
+        group: of the replicas; None where there are none.
+        device: where control messages between shards are made.
+        columns: the ranks of each shard's replicas, by ``columns_of``.
+
+    Raises:
+        ThinwireError: the two axes do not make a mesh.
+    """
+
+    lanes = 1
+    sent_inside = 0.0
+    """Bytes that this rank has sent along the shard axis; who sends them adds them."""
+
+    def __init__(
+        self,
+        replicas: Collective,
+        shards: ProcessGroup,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        columns: Sequence[Sequence[int]],
+    ) -> None:
+        self.replicas, self.shards, self.device = replicas, shards, device
+        self.everyone = BothAxes(replicas, shards)
+        self.rank, self.world, self.link = replicas.rank, replicas.world, replicas.link
+        self.label = f"{replicas.label}, {self.world} replicas of {shards.world} shards"
+        whole = len({len(c) for c in columns}) == 1
+        ranks = torch.tensor(columns if whole else [], dtype=torch.int64, device="cpu").t()
+        if ranks.unique().numel() != self.everyone.world:
+            raise ThinwireError(
+                f"replicas are on ranks {columns}, one list for each shard, which do not make a mesh: replicate= and "
+                'the mesh of fully_shard must be the two dimensions of one, e.g. mesh["replicate"] and mesh["shard"]'
+            )
+        self._groups = [*([group] if group is not None else []), shards.group]
+        self._ranks = ranks if group is not None else ranks[0]
+        self._mesh: DeviceMesh | None = None
+
+    @property
+    def sent(self) -> float:
+        return self.replicas.sent
+
+    @property
+    def keepers(self) -> Collective:
+        return self
+
+    def all_reduce(self, message: Tensor) -> InFlight:
+        return self.replicas.all_reduce(message)
+
+    def all_gather(self, message: Tensor) -> InFlight:
+        return self.replicas.all_gather(message)
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        return self.replicas.all_to_all(message)
+
+    def broadcast(self, message: Tensor, source: int) -> InFlight:
+        return self.replicas.broadcast(message, source)
+
+    def at(self, step: int) -> None:
+        pass  # every message of a replica has a head
+
+    def apart(self) -> bool:
+        return False
+
+    def mean_inside(self, gradients: Tensor, timeout: float) -> None:
+        pass  # the reduce-scatter has done it
+
+    def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
+        return list(used)
+
+    def any_beside(self, flags: Sequence[bool], timeout: float) -> list[bool]:
+        found = self._sum_beside(torch.tensor(flags, dtype=torch.float32, device=self.device), timeout)
+        return [bool(flag) for flag in found]
+
+    def any_replica(self, flag: bool, timeout: float) -> bool:
+        """Whether it is so on any replica of this shard; waits."""
+        found = torch.tensor([float(flag)], dtype=torch.float32, device=self.device)
+        try:
+            return bool(self.replicas.all_reduce(found).awaited(timeout))
+        except NoAnswer as error:
+            raise failed(
+                self, "the word of the replicas on a step", error, "Restart from the last checkpoint"
+            ) from error
+
+    def norm_beside(self, norm: Tensor, timeout: float) -> Tensor:
+        return self._sum_beside(norm.square(), timeout).sqrt()
+
+    def _sum_beside(self, x: Tensor, timeout: float) -> Tensor:
+        flight = self.shards.all_reduce(x)
+        try:
+            flight.wait(timeout)
+        except NoAnswer as error:
+            what = "the word of the ranks that hold the other shards"
+            raise failed(self, what, error, "Restart from the last checkpoint") from error
+        return flight.answer()
+
+    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
+        return self.replicas.exchange_text(text, timeout)
+
+    def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        dim = None if like is None else shard_dim(like)
+        placement = Replicate() if like is None or dim is None else Shard(dim + 1)
+        whole = tensor.shape if like is None else shape_of(like)
+        shape = torch.Size((self.world, *whole))
+        return self._as_dtensor(tensor.unsqueeze(0), Shard(0), placement, shape)
+
+    def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        if like is None or (dim := shard_dim(like)) is None:
+            whole = torch.Size((self.shards.world, *tensor.shape))
+            return self._as_dtensor(tensor.unsqueeze(0), Replicate(), Shard(0), whole)
+        return self._as_dtensor(tensor, Replicate(), Shard(dim), shape_of(like))
+
+    def _as_dtensor(
+        self, part: Tensor, by_replica: Shard | Replicate, by_shard: Shard | Replicate, shape: torch.Size
+    ) -> Tensor:
+        if self._mesh is None:
+            names = ("replicate", "shard")[-len(self._groups) :]
+            groups = self._groups if len(self._groups) > 1 else self._groups[0]
+            self._mesh = DeviceMesh.from_group(groups, self.device.type, self._ranks, mesh_dim_names=names)
+        placements = [by_replica, by_shard][-len(self._groups) :]
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            part.contiguous(), self._mesh, placements, run_check=False, shape=shape, stride=stride
+        )
+
+    def lost(self) -> Lost:
+        return self.everyone.lost()
+
+    def here(self) -> None:
+        self.everyone.here()
+
+    def leave(self, word: str) -> None:
+        self.everyone.leave(word)
+
+    def hang_up(self) -> None:
+        self.replicas.hang_up()
+        self.shards.hang_up()
+
+    def close(self) -> None:
+        self.replicas.close()
+        self.shards.close()

@@ -1,0 +1,398 @@
+"""Who performs a collective: a process group, the simulator's workers, or either of them over an emulated link.
+
+A collective only carries bytes. It is started by ``all_reduce``, ``all_gather``, ``all_to_all`` or ``broadcast`` and
+answers at once with an ``InFlight``; nothing is ever started from the callback of another, since gloo runs callbacks
+in an order that differs between ranks.
+"""
+
+import atexit
+import contextlib
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from typing import Any, ClassVar, Protocol, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from thinwire.comm import texts
+from thinwire.comm.gloo_p2p import Direct, Future, at_once, pays
+from thinwire.comm.link import Link, wire_bytes
+from thinwire.comm.liveness import Liveness, Lost
+from thinwire.core.errors import ThinwireError
+
+# torch 2.13 renames all_gather_into_tensor to all_gather_single and warns at the old name.
+_name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_all_gather: Callable[..., Any] = getattr(dist, _name)
+
+
+def in_future(tensor: Tensor) -> Future:
+    """A future to be completed by hand, for a value on the device of ``tensor``."""
+    return torch.futures.Future[Any](devices=[tensor.device] if tensor.is_cuda else None)
+
+
+TIMEOUT = 300.0
+"""Seconds to wait for the others: longer than one rank usually evaluates, and far below gloo's 30 minutes."""
+
+
+class NoAnswer(RuntimeError):
+    """The network has failed, or a rank did not come in time; nothing can be said to the others any longer."""
+
+
+@contextlib.contextmanager
+def network(timeout: float) -> Generator[None]:
+    """Inside it, whatever the backend raises is a ``NoAnswer``."""
+    try:
+        yield
+    except NoAnswer:
+        raise
+    except RuntimeError as error:
+        text = str(error)
+        waited = f"timed out after {timeout:g} s: " if "imed out" in text and "timed out after" not in text else ""
+        raise NoAnswer(waited + text) from error
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A started collective: ``result`` holds the answer once ``future`` has completed.
+
+    An all-reduce answers the sum, like the message; an all-gather uint8 ``[world, nbytes]``, an all-to-all the same
+    with a row for this rank from each; a broadcast the source's message.
+    """
+
+    future: Future
+    result: Tensor
+    work: Any = None
+    brought: Tensor | None = None
+    """What the stages before have left for the one after, or for whoever opens the answer."""
+    columns: tuple[int, int] | None = None
+    """Which part of the rows, where several messages travelled together."""
+    then: "Callable[[], InFlight] | None" = None
+    """Starts the next stage once this has ended; never from a callback, and again it answers the same."""
+    arrange: Callable[[Tensor], Tensor] | None = None
+    """From the buffer that the last stage filled to the answer."""
+
+    def answer(self) -> Tensor:
+        """The result, once the last stage has ended."""
+        result = self.result if self.arrange is None else self.arrange(self.result)
+        return result if self.columns is None else result[:, slice(*self.columns)]
+
+    def last(self, timeout: float) -> "InFlight":
+        """Wait for every stage but the last, and start what follows each."""
+        if self.then is None:
+            return self
+        self.wait(timeout)
+        return replace(self.then(), brought=self.brought, columns=self.columns).last(timeout)
+
+    def wait(self, timeout: float) -> None:
+        """Wait for the network, at most ``timeout`` seconds; a CUDA backend has a watchdog of its own for that.
+
+        Raises:
+            NoAnswer: what the backend raises.
+        """
+        with network(timeout):
+            if self.work is not None and not self.result.is_cuda:
+                self.work.wait(timedelta(seconds=timeout))
+            self.future.wait()
+
+    def awaited(self, timeout: float) -> Tensor:
+        """The answer, once all stages have ended: the host waits for them on CUDA too, as between steps it may.
+
+        Raises:
+            NoAnswer: as ``wait``.
+        """
+        flight = self.last(timeout)
+        with network(timeout):
+            if flight.work is not None:
+                flight.work.wait(timedelta(seconds=timeout))
+        flight.wait(timeout)
+        return flight.answer()
+
+
+class Talk(Protocol):
+    """Some ranks that say things to each other."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+    @property
+    def everyone(self) -> "Talk":
+        """All ranks of the model, one by one."""
+        ...
+
+    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
+        """The text of every rank, for control traffic; it waits, and is not counted.
+
+        Args:
+            timeout: seconds; None for those that ``attach`` was given.
+
+        Raises:
+            NoAnswer: a rank did not come in time, or is gone.
+            ThinwireError: a rank's text is too long, or is none.
+        """
+        ...
+
+    def lost(self) -> Lost:
+        """After an exchange has failed: what can be told of the others. Nothing can be exchanged afterwards."""
+        ...
+
+    def here(self) -> None:
+        """Say in the store that this rank lives."""
+        ...
+
+    def leave(self, word: str) -> None:
+        """Leave the others in the middle of an exchange: nobody waits for this rank, and they can read the word."""
+        ...
+
+
+class Collective(Talk, Protocol):
+    """The only thing that exchanges. ``sent`` counts the bytes that this worker has sent."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def sent(self) -> float: ...
+    @property
+    def link(self) -> Link | None:
+        """The speed of the link, where it is emulated or assumed."""
+        ...
+
+    def all_reduce(self, message: Tensor) -> InFlight:
+        """Sum ``message`` over the ranks; may happen in place."""
+        ...
+
+    def all_gather(self, message: Tensor) -> InFlight:
+        """Collect the uint8 ``message`` of every rank; all have the same size."""
+        ...
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        """Row r of the uint8 ``message`` ``[world, nbytes]`` goes to rank r; all have the same size."""
+        ...
+
+    def broadcast(self, message: Tensor, source: int) -> InFlight:
+        """The uint8 ``message`` ``[nbytes]`` of rank ``source`` to all; those of the others may be overwritten."""
+        ...
+
+    @property
+    def keepers(self) -> "Collective":
+        """Of those that have a row of their own in a checkpoint."""
+        ...
+
+    @property
+    def lanes(self) -> int:
+        """Ranks that share one worker's message, each of which sends a part of it."""
+        ...
+
+    @property
+    def sent_inside(self) -> float:
+        """Bytes that this rank has sent to those it shares messages with."""
+        ...
+
+    def at(self, step: int) -> None:
+        """The step that this rank is at, for those that share its messages: a head is in the part of one of them."""
+        ...
+
+    def apart(self) -> bool:
+        """Whether what has arrived since says that ranks which share messages are at different steps; waits."""
+        ...
+
+    def mean_inside(self, gradients: Tensor, timeout: float) -> None:
+        """Average over the ranks that share messages, in place; waits."""
+        ...
+
+    def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
+        """Whether any rank that shares messages has used each; waits."""
+        ...
+
+    def any_beside(self, flags: Sequence[bool], timeout: float) -> list[bool]:
+        """Whether each is so on any rank that holds another part of the same model; waits."""
+        ...
+
+    def norm_beside(self, norm: Tensor, timeout: float) -> Tensor:
+        """The norm over all parts of the model, from that over this rank's; waits."""
+        ...
+
+    def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        """The tensor of shape ``[world, *shape]`` of which this rank's is a row; ``like`` tells how it is sharded."""
+        ...
+
+    def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        """What is equal on all ranks, but where ``like`` is sharded; without ``like`` every part has one of its own."""
+        ...
+
+    def hang_up(self) -> None:
+        """Close all connections, where that can be done, so that nothing that is under way keeps a process alive."""
+        ...
+
+    def close(self) -> None:
+        """Let go of threads; nothing may be started afterwards."""
+        ...
+
+
+class OneLevel:
+    """A collective in which every rank is a worker of its own."""
+
+    lanes = 1
+    sent_inside = 0.0
+
+    @property
+    def everyone(self) -> Any:
+        return self
+
+    @property
+    def keepers(self) -> Any:
+        return self
+
+    def at(self, step: int) -> None:
+        pass
+
+    def apart(self) -> bool:
+        return False
+
+    def mean_inside(self, gradients: Tensor, timeout: float) -> None:
+        pass
+
+    def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
+        return list(used)
+
+    def any_beside(self, flags: Sequence[bool], timeout: float) -> list[bool]:
+        return list(flags)
+
+    def norm_beside(self, norm: Tensor, timeout: float) -> Tensor:
+        return norm
+
+    def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        return tensor
+
+
+@atexit.register
+def _let_go() -> None:
+    """Give gloo's threads the time to put down the last tensors they held.
+
+    They need the interpreter for it, without the main thread's waiting for them; once it is shutting down, asking
+    for it ends the process in ``std::terminate``. That is so with any Python hook on gloo, thinwire or not.
+    """
+    if ProcessGroup.used:
+        time.sleep(0.05)
+
+
+class ProcessGroup(OneLevel):
+    """Collectives of ``torch.distributed``, on any backend."""
+
+    used: ClassVar[bool] = False
+    link: Link | None = None
+    _mesh: DeviceMesh | None = None
+
+    def __init__(self, group: dist.ProcessGroup, timeout: float = TIMEOUT) -> None:
+        ProcessGroup.used = True
+        self.group, self.timeout = group, timeout
+        self.label = dist.get_backend(group)
+        self.rank = dist.get_rank(group)
+        self.world = dist.get_world_size(group)
+        self.sent = 0.0
+        self._direct = Direct(group)
+        self._liveness = Liveness(group, self.rank, self.world)
+
+    def all_reduce(self, message: Tensor) -> InFlight:
+        work = cast(Any, dist.all_reduce(message, group=self.group, async_op=True))
+        self.sent += wire_bytes("all_reduce", message.nbytes, self.world)
+        return InFlight(work.get_future(), message, work)
+
+    def all_gather(self, message: Tensor) -> InFlight:
+        self.sent += wire_bytes("all_gather", message.nbytes, self.world)
+        gathered = message.new_empty(self.world, message.numel())
+        if pays(self.group, message):
+            return self._straight([message] * self.world, gathered)
+        if at_once(self.group, message):
+            return self._all_to_all(torch.cat([message] * self.world), gathered)
+        return self._all_gather(message, gathered)
+
+    def _all_gather(self, message: Tensor, gathered: Tensor) -> InFlight:
+        work = _all_gather(gathered.view(-1), message, group=self.group, async_op=True)
+        return InFlight(work.get_future(), gathered, work)
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        self.sent += wire_bytes("all_to_all", message.nbytes, self.world)
+        received = torch.empty_like(message)
+        if pays(self.group, message[0]):
+            return self._straight(message.unbind(), received)
+        return self._all_to_all(message.view(-1), received)
+
+    def _all_to_all(self, rows: Tensor, received: Tensor) -> InFlight:
+        work = cast(Any, dist.all_to_all_single(received.view(-1), rows, group=self.group, async_op=True))
+        return InFlight(work.get_future(), received, work)
+
+    def _straight(self, rows: Sequence[Tensor], received: Tensor) -> InFlight:
+        sent = self._direct.start(rows, received)
+        return InFlight(sent.future, received, sent)
+
+    def broadcast(self, message: Tensor, source: int) -> InFlight:
+        root = dist.get_global_rank(self.group, source)
+        work = cast(Any, dist.broadcast(message, root, group=self.group, async_op=True))
+        self.sent += wire_bytes("broadcast", message.nbytes, self.world)
+        return InFlight(work.get_future(), message, work)
+
+    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
+        wait = self.timeout if timeout is None else timeout
+        said = texts.exchange(text, partial(self._gather_bytes, timeout=wait))
+        self._liveness.forget()
+        return said
+
+    def _gather_bytes(self, mine: bytes, timeout: float) -> list[bytes]:
+        config = dist.get_backend_config(self.group)  # e.g. "cpu:gloo,cuda:nccl"
+        device = "cpu" if "cpu:" in config else config.partition(":")[0]
+        message = torch.from_numpy(np.frombuffer(mine, np.uint8).copy()).to(device)
+        gathered = message.new_empty(self.world, message.numel())
+        with network(timeout):
+            if at_once(self.group, message):
+                flight = self._all_to_all(torch.cat([message] * self.world), gathered)
+            else:
+                flight = self._all_gather(message, gathered)
+        return [row.tobytes() for row in flight.awaited(timeout).cpu().numpy()]
+
+    def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        if self._mesh is None:
+            self._mesh = DeviceMesh.from_group(self.group, tensor.device.type)
+        return DTensor.from_local(tensor.unsqueeze(0).contiguous(), self._mesh, [Shard(0)], run_check=False)
+
+    def here(self) -> None:
+        self._liveness.here()
+
+    def lost(self) -> Lost:
+        found = self._liveness.lost()
+        self.hang_up()
+        return found
+
+    def hang_up(self) -> None:
+        self._direct.hang_up()
+
+    def leave(self, word: str) -> None:
+        self._liveness.leave_word(word)
+        self.hang_up()
+
+    def close(self) -> None:
+        self._direct.close()
+
+
+def exchange_failed(collective: Collective, step: int, names: Sequence[str], error: Exception) -> ThinwireError:
+    """What to raise when the exchange of these units has failed: who did not answer, and the way out."""
+    what = names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+    return failed(collective, f"step {step}: the exchange of {what}", error, "Restart from the last checkpoint")
+
+
+def failed(talk: Talk, what: str, error: Exception, way_out: str) -> ThinwireError:
+    """What to raise when something that all ranks do together has failed."""
+    lost = talk.lost() if isinstance(error, NoAnswer) else Lost()
+    if lost.raised:
+        return ThinwireError(f"{lost.raised}. {way_out}.")
+    reason = (str(error) or repr(error)).splitlines()[0].rstrip(".! ")
+    return ThinwireError(
+        f"{what} failed on rank {talk.everyone.rank}{'; ' * bool(str(lost))}{lost}: {reason}. {way_out}."
+    )

@@ -1,0 +1,115 @@
+"""The simulator's collectives: N workers in one process, who meet in rank order."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinwire.comm.link import Link, wire_bytes
+from thinwire.comm.liveness import Lost
+from thinwire.comm.process_group import Future, InFlight, OneLevel
+from thinwire.core.errors import ThinwireError
+
+ASSUMED = Link(1e9, 1e-4)
+"""What a simulation takes for its link, where a route is chosen by it."""
+
+
+@dataclass
+class _Meeting:
+    """One collective of the simulator, until its last worker has come; all of them share the result."""
+
+    result: Tensor
+    messages: list[Tensor] = field(default_factory=list[Tensor])
+    waiting: list[Future] = field(default_factory=list[Future])
+
+
+class Local(OneLevel):
+    """Collectives of N workers in one process: each worker talks through its own ``Local``, in rank order.
+
+    Sums are taken in rank order, so they are bit-equal to any real exchange that gathers, and to a real all-reduce
+    of two. All workers are handed the same result, which they must not write to.
+    """
+
+    def __init__(self, rank: int, world: int, meetings: dict[int, _Meeting]) -> None:
+        self.label = "simulated"
+        self.link: Link | None = ASSUMED
+        self.rank = rank
+        self.world = world
+        self.sent = 0.0
+        self._meetings = meetings  # the n-th collective of each worker belongs to the n-th of all others
+        self._started = 0
+
+    @staticmethod
+    def of(world: int) -> "list[Local]":
+        """The collectives of a world, one for each rank."""
+        meetings: dict[int, _Meeting] = {}
+        return [Local(rank, world, meetings) for rank in range(world)]
+
+    def all_reduce(self, message: Tensor) -> InFlight:
+        self.sent += wire_bytes("all_reduce", message.nbytes, self.world)
+        return self._meet(message, message.shape, _sum_in_order)
+
+    def all_gather(self, message: Tensor) -> InFlight:
+        self.sent += wire_bytes("all_gather", message.nbytes, self.world)
+        return self._meet(message, (self.world, message.numel()), _stack)
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        self.sent += wire_bytes("all_to_all", message.nbytes, self.world)
+        met = self._meet(message, (self.world, *message.shape), _stack)
+        return replace(met, result=met.result[:, self.rank])
+
+    def broadcast(self, message: Tensor, source: int) -> InFlight:
+        self.sent += wire_bytes("broadcast", message.nbytes, self.world)
+        return self._meet(message, message.shape, lambda messages, out: out.copy_(messages[source]))
+
+    def _meet(
+        self, message: Tensor, shape: Sequence[int], combine: Callable[[list[Tensor], Tensor], object]
+    ) -> InFlight:
+        if self.rank == 0:
+            self._meetings[self._started] = _Meeting(message.new_empty(*shape))
+        meeting = self._meetings.get(self._started)
+        if meeting is None or len(meeting.messages) != self.rank:
+            raise ThinwireError(f"worker {self.rank} of a simulation speaks out of turn; they go in rank order")
+        future, result = torch.futures.Future[Any](), meeting.result
+        meeting.messages.append(message)
+        meeting.waiting.append(future)
+        if len(meeting.messages) == self.world:
+            combine(meeting.messages, result)
+            del self._meetings[self._started]
+            for done in meeting.waiting:
+                done.set_result(None)
+        self._started += 1
+        return InFlight(future, result)
+
+    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
+        return [text] * self.world
+
+    def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        raise ThinwireError("a simulation has no checkpoints; save the model")
+
+    def lost(self) -> Lost:
+        return Lost()
+
+    def here(self) -> None:
+        pass
+
+    def leave(self, word: str) -> None:
+        pass
+
+    def hang_up(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _sum_in_order(messages: list[Tensor], out: Tensor) -> None:
+    out.copy_(messages[0])
+    for message in messages[1:]:
+        out.add_(message)
+
+
+def _stack(messages: list[Tensor], out: Tensor) -> None:
+    torch.stack(messages, out=out)

@@ -1,0 +1,24 @@
+"""The vocabulary: what every other package is written in."""
+
+from thinwire.core.chain import Chain
+from thinwire.core.context import NOWHERE, Context
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor, Memory, Payload, State
+from thinwire.core.registry import register
+from thinwire.core.tensors import Decompressed, Dense, Sparse, flat
+
+__all__ = [
+    "NOWHERE",
+    "Chain",
+    "Compressor",
+    "Context",
+    "Decompressed",
+    "Dense",
+    "Memory",
+    "Payload",
+    "Sparse",
+    "State",
+    "ThinwireError",
+    "flat",
+    "register",
+]

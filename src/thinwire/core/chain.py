@@ -1,0 +1,141 @@
+"""Chains: the values that one compressor keeps, coded by another."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from thinwire.core.checks import of_type, settle
+from thinwire.core.context import NOWHERE, NUMBER, Context
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.loops import Found, Selection
+from thinwire.core.registry import register
+from thinwire.core.tensors import Decompressed, Sparse
+
+
+@register("chain")
+@dataclass(frozen=True)
+class Chain(Compressor):
+    """``first``, and the first tensor of its payload (values, factors) by ``then``.
+
+    What either loses stays in the residual of an error feedback: where ``first`` keeps a part ``s`` of ``x`` that is
+    orthogonal to the rest, ``||x - C(x)||^2 = ||x - s||^2 + ||s - then(s)||^2``, so contractions multiply.
+
+    Args:
+        first: its payload begins with the values it keeps, e.g. ``TopK``, ``RandK``, ``PowerSGD``, ``Cast``.
+        then: codes a vector and keeps no state, e.g. ``Quantize(4)``, ``Cast("float16")``.
+
+    Raises:
+        ThinwireError: ``then`` needs matrices or keeps a state, ``first`` sends codes and their scales instead of
+            values, or it needs sums and ``then`` has none.
+
+    **Wire**: the payload of ``then`` for the values, and the rest of ``first``'s.
+
+    Example:
+        >>> (TopK(0.01) >> Cast("float16")).compress(torch.empty(10_000, device="meta"), {}, NOWHERE)[0].nbytes
+        200
+    """
+
+    first: Compressor
+    then: Compressor
+
+    def __post_init__(self) -> None:
+        beside = of_type(Compressor, "what stands beside >> is a compressor, as in TopK(0.01) >> Quantize(4)")
+        settle(self, first=beside, then=beside)
+        first, then = self.first.title, self.then.title
+        if self.then.period != 1 or self.then.min_ndim or self.then.init(NUMBER, NOWHERE):
+            raise ThinwireError(f"{then} needs matrices or keeps a state; what stands after >> codes a vector")
+        if self.then.led:
+            raise ThinwireError(f"{then} sends what one rank has chosen for all; it can't stand after >>, only before")
+        if not self.first.valued:
+            turned = f": {then} >> {first}" if self.then.valued else ""
+            raise ThinwireError(
+                f"{first} >> {then} would code the scales of {first} instead of values, and may lose more than sending "
+                f"nothing; a compressor that keeps values stands first{turned}, as in TopK(0.01) >> Quantize(4)"
+            )
+        if (self.first.learns or self.first.led) and not self.then.summable:
+            raise ThinwireError(f"{first} needs the sum of what is sent, which {then} prevents; use Cast('float16')")
+        # what is said of a class elsewhere depends on the parts here
+        for name in ("min_ndim", "period", "cuttable", "learns", "led"):
+            object.__setattr__(self, name, getattr(self.first, name))
+        object.__setattr__(self, "summable", self.first.summable and self.then.summable)
+
+    @property
+    def title(self) -> str:
+        return f"{self.first.title} >> {self.then.title}"
+
+    @property
+    def valued(self) -> bool:
+        return self.then.valued
+
+    @property
+    def needs_feedback(self) -> bool:
+        return self.first.needs_feedback or self.then.needs_feedback
+
+    def contraction(self, n: int) -> float | None:
+        kept, coded = self.first.contraction(n), self.then.contraction(n)
+        if 0.0 in (kept, coded):  # whatever is known of the other
+            return 0.0
+        return None if kept is None or coded is None else kept * coded
+
+    def variance(self, n: int) -> float | None:
+        kept, coded = self.first.variance(n), self.then.variance(n)
+        return None if kept is None or coded is None else (1.0 + kept) * (1.0 + coded) - 1.0
+
+    def declines(self, shape: Sequence[int]) -> str | None:
+        return self.first.declines(shape)
+
+    def init(self, like: Tensor, ctx: Context) -> State:
+        return self.first.init(like, ctx)
+
+    def inherit(self, old: State, fresh: State) -> State:
+        return self.first.inherit(old, fresh)
+
+    def moved(self, old: State, fresh: State, order: Tensor) -> State:
+        return self.first.moved(old, fresh, order)
+
+    def with_density(self, density: float) -> "Chain":
+        return replace(self, first=self.first.with_density(density))
+
+    def denser(self, factor: float) -> "Chain":
+        return replace(self, first=self.first.denser(factor))
+
+    def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
+        return self._code(self.first.compress(x, state, ctx), ctx)
+
+    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
+        return self._code(self.first.compress_sparse(x, like, state, ctx), ctx)
+
+    def follow(self, x: Tensor, choice: Payload, state: State, ctx: Context) -> Payload:
+        return self._code(self.first.follow(x, choice, state, ctx), ctx)
+
+    def sampling(self, shape: Sequence[int], ctx: Context) -> Selection | None:
+        return self.first.sampling(shape, ctx)
+
+    def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
+        return self._code(self.first.encode(chosen, values, n, ctx), ctx)
+
+    def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
+        return self.first.decompress(self._decode(payload, like, ctx), like, state, ctx)
+
+    def together(
+        self, payloads: Sequence[tuple[int, Payload]], like: Tensor, ctx: Context, alpha: float, most: float
+    ) -> Found | None:
+        decoded = [(rank, self._decode(one, like, replace(ctx, rank=rank))) for rank, one in payloads]
+        return self.first.together(decoded, like, ctx, alpha, most)
+
+    def commit(self, payload: Payload, like: Tensor, old: State, new: State, ctx: Context) -> None:
+        self.first.commit(self._decode(payload, like, ctx), like, old, new, ctx)
+
+    def _code(self, payload: Payload, ctx: Context) -> Payload:
+        values, *rest = payload
+        return *self.then.compress(values, {}, ctx), *rest
+
+    def _decode(self, payload: Payload, like: Tensor, ctx: Context) -> Payload:
+        values = self.first.compress(like.to("meta"), {}, ctx)[0]
+        coded = len(self.then.compress(values, {}, ctx))
+        out = torch.empty(values.shape, dtype=values.dtype, device=payload[0].device)
+        self.then.decompress(payload[:coded], out, {}, ctx).write_to(out)
+        return out, *payload[coded:]

@@ -1,0 +1,200 @@
+"""Writes files: whole or not at all, and never through a link that somebody has put there."""
+
+import contextlib
+import os
+import secrets
+import stat
+import zlib
+from collections.abc import Callable, Generator
+from itertools import takewhile
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from thinwire.core.errors import ThinwireError
+
+NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+"""Only a file that was not there."""
+
+
+def write(path: str | Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Replace a file by a new one, at once.
+
+    The content goes into a new file of a random name beside it, and is on the disk before that takes the place of the
+    old one, whose permissions it has; where anything fails the new file and new folders are removed, and the old file
+    stays. A link in that place is replaced, not followed. The folder may be a link: it is where the caller asked to
+    write, and it is opened once.
+
+    Args:
+        path: the file; its folder is made if it is not there.
+        fill: writes the content.
+
+    Raises:
+        ThinwireError: it can't be written.
+    """
+    path = _path(path)
+    made = _beginning(path) + secrets.token_hex(8)
+    with _failing_as(path), _folder(path) as folder:
+        _check_place(path, folder)
+        mode = _mode(path, folder)
+        file = os.open(made, NEW, 0o666 if mode is None else mode, dir_fd=folder)
+        try:
+            with _Out(file) as out:
+                if mode is not None and mode != stat.S_IMODE(os.fstat(file).st_mode):  # the umask took some of it
+                    os.fchmod(file, mode)
+                out.fill(fill)
+            os.replace(made, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(made, dir_fd=folder)
+            raise
+        with contextlib.suppress(OSError):  # not every filesystem can; the file itself is on the disk
+            os.fsync(folder)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a file by one with this text in UTF-8; see ``write``.
+
+    Raises:
+        ThinwireError: as ``write``, or the text can't be UTF-8.
+    """
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise ThinwireError(
+            f"can't write {path}: character {error.start} of its text, {text[error.start]!r}, can't be written as "
+            "UTF-8; what stood there before is as it was. Take it out of the text, and write it again"
+        ) from error
+    write(path, lambda file: file.write(data))
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What processes that were killed while they wrote ``path`` have left beside it."""
+    names = os.listdir(path.parent) if path.parent.is_dir() else []
+    return [path.parent / name for name in names if name.startswith(_beginning(path))]
+
+
+def _beginning(path: Path) -> str:
+    """Of the names of new files; the name itself could be too long with more behind it."""
+    return f".thinwire-{zlib.crc32(os.fsencode(path.name)):08x}-"
+
+
+def check_writable(path: str | Path) -> None:
+    """Find out whether ``write`` can be done, before what it is to write is worked out.
+
+    Raises:
+        ThinwireError: it can't.
+    """
+    path = _path(path)
+    with _failing_as(path), _folder(path) as folder:
+        _check_place(path, folder)
+        _mode(path, folder)  # where the name is too long it fails, as ``write`` would
+        made = _beginning(path) + secrets.token_hex(8)
+        os.close(os.open(made, NEW, 0o666, dir_fd=folder))
+        os.unlink(made, dir_fd=folder)
+
+
+class _Out:
+    """An open file that keeps the first error of the system, which who writes into it may hide behind its own."""
+
+    def __init__(self, file: int) -> None:
+        self._file = os.fdopen(file, "wb")
+        self._error: OSError | None = None
+
+    def __enter__(self) -> "_Out":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # what could not be flushed has been said already
+            self._file.close()
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self._error = self._error or error
+            raise
+
+    def flush(self) -> None:
+        pass  # ``fill`` does, at the end
+
+    def fill(self, fill: Callable[[BinaryIO], object]) -> None:
+        try:
+            fill(cast(BinaryIO, self))
+        except Exception as error:
+            if self._error is not None and error is not self._error:
+                raise self._error from error
+            raise
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Generator[int]:
+    """The folder of ``path``, open; what had to be made for it is removed where anything fails."""
+    made: list[Path] = []
+    try:
+        missing = takewhile(lambda each: not os.path.exists(each), (path.parent, *path.parent.parents))
+        for each in reversed(list(missing)):
+            try:
+                each.mkdir()
+                made.append(each)
+            except FileExistsError:  # another process was faster, or it is a link to nothing
+                if not each.is_dir():
+                    raise
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield folder
+        finally:
+            os.close(folder)
+    except BaseException:
+        with contextlib.suppress(OSError):  # another process has put something there
+            for each in reversed(made):
+                each.rmdir()
+        raise
+
+
+def _path(path: str | Path) -> Path:
+    try:
+        named = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        raise ThinwireError(f"can't write {os.fspath(path)!r}: no file can have this name; choose another one")
+    return Path(path)
+
+
+def _mode(path: Path, folder: int) -> int | None:
+    """The permissions of the file that is to be replaced, if there is one."""
+    try:
+        mode = os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return None
+    return mode & 0o777 if stat.S_ISREG(mode) else None
+
+
+def _check_place(path: Path, folder: int) -> None:
+    """A device or a pipe is not replaced by a file, be it there itself or by a link; a folder can't be."""
+    if path.name in ("", ".."):
+        raise ThinwireError(f"can't write {path}: it is a folder; give the name of a file in it")
+    for follow in (False, True):
+        try:
+            mode = os.stat(path.name, dir_fd=folder, follow_symlinks=follow).st_mode
+        except OSError:  # nothing is there, or a link to nothing
+            continue
+        if stat.S_ISDIR(mode) and not follow:
+            raise ThinwireError(f"can't write {path}: it is a folder; give the name of a file in it")
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
+            raise ThinwireError(
+                f"can't write {path}: it is a device or a pipe, which is not replaced; give the name of a file"
+            )
+
+
+@contextlib.contextmanager
+def _failing_as(path: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ThinwireError(
+            f"can't write {path}: {error.strerror or error}; what stood there before is as it was, and nothing is "
+            "left behind. Make room or choose another place, and write it again"
+        ) from error

@@ -1,0 +1,128 @@
+"""The registry: the name of every compressor and memory, and their way to JSON and back.
+
+A class that is registered can be compared between ranks, written to JSON and into checkpoints, and run by the tests of
+the catalogue. Those of this package and a user's own are registered alike.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, cast
+
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor, Memory
+
+COMPRESSORS: dict[str, type[Compressor]] = {}
+MEMORIES: dict[str, type[Memory]] = {}
+
+Kind = TypeVar("Kind", bound=type[Compressor] | type[Memory])
+
+
+def register(name: str) -> Callable[[Kind], Kind]:
+    """Register a compressor or a memory of your own, a frozen dataclass, under a name.
+
+    The name stands for the class in JSON, in checkpoints, and where ranks compare their methods; so every process that
+    reads one must have imported the file with the class.
+
+    Args:
+        name: not that of another registered class. Naming the same class again (a module that is loaded a second time)
+            replaces it.
+
+    Raises:
+        ThinwireError: the name is taken, or the class is neither a compressor nor a memory, or no dataclass.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @register("first half")
+        ... @dataclass(frozen=True)
+        ... class FirstHalf(Compressor):
+        ...     def compress(self, x, state, ctx):
+        ...         return (flat(x)[: x.numel() // 2].clone(),)
+        ...     def decompress(self, payload, like, state, ctx):
+        ...         return Sparse(torch.arange(payload[0].numel()), payload[0], 0.5)
+        >>> to_json(FirstHalf())["kind"]
+        'first half'
+    """
+
+    def add(kind: Kind) -> Kind:
+        rows = _rows(kind)
+        if not is_dataclass(kind):
+            raise ThinwireError(
+                f"{kind.__name__} is no dataclass, so its settings can't be compared between ranks; write "
+                f"@thinwire.register({name!r}) above @dataclass(frozen=True)"
+            )
+        for taken in (COMPRESSORS.get(name), MEMORIES.get(name)):
+            if taken is not None and _place(taken) != _place(kind):
+                raise ThinwireError(
+                    f"the name {name!r} is that of {'.'.join(_place(taken))} already; register {kind.__name__} under "
+                    "another"
+                )
+        rows[name] = kind
+        return kind
+
+    return add
+
+
+def _rows(kind: type) -> dict[str, Any]:
+    if isinstance(cast(object, kind), type):
+        if issubclass(kind, Compressor):
+            return cast("dict[str, Any]", COMPRESSORS)
+        if issubclass(kind, Memory):
+            return cast("dict[str, Any]", MEMORIES)
+    raise ThinwireError(f"{kind!r} is neither a Compressor nor a Memory; @thinwire.register stands above such a class")
+
+
+def _place(kind: type) -> tuple[str, str]:
+    module = (
+        "__main__" if kind.__module__ == "__mp_main__" else kind.__module__
+    )  # a script, in a process that it spawned
+    return module, kind.__qualname__
+
+
+def name_of(kind: type[Compressor | Memory]) -> str | None:
+    """The name that a class is registered under; None if it is not."""
+    for name, known in (COMPRESSORS | MEMORIES).items():
+        if kind is known:
+            return name
+    return None
+
+
+def to_json(part: Compressor | Memory) -> dict[str, Any]:
+    """``{"kind": name, **hyper-parameters}``; of a class that is not thinwire's, also where it is."""
+    kind = type(part)
+    if (name := name_of(kind)) is None:
+        raise ThinwireError(
+            f"{kind.__name__} is not registered, so ranks can't compare it; write @thinwire.register("
+            f"{kind.__name__.lower()!r}) above the class"
+        )
+    pairs = ((f.name, getattr(part, f.name)) for f in fields(cast(Any, part)))
+    row = {key: to_json(v) if isinstance(v, Compressor) else v for key, v in pairs}
+    where = {} if kind.__module__.startswith("thinwire.") else {"class": ".".join(_place(kind))}
+    return {"kind": name, **where, **row}
+
+
+def from_json(data: Mapping[str, Any], rows: Mapping[str, Any]) -> Any:
+    """The compressor or memory that ``to_json`` wrote; ``rows`` is ``COMPRESSORS`` or ``MEMORIES``.
+
+    Raises:
+        ThinwireError: the name is not registered here, or the class has no such hyper-parameters.
+    """
+    own = dict(data)
+    kind, place = own.pop("kind", None), own.pop("class", None)  # no field can be called class
+    if kind not in rows:
+        if place is not None:
+            raise ThinwireError(
+                f"kind {kind!r} is the class {place}, which this process has not registered; import the file that "
+                "holds it first (it is never imported for you, since that runs code)"
+            )
+        raise ThinwireError(f"kind {kind!r} is not registered; known are {', '.join(rows)}")
+    try:
+        return rows[kind](**{key: _part(value) for key, value in own.items()})
+    except TypeError as error:
+        raise ThinwireError(f"{kind}: {error}") from error
+
+
+def _part(value: Any) -> Any:
+    """A hyper-parameter, which may be a compressor or a list of numbers."""
+    if isinstance(value, list):
+        return tuple(cast("list[Any]", value))
+    return from_json(cast("dict[str, Any]", value), COMPRESSORS) if isinstance(value, dict) else value

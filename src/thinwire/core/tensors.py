@@ -1,0 +1,150 @@
+"""Tensors as thinwire sees them: flat views in the order of memory, and what a receiver reconstructs from a payload."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from thinwire.core.errors import ThinwireError
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements of ``x`` fill one block of memory, in any order of its dimensions."""
+    expected = 1
+    for stride, size in sorted((st, si) for st, si in zip(x.stride(), x.shape, strict=True) if si != 1):
+        if stride != expected:
+            return x.numel() == 0
+        expected *= size
+    return True
+
+
+def flat(x: Tensor) -> Tensor:
+    """A 1-D view of ``x`` in the order of its memory, so channels_last tensors are not copied.
+
+    Raises:
+        ThinwireError: the elements of ``x`` do not fill one block of memory.
+    """
+    if x.is_contiguous():
+        return x if x.ndim == 1 else x.view(-1)
+    if not is_dense(x):
+        raise ThinwireError(
+            f"a tensor of shape {tuple(x.shape)} has strides {x.stride()}, which leave gaps; use x.contiguous()"
+        )
+    return x.as_strided((x.numel(),), (1,))
+
+
+def norm(tensors: Iterable[Tensor]) -> Tensor:
+    """L2 norm over all elements of all tensors, accumulated in float32 or better, on the first one's device."""
+    each: list[Tensor] = []
+    for x in tensors:
+        own = cast(Tensor, torch.linalg.vector_norm(x, dtype=float_at_least_32(x.dtype)))
+        each.append(own.to(each[0].device) if each else own)
+    return torch.stack(each).square().sum().sqrt()
+
+
+class Adds(Protocol):
+    """What adds a few elements to many; the kernels do."""
+
+    def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
+        """``out[indices] += alpha * values``, one after the other, for ``out`` of one dimension."""
+        ...
+
+
+class Decompressed(ABC):
+    """What a receiver reconstructs from one payload; ``density`` is the share of elements it carries."""
+
+    density: float
+
+    @abstractmethod
+    def write_to(self, out: Tensor, alpha: float = 1.0) -> None:
+        """``out = alpha * self``, whatever ``out`` held."""
+
+    @abstractmethod
+    def add_to(self, out: Tensor, alpha: float = 1.0) -> None:
+        """``out += alpha * self``."""
+
+    @abstractmethod
+    def clear(self, out: Tensor) -> None:
+        """``out = 0`` at every element that was sent."""
+
+    @abstractmethod
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Flat indices (int64) and values of the elements that were sent."""
+
+
+@dataclass(frozen=True)
+class Dense(Decompressed):
+    """Every element is there: ``values`` is 1-D, in the order of memory."""
+
+    values: Tensor
+    density: float = 1.0
+
+    def write_to(self, out: Tensor, alpha: float = 1.0) -> None:
+        if out.data_ptr() != self.values.data_ptr() or out.dtype != self.values.dtype:  # summed in place
+            flat(out).copy_(self.values)
+        if alpha != 1.0:
+            out.mul_(alpha)
+
+    def add_to(self, out: Tensor, alpha: float = 1.0) -> None:
+        flat(out).add_(self.values, alpha=alpha)
+
+    def clear(self, out: Tensor) -> None:
+        out.zero_()
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        return torch.arange(self.values.numel(), device=self.values.device), self.values
+
+
+@dataclass(frozen=True)
+class Sparse(Decompressed):
+    """``values[j]`` stands at ``indices[j]`` (int64) of the flat tensor; an index that occurs twice adds twice."""
+
+    indices: Tensor  # [k]
+    values: Tensor  # [k]
+    density: float
+    kernels: Adds | None = None
+
+    def write_to(self, out: Tensor, alpha: float = 1.0) -> None:
+        out.zero_()
+        self.add_to(out, alpha)
+
+    def add_to(self, out: Tensor, alpha: float = 1.0) -> None:
+        values = self.values.to(out.dtype)
+        if self.kernels is not None:
+            self.kernels.add(flat(out), self.indices, values, alpha)
+        else:
+            flat(out).index_add_(0, self.indices, values, alpha=alpha)
+
+    def clear(self, out: Tensor) -> None:
+        flat(out).index_fill_(0, self.indices, 0.0)
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        return self.indices, self.values
+
+    def dense(self, like: Tensor) -> Tensor:
+        """Every element of it, in a tensor like ``like``, of which no values are read."""
+        out = torch.empty_like(like, device=self.values.device)
+        self.write_to(out)
+        return out
+
+
+def shortened(x: Tensor, dtype: torch.dtype, limit: float) -> Tensor:
+    """``x`` in ``dtype``: what is finite saturates at ``limit``, and what is not is NaN."""
+    bound = _at_most(limit, x.dtype)
+    return torch.where(x.isfinite(), x.clamp(-bound, bound), torch.nan).to(dtype)
+
+
+def _at_most(limit: float, dtype: torch.dtype) -> float:
+    """``limit``, or what ``dtype`` rounds to just below it: bfloat16 has no 65504, but 65536, which float16 has not."""
+    eps = torch.finfo(dtype).eps
+    step = eps * 2.0 ** (math.frexp(limit)[1] - 1)
+    return limit if round(limit / step) * step <= limit else limit * (1.0 - eps)
+
+
+def float_at_least_32(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays, everything shorter is remembered in float32."""
+    return torch.promote_types(dtype, torch.float32)

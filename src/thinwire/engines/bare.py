@@ -1,0 +1,269 @@
+"""A model without a wrapper: what is checked and set up; ``arrivals.py`` has what passes through.
+
+The gradients are compressed where autograd has left them, so that nothing is copied into buckets first, as DDP must;
+and since nobody else holds views of them, the optimizer can be given sparse ones.
+"""
+
+import contextlib
+import gc
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, cast
+from weakref import WeakKeyDictionary, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from thinwire.comm.control import Together
+from thinwire.comm.hierarchical import check_nodes, levels
+from thinwire.comm.link import Link
+from thinwire.comm.process_group import TIMEOUT, Collective, ProcessGroup
+from thinwire.core.errors import ThinwireError
+from thinwire.core.supported import check_parameter, parts
+from thinwire.engines.grad_hooks import Arrivals, Owned
+from thinwire.engines.model_hooks import Hook
+from thinwire.engines.names import clean
+from thinwire.engines.stepped import inside, wrappers
+from thinwire.exchange.fused import rehearse
+from thinwire.methods.method import Method
+from thinwire.session.backward import is_shared
+from thinwire.session.migrate import agree
+from thinwire.session.optimizers import Optimizers, each_of, kind_of
+from thinwire.session.replicas import Replicas
+from thinwire.session.session import Session
+
+BUCKET = 25 * 2**20
+"""Bytes of gradients that leave together, as in DDP. With a third of it a step of 25 million parameters took up to 10 %
+more time on CPUs: the code that compresses is no longer in the cache when backward comes with the next bucket."""
+TAKES_SPARSE = (torch.optim.SGD, torch.optim.Adagrad)  # and dense ones beside them
+KEPT_OUT = ("momentum", "weight_decay")
+
+
+class Plain:
+    """One model that nothing has been wrapped around, about to be attached to.
+
+    Args:
+        group: the ranks that train it.
+        nodes, sparse, timeout: see ``thinwire.attach``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group: dist.ProcessGroup,
+        nodes: int | DeviceMesh | None,
+        sparse: bool,
+        optimizer: Optimizers | None,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        self.model, self.nodes, self.sparse, self.optimizer = model, nodes, sparse, optimizer
+        if cast(object, group) is dist.GroupMember.NON_GROUP_MEMBER:  # torch's answer to a rank outside
+            raise ThinwireError(f"process_group is {group!r}; this rank must be in the group that trains the model")
+        self.group = group
+        self.talk = ProcessGroup(group, timeout)
+        groups: Any = getattr(optimizer, "param_groups", ())
+        # what a method that does not take it over finds in the optimizer, or gives back to it
+        self.kept = {(key, group[key]) for group in groups for key in KEPT_OUT if group.get(key)}
+
+    def fits(self, method: Method) -> None:
+        if not self.sparse:
+            return
+        if self.optimizer is None or not all(isinstance(one, TAKES_SPARSE) for one in each_of(self.optimizer)):
+            names = ", ".join(kind.__name__ for kind in TAKES_SPARSE)
+            raise ThinwireError(
+                f"sparse_gradients=True needs an optimizer that takes sparse gradients: {names}, not "
+                f"{kind_of(self.optimizer)}; pass one, or leave the option out"
+            )
+        if any(group.get("fused") for group in self.optimizer.param_groups):
+            raise ThinwireError(
+                "sparse_gradients=True, and the optimizer is fused, which takes dense ones; use fused=False"
+            )
+        if self.kept and not method.absorbs:
+            key, value = min(self.kept)
+            raise ThinwireError(
+                f"sparse_gradients=True, and with {method.name} the optimizer has {key}={value}, which touches all "
+                "elements; use thinwire.dgc(), whose memory takes it over, or leave the option out"
+            )
+
+    def exchanged(self) -> list[tuple[str, Tensor]]:
+        check_nodes(self.talk, self.nodes)
+        modules: list[tuple[str, nn.Module]] = [*self.model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
+        for name, module in modules:
+            if isinstance(module, (DistributedDataParallel, nn.DataParallel)):
+                kind = type(cast(nn.Module, module)).__name__
+                raise ThinwireError(
+                    f"{name or 'the model'} is a {kind}, which averages gradients itself; attach to it without "
+                    "process_group=, or to a model that it is not part of"
+                )
+        every: list[tuple[str, Tensor]] = list(self.model.named_parameters())
+        named = [(clean(name), param) for name, param in every if param.requires_grad]
+        if not named:
+            raise ThinwireError("the model has no parameter that requires a gradient; there is nothing to exchange")
+        self._check_attached(named)
+        for name, param in named:
+            check_parameter(name, param)
+        self._check_wrapped(named)
+        self._check_tensors()
+        for name, module in modules:
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+                raise ThinwireError(f"{name}.weight has sparse gradients, which need DDP; build it with sparse=False")
+        return named
+
+    def _check_attached(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        others = [found for other in _attached.values() if (found := other()) is not None and found.session is not None]
+        for name, param in named:
+            if other := next((one for one in others if id(param) in one.by_param), None):
+                method = cast(Session, other.session).method.name
+                raise ThinwireError(
+                    f"{method} is attached to this model ({name!r}); call wire.set_method(), or wire.detach() first"
+                )
+            if hasattr(param, "_in_backward_optimizers"):
+                raise ThinwireError(
+                    f"parameter {name!r} has an optimizer in backward, which would not wait; leave it out"
+                )
+
+    def _check_wrapped(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        """A DDP model elsewhere that averages some of these."""
+        mine = {id(param): name for name, param in named}
+
+        def shared() -> list[str]:
+            return [mine[id(p)] for ddp in wrappers() for p in inside(ddp).parameters() if id(p) in mine]
+
+        if names := shared():
+            gc.collect()  # one that nobody uses any more may not be gone yet
+            names = shared()
+        if names:
+            raise ThinwireError(
+                f"parameter {names[0]!r} is part of a DistributedDataParallel, whose hooks average its gradient too: "
+                "attach to the DDP model, without process_group=, or let go of it first (del ddp)"
+            )
+
+    def _held(self) -> list[tuple[str, Tensor]]:
+        """All that ranks must begin with alike."""
+        held = (*self.model.named_parameters(), *self.model.named_buffers())
+        return [(clean(inner), part) for name, x in held for inner, part in parts(name, x.detach())]
+
+    def _check_tensors(self) -> None:
+        device = next(self.model.parameters()).device
+        for name, x in self._held():
+            if isinstance(x, DTensor) or x.is_meta:
+                what = "is a DTensor" if isinstance(x, DTensor) else "is on the meta device"
+                raise ThinwireError(f"{name!r} {what}; process_group= is for a model that every rank holds whole")
+            if x.is_quantized or x.is_inference():
+                what = "is quantised" if x.is_quantized else "was made under torch.inference_mode()"
+                raise ThinwireError(f"{name!r} {what}, so it can't be handed on; make it an ordinary tensor")
+            if x.device != device:
+                raise ThinwireError(
+                    f"{name!r} is on {x.device}, others on {device}; a rank has one device: model.to() it"
+                )
+            if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+                raise ThinwireError(f"the elements of {name!r} share memory (strides {x.stride()}); use .contiguous()")
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Generator[None]:
+        before, self.arrivals.paused = self.arrivals.paused, True
+        try:
+            yield
+        finally:
+            self.arrivals.paused = before
+
+    begins_alike = True
+
+    def compared(self, every: int) -> Replicas:
+        return Replicas([(clean(name), param) for name, param in self.model.named_parameters()], self.talk, every=every)
+
+    def collective(self, link: Link | None, together: Together) -> Collective:
+        return levels(self.talk, self.nodes, link)
+
+    def share(self, session: Session) -> None:
+        held = self._held()
+        agree(self.talk, [(f"tensor {name!r}", f"of shape {tuple(x.shape)}, {x.dtype}") for name, x in held])
+        for _, x in held:
+            whole = x.contiguous()  # what is sent is memory, not elements
+            if whole.numel():
+                self.talk.broadcast(whole.view(-1).view(torch.uint8), 0).awaited(session.timeout)
+            if whole is not x:
+                x.copy_(whole)
+
+    def install(self, session: Session) -> None:
+        self.arrivals = Unwrapped(self.model, self._owned(), self.sparse)
+        _attached[self.model] = ref(self.arrivals)
+        self.arrivals.install(session)
+        if self.sparse:
+            rehearse(session.units, session.workers[0].kernels, clear=False)
+
+    def _owned(self) -> list[Owned]:
+        """The last parameters leave first, since backward brings them first."""
+        owned: list[Owned] = []
+        number, room = 0, BUCKET
+        for name, param in reversed(list(self.model.named_parameters())):
+            if not param.requires_grad:
+                continue
+            if room <= 0:
+                number, room = number - 1, BUCKET
+            room -= param.nbytes
+            path, _, leaf = name.rpartition(".")
+            owned.append(Owned(clean(name), param, self.model.get_submodule(path), leaf, number))
+        return owned
+
+
+class Unwrapped(Arrivals):
+    """The hooks of one model without a wrapper."""
+
+    def __init__(self, model: nn.Module, owned: Sequence[Owned], sparse: bool) -> None:
+        super().__init__(model, owned, "wire.no_sync()", sparse=sparse)
+
+    def install(self, session: Session) -> None:
+        super().install(session)
+        hook = cast(Any, torch.compiler.disable(self.after_forward))  # nothing to compile
+        session.cleanup.callback(self.model.register_forward_hook(Hook(hook)).remove)
+
+    def shares(self, grad: Tensor) -> bool:
+        return is_shared(grad)
+
+    def after_forward(self, _: nn.Module, inputs: object, output: object) -> None:
+        """What the model answers gets its gradient first, and in the outer pass.
+
+        A module that is checkpointed (reentrant) brings its gradients in a pass inside, which ends before.
+        """
+        if self.session is not None and torch.is_grad_enabled():
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(self.reaches)
+
+    def reaches(self, _: Tensor) -> None:
+        if self.session is not None:
+            self.passes.enter()
+
+    def check_same(self, session: Session) -> None:
+        super().check_same(session)
+        around: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)  # nothing public tells
+        if around is not None and any(param is self.owned[0].param for param in around.parameters()):
+            raise ThinwireError(
+                "the model was wrapped in a DistributedDataParallel after attach, which averages its gradients too; "
+                "call the model itself, or detach() and attach to the DDP model without process_group="
+            )
+
+    def closing(self, session: Session) -> bool | None:
+        if self.sparse:
+            each = [pair for _, grads, made in self.left for pair in zip(grads, made, strict=True)]
+            sparse = sum(grad.is_sparse and not made for grad, made in each)
+            session.ledger.note(f"{sparse} of {len(self.owned)} gradients reach the optimizer as sparse tensors")
+        return None
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """All tensors in what a module answered."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = list(cast("Mapping[Any, Any]", output).values())
+    return (
+        [x for part in cast("list[Any]", output) for x in _tensors(part)] if isinstance(output, (list, tuple)) else []
+    )
+
+
+_attached: WeakKeyDictionary[nn.Module, ref[Unwrapped]] = WeakKeyDictionary()  # a value must not hold its key

@@ -1,0 +1,285 @@
+"""The one communication hook of a DDP model, and what passes through it.
+
+The last bucket's hook waits for all exchanges: DDP would wait right after it anyway, and an error raised here keeps
+its type.
+
+DDP reads a hook's signature: its parameter is named ``bucket`` and annotated with the class itself, so this file
+has no ``from __future__ import annotations``.
+"""
+
+import contextlib
+import warnings
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportUsage]
+from torch.nn.parallel import DistributedDataParallel
+
+from thinwire.coding import header
+from thinwire.comm.process_group import Future
+from thinwire.core.ambient import undisturbed
+from thinwire.core.errors import ThinwireError
+from thinwire.core.sharding import own
+from thinwire.engines.ddp_join import Entry, Joined
+from thinwire.engines.ddp_layout import Bucketed
+from thinwire.engines.model_hooks import Hook
+from thinwire.engines.names import clean
+from thinwire.engines.scheduler import ACCUMULATED, Departures
+from thinwire.engines.stepped import Steps, inside
+from thinwire.engines.unchanged import Parameters
+from thinwire.exchange.buckets import Bucket
+from thinwire.exchange.pipeline import Verdict
+from thinwire.session.session import Session
+
+WAY_OUT = (
+    "Call ddp(x), not ddp.module(x); accumulate under ddp.no_sync() in all micro-batches of a step but the last; where "
+    "a parameter may get no gradient, wrap with find_unused_parameters=True; and parametrize before wrapping"
+)
+
+
+class Dispatcher:
+    """The one hook of a DDP model; without a session it does what DDP does without a hook."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.session: Session | None = None
+        self.params: list[Tensor] = []
+        self.departures = Departures()
+        self.bucketed = Bucketed(False)
+        self.planned: list[Bucket] | None = None  # the buckets of the exchange under way
+        self.absent: list[str] = []  # what no bucket of the last exchange held
+        self.late: list[Tensor] = []  # parameters whose gradients were added to after their exchange
+        self.watches = contextlib.ExitStack()  # who looks for them
+        self.sparse: list[Future] = []  # exchanges of sparse gradients, which are DDP's own
+        self.used: set[int] | None = None  # parameters that this backward reached, where DDP looks for unused ones
+        self.exchanged_since_step = False
+        self.missing = 0  # parameters of the pass under way that have not come yet
+        self.first: Tensor | None = None  # the one that came first
+        self.warned = self.watching = False
+        self.joined: Joined | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled DDP has lost its hook; so what it holds of ours does nothing."""
+        return Dispatcher, (None,)
+
+    def install(self, session: Session, ddp: DistributedDataParallel) -> None:
+        """Pass this model's gradients through the session from now on."""
+        exchanged, apart = {unit.name: unit.param for unit in session.units}, ignored(ddp)
+        self.params = list(exchanged.values())
+        self.parameters = Parameters(
+            inside(ddp), exchanged, [name for name, _ in apart], "wrapping", "wrap the model and attach again"
+        )
+        mine = {id(param) for param in self.params}
+        others = [param for param in inside(ddp).parameters() if id(param) not in mine]
+        self.steps = Steps(exchanged, others, WAY_OUT, self.unfinished, lambda: self.late)
+        self.steps.install(session)
+        self.bucketed, self.planned, self.absent = Bucketed(ddp.gradient_as_bucket_view), None, []
+        session.cleanup.callback(self.uninstall)
+        session.cleanup.callback(ddp.register_forward_pre_hook(Hook(self.before_forward)).remove)
+        if session.optimizer is not None:
+            session.cleanup.callback(session.optimizer.register_step_post_hook(self.after_optimizer).remove)
+        if ddp.find_unused_parameters or ddp.static_graph:
+            self.used = set()
+            for param in self.params:
+                handle = cast(Any, param).register_post_accumulate_grad_hook(self.reached)
+                session.cleanup.callback(handle.remove)
+        self.exchanged_since_step = False
+        self.session, self.joined = session, Joined(ddp)
+        session.cleanup.callback(Entry.install(ddp, self.joined, session))
+
+    def uninstall(self) -> None:
+        self.session = self.used = self.joined = None
+        self.params.clear()
+        self._watch_no_more()
+
+    def before_forward(self, ddp: DistributedDataParallel, *_: object) -> None:
+        """What is wrong is said here, where it does no harm: DDP does not survive an error in its hook."""
+        if self.session is None:
+            return
+        self.session.check()
+        if self.joined is not None:
+            self.joined.check(self.session)
+        if not torch.is_grad_enabled():
+            return
+        if self.parameters.check(self.session):
+            self.bucketed.changed()
+        self.bucketed.check()
+        self._check_waits(ddp)
+        if self.exchanged_since_step and all(param.grad is None for param in self.params):
+            self.exchanged_since_step = False  # a step was left out, and its gradients are gone
+        if not self.exchanged_since_step:
+            return
+        if not ddp.require_backward_grad_sync:  # fine where an optimizer does not step on the sum, as in a GAN
+            self._watch()
+        elif not self.warned and not self.session.transaction.failed:
+            self.warned = True
+            warnings.warn(ACCUMULATED.format("ddp.no_sync()"), stacklevel=3)
+
+    def _check_waits(self, ddp: DistributedDataParallel) -> None:
+        """DDP would wait for ever for the gradient of a parameter that is frozen or gone."""
+        if not ddp.require_backward_grad_sync or (ddp.find_unused_parameters and not ddp.static_graph):
+            return
+        idle = {name for name, param in self.parameters.exchanged.items() if not param.requires_grad}
+        if len(idle) < len(self.params) and (idle := idle | self.parameters.gone):
+            raise ThinwireError(
+                f"parameter {min(idle)!r} was frozen or taken out of the model after wrapping, and DDP waits for its "
+                "gradient; wrap the model with find_unused_parameters=True, or wrap and attach again"
+            )
+
+    def _watch(self) -> None:
+        """See what is added to gradients after their exchange, until the next or the optimizer's step."""
+        if not self.late and not self.watching:
+            self.watching = True
+            for param in self.params:
+                self.watches.callback(cast(Any, param).register_post_accumulate_grad_hook(self.late.append).remove)
+
+    def _watch_no_more(self) -> None:
+        self.watching = False
+        self.watches.close()
+        self.late.clear()
+
+    def unfinished(self) -> list[str]:
+        """What DDP waits for, those first that have no gradient."""
+        if self.planned is None or self.session is None:
+            return self.absent
+        there = {unit.name for bucket in self.planned for unit in bucket.units}
+        missing = [unit for unit in self.session.units if unit.name not in there]
+        return [unit.name for unit in sorted(missing, key=lambda unit: unit.param.grad is not None)]
+
+    def after_optimizer(self, *_: object) -> None:
+        self.exchanged_since_step = False
+        if self.watching:
+            self._watch_no_more()
+
+    def reached(self, param: Tensor) -> None:
+        """Backward has added to the gradient of this parameter."""
+        if self.used is not None:
+            self.used.add(id(param))
+
+    @undisturbed
+    def hook(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        if isinstance(bucket, tuple):
+            raise ThinwireError(
+                "compiled autograd's python reducer hands single gradients to the hook, which thinwire can't exchange; "
+                "leave torch._dynamo.config.optimize_ddp at its default, or compile the module inside DDP"
+            )
+        buffer, session = bucket.buffer(), self.session
+        if session is None or self.group is None:
+            return self._plain(buffer)
+        shadowed = self.joined if self.joined is not None and self.joined.shadows else None
+        params = bucket.parameters()
+        if self._begins(bucket, params):
+            if shadowed is not None:
+                shadowed.check(session)
+            self._begin(session)
+        planned = session.bucket(params)
+        if self.planned is not None:
+            self.planned.append(planned)
+        if not buffer.is_sparse and shadowed is None:  # a shadow's gradients are not what stands in the bucket
+            self.bucketed.look(params, _gradients(planned, bucket))
+        done = self._pass_sparse(planned, buffer) if buffer.is_sparse else self._pass(session, planned, bucket, buffer)
+        if shadowed is not None:
+            shadowed.take(
+                [(p, self.bucketed.answered(p, g)) for p, g in zip(params, bucket.gradients(), strict=True)], done
+            )
+        self.missing -= len(params)
+        if bucket.is_last() or self.missing == 0:
+            self._end(session)
+            if shadowed is not None:
+                shadowed.follow(session)
+        return done
+
+    def _begins(self, bucket: GradBucket, params: list[Tensor]) -> bool:
+        """Whether a pass begins; in a static graph's first one DDP calls each bucket the first, and none the last."""
+        if bucket.index() != 0 or (self.missing > 0 and params[0] is not self.first):
+            return False
+        self.missing, self.first = len(self.params), params[0]
+        return True
+
+    def _begin(self, session: Session) -> None:
+        self.departures.begin()
+        self.bucketed.begin()
+        self.planned = []
+        self.late.clear()
+        self.sparse.clear()
+        self.exchanged_since_step = session.optimizer is not None
+        session.begin_step()
+
+    def _end(self, session: Session) -> None:
+        self.departures.end(session)
+        for done in self.sparse:
+            done.wait()
+        self.sparse.clear()
+        self.missing, self.first = 0, None
+        if self.used is not None:
+            self.used.clear()
+        if sum(len(bucket.units) for bucket in self.planned or ()) < len(session.units):
+            self.absent = self.unfinished()
+        self.planned = None
+        self.steps.ended()
+        if self.joined is not None and session.replicas is not None:
+            session.replicas.aside = self.joined.shadows
+        session.end_step()
+        if self.joined is not None:
+            self.joined.tell(session)
+
+    def _pass(
+        self, session: Session, planned: Bucket, bucket: GradBucket, buffer: Tensor
+    ) -> torch.futures.Future[torch.Tensor]:
+        params = [unit.param for unit in planned.units]
+        session.collective.mean_inside(buffer, session.timeout)
+        grads, back = self.bucketed.laid(params, _gradients(planned, bucket))
+        used = [self.used is None or id(unit.param) in self.used for unit in planned.units]
+        if self.used is not None:
+            used = session.collective.any_inside(used, buffer, session.timeout)
+        return self.departures.send(session, planned, grads, buffer, used, back)
+
+    def _pass_sparse(self, planned: Bucket, buffer: Tensor) -> torch.futures.Future[torch.Tensor]:
+        name, session = planned.units[0].name, cast(Session, self.session)
+        if planned.lossy or session.method.clip is not None or any(unit.memory.stateful for unit in planned.units):
+            raise ThinwireError(
+                f"{name} has a sparse gradient, which its method can't compress, remember or clip; use sparse=False"
+            )
+        session.ledger.note(f"{name} has a sparse gradient; DDP's own all-reduce exchanges it, and it is not counted")
+        verdicts = session.transaction.verdicts
+
+        def look(summed: Future) -> Tensor:  # the sum is the same on all ranks, and so is what they find in it
+            bad = header.is_bad(summed.value().coalesce().values()).view(1, 1)
+            verdicts.append(Verdict(planned.units, torch.ones_like(bad), bad, bad.new_zeros(())))
+            return summed.value()
+
+        done = self._plain(buffer)
+        if not planned.units[0].guarded:
+            return done
+        done = done.then(look)
+        self.sparse.append(done)
+        return done
+
+    def _plain(self, buffer: Tensor) -> torch.futures.Future[Tensor]:
+        buffer = buffer.mul_(1.0 / dist.get_world_size(self.group))
+        work = cast(Any, dist.all_reduce(buffer, group=self.group, async_op=True))
+        return work.get_future().then(_first)
+
+
+def _gradients(planned: Bucket, bucket: GradBucket) -> list[Tensor]:
+    """The gradients as views of the bucket, in real numbers.
+
+    Of complex ones ``bucket.gradients()`` finds none: it counts complex numbers in a buffer of real ones.
+    """
+    if not planned.units[0].param.is_complex():  # a bucket has one dtype
+        return bucket.gradients()
+    mine = [unit.own for unit in planned.units]
+    runs = cast("tuple[Tensor, ...]", cast(Any, own(bucket.buffer()).view(-1)).split([x.numel() for x in mine]))
+    return [run.view(x.shape) for run, x in zip(runs, mine, strict=True)]
+
+
+def ignored(ddp: DistributedDataParallel) -> list[tuple[str, Tensor]]:
+    """What trains and is left out of DDP's averages."""
+    named: list[tuple[str, Tensor]] = list(inside(ddp).named_parameters())
+    return [(clean(name), param) for name, param in named if param.requires_grad and name in ddp.parameters_to_ignore]
+
+
+def _first(future: Future) -> Tensor:
+    return future.value()[0]

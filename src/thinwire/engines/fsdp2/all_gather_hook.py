@@ -1,0 +1,69 @@
+"""The compressed parameter all-gather of one ``fully_shard`` module.
+
+Every rank, the sender too, works with what arrives, so all of them hold the same weights. The forward and the backward
+pass of a step gather the same values: a compressor draws by the step. The optimizer keeps the exact shards.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from thinwire.comm.link import wire_bytes
+from thinwire.comm.process_group import ProcessGroup
+from thinwire.core.ambient import undisturbed
+from thinwire.core.context import Context
+from thinwire.core.interfaces import Compressor
+from thinwire.exchange.routes.reduce_scatter import layout_of
+from thinwire.session.session import Session
+
+# torch 2.13 renames all_gather_into_tensor and warns at the old name.
+_name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_native: Callable[..., Any] = getattr(dist, _name)
+
+
+class Passes(Protocol):
+    """What an all-gather needs of the hooks of its model."""
+
+    session: Session | None
+    shards: ProcessGroup
+
+    def gathered(self, elements: int, sent: float, world: int) -> None: ...
+
+
+class Gather:
+    """The all-gather of one module, in the form that ``set_custom_all_gather`` wants."""
+
+    def __init__(self, shards: Passes, name: str, compressor: Compressor) -> None:
+        self.shards, self.name, self.compressor = shards, name, compressor
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    @undisturbed
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> Any:
+        session = self.shards.session
+        if session is None or not input_tensor.is_floating_point():  # bytes, where a module mixes dtypes
+            return _native(output_tensor, input_tensor, group=group, async_op=async_op)
+        along = self.shards.shards
+        if (world := group.size()) != along.world:  # reshard_after_forward=<int>: parts of what has been rounded
+            sent = wire_bytes("all_gather", input_tensor.nbytes, world)
+            self.shards.gathered(input_tensor.numel(), sent, world)
+            return _native(output_tensor, input_tensor, group=group, async_op=async_op)
+        rank = session.collective.rank * along.world
+        contexts = [
+            Context(session.seed, session.step, f"all-gather of {self.name}", rank + r) for r in range(along.world)
+        ]
+        layout = layout_of(self.compressor, input_tensor.numel(), input_tensor.dtype)
+        payload = self.compressor.compress(input_tensor, {}, contexts[along.rank])
+        before = along.sent
+        arrived = along.all_gather(layout.pack([payload]))
+        arrived.wait(session.timeout)
+        for ctx, message, row in zip(contexts, arrived.answer(), output_tensor.view(along.world, -1), strict=True):
+            self.compressor.decompress(layout.unpack(message)[0], row, {}, ctx).write_to(row)
+        self.shards.gathered(input_tensor.numel(), along.sent - before, along.world)
+        return None

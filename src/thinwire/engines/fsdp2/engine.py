@@ -1,0 +1,300 @@
+"""FSDP2 (``fully_shard``): what is checked and set up; ``shards.py`` has what passes through.
+
+What was observed of FSDP2 and shaped it:
+
+* With native HSDP the all-reduce over replicas is its own. So the model is sharded over one dimension, and the exchange
+  between replicas is ours: it begins where FSDP2 has reduce-scattered a gradient.
+* There it calls the hooks of ``Tensor.register_post_accumulate_grad_hook`` of the sharded parameter, after the division
+  and the cast. The hook of ``set_all_reduce_hook`` is called a moment before, with a flat buffer and no word of which
+  parameters lie in it, or where. So the former are used: a unit is a parameter's shard, by the parameter's name.
+* What replaces the reduce-scatter can never be taken back (there is no getter), so it stays and does what FSDP2 does.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Never, cast
+from weakref import WeakKeyDictionary, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from thinwire.comm.control import Together
+from thinwire.comm.emulated import Paced
+from thinwire.comm.link import Link
+from thinwire.comm.mesh import BothAxes, Mesh, columns_of
+from thinwire.comm.process_group import TIMEOUT, Collective, ProcessGroup, Talk
+from thinwire.comm.simulated import Local
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor
+from thinwire.core.sharding import own, shard_dim
+from thinwire.engines.fsdp2.all_gather_hook import Gather
+from thinwire.engines.fsdp2.reduce_scatter_hook import Scatter
+from thinwire.engines.fsdp2.shards import OwnedShard, Shards
+from thinwire.engines.names import clean
+from thinwire.engines.unchanged import warn_of_apart
+from thinwire.exchange.routes.reduce_scatter import check_flat
+from thinwire.exchange.units import DENSE
+from thinwire.memories.error_feedback import NoMemory
+from thinwire.methods.method import Method, Rule
+from thinwire.session.replicas import Replicas
+from thinwire.session.session import Session
+
+ONE_LINE = (
+    'shard over one dimension, fully_shard(module, mesh=mesh["shard"]) instead of fully_shard(module, mesh=mesh), and '
+    'pass replicate=mesh["replicate"] to attach()'
+)
+
+
+def is_fsdp2(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def is_fsdp1(model: nn.Module) -> bool:
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+
+
+def sharded_talk(model: nn.Module, replicate: DeviceMesh | None, timeout: float) -> BothAxes:
+    """All ranks of a model that went through ``fully_shard`` on a mesh of one dimension."""
+    mesh = next(param.device_mesh for param in model.parameters() if isinstance(param, DTensor))
+    replicas = Local.of(1)[0] if replicate is None else ProcessGroup(replicate.get_group(), timeout)
+    return BothAxes(replicas, ProcessGroup(mesh.get_group(), timeout))
+
+
+class Fsdp2:
+    """One FSDP2 model, about to be attached to.
+
+    Args:
+        replicate, reduce_scatter, all_gather, timeout: see ``thinwire.attach``.
+        steps: whether there is an optimizer whose steps can be followed.
+
+    Raises:
+        ThinwireError: it is sharded in a way that leaves nothing to exchange, or on meshes that don't fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        replicate: DeviceMesh | None,
+        reduce_scatter: Compressor | Rule | None,
+        all_gather: Compressor | None,
+        steps: bool,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        self.model, self.steps = model, steps
+        named: list[tuple[str, nn.Module]] = [*model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
+        self.modules = [(name, module) for name, module in named if isinstance(module, FSDPModule)]
+        self._reshard()
+        self.owned = _owned(model, self.modules)
+        self.shards = _shards([owned.param for owned in self.owned], timeout)
+        if replicate is not None and replicate.ndim != 1:
+            raise ThinwireError(f"replicate is a mesh of {replicate.ndim} dimensions; it must have one: {ONE_LINE}")
+        self.group = replicate.get_group() if replicate is not None else None
+        self.replicas: Collective = ProcessGroup(self.group, timeout) if self.group is not None else Local.of(1)[0]
+        self.talk: Talk = BothAxes(self.replicas, self.shards)
+        self.scatter = Rule(reduce_scatter, NoMemory()) if isinstance(reduce_scatter, Compressor) else reduce_scatter
+        self.gather = all_gather
+
+    def _reshard(self) -> None:
+        """After an evaluation the parameters of the root are still whole, and rounded where all_gather= rounds."""
+        for _, module in self.modules:
+            module.reshard()
+
+    def fits(self, method: Method) -> None:
+        if self.group is None and any(r.compressor != DENSE or r.memory.stateful for r in method.rules):
+            raise ThinwireError(
+                f"{method.name} has nothing to compress: a model without replicas only has a reduce-scatter; pass "
+                "replicate= the mesh over its replicas, or thinwire.dense() and reduce_scatter= a compressor"
+            )
+
+    def exchanged(self) -> list[tuple[str, Tensor]]:
+        for _, module in self.modules:
+            shards = found() if (found := _attached.get(cast(nn.Module, module))) is not None else None
+            if shards is not None and shards.session is not None:
+                name = shards.session.method.name
+                raise ThinwireError(f"{name} is attached to this model; call wire.set_method(), or wire.detach() first")
+        if meta := [owned.name for owned in self.owned if own(owned.param).is_meta]:
+            raise ThinwireError(f"parameter {meta[0]!r} is on the meta device; initialise the model, then attach")
+        if self.scatter is not None or self.gather is not None:
+            if numbers := [owned.name for owned in self.owned if owned.param.is_complex()]:
+                raise ThinwireError(
+                    f"parameter {numbers[0]!r} is complex, and reduce_scatter= and all_gather= are for real ones: "
+                    "leave them out"
+                )
+            for name, module in self.modules:
+                _check_one_group(name, module)
+        if self.scatter is not None:
+            self._check_scatter(self.scatter)
+        if self.gather is not None:
+            self._check_gather(self.gather)
+        return [(owned.name, owned.param) for owned in self.owned]
+
+    def _check_scatter(self, rule: Rule) -> None:
+        check_flat("reduce_scatter", "reduce-scatter carries flat gradients", rule.compressor)
+        if rule.memory.absorbs:
+            raise ThinwireError(
+                f"reduce_scatter with {type(rule.memory).__name__}: an optimizer's momentum can't move into what every "
+                "rank remembers of the whole gradient; use NoMemory(), or ErrorFeedback()"
+            )
+        if rule.memory.stateful and not self.steps:
+            raise ThinwireError(
+                "reduce_scatter remembers what it lost, which is final when the optimizer steps; pass optimizer="
+            )
+        needed = {"set_custom_reduce_scatter": "2.9", "set_force_sum_reduction_for_comms": "2.9"}
+        if rule.memory.stateful:  # its residual has the size of the buffer, which must not change
+            needed["set_reduce_scatter_unused_params"] = "2.13"
+        for method, since in needed.items():
+            check_method(self.modules[0][1], method, since)
+
+    def _check_gather(self, compressor: Compressor) -> None:
+        check_flat("all_gather", "all-gather carries flat weights", compressor)
+        Rule(compressor, NoMemory())  # refuses what leaves elements out
+        if (omega := compressor.variance(2**20)) is not None and omega > 1.0:
+            raise ThinwireError(
+                f"all_gather={type(compressor).__name__} adds noise of {omega:.2g} times the energy of the weights; "
+                "the limit is 1: use thinwire.Quantize(8), or more bits"
+            )
+        if omega and not self.steps:  # to lose something and be unbiased, it must draw
+            raise ThinwireError(
+                f"all_gather={type(compressor).__name__} draws anew in each step, so that both passes of one see the "
+                "same weights, and only the optimizer tells steps apart; pass optimizer=, or round to nearest, as "
+                "thinwire.Quantize(8) does"
+            )
+        check_method(self.modules[0][1], "set_custom_all_gather", "2.9")
+
+    @staticmethod
+    def no_sync() -> Never:
+        raise ThinwireError(
+            "wire.no_sync() is for a model without a wrapper; use model.set_requires_gradient_sync(False)"
+        )
+
+    begins_alike = False
+
+    def compared(self, every: int) -> Replicas:
+        named = [(clean(name), p) for name, p in self.model.named_parameters() if isinstance(p, DTensor)]
+        return Replicas(named, self.talk, self.shards.world, every)
+
+    def collective(self, link: Link | None, together: Together) -> Collective:
+        columns = columns_of(self.shards, self.group)
+        with together.alone():
+            replicas = Paced(self.replicas, link) if link else self.replicas
+            return Mesh(replicas, self.shards, self.group, own(self.owned[0].param).device, columns)
+
+    def share(self, session: Session) -> None:
+        pass
+
+    def install(self, session: Session) -> None:
+        modules = [cast(nn.Module, module) for _, module in self.modules]
+        shards = Shards(self.model, modules, self.owned, self.group is not None, self.shards)
+        if shards.apart:
+            warn_of_apart(shards.apart, "fully_shard was told to ignore it, or stands below it")
+        for name, module in self.modules:
+            _attached[cast(nn.Module, module)] = ref(shards)
+            session.cleanup.callback(_attached.pop, cast(nn.Module, module), None)
+            try:
+                self._replace(shards, name, module)
+            except ValueError as error:
+                raise ThinwireError(f"{name or 'the model'}: {error}") from error
+        shards.install(session)
+        if self.gather is not None:
+            session.cleanup.callback(self._reshard)
+        if self.scatter is not None and self.scatter.memory.stateful:
+            session.ledger.note(
+                f"the reduce-scatter remembers what it lost: {shards.memory_bytes(self.scatter):,} bytes on this rank, "
+                "as two unsharded gradients; a checkpoint does not hold them"
+            )
+
+    def _replace(self, shards: Shards, name: str, module: FSDPModule) -> None:
+        if self.gather is not None:
+            module.set_custom_all_gather(cast(Any, Gather(shards, name, self.gather)))
+        if self.scatter is not None:
+            scatter = Scatter(shards, name, self.scatter)
+            shards.scatters.append(scatter)
+            module.set_custom_reduce_scatter(cast(Any, scatter))
+            module.set_force_sum_reduction_for_comms(True)
+            if hasattr(module, "set_reduce_scatter_unused_params"):
+                module.set_reduce_scatter_unused_params(True, recurse=False)
+
+
+_attached: WeakKeyDictionary[nn.Module, ref[Shards]] = WeakKeyDictionary()  # a value must not hold its key
+
+
+def check_method(module: object, name: str, since: str) -> None:
+    """Raises a ``ThinwireError`` that names the versions where FSDP2 has no such method yet."""
+    if not hasattr(module, name):
+        raise ThinwireError(
+            f"this needs FSDPModule.{name}(), which came with torch {since}; here is {torch.__version__}: upgrade "
+            "it, or leave the reduce-scatter to PyTorch (and compress between replicas), or use a compressor without a "
+            "memory"
+        )
+
+
+def _owned(model: nn.Module, modules: Sequence[tuple[str, Any]]) -> list[OwnedShard]:
+    """The sharded parameters that require a gradient, with the number of the module that they travel with."""
+    numbers = {name: number for number, (name, _) in enumerate(modules)}
+    owned: list[OwnedShard] = []
+    for name, param in model.named_parameters():
+        if not param.requires_grad or not isinstance(param, DTensor):  # what FSDP2 ignores, it does not average either
+            continue
+        path, _, leaf = name.rpartition(".")
+        above = path
+        while above not in numbers and above:
+            above = above.rpartition(".")[0]
+        number = numbers.get(above, 0)
+        travels = _travels(modules[number][1], param.dtype)
+        owned.append(OwnedShard(clean(name), param, model.get_submodule(path), leaf, number, travels))
+    if not owned:
+        raise ThinwireError("the model has no sharded parameter that requires a gradient; there is nothing to exchange")
+    return owned
+
+
+def _state(module: FSDPModule) -> Any:
+    """What FSDP2 keeps of a module, which nothing public shows; None where a version of torch keeps it elsewhere."""
+    look: Any = getattr(module, "_get_fsdp_state", None)
+    return look() if look is not None else None
+
+
+def _travels(module: FSDPModule, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which PyTorch reduce-scatters gradients of this module's parameters, which are kept as ``dtype``."""
+    policy: Any = getattr(_state(module), "_mp_policy", None)
+    return getattr(policy, "reduce_dtype", None) or getattr(policy, "param_dtype", None) or dtype
+
+
+def _check_one_group(name: str, module: FSDPModule) -> None:
+    groups: Any = getattr(_state(module), "_fsdp_param_groups", ())  # without it, PyTorch refuses, in install()
+    if len(groups) > 1:
+        raise ThinwireError(
+            f"{name or 'the model'} has {len(groups)} groups of parameters, by the meshes that its shard_placement_fn "
+            "names, and PyTorch lets reduce_scatter= and all_gather= replace the collectives of one: give each group "
+            "a fully_shard of its own"
+        )
+
+
+def _shards(params: list[Tensor], timeout: float) -> ProcessGroup:
+    """The ranks that the parameters are sharded over."""
+    meshes: list[DeviceMesh] = [cast(DTensor, param).device_mesh for param in params]
+    for param, mesh in zip(params, meshes, strict=True):
+        placements = cast(DTensor, param).placements
+        if mesh.ndim == 2 and placements[0].is_replicate():
+            raise ThinwireError(
+                "the model is sharded on a mesh of 2 dimensions (native HSDP), where PyTorch's own all-reduce averages "
+                f"the replicas; {ONE_LINE}"
+            )
+        if mesh.ndim != 1 or shard_dim(param) is None:
+            raise ThinwireError(
+                f"the parameters are {placements} on a mesh of {mesh.ndim} dimensions; they must be sharded over one: "
+                f"{ONE_LINE}"
+            )
+        if own(param).device.type != mesh.device_type and not own(param).is_meta:
+            raise ThinwireError(
+                f"parameters are kept on {own(param).device.type} and gathered on {mesh.device_type}; offloading is "
+                "not supported: leave out CPUOffloadPolicy"
+            )
+    if len({tuple(dist.get_process_group_ranks(mesh.get_group())) for mesh in meshes}) > 1:
+        raise ThinwireError(
+            "the parameters are sharded over several meshes; thinwire can follow one only: shard all of them "
+            "over the same ranks"
+        )
+    return ProcessGroup(meshes[0].get_group(), timeout)

@@ -1,0 +1,109 @@
+"""What passes through an FSDP2 model: its reduce-scatters, and between replicas what they leave on this rank.
+
+A bucket is what one ``fully_shard`` module holds, the last module first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from thinwire.comm.link import wire_bytes
+from thinwire.comm.mesh import Mesh
+from thinwire.comm.process_group import ProcessGroup
+from thinwire.core.sharding import place, shard_dim
+from thinwire.engines.fsdp2.reduce_scatter_hook import Scatter
+from thinwire.engines.grad_hooks import Arrivals, Owned
+from thinwire.engines.model_hooks import Hook
+from thinwire.methods.method import Rule
+from thinwire.session.backward import in_backward
+from thinwire.session.session import Session
+
+
+@dataclass(frozen=True, eq=False)
+class OwnedShard(Owned):
+    """A sharded parameter; its bucket is the number of the ``fully_shard`` module that it travels with."""
+
+    travels: torch.dtype
+    """What PyTorch's own reduce-scatter sends of its gradient."""
+
+    @property
+    def scattered(self) -> int:
+        """Elements of the reduce-scattered buffer that are for one rank, padding included."""
+        dim, (_, world) = cast(int, shard_dim(self.param)), place(self.param)
+        return -(-self.param.shape[dim] // world) * (self.param.numel() // max(1, self.param.shape[dim]))
+
+
+class Shards(Arrivals):
+    """The hooks of one FSDP2 model.
+
+    Args:
+        modules: those that went through ``fully_shard``.
+        exchanges: whether there are replicas.
+        shards: the ranks that the model is sharded over.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Sequence[nn.Module],
+        owned: Sequence[OwnedShard],
+        exchanges: bool,
+        shards: ProcessGroup,
+    ) -> None:
+        super().__init__(model, owned, "model.set_requires_gradient_sync(False)", exchanges)
+        self.modules, self.shards = modules, shards
+        self.shard_of = {id(one.param): one for one in owned}
+        self.scatters: list[Scatter] = []
+        self.gathers = 0.0, 0.0  # bytes of all-gathers since the last step, and what fp32 would have sent
+
+    def install(self, session: Session) -> None:
+        super().install(session)
+        recomputes = cast(Any, torch.compiler.disable(self.recomputes))  # as all hooks of FSDP2 are
+        for module in self.modules:
+            session.cleanup.callback(module.register_forward_pre_hook(Hook(recomputes)).remove)
+
+    def uninstall(self) -> None:
+        super().uninstall()
+        for scatter in self.scatters:
+            scatter.states.clear()
+
+    def recomputes(self, *_: object) -> None:
+        """A checkpointed module is run again: in the outer pass, which brings its gradients perhaps in an inner one."""
+        if self.session is not None and in_backward():
+            self.passes.enter()
+
+    def settle(self, session: Session) -> None:
+        for scatter in self.scatters:
+            scatter.settle(session.step)
+
+    def count_arrival(self, session: Session, one: Owned) -> None:
+        if not self.scatters:
+            shard = self.shard_of[id(one.param)]
+            sent = shard.scattered * shard.travels.itemsize * (self.shards.world - 1)
+            numbers = shard.scattered * (2 if shard.param.is_complex() else 1)
+            self.count(session, numbers * self.shards.world, sent)
+
+    def count(self, session: Session, elements: int, sent: float) -> None:
+        """Book one reduce-scatter of so many elements."""
+        cast(Mesh, session.collective).sent_inside += sent
+        session.row.inside_dense_bytes += wire_bytes("all_to_all", elements * 4, self.shards.world)
+
+    def gathered(self, elements: int, sent: float, world: int) -> None:
+        """One all-gather of so many elements of each rank; booked at the end of the next backward pass."""
+        plain = wire_bytes("all_gather", elements * 4, world)
+        self.gathers = self.gathers[0] + sent, self.gathers[1] + plain
+
+    def closing(self, session: Session) -> bool | None:
+        session.row.gather_bytes, session.row.gather_dense_bytes = self.gathers
+        self.gathers = 0.0, 0.0
+        found = [bad for scatter in self.scatters if (bad := scatter.bad()) is not None]
+        return cast(Mesh, session.collective).any_replica(any(found), session.timeout) if found else None
+
+    def memory_bytes(self, rule: Rule) -> int:
+        """What a reduce-scatter that remembers keeps on this rank."""
+        own_dtype = rule.memory.dtype(self.owned[0].param.dtype)
+        elements = sum(one.scattered for one in self.shard_of.values())
+        return 2 * elements * (self.shards.world - 1) * own_dtype.itemsize

@@ -1,0 +1,325 @@
+"""Gradients that autograd brings one by one: in which order they leave, and when a backward pass has ended.
+
+A bucket leaves when its gradients are there, in one order on all ranks; where a parameter arrives more than once in a
+backward pass, when that has ended. On CPUs buckets whose messages are small wait for each other. DDP has this in its
+reducer; every other engine has it here.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakMethod
+
+import torch
+from torch import Tensor, nn
+
+from thinwire.comm.link import Link
+from thinwire.core.ambient import undisturbed
+from thinwire.core.errors import ThinwireError
+from thinwire.core.sharding import own, wrapped
+from thinwire.core.tensors import flat
+from thinwire.engines.model_hooks import Hook
+from thinwire.engines.names import clean
+from thinwire.engines.passes import Passes
+from thinwire.engines.scheduler import ACCUMULATED, Departures
+from thinwire.engines.stepped import Steps
+from thinwire.engines.unchanged import Parameters
+from thinwire.exchange.buckets import Routing
+from thinwire.exchange.units import bytes_alone
+from thinwire.session.backward import in_backward
+from thinwire.session.session import Session
+
+DEPARTURE = 3e-3
+"""Seconds of a core that a departure costs in the midst of a backward pass, since nothing of the code that compresses
+is in a cache then. What the link carries in this time can as well wait for the next bucket."""
+USUAL = Link(1e9)
+"""What is assumed of a link that is not known."""
+
+
+@dataclass(frozen=True, eq=False)
+class Owned:
+    """A parameter, where it stands in the model, and the number of the bucket that it travels in."""
+
+    name: str
+    param: Tensor
+    owner: nn.Module
+    leaf: str
+    bucket: int
+
+
+class Arrivals:
+    """The hooks of one model whose gradients are exchanged where autograd has left them.
+
+    Args:
+        accumulating: how to let backward passes add up without an exchange, for messages.
+        exchanges: whether there is anybody to exchange with.
+        sparse: whether the optimizer gets a sparse gradient where little has arrived.
+    """
+
+    def __init__(
+        self, model: nn.Module, owned: Sequence[Owned], accumulating: str, exchanges: bool = True, sparse: bool = False
+    ) -> None:
+        self.model, self.owned = model, owned
+        self.accumulating, self.exchanges, self.sparse = accumulating, exchanges, sparse
+        self.session: Session | None = None
+        self.by_param = {id(one.param): one for one in owned}
+        numbers = sorted({one.bucket for one in owned}, reverse=True)
+        self.parts = [[one for one in owned if one.bucket == number] for number in numbers]
+        self.buckets = self.parts  # those of them that leave together
+        self.routing: Routing | None = None  # that this was decided for
+        self.departures = Departures(sparse, eager=False)
+        self.arrived: set[int] = set()
+        self.before: set[int] = set()  # what arrived in passes that only added up
+        self.passes = Passes(self.end)
+        self.paused = False
+        self.overlaps = False  # until one pass has shown that each parameter arrives once
+        self.repeated = False
+        self.left: list[tuple[list[Owned], list[Tensor], list[bool]]] = []
+        """The buckets that have left: their gradients, and which of them this rank has not, but perhaps another."""
+        self.exchanged_since_step = False
+        self.warned = False
+        self.checked = False  # since the last backward pass
+        self.ended = True  # whether the last exchange has
+        self.laid: list[tuple[Owned, Tensor]] = []  # gradients in place of others that lay otherwise
+        self.copied: list[tuple[Owned, Tensor]] = []  # instead of memory that is not the gradient's alone
+        everything: list[tuple[str, Tensor]] = list(model.named_parameters())
+        exchanged = {clean(name): param for name, param in everything if id(param) in self.by_param}
+        others = [(clean(name), param) for name, param in everything if id(param) not in self.by_param]
+        self.apart = [name for name, param in others if param.requires_grad]
+        self.parameters = Parameters(model, exchanged, self.apart)
+        self.steps = Steps(
+            exchanged, [param for _, param in others],
+            f"Accumulate under {accumulating} in all micro-batches of a step but the last",
+            self.unfinished, lambda: [one.param for one in owned if id(one.param) in self.before],
+        )  # fmt: skip
+
+    def install(self, session: Session) -> None:
+        """Pass this model's gradients through the session from now on."""
+        arrives = WeakMethod(self.arrives)  # garbage collection does not look into this hook of a tensor
+
+        def hook(param: Tensor) -> None:
+            if (call := arrives()) is not None:
+                call(param)
+
+        for one in self.owned:
+            handle = cast(Any, one.param).register_post_accumulate_grad_hook(hook)
+            session.cleanup.callback(handle.remove)
+        session.cleanup.callback(self.uninstall)
+        session.cleanup.callback(self.model.register_forward_pre_hook(Hook(self.before_forward)).remove)
+        self.steps.install(session)
+        if session.optimizer is not None:
+            session.cleanup.callback(session.optimizer.register_step_post_hook(self.after_optimizer).remove)
+        if self.exchanges:
+            session.expect_unused()
+        self.session = session
+
+    def uninstall(self) -> None:
+        self.session = None
+
+    # -- what an engine adds ---------------------------------------------------------------------------------------
+
+    def check_same(self, session: Session) -> None:
+        """Raises a ``ThinwireError`` where the parameters are no longer those of ``attach``."""
+        self.parameters.check(session)
+
+    def unfinished(self) -> list[str]:
+        """What an exchange that has not ended waits for."""
+        return [] if self.ended else [one.name for one in self.owned if id(one.param) not in self.arrived]
+
+    def settle(self, session: Session) -> None:
+        """A new exchange begins."""
+
+    def count_arrival(self, session: Session, one: Owned) -> None:
+        """Book what brought this gradient."""
+
+    def shares(self, grad: Tensor) -> bool:
+        """Tell whether another tensor may live in the memory of a gradient."""
+        return False
+
+    def closing(self, session: Session) -> bool | None:
+        """All have landed; whether what the engine itself remembers was not finite, None where that is nothing."""
+        return None
+
+    # -- the passes ------------------------------------------------------------------------------------------------
+
+    def before_forward(self, *_: object) -> None:
+        """What is wrong is said here, where it does no harm."""
+        if self.session is None or not torch.is_grad_enabled() or in_backward():
+            return
+        self.check_same(self.session)
+        self.checked = True
+        self.session.check()
+        if self.exchanged_since_step and all(one.param.grad is None for one in self.owned):
+            self.exchanged_since_step = False  # a step was left out, and its gradients are gone
+        if not self.paused:  # fine where an optimizer does not step on the sum, as in a GAN
+            self._warn_of_old(self.session, 0)
+
+    def _warn_of_old(self, session: Session, new: int) -> None:
+        """Gradients that were exchanged already are about to be added to; ``new``: how many may be there."""
+        if not self.exchanged_since_step or self.warned or session.transaction.failed:
+            return
+        if sum(one.param.grad is not None for one in self.owned) > new:
+            self.warned = True
+            warnings.warn(ACCUMULATED.format(self.accumulating), stacklevel=3)
+
+    def after_optimizer(self, *_: object) -> None:
+        self.exchanged_since_step = False
+
+    def begin(self, session: Session) -> None:
+        """The first gradient of a backward pass."""
+        under_way = self.passes.enter()
+        if under_way.begun:
+            return
+        try:
+            if not self.checked:  # not everything that brings gradients comes by before_forward
+                self.check_same(session)
+            self.checked = False
+            self._warn_of_old(session, 1)
+            under_way.begun, self.repeated, self.ended = True, False, False
+            self.arrived.clear()
+            self.left.clear()
+            self.laid.clear()
+            self.copied.clear()
+            self.departures.begin()
+            self.exchanged_since_step = session.optimizer is not None
+            session.begin_step()
+            if self.routing is not session.stages.routing:  # which is another at every stage
+                self._join(session)
+            self.settle(session)
+        except Exception:
+            self.passes.over()  # whoever keeps the error keeps the pass alive
+            raise
+
+    def arrives(self, param: Tensor) -> None:
+        """The gradient of this parameter is there."""
+        if (session := self.session) is None:
+            return
+        if self.paused:
+            self.before.add(id(param))
+            return
+        self.begin(session)
+        one = self.by_param[id(param)]
+        self.repeated |= id(param) in self.arrived
+        self.arrived.add(id(param))
+        if param.grad is None:
+            raise ThinwireError(
+                f"the gradient of {one.name} is gone before it was exchanged; leave out the hook that steps in backward"
+            )
+        if self.repeated and self.overlaps:
+            self.overlaps = False  # the next pass waits for its end
+            raise ThinwireError(
+                f"{one.name} was reduced twice in one backward pass, which it was not in the pass before; run a module "
+                "as often in every step"
+            )
+        self.count_arrival(session, one)
+        while self.overlaps and len(self.left) < len(self.buckets) and self._is_there(self.buckets[len(self.left)]):
+            self._send(session, self.buckets[len(self.left)])
+
+    def _join(self, session: Session) -> None:
+        """Decide which buckets leave together; the same on all ranks."""
+        routing, world = session.stages.routing, session.collective.world
+        enough = DEPARTURE * (routing.link or USUAL).bandwidth / 8
+        # on CUDA it costs this core nothing; and on other routes than this the bits depend on what travels together
+        joins = routing.route == "all_gather" and not any(one.param.is_cuda for one in self.owned)
+        joined: list[list[Owned]] = []
+        sent = enough
+        for part in self.parts:
+            if sent >= enough or not joins:
+                joined.append([])
+                sent = 0.0
+            joined[-1] += part
+            for unit in (session.stages.by_param[id(one.param)] for one in part):
+                sent += bytes_alone(unit.compressor, unit.like, world, routing.route, routing.second)
+        self.routing, self.buckets = routing, joined
+        if len(joined) < len(self.parts) and world > 1:
+            session.ledger.note(
+                f"{len(self.parts)} buckets leave as {len(joined)}: on a CPU a departure costs as much as "
+                f"{enough:,.0f} bytes on a link of {routing.link or f'{USUAL}, which is assumed'}"
+            )
+
+    def _is_there(self, bucket: Sequence[Owned]) -> bool:
+        return all(id(one.param) in self.arrived for one in bucket)
+
+    @undisturbed
+    def _send(self, session: Session, bucket: list[Owned]) -> None:
+        for one in bucket:
+            if (grad := one.param.grad) is not None and (grad.is_conj() or grad.is_neg()):
+                one.param.grad = grad.resolve_conj().resolve_neg()  # memory held something else than the gradient
+        found = [one.param.grad for one in bucket]
+        grads = [
+            torch.zeros_like(own(one.param)) if grad is None
+            else self._unshared(one, own(grad)) if not grad.is_sparse and grad.stride() == one.param.stride()
+            else self._dense(one, grad)
+            for one, grad in zip(bucket, found, strict=True)
+        ]  # fmt: skip
+        self.left.append((bucket, grads, [grad is None for grad in found]))
+        if not self.exchanges:
+            return
+        used = [id(one.param) in self.arrived or id(one.param) in self.before for one in bucket]
+        if session.collective.lanes > 1:
+            for grad in grads:
+                session.collective.mean_inside(flat(grad), session.timeout)
+            used = session.collective.any_inside(used, grads[0], session.timeout)
+        planned = session.bucket([one.param for one in bucket])
+        if self.sparse:  # its memory is free once what replaces it has arrived
+            for one in bucket:
+                one.param.grad = None
+        self.departures.send(session, planned, grads, grads[0], used)
+
+    def _unshared(self, one: Owned, grad: Tensor) -> Tensor:
+        """The gradient, or a copy: what is sent from its memory is overwritten, which nobody else may notice."""
+        if not self.shares(grad):
+            return grad
+        copy = grad.clone()
+        self.copied.append((one, copy))
+        return copy
+
+    def _write_back(self) -> None:
+        """Write what has arrived in copies where the gradients lie, now that backward has ended; once into a place."""
+        end, each = 0, [(own(cast(Tensor, one.param.grad)), one, copy) for one, copy in self.copied]
+        for grad, one, copy in sorted(each, key=lambda found: found[0].data_ptr()):
+            if grad.data_ptr() < end:
+                one.param.grad = cast(Any, wrapped(copy, one.param))
+            else:
+                grad.copy_(copy)
+            end = max(end, grad.data_ptr() + grad.nbytes)
+
+    def _dense(self, one: Owned, grad: Tensor) -> Tensor:
+        """The gradient as its parameter lies in memory, whose place it will take."""
+        found = own(grad.to_dense() if grad.is_sparse else grad)
+        dense = torch.empty_like(own(one.param), dtype=found.dtype).copy_(found)
+        self.laid.append((one, dense))
+        return dense
+
+    @undisturbed
+    def end(self) -> None:
+        """The backward pass has ended."""
+        session, now = self.session, self.passes.now
+        self.passes.over()
+        if session is None or now is None or not now.begun:  # nothing was reduced
+            return
+        for bucket in self.buckets[len(self.left) :]:
+            self._send(session, bucket)
+        self.departures.end(session)
+        each = [one for bucket in self.left for one in zip(*bucket, strict=True)]
+        used = session.transaction.used() if any(made for _, _, made in each) else ()
+        for one, grad, made in each:
+            if made:
+                if session.stages.by_param[id(one.param)].name in used:  # by another rank
+                    one.param.grad = cast(Any, wrapped(grad, one.param))
+            elif self.sparse:
+                one.param.grad = grad
+        for one, grad in self.laid if not self.sparse else ():
+            one.param.grad = cast(Any, wrapped(grad, one.param))
+        self.laid.clear()
+        if not self.sparse:
+            self._write_back()
+        self.copied.clear()
+        bad = self.closing(session)
+        self.left.clear()
+        self.before.clear()
+        self.overlaps = not self.repeated
+        self.ended = True
+        self.steps.ended()
+        session.end_step(bad)

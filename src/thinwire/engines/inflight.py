@@ -1,0 +1,147 @@
+"""One bucket on its way through the network.
+
+The hook starts every stage of it. What arrives is received by whoever waits for it; or eagerly, in a callback of the
+last stage. A flight must not hold the session: a callback runs on a thread of the process group, which would die on its
+own thread were that the last to hold it.
+"""
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from thinwire.comm.process_group import Collective, Future, InFlight, in_future
+from thinwire.core.loops import Kernels
+from thinwire.exchange import pipeline
+from thinwire.exchange.buckets import Bucket
+from thinwire.exchange.pipeline import Outbox, Verdict
+from thinwire.exchange.units import Worker
+from thinwire.report.ledger import StepRow, Stopwatch
+
+
+@dataclass
+class Flight:
+    """One bucket between ``send`` and ``receive``.
+
+    Args:
+        outbox: what ``send`` made of the gradients.
+        used: which of its units this rank used.
+        verdicts: where ``receive`` adds what all ranks learned.
+        eager: receive as soon as it has arrived, as a future promises; on CUDA that only queues work. On CPUs a second
+            thread would take a core away from the backward pass, and find its code in no cache.
+    """
+
+    bucket: Bucket
+    outbox: Outbox
+    grads: list[Tensor]
+    buffer: Tensor
+    used: Sequence[bool]
+    seed: int
+    step: int
+    turn: int
+    loss_scale: float
+    row: StepRow
+    verdicts: list[Verdict]
+    kernels: Kernels
+    sparse: bool
+    eager: bool
+    back: Sequence[tuple[Tensor, Tensor]] = ()
+    """What to write back from which of ``grads``, where it lies otherwise in memory."""
+    inbox: list[InFlight] = field(default_factory=list[InFlight])
+    promise: Future | None = None
+    """What was given away before the last stage had been started, or where it is received late."""
+    landed: Future | None = None
+    """Where it is eager, completes with the buffer, once the gradients are in it."""
+
+    def done(self) -> Future:
+        """Completes with the buffer; never, where ``wait`` raises."""
+        if self.landed is not None:
+            return self.landed
+        if self.promise is None:
+            self.promise = in_future(self.buffer)
+        return self.promise
+
+    def departed(self, inbox: list[InFlight]) -> None:
+        """The exchange has been started; where it is the only stage, the rest follows by itself."""
+        self.outbox.messages.clear()
+        self.inbox, self.started = inbox, time.perf_counter()
+        if self.eager and not self.bucket.relays and not any(arrived.then for arrived in inbox):
+            self._land()
+
+    def go_on(self, worker: Worker, collective: Collective, timeout: float) -> None:
+        """Wait for all stages but the last, and start what follows each."""
+        if self.landed is not None:
+            return
+        with self._waiting():
+            self.inbox = [arrived.last(timeout) for arrived in self.inbox]
+            if self.bucket.relays:
+                self._await(timeout)
+        if self.bucket.relays:
+            with Stopwatch(self.row, "send_seconds"):
+                self.inbox = pipeline.relay(self.bucket, self.inbox, worker, self.step, collective)
+            with self._waiting():
+                self.inbox = [arrived.last(timeout) for arrived in self.inbox]
+        if self.eager:
+            self._land()
+
+    def wait(self, timeout: float) -> None:
+        """Wait until the gradients are there."""
+        with self._waiting():
+            self._await(timeout)
+        if self.eager:
+            self.done().wait()
+        else:
+            self.done().set_result(self._receive())
+
+    def _await(self, timeout: float) -> None:
+        for arrived in self.inbox:
+            arrived.wait(timeout)
+
+    def _waiting(self) -> contextlib.AbstractContextManager[object]:
+        """Late, what is not waited for costs nobody any time."""
+        return contextlib.nullcontext() if self.eager else Stopwatch(self.row, "exchange_seconds")
+
+    def _land(self) -> None:
+        futures = [arrived.future for arrived in self.inbox]
+        # A future made by collect_all knows no device; on CUDA the first one's callback waits for the others' streams.
+        alone = len(futures) == 1 or self.buffer.is_cuda
+        self.landed = (futures[0] if alone else torch.futures.collect_all(futures)).then(self._finish)
+        if (promise := self.promise) is not None:
+            self.landed.then(lambda exchanged: settle(promise, exchanged))
+
+    def _finish(self, _: Future) -> Tensor:
+        for arrived in self.inbox:
+            arrived.future.wait()  # raises what the exchange raised; all have ended, or on CUDA have been enqueued
+        self.row.exchange_seconds += time.perf_counter() - self.started
+        return self._receive()
+
+    def _receive(self) -> Tensor:
+        for arrived in self.inbox:
+            for tensor in (arrived.result, arrived.brought):
+                if tensor is not None and tensor.is_cuda:
+                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        with Stopwatch(self.row, "receive_seconds"):
+            found = pipeline.receive(
+                self.bucket, self.inbox, self.grads, self.seed, self.step, self.loss_scale, self.kernels,
+                self.outbox.cleared, self.sparse, self.turn,
+            )  # fmt: skip
+        self.verdicts.extend(found)
+        if not all(self.used):  # what no rank used has no gradient; DDP leaves a view of the bucket as it is
+            idle = {v.units[i].name for v in found for i in v.used.any(0).logical_not().nonzero().flatten()}
+            for unit, grad in zip(self.bucket.units, self.grads, strict=True):
+                if unit.name in idle:
+                    grad.zero_()
+        for grad, copy in self.back:
+            grad.copy_(copy)
+        return self.buffer
+
+
+def settle(promise: Future, exchanged: Future) -> None:
+    """Pass on what a future holds, be it an error."""
+    try:
+        promise.set_result(exchanged.value())
+    except Exception as error:
+        promise.set_exception(error)

@@ -1,0 +1,186 @@
+"""The simulator: N workers in one process, through the same ``send`` and ``receive`` as the real run.
+
+One model stands for all replicas, since they are bit-equal; what differs between workers is their data and their
+local state. It answers, on one machine, what compression would cost a model with 32 workers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thinwire.comm.process_group import InFlight
+from thinwire.comm.simulated import Local
+from thinwire.core.checks import called, of_type, whole
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor
+from thinwire.core.sharding import own, wrapped
+from thinwire.engines.layouts import Layouts
+from thinwire.exchange import pipeline
+from thinwire.exchange.units import Worker
+from thinwire.kernels.select import Choice, choose
+from thinwire.methods.given import method_of
+from thinwire.methods.method import Method, Rule
+from thinwire.report.ledger import Ledger, Stopwatch
+from thinwire.session.arguments import ORDER, check_held, options
+from thinwire.session.clipping import clip
+from thinwire.session.optimizers import Optimizers, Several, joined
+from thinwire.session.session import Session
+from thinwire.session.transaction import Policy
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a simulated training left: the mean loss over workers of each step, and the ledger of one worker."""
+
+    losses: list[float]
+    ledger: Ledger
+
+
+class SimulatedWorkers:
+    """N workers that train one model; ``step`` is one optimizer step of all of them.
+
+    Args:
+        model: stands for every replica; buffers follow the first worker, as in DDP.
+        method, optimizer, seed, kernels, policy: as for ``thinwire.attach``.
+        workers: how many.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method | Compressor | Rule,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        workers: int,
+        seed: int = 0,
+        kernels: Choice = "auto",
+        policy: Policy | None = None,
+    ) -> None:
+        method, workers = method_of(method), whole(1)("workers", workers)
+        asked = options(seed=seed, kernels=kernels, policy=policy)
+        self.model = of_type(nn.Module, ORDER)("model", model)
+        kinds = (torch.optim.Optimizer, Several)
+        self.optimizer: Optimizers = of_type(kinds, "pass the one of the model")("optimizer", joined(optimizer))
+        self.peers = Local.of(workers)
+        named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        if not named:
+            raise ThinwireError("the model has no parameter that requires a gradient; there is nothing to exchange")
+        check_held(named, self.optimizer)
+        chosen, note = choose(asked["kernels"], named[0][1].device if named else torch.device("cpu"))
+        ranks = [Worker(rank, asked["seed"], kernels=chosen) for rank in range(workers)]
+        self.session = Session(named, method, self.peers[0], self.optimizer, asked["seed"], ranks, policy=policy)
+        self.session.use_kernels(chosen, note)
+        self.layouts = Layouts(dict(named), "simulate again")
+
+    def step(self, loss: Callable[[int], Tensor]) -> float:
+        """One optimizer step; ``loss(worker)`` runs the model on that worker's batch. Answers the mean loss."""
+        session = self.session
+        session.check()
+        self.layouts.check(session)
+        session.begin_step()
+        total, inboxes = 0.0, list[list[InFlight]]()
+        params = [unit.param for unit in session.units]
+        before = kept = [buffer.clone() for buffer in self.model.buffers()]
+        bucket = session.bucket(params)
+        bucket.book(session.row, session.collective)
+        reached = [False] * len(params)
+        for worker, peer in zip(session.workers, self.peers, strict=True):
+            if worker.rank == 1:  # the first worker's buffers are what all go on with
+                kept = [buffer.clone() for buffer in self.model.buffers()]
+            self._restore(before)
+            for param in params:
+                param.grad = None
+            value = loss(worker.rank)
+            value.backward()  # pyright: ignore[reportUnknownMemberType]
+            total += value.item()
+            grads = [torch.zeros_like(own(p)) if p.grad is None else own(p.grad.resolve_neg()) for p in params]
+            if session.method.clip is not None:
+                clip(grads, session.method.clip, peer.world)
+            used = [p.grad is not None for p in params]
+            reached = [before or now for before, now in zip(reached, used, strict=True)]
+            with Stopwatch(session.row, "send_seconds"):
+                outbox = pipeline.send(bucket, grads, worker, session.step, used, turn=session.turn)
+            inboxes.append(pipeline.route(bucket, outbox.messages, peer, session.turn))
+        if len(self.peers) > 1:
+            self._restore(kept)
+        if bucket.relays:
+            journeys = zip(session.workers, self.peers, inboxes, strict=True)
+            inboxes = [pipeline.relay(bucket, inbox, worker, session.step, peer) for worker, peer, inbox in journeys]
+        outs = [torch.empty_like(own(p)) for p in params]
+        with Stopwatch(session.row, "receive_seconds"):
+            session.transaction.verdicts = pipeline.receive(
+                bucket,
+                inboxes[0],
+                outs,
+                session.seed,
+                session.step,
+                kernels=session.workers[0].kernels,
+                turn=session.turn,
+            )
+        for param, out, used in zip(params, outs, reached, strict=True):
+            param.grad = wrapped(out, param) if used else None  # what no worker used has no gradient, as in DDP
+        session.end_step()
+        self.optimizer.step()
+        return total / len(self.peers)
+
+    def _restore(self, buffers: Sequence[Tensor]) -> None:
+        for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+
+
+def simulate(
+    model: nn.Module,
+    method: Method | Compressor | Rule,
+    *,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    batches: Callable[[int, int], Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    workers: int,
+    steps: int,
+    seed: int = 0,
+    kernels: Choice = "auto",
+    policy: Policy | None = None,
+    after_step: Callable[[int, float], object] | None = None,
+) -> Simulation:
+    """Train ``model`` as ``workers`` data-parallel workers would, in one process.
+
+    The parameters at the end are those of the real run with as many processes and threads each: bit-equal where
+    payloads are gathered, and to float tolerance where an all-reduce of more than two picks its own order.
+
+    Args:
+        model: trained in place.
+        method: how gradients are exchanged.
+        optimizer: of the model's parameters, or several; left as ``detach()`` leaves it.
+        batches: ``batches(worker, step)`` is the batch of that worker at that step.
+        loss: ``loss(model, batch)`` is a scalar.
+        workers: how many, from 1.
+        steps: optimizer steps.
+        seed, kernels, policy: as for ``attach``.
+        after_step: called with the step and the mean loss.
+
+    Raises:
+        ThinwireError: as ``attach``.
+
+    Example:
+        >>> model = torch.nn.Linear(64, 8)
+        >>> result = simulate(model, dgc(0.05), optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        ...     batches=lambda worker, step: torch.randn(4, 64), loss=lambda model, batch: model(batch).square().mean(),
+        ...     workers=8, steps=3)
+        >>> result.ledger.ratio > 1
+        True
+    """
+    steps = whole(0)("steps", steps)
+    called("batches", batches, "pass a function of worker and step, batches(worker, step)")
+    called("loss", loss, "pass a function of model and batch, loss(model, batch)")
+    sim = SimulatedWorkers(model, method, optimizer, workers, seed, kernels, policy)
+    losses: list[float] = []
+    try:
+        for step in range(steps):
+            losses.append(sim.step(lambda worker, step=step: loss(model, batches(worker, step))))
+            if after_step is not None:
+                after_step(step, losses[-1])
+    finally:
+        sim.session.detach()
+    return Simulation(losses, sim.session.ledger)

@@ -1,0 +1,141 @@
+"""Which collective a payload takes.
+
+Payloads that can be summed take one all-reduce, all others one all-gather, or two phases; so a bucket needs one
+message, or two where it holds both. Where a method compresses, and the summable payloads of the whole model (biases,
+norms) are small, they take the way of the compressed ones: that saves a round trip, and does not depend on how the
+model is cut into buckets. Payloads whose elements a leader chooses take a broadcast of the choice, and an all-reduce.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from thinwire.coding import header
+from thinwire.coding.layout import ROW_ALIGNMENT, Layout
+from thinwire.comm.link import Kind, Link, wire_bytes
+from thinwire.comm.process_group import Collective, InFlight
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Payload
+from thinwire.exchange.messages import Group, Piece, Whole
+from thinwire.exchange.routes.leader import Led
+from thinwire.exchange.routes.two_phase import two_phase
+from thinwire.exchange.units import Unit, payload_like
+from thinwire.methods.method import Route
+from thinwire.report.ledger import StepRow
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a method wants its compressed units carried, and over which link as far as that is known."""
+
+    route: Route = "all_gather"
+    second: float = 1.0
+    link: Link | None = None
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Units whose gradients are ready together, and the messages that carry them."""
+
+    units: tuple[Unit, ...]
+    groups: tuple[Group, ...]
+
+    @cached_property
+    def lossy(self) -> frozenset[int]:
+        """The units that their method compresses."""
+        return frozenset(i for i, unit in enumerate(self.units) if unit.compressed)
+
+    def wire_bytes(self, world: int) -> tuple[float, float]:
+        """Bytes a worker sends for this bucket in a step: in all, and for the compressed units with the head."""
+        total = compressed = 0.0
+        for group in self.groups:
+            all_of_it, lossy = group.wire_bytes(world, self.lossy)
+            total += all_of_it
+            compressed += lossy
+        return total, compressed
+
+    def book(self, row: StepRow, collective: Collective) -> None:
+        """Write down what this rank sends for this bucket in a step; its total comes from the collective itself."""
+        world, share = collective.world, 1 / collective.lanes
+        row.compressed_wire_bytes += self.wire_bytes(world)[1] * share
+        for i, unit in enumerate(self.units):
+            plain = wire_bytes("all_reduce", unit.own.numel() * 4, world) * share
+            row.dense_bytes += plain
+            row.compressed_dense_bytes += plain if i in self.lossy else 0.0
+
+    @property
+    def joins(self) -> bool:
+        """Whether its message can travel in one all-gather with those of other buckets."""
+        return len(self.groups) == 1 and self.groups[0].kind == "all_gather"
+
+    @property
+    def relays(self) -> bool:
+        """Whether any group has a second stage."""
+        return any(group.relays for group in self.groups)
+
+
+def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(), step: int = 0) -> Bucket:
+    """Sort the units of a bucket into messages, of the shapes that they have at this step."""
+    payloads = [payload_like(unit.compressor, unit.like, step) for unit in units]
+    summed: dict[torch.dtype, list[int]] = {}
+    led: dict[torch.dtype, list[int]] = {}
+    gathered: list[int] = []
+    for i, unit in enumerate(units):
+        if unit.compressor.led:
+            led.setdefault(payloads[i][0].dtype, []).append(i)
+        elif unit.compressor.summable and not unit.gathered:
+            summed.setdefault(payloads[i][0].dtype, []).append(i)
+        else:
+            gathered.append(i)
+
+    def head_of(chosen: list[int], dtype: torch.dtype) -> list[Payload]:
+        size = header.size(len(chosen), dtype)
+        return [(torch.empty(size, dtype=dtype, device="meta"),)] if any(units[i].told for i in chosen) else []
+
+    def whole(kind: Kind, chosen: list[int], dtype: torch.dtype) -> Whole:
+        heads = head_of(chosen, dtype)
+        layout = Layout([*(payloads[i] for i in chosen), *heads], ROW_ALIGNMENT if kind == "all_gather" else 1)
+        return Whole(kind, tuple(chosen), tuple(map(Piece, chosen)), dtype, bool(heads), layout)
+
+    def following(chosen: list[int], dtype: torch.dtype) -> Led:
+        heads = head_of(chosen, dtype)
+        values = Layout([*(payloads[i][:1] for i in chosen), *heads], 1)
+        choices = Layout([payloads[i][1:] for i in chosen])
+        return Led("broadcast", tuple(chosen), tuple(map(Piece, chosen)), dtype, bool(heads), choices, values)
+
+    def in_pieces(chosen: list[int]) -> Group:
+        return two_phase(units, chosen, head_of(chosen, torch.uint8), routing.second, world)
+
+    gathering: list[Group] = [whole("all_gather", gathered, torch.uint8)] if gathered else []
+    cuttable = [i for i in gathered if units[i].compressor.cuttable]
+    if routing.route != "all_gather" and any(units[i].own.numel() for i in cuttable):
+        rest = [i for i in gathered if i not in cuttable]
+        owned = [in_pieces(cuttable), *([whole("all_gather", rest, torch.uint8)] if rest else [])]
+        if routing.route == "two_phase" or seconds(owned, routing, world) < seconds(gathering, routing, world):
+            gathering = owned
+    summing = [whole("all_reduce", chosen, dtype) for dtype, chosen in summed.items()]
+    leading = [following(chosen, dtype) for dtype, chosen in led.items()]
+    return Bucket(tuple(units), (*gathering, *summing, *leading))
+
+
+def seconds(groups: Sequence[Group], routing: Routing, world: int) -> float:
+    """What the model says of these exchanges, one after the other."""
+    if routing.link is None:
+        raise ThinwireError("route 'auto' chooses by the speed of the link, which is not known here")
+    return sum(routing.link.seconds(kind, nbytes, world) for group in groups for kind, nbytes in group.stages)
+
+
+def route_together(
+    buckets: Sequence[Bucket], messages: Sequence[Sequence[Tensor]], collective: Collective, turn: int
+) -> list[list[InFlight]]:
+    """``pipeline.route`` for several buckets, whose gathered messages travel in one, which saves latency."""
+    if len(buckets) == 1:
+        groups = zip(buckets[0].groups, messages[0], strict=True)
+        return [[group.start(message, collective, turn) for group, message in groups]]
+    ends = accumulate(message.numel() for [message] in messages)
+    joint = collective.all_gather(torch.cat([message for [message] in messages]))
+    return [[replace(joint, columns=columns)] for columns in pairwise((0, *ends))]

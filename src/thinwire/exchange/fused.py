@@ -1,0 +1,112 @@
+"""What is asked and what is sent of each piece; in one pass over memory where a threshold chooses the elements."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from thinwire.core.context import Context
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Payload
+from thinwire.core.loops import Cut, Found, Kernels, Pass, Selection, smallest
+from thinwire.core.tensors import Decompressed, flat
+from thinwire.exchange.messages import Piece
+from thinwire.exchange.units import Unit, Worker
+
+
+def select(
+    units: Sequence[Unit],
+    pieces: Sequence[Piece],
+    grads: Sequence[Tensor],
+    worker: Worker,
+    contexts: Sequence[Context],
+    scale: float,
+    clear: bool = True,
+) -> dict[int, Found]:
+    """Do what the memories and the selections of these pieces do, as far as a kernel can, for all of them together.
+
+    Args:
+        grads: of the units.
+        contexts: of the pieces.
+        clear: whether gradients are to be zero afterwards.
+
+    Returns:
+        For each piece that was done: what is sent, ascending. Its next state is written, what is asked is the new
+        residual.
+    """
+    works: dict[int, Pass] = {}
+    selections: dict[int, Selection] = {}
+    for j, (piece, ctx) in enumerate(zip(pieces, contexts, strict=True)):
+        unit = units[piece.unit]
+        selection = unit.compressor.sampling(piece.of(unit.own).shape, ctx)
+        work = None if selection is None else _pass(unit, piece, grads[piece.unit], worker, scale, clear)
+        if selection is not None and work is not None and worker.kernels.runs(work):
+            works[j], selections[j] = work, selection
+    kernels = worker.kernels
+    cuts = [s.cut(kernels.sample(works[j], s.start, s.stride, s.run), kernels) for j, s in selections.items()]
+    for work, cut in zip(works.values(), cuts, strict=True):
+        if cut.threshold.dtype != work.new_residual.dtype:  # kernels compare bits
+            raise ThinwireError(
+                f"a selection's threshold is {cut.threshold.dtype}, and the residual {work.new_residual.dtype}; "
+                "give it the dtype of what was sampled"
+            )
+    return dict(zip(works, kernels.accumulate(list(works.values()), cuts), strict=True))
+
+
+def rehearse(units: Sequence[Unit], kernels: Kernels, clear: bool = True) -> None:
+    """Compile what will run, so that no training step has to wait for it. ``clear``: see ``select``."""
+    kinds = {(unit.memory.accumulation, unit.own.dtype, unit.like.dtype, unit.param.device) for unit in units}
+    for rule, grad, state, device in kinds:
+        if rule is not None:
+            v, new_v, u, new_u = (torch.zeros(65, dtype=state, device=device) for _ in range(4))
+            momentum = (None, None) if rule.momentum is None else (u, new_u)
+            work = Pass(rule, torch.zeros(65, dtype=grad, device=device), v, new_v, *momentum, clear=clear)
+            if kernels.runs(work):
+                threshold = kernels.kth(kernels.sample(work, 0, 4, 2), 1).clamp_(min=smallest(state))
+                kernels.kth(torch.zeros(2**14, dtype=state, device=device), 1)  # a long sample takes another way
+                kernels.accumulate([work], [Cut(threshold, 65)])
+                found, values = kernels.look(new_v, Cut(threshold, 65))
+                coded = kernels.encode_indices(found, 65)
+                kernels.decode_indices(coded, 65, 65)
+                kernels.gather([coded], [values.float()], 65, 1.0)
+                kernels.largest(values, 1)
+                kernels.merge([found], [kernels.without_repeats(found, values)], 1.0)
+                kernels.coordinates(found, (65,))
+                kernels.add(torch.zeros_like(new_v), found, values, 1.0)
+
+
+def _pass(unit: Unit, piece: Piece, grad: Tensor, worker: Worker, scale: float, clear: bool) -> Pass | None:
+    """None where the memory has to do more, or tensors lie differently in memory."""
+    rule, local = unit.memory.accumulation, worker.local[unit.name]
+    if rule is None or "carried" in local.now:
+        return None
+    like = [(t.stride(), t.dtype) for t in (local.now["residual"], local.next["residual"])]
+    if like[0] != like[1] or grad.stride() != like[0][0]:
+        return None
+    now, new = piece.of_state(local.now), piece.of_state(local.next)
+    u, new_u = (flat(state["momentum"]) if rule.momentum is not None else None for state in (now, new))
+    return Pass(rule, flat(piece.of(grad)), flat(now["residual"]), flat(new["residual"]), u, new_u, scale, clear)
+
+
+def ask(
+    unit: Unit, piece: Piece, grad: Tensor, worker: Worker, ctx: Context, chosen: Found | None, loss_scale: float
+) -> tuple[Tensor, Payload, Decompressed]:
+    """Of one piece: what is to be sent, what is sent, and what the receivers will make of it.
+
+    Args:
+        chosen: what of it is sent, where ``select`` has compensated and selected; None where that is still to be done.
+    """
+    local = worker.local[unit.name]
+    now, new, known = (piece.of_state(state) for state in (local.now, local.next, unit.shared.now))
+    if chosen is not None:
+        x = new["residual"]
+        payload = unit.compressor.encode(chosen[0], unit.held(chosen[1], loss_scale), x.numel(), ctx)
+        own = unit.compressor.own(payload, chosen[0], x, known, ctx)
+    else:
+        x = unit.memory.compensate(piece.of(grad), piece.of(unit.own), known | now, new, 1.0 / loss_scale, ctx)
+        if (carried := now.get("carried")) is not None:  # the residual that an earlier method left
+            # not in place: what is asked may be a momentum itself, in which it would go on counting
+            x = torch.add(x, carried, alpha=1.0 if unit.memory.stateful else loss_scale).to(x.dtype)
+        payload = unit.compressor.compress(unit.held(x, loss_scale), known, ctx)
+        own = unit.compressor.decompress(payload, x, known, ctx)
+    return x, payload, own

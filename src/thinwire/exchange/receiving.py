@@ -1,0 +1,99 @@
+"""What a unit receives: the mean over all senders, as a gradient or, where few elements arrive, as a sparse tensor."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from thinwire.core.context import Context
+from thinwire.core.interfaces import Payload
+from thinwire.core.loops import Found, Kernels
+from thinwire.core.tensors import float_at_least_32
+from thinwire.exchange.adding import added
+from thinwire.exchange.messages import Group, Piece
+from thinwire.exchange.units import Unit
+from thinwire.kernels.reference import REFERENCE
+
+FEW = 1 / 32
+"""Of the elements, over all senders: above that an optimizer is faster with a dense gradient."""
+
+
+def mean_of(
+    group: Group,
+    unit: Unit,
+    pieces: Sequence[tuple[int, Piece]],
+    senders: Sequence[tuple[int, list[Payload]]],
+    out: Tensor,
+    ctx: Context,
+    clear: bool,
+    sparse: bool,
+) -> Tensor:
+    """The mean of what all senders sent of one unit, added in their order; the same on every rank, bit for bit.
+
+    Args:
+        pieces: of the unit, and which of the group's they are.
+        out: where it is written, if it is dense and of a dtype that is summed as it is.
+        clear: whether ``out`` is zero.
+        sparse: whether it may be sparse.
+    """
+    wide, share = float_at_least_32(out.dtype), 1.0 / len(senders)
+    mean = out if out.dtype == wide else torch.empty_like(out, dtype=wide)  # short dtypes are summed in float32
+    packer = group.packer(unit)
+    whole = sparse and mean is out and out.ndim > 0 and out.is_contiguous()
+    if whole and unit.memory.passes_on and not packer.learns and "carried" not in unit.shared.now:
+        found: list[Found] = []
+        for j, piece in pieces:
+            theirs, known = [(rank, payloads[j]) for rank, payloads in senders], piece.of_state(unit.shared.now)
+            here = _of(ctx, unit, piece, 0, ctx.kernels)
+            some = added(packer, theirs, piece.of(mean), known, here, share, FEW)
+            if some is None:
+                break
+            _check(some[0], piece.of(mean).numel())
+            found.append((some[0] + piece.run[0], some[1]) if piece.run else some)
+        else:
+            return _as_sparse(found, out, ctx.kernels or REFERENCE)
+
+    for j, piece in pieces:
+        part, known = piece.of(mean), piece.of_state(unit.shared.now)
+        for later, (rank, payloads) in enumerate(senders):
+            got = packer.decompress(payloads[j], part, known, _of(ctx, unit, piece, rank, ctx.kernels))
+            got.add_to(part, share) if later or (clear and mean is out) else got.write_to(part, share)
+        if unit.compressor.summable and not unit.gathered:  # the only sender is the mean
+            new = piece.of_state(unit.shared.next)
+            packer.commit(senders[0][1][j], part, known, new, _of(ctx, unit, piece, 0, None))
+    return mean
+
+
+def written(grad: Tensor, out: Tensor, *, saturates: bool) -> Tensor:
+    """What the optimizer gets: ``grad`` in ``out``, or itself where it is sparse.
+
+    Args:
+        saturates: whether what is finite stays so in float16. Else, under a loss scale, an overflow skips the step.
+    """
+    if grad.is_sparse or grad is out:
+        return grad
+    if saturates and out.dtype == torch.float16:
+        limit = torch.finfo(out.dtype).max
+        grad = grad.clamp(-limit, limit)
+    return out.copy_(grad)
+
+
+def _of(ctx: Context, unit: Unit, piece: Piece, rank: int, kernels: Kernels | None) -> Context:
+    return Context(ctx.seed, ctx.step, piece.key(unit.name), rank, kernels, turn=ctx.turn)
+
+
+def _check(there: Tensor, n: int) -> None:
+    """On CUDA nobody waits to see.
+
+    Raises:
+        IndexError: an index from the network lies outside of the n elements.
+    """
+    if there.device.type == "cpu" and there.numel() and int(there[-1]) >= n:
+        raise IndexError(f"an index of {int(there[-1])} has arrived for {n} elements")
+
+
+def _as_sparse(found: Sequence[Found], like: Tensor, kernels: Kernels) -> Tensor:
+    """Of runs that follow each other."""
+    there, total = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
+    where = kernels.coordinates(there, like.shape)
+    return torch.sparse_coo_tensor(where, total.to(like.dtype), like.shape, is_coalesced=True, check_invariants=False)

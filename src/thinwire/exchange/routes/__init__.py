@@ -1,0 +1,1 @@
+"""Routes: the ways through the network that compute something on the way."""

@@ -1,0 +1,86 @@
+"""One rank chooses and all follow: what a worker sends does not grow with the number of workers.
+
+At step t (``Context.phase``) rank ``t mod N`` is the leader. It broadcasts which elements it chose; then every rank
+sends what it was asked there, and one all-reduce carries the sum. So no rank knows what it will have sent before it has
+heard its leader: what was asked is held until then, and the residual is settled between the stages.
+
+Source: C. Chen et al., "ScaleCom: Scalable Sparsified Gradient Compression for Communication-Efficient Distributed
+Training", 2020, arXiv:2104.11125, algorithm 1.
+
+Departures: every rank makes a choice of its own, which counts at its turn alone: so it finds what is not finite.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from thinwire.coding.layout import Layout
+from thinwire.comm.link import Kind
+from thinwire.comm.process_group import Collective, InFlight
+from thinwire.core.context import Context
+from thinwire.core.interfaces import Payload
+from thinwire.core.tensors import Decompressed
+from thinwire.exchange.messages import Group, Piece, remember
+from thinwire.exchange.units import Unit, Worker
+
+
+def leader(turn: int, world: int) -> int:
+    """The rank whose choice counts: no message has to say so, since ``turn`` is the same on all ranks."""
+    return turn % world
+
+
+@dataclass(frozen=True)
+class Led(Group):
+    """Units of which a leader's choice of elements is broadcast, and what all have there is summed."""
+
+    choices: Layout
+    """What the leader sends."""
+    values: Layout
+    """What is summed, and the head, all of ``dtype``."""
+
+    relays: ClassVar[bool] = True
+
+    def pack(self, payloads: Sequence[Payload], head: Sequence[Payload], *, in_place: bool) -> Tensor:
+        """The choice, and the head, which waits for the second stage."""
+        choice = self.choices.pack([payload[1:] for payload in payloads])
+        return torch.cat([choice, *(t.view(torch.uint8) for payload in head for t in payload)])
+
+    def settle(self, unit: Unit, piece: Piece, x: Tensor, own: Decompressed, worker: Worker) -> None:
+        worker.held[unit.name] = x
+
+    def start(self, message: Tensor, collective: Collective, turn: int) -> InFlight:
+        choice, head = message[: self.choices.nbytes], message[self.choices.nbytes :]
+        return replace(collective.broadcast(choice, leader(turn, collective.world)), brought=head)
+
+    def relay(
+        self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: Collective
+    ) -> InFlight:
+        chosen = arrived.answer()
+        sending: list[Payload] = []
+        for piece, choice in zip(self.pieces, self.choices.unpack(chosen), strict=True):
+            unit = units[piece.unit]
+            x, known = worker.held.pop(unit.name), unit.shared.now
+            ctx = Context(worker.seed, step, unit.name, worker.rank, worker.kernels, unit.exact, unit.saturates)
+            payload = unit.compressor.follow(x, choice, known, ctx)
+            sending.append(payload[:1])
+            remember(unit, piece, x, unit.compressor.decompress(payload, x, known, ctx), worker)
+        if self.has_head:
+            sending.append((cast(Tensor, arrived.brought).view(self.dtype),))
+        message = self.values.pack(sending).view(self.dtype).mul_(1.0 / collective.world)  # so the sum can't overflow
+        return replace(collective.all_reduce(message), brought=chosen)
+
+    def opened(self, arrived: InFlight) -> tuple[list[tuple[int, list[Payload]]], Tensor | None]:
+        summed = self.values.unpack(arrived.answer().view(torch.uint8))
+        choices = self.choices.unpack(cast(Tensor, arrived.brought))
+        payloads = [(*values, *choice) for values, choice in zip(summed, choices, strict=False)]  # the head comes after
+        return [(0, payloads)], summed[-1][0].unsqueeze(0) if self.has_head else None
+
+    @property
+    def stages(self) -> Sequence[tuple[Kind, int]]:
+        return [("broadcast", self.choices.nbytes), ("all_reduce", self.values.nbytes)]
+
+    def plain_bytes(self, world: int, lossy: frozenset[int]) -> float:
+        return 0.0  # what follows a leader is compressed

@@ -1,0 +1,79 @@
+"""What a session sends by at a stage of its method: the density, the routes, and the messages that a bucket makes."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from thinwire.comm.link import Link
+from thinwire.comm.process_group import Collective
+from thinwire.core.errors import ThinwireError
+from thinwire.exchange.buckets import Bucket, Routing, plan_bucket
+from thinwire.exchange.units import TURN_BYTES, Unit, set_stage
+from thinwire.methods.method import Method
+from thinwire.report.ledger import Ledger
+
+
+class Stages:
+    """Plans a bucket once for each composition, stage and phase."""
+
+    def __init__(self, collective: Collective, ledger: Ledger) -> None:
+        self.collective, self.ledger = collective, ledger
+        self.by_param: dict[int, Unit] = {}
+        self.buckets: dict[tuple[int, ...], Bucket] = {}
+        self.routing = Routing()
+        self.reads = False
+        """A step ends by reading what messages said."""
+
+    def begin(
+        self, units: Sequence[Unit], method: Method, density: float | None, link: Link | None, turn_bytes: float
+    ) -> None:
+        """A stage of this density begins, None for the method's own."""
+        self.by_param = {id(unit.param): unit for unit in units}
+        self.buckets.clear()
+        self._period = math.lcm(*(unit.method_compressor.period for unit in units))
+        self.routing = Routing(method.route, method.second, link)
+        # one turn after the other takes its time also on a link without latency
+        settings = (method.route, method.second, turn_bytes or TURN_BYTES)
+        for note in set_stage(units, density, self.collective.world, *settings):
+            self.ledger.note(note)
+
+    def heads(self, units: Sequence[Unit], method: Method, optional: bool, carried: bool) -> None:
+        """Which messages have a head, and whether a step ends by reading them.
+
+        While a residual without a home is carried, a method that remembers nothing needs them too. Where nothing is
+        remembered, they are not waited for on CUDA, nor told to other shards of what is sent as it is.
+
+        Args:
+            optional: one rank may use a parameter where another does not, and only messages tell.
+            carried: a residual without a home waits for the next step.
+        """
+        guarded = carried or any(rule.memory.stateful for rule in method.rules)
+        for unit in units:
+            unit.guarded, unit.optional = guarded, optional
+        whole = self.collective.everyone.world == self.collective.world * self.collective.lanes
+        told = whole or any(unit.compressed for unit in units)
+        self.reads = guarded or (told and not any(unit.param.is_cuda for unit in units))
+        self.buckets.clear()
+
+    def bucket(self, params: Sequence[Tensor], turn: int) -> Bucket:
+        """The bucket of these parameters in an exchange of this turn.
+
+        Raises:
+            ThinwireError: one of them is none of the units.
+        """
+        own = tuple(map(id, params))
+        key = (turn % self._period, *own)
+        if key not in self.buckets:
+            if unknown := [p for p in params if id(p) not in self.by_param]:
+                raise ThinwireError(
+                    f"a parameter of shape {tuple(unknown[0].shape)} arrived that was not in the model at attach; "
+                    "parameters must not be replaced (load_state_dict(assign=True) does it) or frozen after wrapping: "
+                    "wrap and attach again"
+                )
+            units = [self.by_param[i] for i in own]
+            bucket = self.buckets[key] = plan_bucket(units, self.collective.world, self.routing, turn)
+            if self.routing.route == "auto" and turn % self._period == 0:
+                more = f" and {len(units) - 1} more" if len(units) > 1 else ""
+                self.ledger.note(f"{'two_phase' if bucket.relays else 'all_gather'} for {units[0].name}{more}")
+        return self.buckets[key]

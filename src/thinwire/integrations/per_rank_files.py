@@ -1,0 +1,147 @@
+"""Files of a rank's own, beside a checkpoint that a framework writes as one for all ranks.
+
+A file is ``thinwire-rank<r>-of-<world>.pt``: what ``Session.state_dict`` gave that rank, as plain tensors, so that
+``torch.load(weights_only=True)`` reads it without a process group.
+"""
+
+import contextlib
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from thinwire.comm.control import Together
+from thinwire.core import files
+from thinwire.core.errors import ThinwireError
+from thinwire.methods.method import Method
+from thinwire.session.checkpoint import OnWorldChange
+from thinwire.session.migrate import agree
+from thinwire.session.session import Session
+
+NAME = re.compile(r"thinwire-rank(\d+)-of-(\d+)\.pt")
+
+
+def save(wire: Session, folder: str | Path) -> None:
+    """Write what this rank remembers beside the checkpoint; every rank calls it, and waits for no other.
+
+    Args:
+        wire: what ``attach`` returned.
+        folder: where, on a filesystem of this machine; made if it is not there.
+
+    Raises:
+        ThinwireError: the folder is not a path of a filesystem, or the file can't be written.
+    """
+    place, talk = _local(folder), wire.collective.everyone
+    path = place / f"thinwire-rank{talk.rank}-of-{talk.world}.pt"
+    for killed in files.leftovers(path):
+        killed.unlink(missing_ok=True)
+    state = _plain(wire.state_dict())
+    files.write(path, lambda file: torch.save(state, file))
+    for other, world in _files(place).items():
+        if world != talk.world:  # of an earlier run, on another number of ranks, into the same folder
+            (place / other).unlink(missing_ok=True)
+
+
+def load(wire: Session, folder: str | Path, on_world_change: OnWorldChange = "error", strict: bool = True) -> None:
+    """Continue from the files beside a checkpoint. A collective call.
+
+    Args:
+        wire: what ``attach`` returned.
+        folder: where ``save`` wrote them.
+        on_world_change: at another number of ranks than the one that saved, as for ``Session.load_state_dict``; with
+            "fold" and "reset" every rank reads all files.
+        strict: whether it is an error that there are none; otherwise the session goes on as it is, and says so.
+
+    Raises:
+        ThinwireError: there are none, or one is missing or damaged, or as ``Session.load_state_dict``.
+    """
+    talk = wire.collective.everyone
+    with Together(wire.collective, f"step {wire.step}: loading a checkpoint") as together:
+        with together.alone():  # all ranks load, or none
+            given = _read(_local(folder), talk.rank, talk.world)
+            if given is None and strict:
+                raise ThinwireError(
+                    f"there is no thinwire-rank*.pt in {folder}; the checkpoint was saved without an attached session. "
+                    "Begin with nothing remembered by strict=False, or give the folder that has them"
+                )
+        agree(talk, [("checkpoint", "none" if given is None else "there")])
+    if given is None:
+        wire.ledger.note(f"step {wire.step}: nothing remembered was found in {folder}")
+        return
+    wire.load_state_dict(given, on_world_change)
+
+
+def remove(wire: Session, folder: str | Path) -> None:
+    """Remove this rank's file, and the folder if that was the last one."""
+    place, talk = _local(folder), wire.collective.everyone
+    (place / f"thinwire-rank{talk.rank}-of-{talk.world}.pt").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # others are still there
+        place.rmdir()
+
+
+def warn_of_clipping(method: Method, setting: str, off: str) -> None:
+    """Say that a framework's clipping comes after the exchange, where the method sends what it has held back."""
+    if any(rule.memory.stateful for rule in method.rules):
+        warnings.warn(
+            f"{setting} clips after the exchange, where the gradient of {method.name} is a burst of what was held "
+            f"back, and what is cut off there is lost; set {off}, and clip on each rank by the method: "
+            "thinwire.dgc(clip=)",
+            stacklevel=3,
+        )
+
+
+def _read(folder: Path, rank: int, world: int) -> Any:
+    """The state of this rank; those of all ranks, if others than these saved them; None where there is nothing."""
+    worlds = set(_files(folder).values())
+    if not worlds:
+        return None
+    if world in worlds:
+        return _open(folder / f"thinwire-rank{rank}-of-{world}.pt")
+    if len(worlds) > 1:
+        raise ThinwireError(
+            f"{folder} has the files of {' and of '.join(map(str, sorted(worlds)))} ranks, and {world} load them; "
+            "remove those that are not of this checkpoint"
+        )
+    saved = worlds.pop()
+    return [_open(folder / f"thinwire-rank{other}-of-{saved}.pt") for other in range(saved)]
+
+
+def _open(path: Path) -> Any:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ThinwireError(
+            f"{path.name} is missing in {path.parent}, where other ranks' files are; on machines that share no "
+            "filesystem, every rank needs its own file where it runs, and all of them to change the number of ranks"
+        ) from error
+    except Exception as error:  # whatever a damaged file makes torch raise
+        raise ThinwireError(f"{path} can't be read, it is damaged: {error!r:.200}") from error
+    return {**cast(dict[str, Any], state), "file": str(path)} if isinstance(state, dict) else state
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """The names of all ranks' files, and of how many ranks each is."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    found = {name: NAME.fullmatch(name) for name in names}
+    return {name: int(match[2]) for name, match in found.items() if match}
+
+
+def _local(folder: str | Path) -> Path:
+    if "://" in str(folder):
+        raise ThinwireError(
+            f"{folder} is not on a filesystem of this machine, and every rank writes its file beside the checkpoint; "
+            "save to a local or mounted folder"
+        )
+    return Path(folder)
+
+
+def _plain(state: Any) -> Any:
+    """This rank's own parts, without the mesh that a DTensor would take along."""
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in cast(dict[str, Any], state).items()}
+    return state.to_local() if isinstance(state, DTensor) else cast(Tensor | int | str, state)

@@ -1,0 +1,340 @@
+"""A pass over memory in blocks of 64 elements: load, accumulate, compare, store past the cache.
+
+numba alone can't write past the cache, and that is what makes two copies of the state cost no more than updating in
+place: an ordinary store first reads the line that it is going to overwrite. The vectors are of 16 floats; LLVM cuts
+them to what the machine has.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import numba
+import numpy
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from thinwire.kernels.cpu_bits import lowest_bit
+
+_intrinsic: Any = intrinsic
+_njit: Callable[..., Any] = cast(Any, numba).njit
+_types: Any = types
+UNDEFINED: Any = cast(Any, ir).Undefined
+BLOCK = 64
+LANES = 16
+LINE = 64
+AHEAD = 16
+"""Runs of a sample to fetch ahead."""
+FETCHED = 2048
+"""Bytes of the state that a pass fetches ahead."""
+F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+VF, VI, VH = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def splat(b: Any, scalar: Any, vector: Any) -> Any:
+    one = b.insert_element(ir.Constant(vector, UNDEFINED), scalar, ir.Constant(I32, 0))
+    return b.shuffle_vector(one, ir.Constant(vector, UNDEFINED), ir.Constant(VI, [0] * LANES))
+
+
+def _all(value: int, vector: Any = VI) -> Any:
+    return ir.Constant(vector, [value] * LANES)
+
+
+def _load(b: Any, address: Any, j: int, dtype: str) -> Any:
+    """16 elements from ``address``, as float32."""
+    size = ITEMSIZE[dtype]
+    kind = {"float32": VF, "bfloat16": VH, "float16": ir.VectorType(ir.HalfType(), LANES)}[dtype]
+    at = b.inttoptr(b.add(address, ir.Constant(I64, j * LANES * size)), kind.as_pointer())
+    x = b.load(at, align=size)
+    if dtype == "float16":
+        return b.fpext(x, VF)
+    return b.bitcast(b.shl(b.zext(x, VI), _all(16)), VF) if dtype == "bfloat16" else x
+
+
+def _rounded(b: Any, x: Any) -> Any:
+    """float32 to the nearest bfloat16, ties to even, as 16 bits; NaN stays NaN."""
+    bits = b.bitcast(x, VI)
+    even = b.and_(b.lshr(bits, _all(16)), _all(1))
+    near = b.lshr(b.add(b.add(bits, _all(0x7FFF)), even), _all(16))
+    return b.trunc(b.select(b.fcmp_unordered("uno", x, x), _all(0x7FC0), near), VH)
+
+
+@_intrinsic
+def as_bfloat16(_: Any, x: Any) -> Any:
+    """float32 rounded to bfloat16, as float32."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        wide = b.bitcast(b.shl(b.zext(_rounded(b, splat(b, args[0], VF)), VI), _all(16)), VF)
+        return b.extract_element(wide, ir.Constant(I32, 0))
+
+    return _types.float32(_types.float32), generate
+
+
+def _store(b: Any, x: Any, address: Any, j: int, past_cache: bool) -> None:
+    size = 2 if x.type == VH else 4
+    at = b.inttoptr(b.add(address, ir.Constant(I64, j * LANES * size)), x.type.as_pointer())
+    store = b.store(x, at, align=LANES * size if past_cache else size)
+    if past_cache:
+        store.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
+
+
+def _fused(b: Any, x: Any, y: Any, z: Any) -> Any:
+    """``x y + z`` of scalars or vectors, rounded once."""
+    name = "llvm.fma.v16f32" if x.type == VF else "llvm.fma.f32"
+    kind = ir.FunctionType(x.type, [x.type] * 3)
+    return b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), [x, y, z])
+
+
+def _fetch(b: Any, address: Any) -> None:
+    """Ask for the cache line at ``address``, which need not exist."""
+    byte = ir.IntType(8).as_pointer()
+    name = "llvm.prefetch.p0"
+    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+    ask = b.module.globals.get(name) or ir.Function(b.module, kind, name)
+    b.call(ask, [b.inttoptr(address, byte), ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+
+
+def _stepped(b: Any, kind: str, g: Any, u: Any, v: Any, m: Any) -> tuple[Any, Any]:
+    """``Accumulation`` of 16 elements: the new u, None where there is none, and the new v."""
+    if kind == "plain":
+        return None, b.fadd(v, g)
+    if kind == "nesterov":
+        un = b.fmul(b.fadd(u, g), m)
+        return un, b.fadd(b.fadd(v, g), un)
+    un = _fused(b, u, m, g)
+    return un, b.fadd(v, un)
+
+
+@cache
+def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, ahead: int = 0) -> Any:
+    """``f(g, u, v, new_u, new_v, kept, momentum, scale, threshold) -> mask`` for one block at these addresses.
+
+    Args:
+        kind: ``"plain"`` (no momentum), ``"momentum"`` or ``"nesterov"``.
+        grad, state: dtypes; ``Accumulation`` in float32, and bfloat16 states once more when stored.
+        past_cache: states are aligned to a vector, and are not kept in the cache.
+        clear: set the gradient to zero.
+        ahead: bytes of the state to fetch ahead, into the second cache: the first one's places for lines under way are
+            few, and the stores need them.
+
+    Bit ``i`` of the mask is set where ``|v'_i|`` is not below the threshold; ``kept`` gets another copy of v', to be
+    read at once.
+    """
+
+    @_intrinsic
+    def block(
+        _: Any, g: Any, u: Any, v: Any, new_u: Any, new_v: Any, kept: Any, momentum: Any, scale: Any, threshold: Any
+    ) -> Any:
+        address = (_types.int64,) * 6
+
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            g, u, v, new_u, new_v, kept, momentum, scale, threshold = args
+            m, s = splat(b, momentum, VF), splat(b, scale, VF)
+            least = b.bitcast(splat(b, threshold, VF), VI)
+            if state == "bfloat16":
+                least = b.trunc(b.lshr(least, _all(16)), VH)
+            mask = ir.Constant(I64, 0)
+            for start, size in ((g, ITEMSIZE[grad]), (u, ITEMSIZE[state]), (v, ITEMSIZE[state])) if ahead else ():
+                for line in range(0, BLOCK * size, LINE):
+                    _fetch(b, b.add(start, ir.Constant(I64, ahead * size // ITEMSIZE[state] + line)))
+            for j in range(BLOCK // LANES):
+                ul = None if kind == "plain" else _load(b, u, j, state)
+                un, vn = _stepped(b, kind, b.fmul(_load(b, g, j, grad), s), ul, _load(b, v, j, state), m)
+                if un is not None:
+                    _store(b, _rounded(b, un) if state == "bfloat16" else un, new_u, j, past_cache)
+                stored = _rounded(b, vn) if state == "bfloat16" else vn
+                _store(b, stored, new_v, j, past_cache)
+                _store(b, stored, kept, j, False)
+                # magnitudes compare like their bits, with NaN above infinity
+                bits = stored if state == "bfloat16" else b.bitcast(vn, VI)
+                largest = _all(0x7FFF, VH) if state == "bfloat16" else _all(0x7FFFFFFF)
+                high = b.icmp_unsigned(">=", b.and_(bits, largest), least)
+                found = b.zext(b.bitcast(high, I16), I64)
+                mask = b.or_(mask, b.shl(found, ir.Constant(I64, j * LANES)))
+                if clear:
+                    _store(b, _all(0) if grad == "float32" else _all(0, VH), g, j, False)
+            return mask
+
+        return _types.uint64(*address, _types.float32, _types.float32, _types.float32), generate
+
+    return block
+
+
+@cache
+def magnitudes(kind: str, grad: str, state: str) -> Any:
+    """``f(g, u, v, out, momentum, scale)``: ``|v'|`` of 16 elements at these addresses, as float32, to ``out``."""
+
+    @_intrinsic
+    def run(_: Any, g: Any, u: Any, v: Any, out: Any, momentum: Any, scale: Any) -> Any:
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            g, u, v, out, momentum, scale = args
+            gl = b.fmul(_load(b, g, 0, grad), splat(b, scale, VF))
+            ul = None if kind == "plain" else _load(b, u, 0, state)
+            _, x = _stepped(b, kind, gl, ul, _load(b, v, 0, state), splat(b, momentum, VF))
+            bits = b.shl(b.zext(_rounded(b, x), VI), _all(16)) if state == "bfloat16" else b.bitcast(x, VI)
+            _store(b, b.bitcast(b.and_(bits, _all(0x7FFFFFFF)), VF), out, 0, False)
+            return context.get_dummy_value()
+
+        return _types.void(*(_types.int64,) * 4, _types.float32, _types.float32), generate
+
+    return run
+
+
+@_intrinsic
+def fused(_: Any, x: Any, y: Any, z: Any) -> Any:
+    """``x y + z``, rounded once."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return _fused(b, *args)
+
+    return _types.float32(_types.float32, _types.float32, _types.float32), generate
+
+
+@cache
+def load(dtype: str) -> Any:
+    """``f(address) -> float32`` of one element."""
+
+    @_intrinsic
+    def one(_: Any, address: Any) -> Any:
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            kind = {"float32": F32, "bfloat16": I16, "float16": ir.HalfType()}[dtype]
+            x = b.load(b.inttoptr(args[0], kind.as_pointer()), align=ITEMSIZE[dtype])
+            if dtype == "float16":
+                return b.fpext(x, F32)
+            return b.bitcast(b.shl(b.zext(x, I32), ir.Constant(I32, 16)), F32) if dtype == "bfloat16" else x
+
+        return _types.float32(_types.int64), generate
+
+    return one
+
+
+@_intrinsic
+def fetch(_: Any, address: Any) -> Any:
+    """Ask for the cache line at ``address``."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        _fetch(b, args[0])
+        return context.get_dummy_value()
+
+    return _types.void(_types.int64), generate
+
+
+@_intrinsic
+def copy(_: Any, to: Any, source: Any, nbytes: Any) -> Any:
+    """``memcpy(to, source, nbytes)``."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        cgutils.raw_memcpy(b, b.inttoptr(args[0], byte), b.inttoptr(args[1], byte), args[2], 1)  # pyright: ignore[reportUnknownMemberType]
+        return context.get_dummy_value()
+
+    return _types.void(_types.int64, _types.int64, _types.int64), generate
+
+
+@_njit(nogil=True)
+def _collect(word: Any, first: int, kept: Any, indices: Any, values: Any, count: int) -> int:
+    """What the bits of a mask say stands in a block from ``first`` on, as far as there is room; counts all of it."""
+    one = numpy.uint64(1)
+    while word:
+        if count < indices.size:
+            j = lowest_bit(word)
+            indices[count], values[count] = first + j, kept[j]
+        word &= word - one
+        count += 1
+    return count
+
+
+@cache
+def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, clear: bool) -> Any:
+    """``f(g, u, v, new_u, new_v, n, momentum, scale, threshold, offset, indices, values) -> count``.
+
+    Args:
+        g, u, v, new_u, new_v: addresses of ``n`` elements each, the first of which is number ``offset``.
+        indices, values: room for what is not below the threshold; the count may exceed it. Values are bits.
+    """
+    block = accumulate(kind, grad, state, past_cache, clear, FETCHED)
+    edge = accumulate(kind, grad, state, False, clear)
+    wide_g, wide = BLOCK * ITEMSIZE[grad], BLOCK * ITEMSIZE[state]
+
+    @_njit(nogil=True)
+    def run(
+        g: int,
+        u: int,
+        v: int,
+        new_u: int,
+        new_v: int,
+        n: int,
+        momentum: float,
+        scale: float,
+        threshold: float,
+        offset: int,
+        indices: Any,
+        values: Any,
+    ) -> int:
+        m, s, t = numpy.float32(momentum), numpy.float32(scale), numpy.float32(threshold)
+        kept = numpy.empty(64, values.dtype)
+        k, whole, count = kept.ctypes.data, n // 64, 0
+        for i in range(whole):
+            a, b = i * wide_g, i * wide
+            word = block(g + a, u + b, v + b, new_u + b, new_v + b, k, m, s, t)
+            if word:
+                count = _collect(word, offset + i * 64, kept, indices, values, count)
+        rest = n - whole * 64
+        if rest:  # the last elements go through a block of their own
+            room = numpy.zeros((5, 64), numpy.float32)
+            r, step = room.ctypes.data, 256
+            a, b = whole * wide_g, whole * wide
+            rest_g, rest_s = rest * wide_g // 64, rest * wide // 64
+            copy(r, g + a, rest_g)
+            copy(r + step, u + b, rest_s)
+            copy(r + 2 * step, v + b, rest_s)
+            word = edge(r, r + step, r + 2 * step, r + 3 * step, r + 4 * step, k, m, s, t)
+            copy(g + a, r, rest_g)
+            if new_u != new_v:
+                copy(new_u + b, r + 3 * step, rest_s)
+            copy(new_v + b, r + 4 * step, rest_s)
+            word &= (numpy.uint64(1) << numpy.uint64(rest)) - numpy.uint64(1)
+            count = _collect(word, offset + whole * 64, kept, indices, values, count)
+            room[0, 0] = 0.0  # its memory is in use until here
+        kept[0] = 0  # as is this
+        return count
+
+    return run
+
+
+@cache
+def compiled_sample(kind: str, grad: str, state: str) -> Any:
+    """``f(g, u, v, start, stride, run, momentum, scale, out)``: magnitudes of what a pass would leave there."""
+    load_g, load_s, vector = load(grad), load(state), magnitudes(kind, grad, state)
+    size_g, size = ITEMSIZE[grad], ITEMSIZE[state]
+    plain, nesterov, short = kind == "plain", kind == "nesterov", state == "bfloat16"
+
+    @_njit(nogil=True)
+    def pick(
+        g: int, u: int, v: int, start: int, stride: int, run: int, momentum: float, scale: float, out: Any
+    ) -> None:
+        m, s = numpy.float32(momentum), numpy.float32(scale)
+        to, whole = out.ctypes.data, run // 16 * 16
+        for i in range(out.size // run):
+            first = start + i * stride
+            later = first + AHEAD * stride
+            fetch(g + later * size_g)
+            fetch(v + later * size)
+            if not plain:
+                fetch(u + later * size)
+            for at in range(0, whole, 16):
+                here = first + at
+                vector(g + here * size_g, u + here * size, v + here * size, to + (i * run + at) * 4, m, s)
+            for here in range(first + whole, first + run):
+                x, y = load_g(g + here * size_g) * s, load_s(v + here * size)
+                if plain:
+                    z = y + x
+                elif nesterov:
+                    z = (y + x) + (load_s(u + here * size) + x) * m
+                else:
+                    z = y + fused(load_s(u + here * size), m, x)
+                out[i * run + here - first] = abs(as_bfloat16(z)) if short else abs(z)
+
+    return pick

@@ -1,0 +1,80 @@
+"""Selection in fixed shapes: no size depends on a value, so on CUDA the host never waits to learn one.
+
+The k largest of a tensor stand in the k blocks of largest maximum, so two exact selections of a size that is known
+find them: one among the maxima, one among the elements of those blocks. What a threshold would have let pass can then
+be read off these k alone, and the rest is filled up, as in the message. The bits are those of the other kernels.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from thinwire.core.loops import Cut, Found
+
+
+def exactly(magnitude: Tensor, threshold: Tensor, k: int) -> Tensor:
+    """A mask of k of each row of ``[rows, n]``: what is above its threshold, and of what is equal to it the first."""
+    above, ties = magnitude > threshold, magnitude == threshold
+    place = ties.cumsum(1, dtype=torch.int32 if magnitude.shape[1] < 2**31 else torch.int64)
+    return above | (ties & (place <= k - above.sum(1, keepdim=True)))
+
+
+def kth(magnitude: Tensor, k: int) -> Tensor:
+    """``Kernels.kth``."""
+    return torch.topk(magnitude, k, sorted=False).values.nan_to_num(math.inf, math.inf).min()
+
+
+def largest(x: Tensor, k: int) -> Tensor:
+    """``Kernels.largest``."""
+    n = x.numel()
+    if k >= n:
+        return torch.arange(n, device=x.device)
+    if k == 0:
+        return torch.empty(0, dtype=torch.int64, device=x.device)
+    magnitude = _finite(x.abs())
+    chosen = exactly(magnitude.view(1, -1), kth(magnitude, k), k)
+    return torch.nonzero_static(chosen.view(-1), size=k).view(-1)
+
+
+def maxima(x: Tensor, block: int) -> Tensor:
+    """The largest magnitude of each whole ``block`` of ``x`` ``[n]``."""
+    return x[: x.numel() // block * block].view(-1, block).abs().amax(1)
+
+
+def within(x: Tensor, maxima: Tensor, block: int, cut: Cut) -> Found:
+    """``Kernels.look``, where the ``maxima`` of all whole blocks are known."""
+    indices, values = _largest_of(x, maxima, block, cut.k)
+    magnitude, levels = _finite(values.abs()), cut.levels()
+    passed = (magnitude >= levels.unsqueeze(1)).sum(1)  # of all that there is too, where fewer than k pass
+    which = (passed < cut.enough).sum().clamp_(max=cut.attempts)
+    return fill(indices, values.masked_fill(magnitude < levels.gather(0, which.view(1)), 0.0), cut.k)
+
+
+def _largest_of(x: Tensor, maxima: Tensor, block: int, k: int) -> Found:
+    """The k of largest magnitude; what is left over after the whole blocks is always looked at."""
+    whole = maxima.numel() * block
+    if k >= maxima.numel():
+        chosen = largest(x, k)
+        return chosen, x[chosen]
+    hot = largest(maxima, k)
+    some = torch.cat([x[:whole].view(-1, block).index_select(0, hot).view(-1), x[whole:]])
+    chosen = largest(some, k)
+    inside = hot[(chosen // block).clamp_(max=k - 1)] * block + chosen % block
+    return torch.where(chosen < k * block, inside, chosen + (whole - k * block)), some[chosen]
+
+
+def fill(indices: Tensor, values: Tensor, k: int) -> Found:
+    """``Kernels.fill``."""
+    missing = k - indices.numel()
+    indices, values = (torch.nn.functional.pad(t, (0, missing)) for t in (indices, values))
+    if not k:
+        return indices, values
+    there = values != 0  # NaN is
+    order = there.logical_not().to(torch.uint8).sort(stable=True).indices
+    return torch.where(there, indices, indices.where(there, 0).amax())[order], values[order]
+
+
+def _finite(magnitude: Tensor) -> Tensor:
+    """NaN is as large as infinity."""
+    return magnitude.nan_to_num_(math.inf, math.inf)

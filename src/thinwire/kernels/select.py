@@ -1,0 +1,53 @@
+"""Which kernels run: chosen once, at attach, and named in the ledger."""
+
+import importlib.util
+import os
+from typing import Literal, TypeAlias
+
+import torch
+
+from thinwire.core.errors import ThinwireError
+from thinwire.core.loops import Kernels
+from thinwire.kernels.reference import REFERENCE
+
+Choice: TypeAlias = Literal["auto", "reference", "cpu", "cuda"]
+
+
+def choose(asked: Choice, device: torch.device) -> tuple[Kernels, str | None]:
+    """The kernels for parameters on ``device``, and what a user should know about it.
+
+    Raises:
+        ThinwireError: kernels that are asked for by name are not there.
+    """
+    if asked not in ("auto", "reference", "cpu", "cuda"):
+        raise ThinwireError(f"kernels is {asked!r}; choose 'auto', 'reference', 'cpu' or 'cuda'")
+    kind = device.type if asked == "auto" else asked
+    missing = None
+    if kind == "reference":
+        return REFERENCE, None
+    if kind not in ("cpu", "cuda"):
+        missing = f"there are none for {device.type} tensors"
+    elif kind != device.type and not (kind == "cuda" and os.environ.get("TRITON_INTERPRET") == "1"):
+        missing = f"the parameters are on {device}"
+    elif kind == "cpu" and importlib.util.find_spec("numba") is None:
+        missing = "they need numba: pip install 'thinwire[cpu]'"
+    elif kind == "cuda" and importlib.util.find_spec("triton") is None:
+        missing = "they need triton, which comes with PyTorch for CUDA"
+    if missing is None:
+        try:
+            return _load(kind), None
+        except Exception as error:  # whatever a compiler that does not fit this machine raises
+            missing = f"they can't be loaded: {error!r:.200}"
+    if asked != "auto":
+        raise ThinwireError(f"kernels={asked!r} can't run: {missing}; kernels='auto' takes what there is")
+    return REFERENCE, f"kernels are plain PyTorch, which is slower: compiled ones are not used, since {missing}"
+
+
+def _load(kind: str) -> Kernels:
+    if kind == "cpu":
+        from thinwire.kernels.cpu import Cpu
+
+        return Cpu()
+    from thinwire.kernels.cuda import Cuda
+
+    return Cuda()

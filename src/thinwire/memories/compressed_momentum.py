@@ -1,0 +1,147 @@
+"""Memories for optimizers that divide by a variance: the momentum is exchanged, or the gradient, beside dense steps."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from thinwire.core.absorbed import Absorbed
+from thinwire.core.checks import real, settle
+from thinwire.core.context import NOWHERE, Context
+from thinwire.core.interfaces import Memory, State
+from thinwire.core.registry import register
+from thinwire.core.tensors import Decompressed, float_at_least_32
+from thinwire.memories.error_feedback import zeros
+
+
+@register("compressed_momentum")
+@dataclass(frozen=True)
+class CompressedMomentum(Memory):
+    """Exchanges Adam's momentum instead of the gradient, with error feedback; the optimizer gets the new momentum.
+
+    ``x_i = beta1 m + (1 - beta1) g_i + e_i``,  ``e_i = x_i - C(x_i)``,  ``m = mean_i C(x_i)``
+    Sent dense, by linearity, ``m`` is Adam's own: ``beta1 m + (1 - beta1) mean_i g_i``.
+
+    An element that the optimizer leaves out (its variance is 0, as of a position that never occurs) asks for nothing,
+    receives 0 and remembers nothing: one bit can't say 0.
+
+    Args:
+        beta1: in [0, 1). Set by the optimizer that is attached.
+
+    Raises:
+        ThinwireError: ``beta1`` outside its range.
+
+    State: ``m``, equal on all ranks, and ``e_i`` (``residual``): two words an element, where Adam's momentum is one.
+    Works in float32 (float64 for float64 gradients).
+
+    Example:
+        >>> memory = thinwire.CompressedMomentum(0.5)
+        >>> old = {"momentum": torch.tensor([2.0]), "residual": torch.tensor([0.25])}
+        >>> memory.compensate(torch.tensor([1.0]), torch.zeros(1), old, {"residual": torch.empty(1)})
+        tensor([1.7500])
+
+    Source: H. Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed",
+    2021, arXiv:2102.02888, algorithm 1.
+
+    Departures: what the owner of a run could not pass on goes to its own ``e_i`` (see ``exchange.two_phase``), where
+    the paper keeps a second buffer. Errors are in checkpoints, and at another world size each rank gets their mean.
+    """
+
+    feeds_back: ClassVar[bool] = True
+    gives: ClassVar[str] = "momentum"
+    derived: ClassVar[frozenset[str]] = frozenset({"live"})
+
+    beta1: float = 0.9
+
+    def __post_init__(self) -> None:
+        settle(self, beta1=real(0.0, 1.0, below=True, hint=", e.g. 0.9"))
+
+    @property
+    def residual_gain(self) -> float:
+        return 1.0 / (1.0 - self.beta1)
+
+    @property
+    def uncompressed(self) -> "CompressedMomentum":
+        return self
+
+    def dtype(self, grad: torch.dtype) -> torch.dtype:
+        return float_at_least_32(grad)
+
+    def init(self, like: Tensor) -> State:
+        return {"residual": zeros(like)}
+
+    def init_shared(self, like: Tensor) -> State:
+        return {"momentum": zeros(like)}
+
+    def compensate(
+        self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
+    ) -> Tensor:
+        x = torch.mul(old["momentum"], self.beta1, out=new["residual"])
+        x.add_(grad, alpha=(1.0 - self.beta1) * scale).add_(old["residual"])
+        return _alive(x, new)
+
+    def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
+        own.add_to(x, alpha=-1.0)  # x is new["residual"]
+        _alive(x, new)
+
+    def returned(self, rest: Decompressed, new: State) -> None:
+        rest.add_to(new["residual"])
+        _alive(new["residual"], new)
+
+    def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
+        new["momentum"].copy_(_alive(mean, old))
+        return mean
+
+    def absorb(self, settings: Absorbed) -> "CompressedMomentum":
+        return replace(self, beta1=settings.momentum)
+
+
+def _alive(x: Tensor, state: State) -> Tensor:
+    return x.mul_(state["live"]) if "live" in state else x
+
+
+@register("steady_feedback")
+@dataclass(frozen=True)
+class SteadyFeedback(Memory):
+    """Error feedback whose residual sits out dense steps, so that these bring the mean gradient and nothing else.
+
+    compressed: ``x_i = g_i + e_i``, ``e_i = x_i - C(x_i)``; dense: ``x_i = g_i``, ``e_i`` stays.
+    It is what a variance is measured with at dense steps: added to a gradient, ``e_i`` would count as noise.
+
+    State: one word an element. Works in float32 (float64 for float64 gradients).
+
+    Example:
+        >>> memory, x = thinwire.SteadyFeedback(), torch.tensor([1.0])
+        >>> new = {"residual": torch.empty(1)}
+        >>> memory.compensate(x, x, {"residual": torch.tensor([0.25])}, new)
+        tensor([1.2500])
+
+    Source: Y. Lu et al., "Maximizing Communication Efficiency for Large-scale Training via 0/1 Adam", 2022,
+    arXiv:2202.06009.
+    """
+
+    feeds_back: ClassVar[bool] = True
+    gives: ClassVar[str] = "gradient beside dense steps"
+
+    @property
+    def uncompressed(self) -> "SteadyFeedback":
+        return self
+
+    def dtype(self, grad: torch.dtype) -> torch.dtype:
+        return float_at_least_32(grad)
+
+    def init(self, like: Tensor) -> State:
+        return {"residual": zeros(like)}
+
+    def compensate(
+        self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
+    ) -> Tensor:
+        pending = torch.add(old["residual"], grad, alpha=scale, out=new["residual"])
+        return torch.mul(grad, scale).to(pending.dtype) if ctx.exact else pending
+
+    def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
+        own.add_to(new["residual"], alpha=-1.0)
+
+    def returned(self, rest: Decompressed, new: State) -> None:
+        rest.add_to(new["residual"])

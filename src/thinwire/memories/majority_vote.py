@@ -1,0 +1,77 @@
+"""The majority vote: what ranks send are votes, and only which side won counts."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from thinwire.core.checks import real, settle
+from thinwire.core.context import NOWHERE, Context
+from thinwire.core.interfaces import Compressor, Memory, State
+from thinwire.core.registry import register
+from thinwire.core.tensors import float_at_least_32
+from thinwire.memories.error_feedback import signs, zeros
+
+TIE = 1e-5
+"""What is closer to 0 than this, over the largest mean, is a tie, also where the mean itself was sent: votes are summed
+in floating point."""
+
+
+@register("majority_vote")
+@dataclass(frozen=True)
+class MajorityVote(Memory):
+    """signSGD with majority vote, and with a momentum Signum: the optimizer gets -1, 0 or 1.
+
+    ``m = beta m + (1 - beta) g``; ``m`` is compressed, by ``Sign(scale="none")``; the gradient is the sign of the mean.
+    What is lost is not remembered. A tie is 0 where votes are gathered; the owner of ``route="two_phase"`` has no
+    0 to send, and draws a sign by seed.
+
+    Args:
+        momentum: ``beta`` in [0, 1); leave the optimizer's own at 0.
+
+    State: one word an element, or none without a momentum.
+
+    Raises:
+        ThinwireError: ``momentum`` is outside its range.
+
+    Source: J. Bernstein, J. Zhao, K. Azizzadenesheli, A. Anandkumar, "signSGD with Majority Vote is Communication
+    Efficient And Fault Tolerant", 2019, arXiv:1810.05291, algorithm 1.
+
+    Departures: weight decay is the optimizer's, which adds it to the sign, as the paper does. A loss scale cancels.
+    """
+
+    # also without a momentum: the sign must stand beside gradients that have a loss scale
+    stateful: ClassVar[bool] = True
+
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        settle(self, momentum=real(0.0, 1.0, below=True, hint=", e.g. 0.9"))
+
+    def makes_up_for(self, compressor: Compressor) -> bool:
+        return compressor.votes
+
+    @property
+    def uncompressed(self) -> "MajorityVote":
+        return self
+
+    def dtype(self, grad: torch.dtype) -> torch.dtype:
+        return float_at_least_32(grad) if self.momentum else grad
+
+    def init(self, like: Tensor) -> State:
+        return {"momentum": zeros(like)} if self.momentum else {}
+
+    def compensate(
+        self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
+    ) -> Tensor:
+        if not self.momentum:
+            return grad if scale == 1.0 else grad.mul_(scale)
+        m = torch.mul(old["momentum"], self.momentum, out=new["momentum"])
+        return m.add_(grad, alpha=(1.0 - self.momentum) * scale)
+
+    def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
+        if mean.numel():
+            magnitude = mean.abs()
+            mean.masked_fill_(magnitude < TIE * magnitude.amax(), 0.0)
+        return signs(mean)

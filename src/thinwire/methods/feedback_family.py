@@ -1,0 +1,223 @@
+"""Error feedback and its relatives: what compression loses is remembered, as a residual or as a difference.
+
+Each takes a density, for Top-k, or any contractive compressor. Parameters of fewer than two dimensions are sent dense,
+and momentum, where the method has none of its own, stays with the user's optimizer.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict, Unpack
+
+from thinwire.compressors.cast import Cast
+from thinwire.compressors.sparse import TopK
+from thinwire.core.checks import texts
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor, Memory
+from thinwire.memories.error_feedback import ErrorFeedback, NoMemory
+from thinwire.memories.shifted import EF21, EControl
+from thinwire.methods.basic import IDENTITY
+from thinwire.methods.method import TYPICAL, Method, Route, Rule
+from thinwire.methods.warmup import Warmup
+
+
+class Options(TypedDict, total=False):
+    """What every recipe here takes besides; see ``thinwire.Method``."""
+
+    warmup: Warmup | int | None
+    clip: float | None
+    keep_dense: Sequence[str] | str
+    route: Route
+    second: float
+
+
+def ef14(compressor: float | Compressor, *, decay: float = 1.0, **options: Unpack[Options]) -> Method:
+    """Classical error feedback, with any contractive compressor.
+
+    ``x = e + g``,  ``e = x - C(x)``; the optimizer gets the mean of ``C(x)``. ``topk()`` is this with Top-k.
+
+    Args:
+        compressor: a density in (0, 1], for Top-k; or a compressor.
+        decay: see ``thinwire.ErrorFeedback``.
+        options: ``warmup`` (a number of steps is ``Warmup(steps)``), ``clip``, ``keep_dense`` (globs of parameter
+            names), ``route``, ``second``.
+
+    Raises:
+        ThinwireError: a value outside its range, or a compressor that may lose more than it is given.
+
+    **Wire**: that of the compressor.
+
+    Example:
+        >>> ef14(TopK(0.01) >> Cast("float16")).name
+        'ef14'
+
+    Source: S. Stich et al., "Sparsified SGD with Memory", 2018, arXiv:1809.07599.
+    """
+    return _method("ef14", compressor, ErrorFeedback(decay=decay), options)
+
+
+def ef21(compressor: float | Compressor, **options: Unpack[Options]) -> Method:
+    """EF21: sends differences between gradients and what was sent before.
+
+    ``h_i = h_i + C(g_i - h_i)``; the optimizer gets ``h = mean h_i``. With exact gradients it converges where error
+    feedback stalls on different data; with small batches it stalls at a floor that neither a smaller learning rate
+    nor more workers lower: there use ``ef21_sgdm``. Heavy ball (EF21-HB) is SGD's own ``momentum=``.
+
+    Args:
+        compressor, options: as for ``ef14``. ``warmup=Warmup(1, (1.0,))`` starts from the first gradient, sent dense.
+
+    Raises:
+        ThinwireError: as ``ef14``.
+
+    **Wire**: that of the compressor.
+
+    Example:
+        >>> ef21(0.01, warmup=Warmup(1, (1.0,))).rules[0].memory
+        EF21(eta=1.0, participation=1.0, downlink=None)
+
+    Source: see ``thinwire.EF21``. ``thinwire.methods.theory.ef21_step`` has the learning rate that is proven.
+    """
+    return _method("ef21", compressor, EF21(), options)
+
+
+def ef21_sgdm(compressor: float | Compressor, *, eta: float = 0.1, **options: Unpack[Options]) -> Method:
+    """EF21 with momentum: the family's default for stochastic training, on different data above all.
+
+    ``v_i = (1 - eta) v_i + eta g_i``,  ``h_i = h_i + C(v_i - h_i)``; the optimizer gets ``h = mean h_i``.
+    The learning rate is on the scale of an average: with ``eta=0.1``, 10 times that of SGD with momentum 0.9, whose
+    momentum must then be 0. What is sent dense is not averaged, which is the same learning rate there.
+
+    Args:
+        compressor, options: as for ``ef21``.
+        eta: weight of the newest gradient, in (0, 1]; a small one needs a small learning rate.
+
+    Raises:
+        ThinwireError: as ``ef14``.
+
+    **Wire**: that of the compressor.
+
+    Example:
+        >>> ef21_sgdm(0.01).rules[0].memory.eta
+        0.1
+
+    Source: I. Fatkhullin, A. Tyurin, P. Richtárik, "Momentum Provably Improves Error Feedback!", 2023,
+    arXiv:2305.15155, algorithm 1.
+    """
+    return _method("ef21_sgdm", compressor, EF21(eta), options)
+
+
+def ef21_w(compressor: float | Compressor, **options: Unpack[Options]) -> Method:
+    """EF21-W: EF21 with the larger learning rate ``thinwire.methods.theory.ef21_step(..., mean="arithmetic")``.
+
+    EF21-W weighs workers by ``w_i = L_i / sum L_j``: ``h_i = h_i + C(g_i / (N w_i) - h_i)``, and steps with
+    ``sum w_i h_i``. Where ``C(a x) = a C(x)`` for ``a > 0`` (Top-k, casts, scaled signs), ``H_i = N w_i h_i`` follows
+    ``H_i + N w_i C((g_i - H_i) / (N w_i)) = H_i + C(g_i - H_i)``, which is EF21, and ``sum w_i h_i = mean H_i``: both
+    take the same steps, so nothing remains to be weighed but the learning rate.
+
+    Args:
+        compressor, options: as for ``ef21``.
+
+    Raises:
+        ThinwireError: as ``ef14``.
+
+    **Wire**: that of the compressor.
+
+    Example:
+        >>> ef21_w(0.01).rules == ef21(0.01).rules
+        True
+
+    Source: P. Richtárik, E. Gasanov, K. Burlachenko, "Error Feedback Reloaded: From Quadratic to Arithmetic Mean of
+    Smoothness Constants", 2024, arXiv:2402.10774.
+    """
+    return _method("ef21_w", compressor, EF21(), options)
+
+
+def ef21_pp(compressor: float | Compressor, *, participation: float, **options: Unpack[Options]) -> Method:
+    """EF21 where each rank takes part in a step with a probability, and says nothing new otherwise.
+
+    Present: ``h_i = h_i + C(g_i - h_i)``; absent: ``h_i`` stays, in the mean too. The message of a rank that is absent
+    is as long, and says 0: a collective has one size.
+
+    Args:
+        compressor, options: as for ``ef21``.
+        participation: in (0, 1]; 1 is ``ef21``, bit for bit.
+
+    Raises:
+        ThinwireError: as ``ef14``.
+
+    **Wire**: that of the compressor.
+
+    Example:
+        >>> ef21_pp(0.01, participation=0.5).rules[0].memory.participation
+        0.5
+
+    Source: I. Fatkhullin et al., "EF21 with Bells & Whistles", 2021, arXiv:2110.03294, algorithm 3;
+    ``thinwire.methods.theory.ef21_pp_step`` has the learning rate.
+    """
+    return _method("ef21_pp", compressor, EF21(participation=participation), options)
+
+
+def ef21_bc(compressor: float | Compressor, downlink: float | Compressor, **options: Unpack[Options]) -> Method:
+    """EF21 with compression in both directions, as with a server that broadcasts what it compressed.
+
+    ``h_i = h_i + C(g_i - h_i)``,  ``s = s + downlink(mean h_i - s)``; the optimizer gets ``s``. Every rank does
+    the server's part alike, on what an all-gather brought it, so the downlink saves no byte here.
+
+    Args:
+        compressor, options: as for ``ef21``.
+        downlink: a density or a compressor, as ``compressor``.
+
+    Raises:
+        ThinwireError: as ``ef14``; or a downlink that keeps a state.
+
+    **Wire**: that of the compressor.
+
+    Example:
+        >>> ef21_bc(0.01, 0.05).rules[0].memory.downlink.density
+        0.05
+
+    Source: I. Fatkhullin et al., "EF21 with Bells & Whistles", 2021, arXiv:2110.03294, algorithm 5.
+    """
+    return _method("ef21_bc", compressor, EF21(downlink=_compressor(downlink)), options)
+
+
+def econtrol(compressor: float | Compressor, *, eta: float | None = None, **options: Unpack[Options]) -> Method:
+    """EControl: EF21 with a residual that comes back with the strength ``eta``.
+
+    ``x_i = eta e_i + g_i - h_i``,  ``h_i = h_i + C(x_i)``,  ``e_i = e_i + g_i - h_i``; the optimizer gets ``mean h_i``.
+
+    Args:
+        compressor, options: as for ``ef21``.
+        eta: in [0, 1]; None for the density, or for the contraction that the compressor promises for 2**20 elements.
+            Where that bound is loose, as for values in a code, give the density.
+
+    Raises:
+        ThinwireError: as ``ef14``; or nothing is known of the compressor's contraction.
+
+    **Wire**: that of the compressor.
+
+    Example:
+        >>> econtrol(0.01).rules[0].memory
+        EControl(eta=0.01)
+
+    Source: Y. Gao, R. Islamov, S. Stich, "EControl: Fast Distributed Optimization with Compression and Error Control",
+    2024, arXiv:2311.05645.
+    """
+    chosen = _compressor(compressor)
+    if eta is None:
+        eta = chosen.contraction(TYPICAL) if isinstance(compressor, Compressor) else compressor
+        if eta is None:
+            raise ThinwireError(f"nothing is known of the contraction of {compressor}; give econtrol an eta, e.g. 0.01")
+    return _method("econtrol", chosen, EControl(eta), options)
+
+
+def _compressor(given: float | Compressor) -> Compressor:
+    return given if isinstance(given, Compressor) else TopK(given)
+
+
+def _method(name: str, compressor: float | Compressor, memory: Memory, options: Options) -> Method:
+    rules = (
+        *(Rule(Cast(), NoMemory(), match=glob) for glob in texts("keep_dense", options.get("keep_dense", ()))),
+        Rule(_compressor(compressor), memory, min_ndim=2),
+        IDENTITY,
+    )
+    rest: Any = {key: value for key, value in options.items() if key != "keep_dense"}
+    return Method(name, rules, **rest)

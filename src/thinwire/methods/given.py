@@ -1,0 +1,81 @@
+"""A method as it may be given: a compressor or a rule becomes one, and what is none is told what it is."""
+
+from collections.abc import Callable
+from inspect import signature
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from thinwire import methods
+from thinwire.compressors.cast import Cast
+from thinwire.core import registry
+from thinwire.core.checks import shown
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor, Memory
+from thinwire.memories.error_feedback import ErrorFeedback, NoMemory
+from thinwire.methods.method import Method, Rule
+
+EXAMPLES = "thinwire.dgc(0.001) with SGD, thinwire.topk(0.01) with any optimizer, thinwire.dense()"
+RECIPES: dict[str, Callable[..., Method]] = {
+    name: getattr(methods, name) for name in methods.__all__ if callable(getattr(methods, name))
+}
+
+
+def method_of(given: Any) -> Method:
+    """The method that is meant.
+
+    A compressor is used as the recipes use theirs: on parameters of two dimensions and more, with error feedback where
+    it needs that, and what it declines is sent dense.
+
+    Raises:
+        ThinwireError: it is none.
+    """
+    if isinstance(given, Method):
+        return given
+    if isinstance(given, Compressor):
+        registry.to_json(given)  # says what is missing of one that ranks could not compare
+        memory = ErrorFeedback() if given.needs_feedback else NoMemory()
+        return _with_rest(Rule(given, memory, min_ndim=2))
+    if isinstance(given, Rule):
+        return _with_rest(given)
+    raise ThinwireError(f"method is {_wrong(given)}")
+
+
+def _with_rest(rule: Rule) -> Method:
+    """A rule, and what is right beside it for parameters that it is not for."""
+    return Method(rule.compressor.title, (rule, Rule(Cast(), rule.memory.uncompressed or NoMemory())))
+
+
+def _wrong(given: Any) -> str:
+    """What was given instead of a method, and the way out."""
+    if isinstance(given, str):
+        name = given.strip().lower().removeprefix("thinwire.").removesuffix("()")
+        if name in RECIPES:
+            return f"the text {given!r}; pass thinwire.{name}({_needs(RECIPES[name])}), without quotes"
+        return f"the text {shown(given)}; pass a method, e.g. {EXAMPLES}"
+    for name, recipe in RECIPES.items():
+        if given is recipe:
+            return f"the function thinwire.{name} itself; call it: thinwire.{name}({_needs(recipe)})"
+    if isinstance(given, type):
+        if issubclass(given, Compressor):
+            return f"the class {given.__name__}; make one of it: {given.__name__}(...), e.g. thinwire.TopK(0.01)"
+        return f"the class {given.__name__}; pass a method, e.g. {EXAMPLES}"
+    if isinstance(given, Memory):
+        kind = type(given).__name__
+        return f"a memory, {kind}, which is one half; pass thinwire.Rule(thinwire.TopK(0.01), {kind}(...))"
+    if isinstance(given, torch.optim.Optimizer):
+        return f"an optimizer, {type(given).__name__}; pass it by name: attach(model, method, optimizer=optimizer)"
+    if isinstance(given, nn.Module):
+        return f"a model, {type(given).__name__}; the model comes first and the method second: attach(model, method)"
+    if isinstance(given, (bool, int, float)):
+        return f"the number {shown(given)}; say of which method it is, e.g. {EXAMPLES}"
+    if isinstance(given, (list, tuple)):
+        return "a list; put rules into a method: thinwire.Method('mine', rules)"
+    return f"{shown(cast(object, given))}; pass a method, e.g. {EXAMPLES}"
+
+
+def _needs(recipe: Callable[..., Method]) -> str:
+    """What a call of a recipe can't do without."""
+    needed = [p for p in signature(recipe).parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    return ", ".join("0.01" if p.kind is p.POSITIONAL_OR_KEYWORD else f"{p.name}=0.5" for p in needed)

@@ -1,0 +1,163 @@
+"""What a method is: ordered rules that say, for every parameter, how it is compressed and what is remembered.
+
+A method is a value: it goes to JSON and back, and ranks compare it before they exchange anything.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+from thinwire.core import registry
+from thinwire.core.checks import of_type, one_of, optional, real, settle, shown, whole
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor, Memory
+from thinwire.methods.warmup import Warmup
+
+TYPICAL = 2**20
+"""Elements for which a rule is checked."""
+Route: TypeAlias = Literal["all_gather", "two_phase", "auto"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Parameters whose name fits the glob ``match`` and that are large enough get this compressor and memory."""
+
+    compressor: Compressor
+    memory: Memory
+    match: str = "*"
+    min_ndim: int = 0
+    min_numel: int = 0
+
+    def __post_init__(self) -> None:
+        example = "a rule is Rule(compressor, memory), e.g. Rule(TopK(0.01), ErrorFeedback())"
+        settle(
+            self,
+            compressor=of_type(Compressor, example),
+            memory=of_type(Memory, example),
+            match=of_type(str, "it is a glob of parameter names, e.g. '*.weight'"),
+            min_ndim=whole(0),
+            min_numel=whole(0),
+        )
+        kind = self.compressor.title
+        if self.compressor.needs_feedback and not self.memory.makes_up_for(self.compressor):
+            raise ThinwireError(
+                f"{kind} is biased, and {type(self.memory).__name__} forgets what it does not send: training need not "
+                "converge; use a memory like ErrorFeedback(), or an unbiased compressor such as RandK or QSGD"
+            )
+        alpha = self.compressor.contraction(TYPICAL)
+        if self.memory.feeds_back and alpha is not None and alpha <= 0.0:
+            scaled = "" if self.compressor.variance(TYPICAL) is None else f"Scaled({kind}(...)), "
+            raise ThinwireError(
+                f"{kind} may lose more than it is given, so what {type(self.memory).__name__} remembers could grow "
+                f"without bound; use {scaled}more bits, smaller buckets, or NoMemory()"
+            )
+
+    def means(self, name: str, shape: Sequence[int], numel: int) -> bool:
+        """Whether the rule is written for such a parameter; its compressor may decline it all the same."""
+        return len(shape) >= self.min_ndim and numel >= self.min_numel and fnmatchcase(name, self.match)
+
+
+def _rules(name: str, value: Any) -> tuple[Rule, ...]:
+    given: tuple[object, ...] = tuple(cast("list[object]", value)) if isinstance(value, (list, tuple)) else (value,)
+    if not given or not all(isinstance(rule, Rule) for rule in given):
+        raise ThinwireError(
+            f"{name} is {shown(cast(object, value))}; a method has a tuple of rules, e.g. "
+            "(Rule(TopK(0.01), ErrorFeedback()), Rule(Cast(), NoMemory()))"
+        )
+    return cast("tuple[Rule, ...]", given)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Rules in order, of which the first that fits counts; and what concerns all parameters together.
+
+    Args:
+        name: how tables call it.
+        rules: the last should fit every parameter.
+        clip: norm of the mean gradient above which each rank clips its own gradient before it is remembered; the
+            local threshold is ``clip * sqrt(N)``. None for no clipping.
+        warmup: the densities of the first steps.
+        route: how compressed units travel. ``"all_gather"``: each payload to every other rank; ``"two_phase"``: pieces
+            to their owners and the mean to all, which takes the same bytes for any number of workers, and compresses
+            twice; ``"auto"``: the faster of the two for each bucket.
+        second: density of the second phase over that of the first, above 0.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    clip: float | None = None
+    warmup: Warmup | None = None
+    route: Route = "all_gather"
+    second: float = 1.0
+
+    def __post_init__(self) -> None:
+        settle(
+            self,
+            name=of_type(str, "it is the method's name in tables, e.g. 'mine'"),
+            rules=_rules,
+            clip=optional(real(0.0, above=True, hint=", or None for no clipping")),
+            warmup=Warmup.read,
+            route=one_of(*get_args(Route)),
+            second=real(0.0, above=True, hint=": it multiplies the density"),
+        )
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether the method takes momentum and weight decay over from the optimizer."""
+        return any(rule.memory.absorbs for rule in self.rules)
+
+    def rule(self, name: str, shape: Sequence[int], numel: int) -> Rule:
+        """The first rule that fits."""
+        return self.choice(name, shape, numel)[0]
+
+    def choice(self, name: str, shape: Sequence[int], numel: int) -> tuple[Rule, str | None]:
+        """The first rule that fits, and why the compressor of one before it declined, if one did."""
+        reason: str | None = None
+        for rule in self.rules:
+            if rule.means(name, shape, numel):
+                why = rule.compressor.declines(shape)
+                if why is None:
+                    return rule, reason
+                reason = f"{type(rule.compressor).__name__} left it: {why}"
+        raise ThinwireError(
+            f"no rule of {self.name} fits parameter {name!r} of shape {tuple(shape)}; "
+            "end the rules with Rule(Cast(), NoMemory())"
+        )
+
+    def to_json(self) -> str:
+        rules = [
+            {
+                "compressor": registry.to_json(rule.compressor),
+                "memory": registry.to_json(rule.memory),
+                "match": rule.match,
+                "min_ndim": rule.min_ndim,
+                "min_numel": rule.min_numel,
+            }
+            for rule in self.rules
+        ]
+        warmup = asdict(self.warmup) if self.warmup else None
+        rest = {"clip": self.clip, "warmup": warmup, "route": self.route, "second": self.second}
+        return json.dumps({"name": self.name, "rules": rules, **rest}, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> "Method":
+        """The method that ``to_json`` wrote."""
+        try:
+            data: dict[str, Any] = json.loads(text)
+            rules = tuple(
+                Rule(
+                    **{
+                        **rule,
+                        "compressor": registry.from_json(rule["compressor"], registry.COMPRESSORS),
+                        "memory": registry.from_json(rule["memory"], registry.MEMORIES),
+                    }
+                )
+                for rule in data["rules"]
+            )
+            warmup = Warmup(**data["warmup"]) if data["warmup"] else None
+            routing = {key: data[key] for key in ("route", "second") if key in data}  # older ones have neither
+            return Method(data["name"], rules, data["clip"], warmup, **routing)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ThinwireError(f"this is not a method in JSON: {error!r}") from error

@@ -1,0 +1,131 @@
+"""Learning rates that are proven, from smoothness constants: for experiments on problems whose constants are known.
+
+Networks have none that is of use; in practice the EF21 papers try powers of two times these.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from thinwire.core.errors import ThinwireError
+
+Mean: TypeAlias = Literal["quadratic", "arithmetic"]
+
+
+def xi(alpha: float) -> float:
+    """How much EF21 multiplies the smoothness of the workers by: ``sqrt(beta / theta) = (1 + sqrt(1 - a)) / a - 1``.
+
+    ``theta = 1 - sqrt(1 - a)``, ``beta = (1 - a) / theta``; about ``2 / a`` for a small ``a``.
+
+    Args:
+        alpha: contraction of the compressor in (0, 1]; ``k / n`` for Top-k.
+
+    Raises:
+        ThinwireError: ``alpha`` outside its range.
+
+    Example:
+        >>> round(xi(1 / 68), 1), xi(1.0)
+        (134.5, 0.0)
+
+    Source: P. Richtárik et al., "EF21", 2021, arXiv:2106.05203, theorem 1.
+    """
+    if not 0.0 < alpha <= 1.0:
+        raise ThinwireError(f"alpha is {alpha}; a contraction is in (0, 1], k / n for Top-k")
+    return (1.0 + math.sqrt(1.0 - alpha)) / alpha - 1.0
+
+
+def ef21_step(smoothness: float, each: Sequence[float], alpha: float, mean: Mean = "quadratic") -> float:
+    """The learning rate of EF21, ``1 / (L + M xi(alpha))`` with ``M`` a mean of the workers' ``L_i``.
+
+    Args:
+        smoothness: ``L`` of the average of all workers' functions.
+        each: ``L_i`` of each worker's own.
+        alpha: contraction of the compressor, in (0, 1].
+        mean: ``"quadratic"`` as EF21 was published; ``"arithmetic"``, which is less, as EF21-W showed to be enough.
+
+    Raises:
+        ThinwireError: a value outside its range.
+
+    Example:
+        >>> ef21_step(1.0, [1.0, 3.0], 0.1, "arithmetic") > ef21_step(1.0, [1.0, 3.0], 0.1)
+        True
+
+    Source: P. Richtárik et al., "EF21", 2021, arXiv:2106.05203, theorem 1; P. Richtárik, E. Gasanov, K. Burlachenko,
+    "Error Feedback Reloaded", 2024, arXiv:2402.10774.
+    """
+    return 1.0 / (_checked(smoothness, each) + _mean(each, mean) * xi(alpha))
+
+
+def ef21_pp_step(smoothness: float, each: Sequence[float], alpha: float, participation: float) -> float:
+    """The learning rate of EF21 where each worker takes part with the probability ``p``.
+
+    ``1 / (L + sqrt(B / t))`` with ``t = theta p - rho (1 - p)``, ``B = (beta p + (1 + 1 / rho)(1 - p)) mean L_i^2``
+    and ``rho = theta p / (2 (1 - p))``, so that ``t = theta p / 2``; ``theta`` and ``beta`` as in ``xi``.
+
+    Args:
+        smoothness, each, alpha: as for ``ef21_step``.
+        participation: ``p`` in (0, 1]; at 1 it is ``ef21_step``.
+
+    Raises:
+        ThinwireError: a value outside its range.
+
+    Example:
+        >>> 0 < ef21_pp_step(1.0, [1.0, 3.0], 0.001, 0.5) < ef21_step(1.0, [1.0, 3.0], 0.001)
+        True
+
+    Source: I. Fatkhullin et al., "EF21 with Bells & Whistles", 2021, arXiv:2110.03294, theorem 7.
+
+    Departures: the authors' code fixes ``s = rho = 0.001``, which has no step for ``alpha <= 0.001``; here ``s`` is
+    that of EF21, ``1 / sqrt(1 - alpha) - 1``.
+    """
+    p, ratio = participation, xi(alpha)
+    if not 0.0 < p <= 1.0:
+        raise ThinwireError(f"participation is {p}; it is a probability and must be in (0, 1]")
+    if p == 1.0:
+        return ef21_step(smoothness, each, alpha)
+    theta = alpha / (1.0 + math.sqrt(1.0 - alpha))  # without the cancellation of 1 - sqrt(1 - alpha)
+    rho = theta * p / (2.0 * (1.0 - p))
+    spread = ratio * ratio * theta * p + (1.0 + 1.0 / rho) * (1.0 - p)  # beta = xi^2 theta
+    return 1.0 / (_checked(smoothness, each) + _mean(each, "quadratic") * math.sqrt(spread / (theta * p / 2.0)))
+
+
+def logistic_smoothness(features: Tensor, regularizer: float = 0.0) -> float:
+    """Smoothness of a logistic loss on ``features`` with a non-convex regulariser: ``lambda_max(A^T A) / (4 n) + 2 r``.
+
+    ``f(x) = mean log(1 + exp(-y a.x)) + r sum x_j^2 / (1 + x_j^2)``.
+
+    Args:
+        features: ``A`` ``[n, d]``, a row an example.
+        regularizer: ``r``, at least 0.
+
+    Raises:
+        ThinwireError: no examples, or a negative regulariser.
+
+    Example:
+        >>> logistic_smoothness(torch.eye(2, dtype=torch.float64) * 4.0, 0.1)
+        2.2
+    """
+    if features.ndim != 2 or features.shape[0] == 0 or not regularizer >= 0.0:
+        raise ThinwireError(
+            f"features are of shape {tuple(features.shape)} and the regularizer is {regularizer}; "
+            "[examples, features] with at least one example and a number from 0 on are needed"
+        )
+    wide = features.double()
+    eigenvalues = cast(Tensor, torch.linalg.eigvalsh(wide.T @ wide))
+    return eigenvalues[-1].item() / (4 * wide.shape[0]) + 2.0 * regularizer
+
+
+def _checked(smoothness: float, each: Sequence[float]) -> float:
+    if not smoothness > 0.0 or not each or not all(value > 0.0 for value in each):
+        raise ThinwireError(f"smoothness constants must be above 0, and one a worker; got {smoothness}, {list(each)}")
+    return smoothness
+
+
+def _mean(each: Sequence[float], kind: Mean) -> float:
+    if kind not in ("quadratic", "arithmetic"):
+        raise ThinwireError(f"mean is {kind!r}; choose 'quadratic' or 'arithmetic'")
+    power = 2 if kind == "quadratic" else 1
+    return (sum(value**power for value in each) / len(each)) ** (1 / power)

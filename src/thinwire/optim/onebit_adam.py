@@ -1,0 +1,186 @@
+"""Adam on thin wires: 1-bit Adam, which freezes the variance and exchanges the momentum, and 0/1 Adam."""
+
+import math
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from thinwire.core.errors import ThinwireError
+from thinwire.core.sharding import own, wrapped
+from thinwire.optim.partner import FreezeStep, Freezing, Partner, fresh
+from thinwire.optim.rare import is_sparse, lifted, quiet
+
+
+class OneBitAdam(Freezing):
+    """AdamW that exchanges its momentum in one bit an element, once the variance is frozen; with ``onebit_adam()``.
+
+    dense:   ``m = mean_i (beta1 m + (1 - beta1) g_i)``, ``v = beta2 v + (1 - beta2) g^2``, AdamW's step
+    frozen:  ``m = C-mean_i(beta1 m + (1 - beta1) g_i)``, ``x -= lr (m / (sqrt(v_hat) + eps) + weight_decay x)``
+    ``g = (m' - beta1 m) / (1 - beta1)``; ``v_hat = v / (1 - beta2^t)`` of the last dense step.
+
+    Do not scale or clip ``grad`` between backward and step: it is the momentum. ``onebit_adam(clip=)`` clips.
+
+    Args:
+        params: of the model that is attached.
+        lr: learning rate.
+        betas: of the momentum, which the exchange takes over, and of the variance.
+        eps: added to the root of the variance.
+        weight_decay: decoupled, as in AdamW.
+        freeze_step: how many steps are dense, the paper's advice is 15 to 25 % of the training and not less than the
+            warm-up of the learning rate; ``"auto"``: until the variance has settled (see ``Freezing``); None: always.
+        bias_correction: as in Adam. The momentum's ends with the dense steps; the variance's is frozen with it. False
+            is what DeepSpeed did.
+
+    Raises:
+        ThinwireError: a value outside its range.
+
+    State: ``exp_avg_sq``, and ``exp_avg`` until the variance is frozen; the momentum itself is the memory's.
+
+    Source: H. Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed",
+    2021, arXiv:2102.02888, algorithm 1.
+
+    Departures: bias correction; the scale of a block is its l1 mean, not the l2 norm of a tensor, which does not
+    contract; the ratio test looks at the variance without bias, and in both directions; elements whose variance is 0 at
+    the switch are left out. Tensors of which over a quarter had no gradient in the last dense step (rare features) stay
+    dense, and their variance follows; variances far below their block's are lifted (``optim.rare``).
+    """
+
+    recipe: ClassVar[str] = "thinwire.onebit_adam()"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        freeze_step: FreezeStep = "auto",
+        bias_correction: bool = True,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, freeze_step, bias_correction)
+
+    def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        fresh(state, param, "exp_avg", "exp_avg_sq")
+        fixed = self.fixed(state)
+        if fixed:
+            state.pop("exp_avg", None)
+        else:
+            g = self.recovered(grad, state, beta1)
+            state["step"] += 1
+            refresh(state["exp_avg_sq"], g, beta2)
+            self.look(g, state)
+            state["exp_avg"].copy_(grad)
+        t = float(state["step"]) if group["bias_correction"] else math.inf
+        apply(param, grad, state["exp_avg_sq"], group, math.inf if fixed else t, t)
+
+
+class ZeroOneAdam(Partner):
+    """AdamW whose variance is refreshed by ever rarer dense steps; between them gradients have one bit an element.
+
+    ``t in T_v``: dense, and ``v = beta2 v + (1 - beta2) g^2``; else one bit, and ``v`` stays. ``m = beta1 m + (1 -
+    beta1) g`` at all steps. The gaps of ``T_v`` begin at 1 and double after every ``refreshes`` of them.
+    With ``zeroone_adam()``.
+
+    Args:
+        params, lr, betas, eps, weight_decay: as for ``OneBitAdam``.
+        refreshes: dense steps after which the gap doubles.
+        freeze_step: steps after which the variance is not refreshed any more; None: it always is.
+
+    Raises:
+        ThinwireError: a value outside its range.
+
+    State: ``exp_avg`` and ``exp_avg_sq``, as Adam.
+
+    Source: Y. Lu et al., "Maximizing Communication Efficiency for Large-scale Training via 0/1 Adam", 2022,
+    arXiv:2202.06009, algorithm 1; the gaps as in its code.
+
+    Departures: ranks exchange at every step. The paper's second half, local steps between ever rarer exchanges, moves
+    the replicas apart, which nothing here allows. Bias correction by the number of refreshes. A weight whose variance
+    is still 0 does not move. Rare features: as in ``OneBitAdam``.
+    """
+
+    takes: ClassVar[str] = "gradient beside dense steps"
+    recipe: ClassVar[str] = "thinwire.zeroone_adam()"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        refreshes: int = 16,
+        freeze_step: int | None = None,
+    ) -> None:
+        if not (type(refreshes) is int and refreshes >= 1):
+            raise ThinwireError(f"refreshes is {refreshes!r}; it must be a number from 1 on, e.g. 16")
+        if freeze_step is not None and not (type(freeze_step) is int and freeze_step >= 1):
+            raise ThinwireError(f"freeze_step is {freeze_step!r}; give a number of steps from 1 on, or None for never")
+        rest = {"weight_decay": weight_decay, "refreshes": refreshes, "freeze_step": freeze_step}
+        super().__init__(params, lr, betas, eps, **rest)
+
+    def rule(self) -> str:
+        group = self.param_groups[0]
+        return f"{super().rule()}, refreshes {group['refreshes']}, freeze_step {group['freeze_step']}"
+
+    def density(self, ahead: int = 0) -> float | None:
+        return 1.0 if self._refreshes(max(0, self.steps + ahead)) else None
+
+    def _refreshes(self, step: int) -> bool:
+        group = self.param_groups[0]
+        return is_refresh(step, group["refreshes"]) and step < (group["freeze_step"] or math.inf)
+
+    def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        fresh(state, param, "exp_avg", "exp_avg_sq")
+        if not state.keys() & {"refreshed"}:
+            state["refreshed"] = 0
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        state["step"] += 1
+        m.mul_(beta1).add_(grad, alpha=1.0 - beta1)
+        dense = self._refreshes(self.steps)
+        if dense or state.get("kept"):
+            g = grad.to(v.dtype)
+            state["refreshed"] += 1
+            refresh(v, g, beta2)
+            if dense and not self._refreshes(self.steps + 1):
+                state["kept"] = is_sparse(quiet(g, v))
+                state["small"] = 0 if state["kept"] else lifted(v)[1]
+        if not dense and state.get("small"):
+            v = wrapped(lifted(v)[0].as_strided(own(v).shape, own(v).stride()), v)
+        apply(param, m * (v != 0), v, group, float(state["step"]), float(state["refreshed"]))
+
+    def after(self) -> None:
+        if self._refreshes(self.steps - 1) and not self._refreshes(self.steps):
+            small = sum(state.get("small", 0) for _, state, _ in self.variances())
+            if small:
+                self.note(f"{small:,} variances are next to nothing and count as a hundredth of their block's")
+            self.say_kept()
+
+
+def is_refresh(step: int, each: int) -> bool:
+    """Whether ``step`` is in the set that has ``each`` steps at every gap 1, 2, 4, ... from 0 on."""
+    gap = 1 << ((step // each + 1).bit_length() - 1)  # gaps of 2^j begin at each (2^j - 1)
+    return (step - each * (gap - 1)) % gap == 0
+
+
+def refresh(v: Tensor, g: Tensor, beta2: float) -> None:
+    """``v = beta2 v + (1 - beta2) g^2``."""
+    v.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
+
+
+def denominator(v: Tensor, t: float, group: dict[str, Any]) -> Tensor:
+    """``sqrt(v / (1 - beta2^t)) + eps``, without the bias of ``t`` steps; infinite for none to be corrected."""
+    beta2 = group["betas"][1]
+    return v.sqrt().div_(math.sqrt(1.0 - beta2**t) if t else 1.0).add_(group["eps"])
+
+
+def apply(param: Tensor, m: Tensor, v: Tensor, group: dict[str, Any], t_m: float, t_v: float) -> None:
+    """AdamW's step, with biases of ``t_m`` and ``t_v`` steps corrected."""
+    lr = float(group["lr"])
+    param.mul_(1.0 - lr * group["weight_decay"])
+    param.addcdiv_(m, denominator(v, t_v, group), value=-lr / (1.0 - group["betas"][0] ** t_m))

@@ -1,0 +1,177 @@
+"""What ``attach`` is asked for, looked at before anything is changed or sent: each is of its kind, or an error."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from thinwire.comm.link import Link
+from thinwire.core import checks
+from thinwire.core.checks import Check, of_type, optional, shown, whole
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor
+from thinwire.methods.given import method_of
+from thinwire.methods.method import Rule
+from thinwire.session.optimizers import Optimizers, Several
+
+SCALES = ("get_scale", "is_enabled")
+ORDER = "the model comes first and the method second: attach(model, thinwire.dgc(), optimizer=optimizer)"
+
+
+def unwrapped(given: Any) -> Any:
+    """The DDP model that went through ``torch.compile``; everything else as it is."""
+    inner = getattr(given, "_orig_mod", None)
+    return inner if isinstance(inner, DistributedDataParallel) else given
+
+
+def model_of(model: Any, groups: bool) -> nn.Module:
+    """The model to attach to.
+
+    Args:
+        groups: whether process groups were set up.
+
+    Raises:
+        ThinwireError: it is no model, or one that nothing can be attached to.
+    """
+    if not isinstance(model, nn.Module):
+        raise ThinwireError(f"model is {_wrong_model(model)}")
+    if isinstance(model, nn.DataParallel):
+        raise ThinwireError(
+            "the model is a DataParallel, which is one process and exchanges no gradients; start a process for each "
+            "device (torchrun) and wrap the model in DistributedDataParallel"
+        )
+    if not groups:
+        raise ThinwireError(
+            "there is no process group; call torch.distributed.init_process_group(...) first, in processes that "
+            "torchrun starts (thinwire.simulate(...) needs neither)"
+        )
+    return model
+
+
+def _wrong_model(given: Any) -> str:
+    if isinstance(given, type):
+        return f"the class {given.__name__}; make a model of it, and wrap it in DistributedDataParallel"
+    if isinstance(given, torch.optim.Optimizer):
+        return f"an optimizer, {type(given).__name__}; {ORDER}"
+    if inspect.isgenerator(given) or isinstance(given, (list, tuple, Tensor)):
+        return f"{_parameters(given)}; pass the model itself"
+    try:
+        name = method_of(given).name
+    except ThinwireError:
+        return f"{shown(given)}; {ORDER}"
+    return f"a method, {name}; {ORDER}"
+
+
+def inside(model: nn.Module) -> str:
+    """Where a DDP model stands inside of another module, for an error; empty where there is none."""
+    modules: list[tuple[str, nn.Module]] = [*model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
+    names = [name for name, module in modules if isinstance(module, DistributedDataParallel)]
+    return f"; attach to the DistributedDataParallel inside of it, model.{names[0]}" if names else ""
+
+
+def optimizer_of(name: str, given: Any) -> Any:
+    """One optimizer, several that are joined, or None.
+
+    Raises:
+        ThinwireError: it is something else.
+    """
+    if given is None or isinstance(given, (torch.optim.Optimizer, Several)):
+        return given
+    example = "pass the optimizer that steps, e.g. optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)"
+    if isinstance(given, type):
+        kind = given.__name__
+        raise ThinwireError(f"{name} is the class {kind}; call it: {kind}(model.parameters(), lr=0.1)")
+    if isinstance(given, nn.Module):
+        raise ThinwireError(f"{name} is a model, {type(given).__name__}; {example}")
+    if inspect.isgenerator(given) or isinstance(given, (list, tuple, Tensor)):
+        raise ThinwireError(f"{name} is {_parameters(given)}; {example}")
+    raise ThinwireError(f"{name} is {shown(cast(object, given))}; {example}")
+
+
+def _parameters(given: Any) -> str:
+    if inspect.isgenerator(given):
+        return "a generator, such as model.parameters()"
+    return f"a {type(given).__name__}" if isinstance(given, Tensor) else f"a {type(given).__name__} of {len(given)}"
+
+
+def _scaler(name: str, given: Any) -> Any:
+    if given is not None and (isinstance(given, type) or not all(hasattr(given, key) for key in SCALES)):
+        raise ThinwireError(f"{name} is {shown(given)}; pass the GradScaler of the run: torch.amp.GradScaler(...)")
+    return given
+
+
+def _policy(name: str, given: Any) -> Any:
+    if given is not None and (isinstance(given, type) or not hasattr(given, "after_step")):
+        raise ThinwireError(f"{name} is {shown(given)}; pass a policy with after_step(session), e.g. thinwire.LGreCo()")
+    return given
+
+
+def _nodes(name: str, given: Any) -> Any:
+    if given is None or isinstance(given, DeviceMesh):
+        return given
+    return whole(1, says="it is the ranks of a node, e.g. 8, or a DeviceMesh of two dimensions")(name, given)
+
+
+def _group(name: str, given: Any) -> Any:
+    if given is None or given is dist.GroupMember.NON_GROUP_MEMBER:
+        return given
+    says = "pass the ranks that train the model: dist.group.WORLD, or what dist.new_group(ranks) answers"
+    return of_type(dist.ProcessGroup, says)(name, given)
+
+
+MESH = of_type(DeviceMesh, 'pass a mesh of one dimension, e.g. mesh["replicate"] of init_device_mesh(...)')
+CODER = of_type(Compressor, "pass a compressor, e.g. thinwire.Quantize(8)")
+RULED = of_type((Compressor, Rule), "pass a compressor, e.g. thinwire.Quantize(8, rounding='stochastic'), or a Rule")
+OPTIONS: dict[str, Check] = {
+    "seed": checks.seed,
+    "link": Link.read,
+    "scaler": _scaler,
+    "on_nonfinite": checks.one_of("skip", "raise"),
+    "timeout": checks.seconds,
+    "kernels": checks.one_of("auto", "reference", "cpu", "cuda"),
+    "nodes": _nodes,
+    "process_group": _group,
+    "sparse_gradients": checks.flag,
+    "replicate": optional(MESH),
+    "reduce_scatter": optional(RULED),
+    "all_gather": optional(CODER),
+    "policy": _policy,
+}
+
+
+def options(**given: Any) -> dict[str, Any]:
+    """The options of ``attach`` or ``simulate`` as they are meant.
+
+    Raises:
+        ThinwireError: one is not of its kind.
+    """
+    return {name: OPTIONS[name](name, value) for name, value in given.items()}
+
+
+def check_held(named: Sequence[tuple[str, Tensor]], optimizer: Optimizers | None) -> None:
+    """An optimizer that holds no parameter of the model steps something else.
+
+    Raises:
+        ThinwireError: it is such a one.
+    """
+    if optimizer is None:
+        return
+    held = [cast(Tensor, param) for group in optimizer.param_groups for param in group["params"]]
+    known = {id(param) for param in held}
+    if any(id(param) in known for _, param in named):
+        return
+    if isinstance(named[0][1], DTensor) and not any(isinstance(param, DTensor) for param in held):
+        raise ThinwireError(
+            "the optimizer was built before fully_shard(), which replaced the parameters by sharded ones, so it would "
+            "step what the model no longer uses; build the optimizer after fully_shard()"
+        )
+    raise ThinwireError(
+        f"the optimizer holds none of the model's parameters (e.g. {named[0][0]!r}); build it of this model, after "
+        "whatever replaces its parameters"
+    )

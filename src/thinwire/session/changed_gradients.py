@@ -1,0 +1,123 @@
+"""Gradients that are changed between the exchange and the step, where a method does not bear it.
+
+What the optimizer is given by a method that owns the momentum is a velocity that was held back, or the momentum itself:
+to clip or to rescale it cuts off what is not sent again. So norms are compared, at few steps.
+"""
+
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from types import FrameType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from thinwire.core.sharding import own
+from thinwire.core.tensors import float_at_least_32
+from thinwire.exchange.units import Unit
+from thinwire.methods.method import Method
+from thinwire.session.backward import after_backward
+
+FIRST, EVERY = 10, 100
+"""The first steps are all looked at, then powers of two and every hundredth."""
+FRAMES = 24
+"""How far up the stack a scaler is looked for."""
+
+
+class Touched:
+    """Looks at the gradients when they have been exchanged, and again when an optimizer is about to step.
+
+    Args:
+        scaled: whether the session was given a scaler, which may take its scale off in between.
+    """
+
+    def __init__(self, scaled: bool) -> None:
+        self.scaled = scaled
+        self.exchanges = 0
+        self.warned = False
+        self.before: dict[str, Tensor] = {}
+        """The norms of what was exchanged, where this step is looked at."""
+
+    def exchanged(self, units: Sequence[Unit], method: Method) -> None:
+        """The gradients of a step are there, at the end of the backward pass at the latest."""
+        self.before = {}
+        if self.warned or not owns(method):
+            return
+        self.exchanges += 1
+        n = self.exchanges
+        if n <= FIRST or n % EVERY == 0 or n & (n - 1) == 0:
+            after_backward(partial(self._record, units))
+
+    def _record(self, units: Sequence[Unit]) -> None:
+        self.before = {unit.name: _norm(unit.param.grad) for unit in units if unit.param.grad is not None}
+
+    def look(self, optimizer: torch.optim.Optimizer, units: Sequence[Unit], method: Method, loss_scale: float) -> None:
+        """Compare, and warn once; ``units`` are those that this optimizer steps."""
+        looked = [unit for unit in units if unit.name in self.before]
+        if self.warned or not looked:
+            return
+        if not self.scaled and _in_scaler(optimizer):
+            self._warn(
+                f"a GradScaler scales this loss and attach() was not given it: {method.name} remembers gradients with "
+                "the scale in them, which changes, and takes them for updates; pass attach(..., scaler=scaler)"
+            )
+            return
+        now = [torch.zeros(()) if unit.param.grad is None else _norm(unit.param.grad) for unit in looked]
+        norms = _read([*(self.before[unit.name] for unit in looked), *now])
+        for unit, was, norm in zip(looked, norms, norms[len(looked) :], strict=False):
+            unscaled = self.scaled and abs(norm * loss_scale - was) <= 1e-3 * was
+            if not (abs(norm - was) <= 1e-6 * was or unscaled) and math.isfinite(was):
+                self._warn(
+                    f"the gradient of {unit.name} was changed between the exchange and optimizer.step() (its norm was "
+                    f"{was:.4g} and is {norm:.4g}). With {method.name} it is no plain gradient but a momentum, or a "
+                    "burst of what was held back, and what is cut off it is lost. To clip, give the method clip=, as "
+                    f"in {_recipe(method)}(clip=1.0), and leave out clip_grad_norm_ and clip_grad_value_; for a "
+                    "GradScaler, pass attach(..., scaler=scaler); weight decay belongs in the optimizer's "
+                    "weight_decay; noise and other changes come before the exchange, in a hook of the parameter"
+                )
+                return
+
+    def _warn(self, text: str) -> None:
+        self.warned, self.before = True, {}
+        warnings.warn(text, stacklevel=5)
+
+
+def owns(method: Method) -> bool:
+    """Whether what a method hands the optimizer is more than a gradient."""
+    return method.absorbs or any(rule.memory.gives != "gradient" for rule in method.rules)
+
+
+def _recipe(method: Method) -> str:
+    return f"thinwire.{method.name}" if method.name.isidentifier() else "Method"
+
+
+def _norm(grad: Tensor) -> Tensor:
+    mine = own(grad.detach())
+    mine = mine.coalesce().values() if mine.is_sparse else mine
+    with torch.no_grad():
+        norm = cast(Any, torch.linalg).vector_norm(mine, dtype=float_at_least_32(mine.dtype))
+    return cast(Tensor, norm.double())
+
+
+def _read(norms: Sequence[Tensor]) -> list[float]:
+    """One wait for all of them."""
+    both: Any = torch.stack([x.to(norms[0].device, torch.float64) for x in norms])
+    return cast("list[float]", both.tolist())
+
+
+def _in_scaler(optimizer: Any) -> bool:
+    """Whether a loss scaler that scales makes this optimizer step."""
+    if getattr(optimizer, "grad_scale", None) is not None:  # of a fused one, whose gradients keep their scale
+        return True
+    frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    for _ in range(FRAMES):
+        if frame is None:
+            return False
+        scaler: Any = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
+        if isinstance(scaler, torch.amp.GradScaler):  # pyright: ignore[reportPrivateImportUsage]
+            return bool(cast(Any, scaler).is_enabled() and cast(Any, scaler).get_scale() != 1.0)
+        frame = frame.f_back
+    return False

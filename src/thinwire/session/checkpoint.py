@@ -1,0 +1,370 @@
+"""What a session remembers, to a checkpoint and back, also at another world size or under another method.
+
+The state is a dict of tensors, ints and strings, so ``torch.load(weights_only=True)`` reads it::
+
+    version, world, step, installed_at    ints
+    method                                the method in JSON
+    rank                                  tensor [world], a DTensor of which each rank holds its own number
+    shard                                 tensor [shards], the same along the other axis, where the model is sharded
+    plan      {unit: JSON of its shape, compressor, memory and keys in local}
+    local     {unit: {key: tensor [world, *shape]}}    a DTensor of which each rank holds its row, or its shard of it
+    shared    {unit: {key: tensor [*shape]}}           equal on all ranks; where the model is sharded, sharded alike,
+                                                       and what a compressor keeps [shards, *its shape]
+    checks    of all of it, see ``thinwire.session.checksums``; not in version 1, which is read without
+
+Rows are DTensors since ``torch.distributed.checkpoint`` takes plain tensors of equal names for copies of each other: it
+would save one rank's residual and give it to all.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from thinwire.core import registry
+from thinwire.core.context import Context
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Memory, State
+from thinwire.core.sharding import cut, place, shape_of, shard_dim
+from thinwire.core.tensors import flat, float_at_least_32, norm
+from thinwire.exchange.units import Unit, Worker, mirrored
+from thinwire.session import checksums
+from thinwire.session.folder import read_folder as read_folder
+from thinwire.session.foreign import check_plan, check_state
+from thinwire.session.untrusted import read_integer, read_mapping, read_tensor, shown
+
+VERSION = 2
+OnWorldChange: TypeAlias = Literal["error", "fold", "reset"]
+Form: TypeAlias = Callable[..., Tensor]
+"""From this rank's tensor, and the parameter that it is like, to the one of which it is a part."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint that has been read and found right, to be put in place by the session."""
+
+    step: int
+    installed_at: int
+    local: dict[str, State]
+    shared: dict[str, State]
+    notes: list[str]
+
+    def clock(self) -> str:
+        """What must be the same on all ranks."""
+        return f"step {self.step}, method since {self.installed_at}"
+
+    def fingerprint(self) -> str:
+        """What must be the same on all replicas."""
+        digest = hashlib.sha256()
+        for state in self.shared.values():
+            for key in sorted(state):
+                digest.update(flat(state[key].cpu()).contiguous().view(torch.uint8).numpy().tobytes())
+        return f"{self.clock()}, shared state {digest.hexdigest()[:16]}"
+
+
+def save(
+    units: Sequence[Unit],
+    worker: Worker,
+    rows: Form,
+    clock: Mapping[str, int],
+    method: str,
+    shared: Form | None = None,
+) -> dict[str, Any]:
+    """The state of one rank. Everything is copied: what loads in place writes into these tensors.
+
+    Args:
+        rows, shared: of the collective.
+    """
+    shard, shards = place(units[0].param)
+    shared = shared or _as_it_is
+    own: dict[str, dict[str, State]] = {
+        "local": {u.name: {key: t.clone() for key, t in _saved(u, worker.local[u.name].now).items()} for u in units},
+        "shared": {unit.name: _saved_shared(unit) for unit in units},
+    }
+    state: dict[str, Any] = {
+        "version": VERSION,
+        **clock,
+        "method": method,
+        "plan": {unit.name: plan_of(unit, own["local"][unit.name]) for unit in units},
+        "rank": rows(torch.tensor(float(worker.rank), dtype=torch.float32, device="cpu")),
+        **({"shard": shared(torch.tensor(float(shard), dtype=torch.float32, device="cpu"))} if shards > 1 else {}),
+        "local": {u.name: {key: rows(t, u.param) for key, t in own["local"][u.name].items()} for u in units},
+        "shared": {
+            u.name: {key: shared(t, _like(u, key, t)) for key, t in own["shared"][u.name].items()} for u in units
+        },
+    }
+    layout: list[checksums.Entry] = []
+    tensors: list[Tensor] = []
+    for part, unit in itertools.product(own, units):
+        for key, t in own[part][unit.name].items():
+            stacked = part == "shared" and state[part][unit.name][key].ndim > t.ndim
+            dim = -1 if stacked else shard_dim(unit.param) if shards > 1 else None
+            layout.append((part, unit.name, key, str(t.dtype), dim))
+            tensors.append(t)
+    row = checksums.of_rank(worker.rank, shard, tensors).unsqueeze(0)
+    mesh = cast(Any, units[0].param).device_mesh if shards > 1 else None
+    like = DTensor.from_local(row, mesh, [Shard(0)], run_check=False) if shards > 1 else None
+    return {**state, "checks": {**checksums.said(state, layout), "rows": rows(row, like)}}
+
+
+def _saved(unit: Unit, state: State) -> State:
+    return {key: value for key, value in state.items() if key not in unit.memory.derived}
+
+
+def _saved_shared(unit: Unit) -> State:
+    """A copy, padded: a tensor over all shards has room for the largest, which keeps more where they are uneven."""
+    state = {key: value.clone() for key, value in _saved(unit, unit.shared.now).items()}
+    for key, like in _largest(unit).items():
+        mine, state[key] = state.get(key), torch.zeros_like(like, device=unit.own.device)
+        if mine is not None:
+            state[key][tuple(map(slice, mine.shape))] = mine
+    return state
+
+
+def _largest(unit: Unit) -> State:
+    """What the compressor keeps of the largest shard, without values; nothing where there is one shard only."""
+    dim, (_, shards) = shard_dim(unit.param), place(unit.param)
+    if dim is None or shards == 1:
+        return {}
+    shape = [-(-n // shards) if i == dim else n for i, n in enumerate(shape_of(unit.param))]
+    like = torch.empty(shape, device="meta", dtype=unit.like.dtype)
+    return unit.method_compressor.init(like, Context(unit.seed, 0, unit.name, 0))
+
+
+def _like(unit: Unit, key: str, value: Tensor) -> Tensor | None:
+    """The parameter, where this is cut as it is; not what a compressor keeps."""
+    packed = unit.init_packed() | _largest(unit)
+    return unit.param if value.shape == unit.own.shape and key not in packed else None
+
+
+def _as_it_is(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    return tensor
+
+
+def plan_of(unit: Unit, local: State) -> str:
+    parts = (registry.to_json(unit.method_compressor), registry.to_json(unit.memory))
+    shape, keys = list(shape_of(unit.param)), sorted(local)
+    return json.dumps({"shape": shape, "compressor": parts[0], "memory": parts[1], "local": keys}, sort_keys=True)
+
+
+@torch.no_grad()
+def restore(
+    given: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    units: Sequence[Unit],
+    rank: int,
+    world: int,
+    on_world_change: OnWorldChange,
+) -> Restored:
+    """Check a checkpoint against the running session, and make its states.
+
+    Args:
+        given: the state of this rank; or those of all ranks of the saved world, in their order.
+
+    Raises:
+        ThinwireError: it is damaged, or of another plan or world size.
+    """
+    if on_world_change not in ("error", "fold", "reset"):
+        raise ThinwireError(f"on_world_change is {on_world_change!r}; choose 'error', 'fold' or 'reset'")
+    check_state(given)
+    states = [given] if isinstance(given, Mapping) else given
+    if not isinstance(states, Sequence) or not states or not all(isinstance(s, Mapping) for s in states):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ThinwireError(f"a checkpoint is a dict, or a list of those of all ranks, not {shown(given)}")
+    state = states[rank] if len(states) == world and len(states) > 1 else states[0]
+    saved_world = read_integer(state, "world", 1)
+    if (version := read_integer(state, "version", 1)) > VERSION:
+        raise ThinwireError(f"the checkpoint has version {version}; this thinwire reads version 1 to {VERSION}")
+    clock = read_integer(state, "step", 0), read_integer(state, "installed_at", 0)
+    if saved_world != world and on_world_change == "error":
+        raise ThinwireError(
+            f"the checkpoint was saved by {saved_world} workers, and {world} load it; choose on_world_change='fold' to "
+            "give each of them the mean of what was pending, or 'reset' to drop it"
+        )
+    if clock[1] > clock[0]:
+        raise ThinwireError(
+            f"the checkpoint's method is from step {clock[1]}, after its step {clock[0]}; it is damaged"
+        )
+    if saved_world == world:
+        whose = _rows(state.get("rank"), "rank", (), rank, world)
+        saver = float(whose)
+        if saver != rank:
+            raise ThinwireError(
+                f"this is the state of rank {saver:g}, and rank {rank} loads it; every rank has its own"
+            )
+    _check_shard(state, units)
+    plan, local, shared = (read_mapping(state, key) for key in ("plan", "local", "shared"))
+    for other in states:
+        check_plan(read_mapping(other, "plan"), units)
+        theirs = [read_integer(other, key, 0) for key in ("version", "world", "step", "installed_at")]
+        if theirs != [version, saved_world, *clock] or read_mapping(other, "plan") != plan:
+            raise ThinwireError(
+                f"the states are not of one checkpoint: one is of step {clock[0]}, another of {theirs[2]}"
+            )
+    if saved_world != world:
+        _check_ranks(states, saved_world)
+    notes: list[str] = []
+    new_local: dict[str, State] = {}
+    new_shared: dict[str, State] = {}
+    for unit in units:
+        saved = read_mapping(local, unit.name)
+        _check_keys(plan[unit.name], saved, unit)
+        if saved_world == world:
+            mine = {key: _row(value, unit, key, rank, saved_world) for key, value in saved.items()}
+        else:
+            mine = {key: _mean_row(states, unit, key, saved_world) for key in saved}
+            if on_world_change == "reset":
+                if "residual" in mine:
+                    size = float(norm([mine["residual"]]))
+                    notes.append(f"{unit.name}: a mean pending update of norm {size:.3g} was dropped")
+                mine = {key: value for key, value in mine.items() if key not in ("residual", "carried")}
+        was = _memory(plan[unit.name], unit)
+        gain = was.residual_gain / unit.memory.residual_gain
+        fresh, begun = unit.fresh_local().now, unit.fresh_shared().now
+        packed, largest = unit.init_packed(), _largest(unit)
+        both = {
+            key: _shared(value, unit, key, begun[key].shape if key in begun else unit.own.shape, key in packed)
+            for key, value in read_mapping(shared, unit.name).items()
+            if key in begun or key not in largest  # a shard may be too small for what the others keep
+        }
+        both = {key: value for key, value in both.items() if value is not None}
+        before = mirrored(was, unit.like)
+        alone = (before | unit.mirrored) - (before & unit.mirrored & mine.keys() & both.keys())
+        if unit.mirrored:  # what is asked is a difference, to which nothing pending can be added
+            alone |= {"carried", *({"residual"} - fresh.keys())}
+        for key in alone & mine.keys():
+            notes.append(f"{unit.name}: the checkpoint's {key} has no place in the present method and was dropped")
+        left = _without(mine, alone)
+        new_local[unit.name] = _fit(left | unit.memory.inferred(left), fresh, gain, unit, notes)
+        new_shared[unit.name] = _fit(_without(both, alone - {"carried"}), begun, None, unit, notes)
+    if version == 1 and "checks" not in state:
+        notes.append("the checkpoint is from before there were checksums, so its bytes were not checked")
+    else:
+        for other in states if saved_world != world else [state]:
+            notes += checksums.check(other, rank if saved_world == world else None)
+    return Restored(*clock, new_local, new_shared, notes)
+
+
+def _fit(saved: State, fresh: State, gain: float | None, unit: Unit, notes: list[str]) -> State:
+    """What the memory has a place for; a residual without one is carried to the next step.
+
+    Args:
+        gain: what a residual is scaled by; None for the shared state.
+    """
+    fitted = dict(fresh)
+    for key, value in saved.items():
+        pending = key == "carried" or (gain is not None and key == "residual")
+        place = key if key in fresh else "carried" if pending else None
+        if place is None:
+            notes.append(f"{unit.name}: the checkpoint's {key} has no place in the present method and was dropped")
+        else:
+            scale = gain if gain is not None and pending else 1.0
+            now = (value * scale if scale != 1.0 else value).to(fresh.get(place, value).dtype)
+            if not bool(now.isfinite().all()):
+                raise ThinwireError(f"{unit.name}: the checkpoint's {key} is not finite, as {now.dtype} at least")
+            fitted[place] = now
+    for key in fresh.keys() - saved.keys():
+        notes.append(f"{unit.name}: {key} is not in the checkpoint and starts from zero")
+    return fitted
+
+
+def _without(state: State, keys: Set[str]) -> State:
+    return {key: value for key, value in state.items() if key not in keys}
+
+
+def _memory(plan: Any, unit: Unit) -> Memory:
+    """The memory that was saved."""
+    try:
+        return registry.from_json(json.loads(plan)["memory"], registry.MEMORIES)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ThinwireError(f"{unit.name}: the checkpoint's plan can't be read: {error!r}") from error
+
+
+def _check_keys(plan: str, saved: Mapping[str, Any], unit: Unit) -> None:
+    try:
+        promised = json.loads(plan)["local"]
+        missing = [key for key in promised if key not in saved]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ThinwireError(f"{unit.name}: the checkpoint's plan can't be read: {error!r:.100}") from error
+    if missing:
+        raise ThinwireError(
+            f"{unit.name}: the checkpoint has {missing[0]!r}, which did not come along; this method has no place "
+            "for it, so dcp.load left it out: use wire.load(folder)"
+        )
+
+
+def _row(value: Any, unit: Unit, key: str, rank: int, world: int) -> Tensor:
+    what = f"{unit.name}: {key}"
+    return _plain(_rows(_cut(read_tensor(value, what), unit, 1), what, tuple(unit.own.shape), rank, world), unit, key)
+
+
+def _cut(tensor: Tensor, unit: Unit, leading: int = 0) -> Tensor:
+    """What this rank holds of a tensor that is all of it, as one read from a folder is."""
+    whole = tuple(tensor.shape[leading:]) == tuple(shape_of(unit.param))
+    return cut(tensor, unit.param, leading) if whole else tensor
+
+
+def _shared(value: Any, unit: Unit, key: str, shape: torch.Size, packed: bool) -> Tensor | None:
+    """What is equal on all replicas; None where it was kept for other shards than these."""
+    tensor = read_tensor(value, f"{unit.name}: {key}")
+    shard, shards = place(unit.param)
+    if not packed and shape == unit.own.shape:
+        tensor = _cut(tensor, unit)
+    elif tensor.ndim == len(shape) + 1:
+        if tensor.shape[0] not in (1, shards):
+            return None
+        tensor = tensor[shard if tensor.shape[0] == shards else 0]
+        if packed and key in (largest := _largest(unit)) and tensor.shape == largest[key].shape:
+            tensor = tensor[tuple(map(slice, shape))]
+    return _plain(tensor, unit, key, shape)
+
+
+def _rows(value: Any, what: str, shape: tuple[int, ...], rank: int, world: int) -> Tensor:
+    """This rank's row, from a DTensor, from that row alone or from all rows."""
+    tensor = read_tensor(value, what)
+    if tensor.ndim == 0 or tensor.shape[0] not in (1, world) or tuple(tensor.shape[1:]) != shape:
+        raise ThinwireError(f"{what} in the checkpoint is of shape {tuple(tensor.shape)}, not of {(world, *shape)}")
+    return tensor[rank if tensor.shape[0] == world else 0]
+
+
+def _check_shard(state: Mapping[str, Any], units: Sequence[Unit]) -> None:
+    shard, shards = place(units[0].param)
+    saved = read_tensor(state["shard"], "shard") if "shard" in state else None
+    if saved is not None and saved.numel() == 1 and shards > 1 and float(saved) != shard:
+        raise ThinwireError(f"this is the state of shard {float(saved):g}, and shard {shard} loads it")
+
+
+def _check_ranks(states: Sequence[Mapping[str, Any]], world: int) -> None:
+    """The mean of all ranks' rows needs each of them, once."""
+    ranks = torch.cat([read_tensor(state.get("rank"), "rank").flatten() for state in states])
+    if len(ranks) != world or ranks.sort().values.tolist() != list(range(world)):
+        raise ThinwireError(
+            f"the states of all {world} ranks, each once, are needed to change the world size, and {len(ranks)} are "
+            "here; use wire.load(checkpoint folder), or give load_state_dict a list of all ranks' states"
+        )
+
+
+def _mean_row(states: Sequence[Mapping[str, Any]], unit: Unit, key: str, world: int) -> Tensor:
+    """The mean over all rows, which keeps the mean pending update whoever holds it."""
+    values = [read_mapping(read_mapping(state, "local"), unit.name).get(key) for state in states]
+    parts = [read_tensor(value, f"{unit.name}: {key}") for value in values]
+    parts = [_cut(part, unit, 1) if part.ndim else part for part in parts]
+    shape = tuple(unit.own.shape)
+    if sum(part.shape[0] if part.ndim else 0 for part in parts) != world or any(p.shape[1:] != shape for p in parts):
+        raise ThinwireError(f"{unit.name}: the checkpoint's {key} is not {world} rows of shape {shape}; it is damaged")
+    stacked = torch.cat(parts)
+    return _plain(stacked.double().mean(0).to(float_at_least_32(stacked.dtype)), unit, key)
+
+
+def _plain(value: Any, unit: Unit, key: str, shape: torch.Size | None = None) -> Tensor:
+    tensor, expected = read_tensor(value, f"{unit.name}: {key}"), unit.own.shape if shape is None else shape
+    if tensor.shape != expected:
+        raise ThinwireError(
+            f"{unit.name}: the checkpoint's {key} is of shape {tuple(tensor.shape)}, not of {tuple(expected)}"
+        )
+    like = unit.own if expected == unit.own.shape else tensor  # what is like the parameter lies as it does
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)

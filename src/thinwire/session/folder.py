@@ -1,0 +1,54 @@
+"""Reads what ``torch.distributed.checkpoint`` has written, in one process and whole."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from thinwire.core.errors import ThinwireError
+
+_load: Callable[..., None] = cast(Any, dcp).load
+
+
+def read_folder(folder: str | Path, key: str) -> dict[str, Any]:
+    """The state that ``torch.distributed.checkpoint`` saved there under ``key``, with all rows of all ranks.
+
+    The folder's own metadata is a pickle of torch's, which can run code: load only what you trust. (What
+    ``torch.load(weights_only=True)`` and frames read needs no trust.)
+
+    Raises:
+        ThinwireError: it can't be read.
+    """
+    try:
+        metadata = cast(Any, FileSystemReader(folder).read_metadata())
+        there = sum(file.stat().st_size for file in Path(folder).iterdir())
+        wanted: dict[str, Any] = {}
+        for name, entry in metadata.state_dict_metadata.items():
+            if name.startswith(f"{key}."):
+                tensor = hasattr(entry, "size")
+                if tensor and entry.size.numel() * entry.properties.dtype.itemsize > there:
+                    raise ValueError(f"{name} is said to have {entry.size.numel()} elements in {there} bytes of files")
+                wanted[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu") if tensor else 0
+        if not wanted:
+            raise KeyError(f"it has {sorted({name.partition('.')[0] for name in metadata.state_dict_metadata})}")
+        with warnings.catch_warnings():  # it says that it reads alone, which is what we ask for
+            warnings.simplefilter("ignore")
+            _load(wanted, storage_reader=FileSystemReader(folder), no_dist=True)
+        state: dict[str, Any] = {}
+        for name, value in wanted.items():
+            place: Any = state
+            *inner, last = metadata.planner_data[name][1:]
+            for part in inner:
+                place = place.setdefault(part, {})
+            place[last] = value
+        for kind in ("local", "shared"):  # what is empty leaves no trace there
+            state[kind] = {name: state.get(kind, {}).get(name, {}) for name in state["plan"]}
+        state["file"] = str(folder)
+    except (Exception, CheckpointException) as error:  # whatever a damaged folder makes torch raise
+        raise ThinwireError(f"no checkpoint under {key!r} can be read from {folder}: {error!r:.300}") from error
+    return state

@@ -1,0 +1,117 @@
+"""What passes from one method to the next: agreement between ranks, and the state of every unit."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+from thinwire._version import __version__
+from thinwire.comm.control import Together
+from thinwire.comm.process_group import Collective, Talk
+from thinwire.comm.texts import known_to_all
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import State
+from thinwire.exchange.units import TwoCopies, Unit, Worker
+from thinwire.methods.method import Method
+from thinwire.session.checkpoint import Restored
+from thinwire.session.momentum_transfer import averaged, averaged_buffer
+
+
+def agree(talk: Talk, lines: Sequence[tuple[str, str]]) -> None:
+    """Compare what the ranks ask for, and name the first difference. A collective call.
+
+    Raises:
+        ThinwireError: they ask for different things.
+    """
+    mine = hashlib.sha256(repr(lines).encode("utf-8", "backslashreplace")).hexdigest()
+    if len(set(talk.exchange_text(mine))) == 1:
+        return
+    ranks = [text.split("\n") for text in talk.exchange_text("\n".join(f"{k}: {v}" for k, v in lines))]
+    for line in range(max(map(len, ranks))):
+        said = [rank[line] if line < len(rank) else "nothing" for rank in ranks]
+        if other := next((r for r in range(len(said)) if said[r] != said[0]), None):
+            raise known_to_all(
+                ThinwireError(
+                    f"ranks differ: rank 0 has {said[0]}; rank {other} has {said[other]}; give all ranks the same"
+                )
+            )
+
+
+def describe(method: Method, units: Sequence[Unit], rest: Mapping[str, object]) -> list[tuple[str, str]]:
+    """All that must be the same on all ranks, for ``agree``."""
+    described = [(f"unit {unit.name!r}", unit.describe()) for unit in units]
+    texts = [("method", method.to_json()), *((key, str(value)) for key, value in rest.items())]
+    return [("thinwire", __version__), *described, *texts]
+
+
+def restore_alike(together: Together, collective: Collective, restore: Callable[[], Restored]) -> Restored:
+    """What this rank restores, if all of them do from one checkpoint. A collective call.
+
+    Raises:
+        ThinwireError: they don't.
+    """
+    with together.alone():
+        restored = restore()
+        said = restored.clock(), restored.fingerprint()
+    agree(collective.everyone, [("checkpoint", said[0])])
+    agree(collective, [("checkpoint", said[1])])
+    return restored
+
+
+def hand_on_all(
+    before: Sequence[Unit], after: Sequence[Unit], workers: Sequence[Worker], collective: Collective, timeout: float
+) -> None:
+    """Give every unit the state of that of the same name. A collective call."""
+    known = {unit.name: unit for unit in before}
+    for unit in after:
+        hand_on(known.get(unit.name), unit, workers, collective, timeout)
+
+
+def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: Collective, timeout: float) -> None:
+    """Give a unit the state of its predecessor, as far as it has a place for it. A collective call.
+
+    What is mirrored passes in both parts or in none. A residual that could only be added to a difference is averaged
+    over the ranks instead, and added to what the next step receives.
+    """
+    was = [worker.local.get(new.name, TwoCopies()) for worker in workers]
+    for worker in workers:
+        worker.local[new.name] = new.fresh_local()
+    if old is None:
+        return
+    gain = old.memory.residual_gain / new.memory.residual_gain
+    packed, alone = new.init_packed(), old.mirrored ^ new.mirrored
+    for worker, state in zip(workers, was, strict=True):
+        left = {k: v for k, v in state.now.items() if k not in alone}
+        _keep(left | new.memory.inferred(left), worker.local[new.name].now, gain)
+    _keep({k: v for k, v in old.shared.now.items() if k not in (alone | packed.keys())}, new.shared.now)
+    carried = [worker.local[new.name].now.pop("carried") for worker in workers if _settles(new, worker)]
+    if carried:
+        mean = averaged(carried, collective, timeout)
+        new.shared.now["carried"] = new.shared.now["carried"] + mean if "carried" in new.shared.now else mean
+    for key, value in new.method_compressor.inherit(old.shared.now, packed).items():
+        new.shared.now[key], new.shared.next[key] = value.clone(), value.clone()
+    same = set(old.shared.now) == set(new.shared.now) and set(was[0].now) == set(workers[0].local[new.name].now)
+    if same or not (old.memory.absorbs and new.memory.absorbs):
+        return
+    # momentum that was kept in another form goes over as the buffer of SGD, averaged over ranks
+    before = [Worker(worker.rank, local={old.name: state}) for worker, state in zip(workers, was, strict=True)]
+    buffer = averaged_buffer(old, before, collective, timeout)
+    if buffer is not None:
+        for worker in workers:
+            new.memory.take_buffer(buffer, worker.local[new.name].now, new.shared.now)
+
+
+def _settles(unit: Unit, worker: Worker) -> bool:
+    """Whether something pending can't be added to what this unit asks."""
+    return bool(unit.mirrored) and "carried" in worker.local[unit.name].now
+
+
+def _keep(old: State, new: State, residual_gain: float = 1.0) -> None:
+    """Fill ``new`` with what ``old`` has of it; a residual that it has no place for is carried to the next step."""
+    for key, value in old.items():
+        pending = key in ("residual", "carried")
+        home = "residual" if "residual" in new else "carried"
+        kept = key if key in new else home if pending else None
+        if kept is not None:
+            value = value * residual_gain if pending and residual_gain != 1.0 else value
+            if "carried" in (key, kept) and kept in new:
+                value = value + new[kept]
+            new[kept] = value.to(new[kept].dtype) if kept in new else value

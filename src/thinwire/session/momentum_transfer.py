@@ -1,0 +1,300 @@
+"""The hand-over of momentum and weight decay between SGD optimizers and the memories, and back.
+
+What a user or a scheduler writes into a parameter group is what counts, from the next exchange on. It stands there all
+the time but for the step itself, in which the optimizer finds neither momentum nor weight decay: what it is given has
+both.
+"""
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import cache
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from thinwire.comm.process_group import Collective
+from thinwire.core import registry
+from thinwire.core.absorbed import Absorbed
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Memory
+from thinwire.core.sharding import own, wrapped
+from thinwire.exchange.units import Unit, Worker
+from thinwire.methods.method import Method
+from thinwire.session.optimizers import Optimizers, each_of, holders, kind_of
+
+log = logging.getLogger("thinwire")
+warn_once = cache(log.warning)
+"""Log a text the first time that this process has it."""
+
+CLEARED: dict[str, Any] = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+WRITTEN = (*CLEARED, "dampening", "maximize")
+Written: TypeAlias = list[tuple[Any, ...]]
+"""Of each group: how many parameters it has, and what is written in it."""
+
+
+class Handover:
+    """What is taken out of the SGD optimizers of a model, followed while it changes, and put back.
+
+    Args:
+        optimizer: of the model. What another than SGD steps keeps its momentum there, if the method does not compress
+            it.
+        method: whose memories take over.
+        named: the parameters that are exchanged.
+
+    Raises:
+        ThinwireError: an optimizer is of another kind, or lacks a parameter, or has one too many.
+    """
+
+    def __init__(self, optimizer: Optimizers | None, method: Method, named: Sequence[tuple[str, Tensor]]) -> None:
+        self.method, self.named = method.name, list(named)
+        self.names = {id(param): name for name, param in named}
+        held = holders(optimizer, named)
+        self.each = check(optimizer, method, named, held)
+        self.held = {name: one for name, one in held.items() if isinstance(one, torch.optim.SGD)}
+        self.others = held.keys() - self.held.keys()
+        memories = {name: method.rule(name, param.shape, param.numel()).memory for name, param in named}
+        self.not_absorbing = {name: type(memory).__name__ for name, memory in memories.items() if not memory.absorbs}
+        self.settings = self.read()
+        self._check_nothing_is_lost(self.settings)
+        self.seen: Written | None = None
+        """What was written in the groups when it was followed last."""
+        self.inside: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        """The groups whose optimizer is in its step, and what is written in them."""
+        self.warned = False
+
+    # -- what is written -------------------------------------------------------------------------------------------
+
+    def written(self) -> Written:
+        """What is written in the groups now."""
+        self._restore()
+        groups = [group for optimizer in self.each for group in optimizer.param_groups]
+        return [(len(group["params"]), *(group[key] for key in WRITTEN)) for group in groups]
+
+    def read(self) -> dict[str, Absorbed]:
+        """What the optimizers are asked to do for each parameter.
+
+        Raises:
+            ThinwireError: that can't be followed.
+        """
+        settings = {name: Absorbed() for name in self.others}
+        for i, group in enumerate(group for optimizer in self.each for group in optimizer.param_groups):
+            check_group(group, self.method)
+            own = Absorbed(float(group["momentum"]), bool(group["nesterov"]), float(group["weight_decay"]))
+            for param in group["params"]:
+                if name := self.names.get(id(param)):
+                    settings[name] = own
+                elif param.requires_grad:
+                    raise ThinwireError(
+                        f"the optimizer also holds a parameter of shape {tuple(param.shape)} (in group {i}) that is "
+                        f"not exchanged here and would lose its momentum to {self.method}; give it an optimizer of its "
+                        "own, or, where it belongs to this model, detach() before you add a group and attach again"
+                    )
+        if missing := [name for name in self.names.values() if name not in settings]:
+            raise ThinwireError(
+                f"parameter {missing[0]!r} is not in the optimizer ({len(missing)} are missing); {self.method} moves "
+                "momentum into its memory and needs the optimizer of all parameters that require a gradient"
+            )
+        return settings
+
+    def check(self, units: Sequence[Unit]) -> None:
+        """Look at what is written, before a step.
+
+        Raises:
+            ThinwireError: that can't be followed.
+        """
+        if self.written() != self.seen:
+            settings = self.read()
+            self._check_nothing_is_lost(settings)
+            for unit in units:
+                unit.memory.absorb(settings[unit.name])
+
+    def _check_nothing_is_lost(self, settings: Mapping[str, Absorbed]) -> None:
+        """Raise a ``ThinwireError`` where momentum is taken from a parameter whose memory has none."""
+        for name, memory in self.not_absorbing.items():
+            if settings[name].momentum or settings[name].weight_decay:
+                raise ThinwireError(
+                    f"{self.method} takes momentum and weight decay out of the optimizer, and {name!r} would lose "
+                    f"them, since its memory is {memory}; give its rule thinwire.Momentum(), or the parameter a group "
+                    "without both"
+                )
+
+    def follow(self, units: Sequence[Unit], workers: Sequence[Worker]) -> bool:
+        """Let the memories do what is written; answers whether any of them does something of another kind now.
+
+        Not while an exchange waits for its step, since what that has prepared would be lost.
+        """
+        if (now := self.written()) == self.seen:
+            return False
+        self.settings, self.seen = self.read(), now
+        other, made = False, dict[tuple[int, Absorbed], tuple[Memory, Memory]]()
+        for unit in units:
+            old, settings = unit.memory, self.settings[unit.name]
+            if old.absorbed is None or old.absorbed == settings:
+                continue
+            _, new = made.setdefault((id(old), settings), (old, old.absorb(settings)))  # one for many units
+            other |= old.absorbed.kind != settings.kind
+            unit.go_on_with(new, workers)
+        return other
+
+    # -- the step --------------------------------------------------------------------------------------------------
+
+    def before_step(self, optimizer: torch.optim.Optimizer, pending: bool) -> None:
+        """The optimizer finds no momentum; ``pending``: whether it steps with what was exchanged."""
+        if not any(optimizer is one for one in self.each):
+            return
+        if pending and not self.warned and self.written() != self.seen:
+            self.warned = True
+            warnings.warn(
+                f"momentum or weight decay was changed in the optimizer between backward and step; {self.method} "
+                "has exchanged with what was there before, so the change counts from the next backward on: change it "
+                "after optimizer.step(), as a scheduler does",
+                stacklevel=4,
+            )
+        self._restore()
+        for group in optimizer.param_groups:
+            self.inside.append((group, {key: group[key] for key in CLEARED}))
+            group.update(CLEARED)
+
+    def after_step(self) -> None:
+        """Put back what is written."""
+        self._restore()
+
+    def _restore(self) -> None:
+        """Also where a step died; what was written inside it stays."""
+        for group, written in self.inside:
+            group.update({key: value for key, value in written.items() if group[key] == CLEARED[key]})
+        self.inside.clear()
+
+    # -- momentum --------------------------------------------------------------------------------------------------
+
+    def take(self, units: Sequence[Unit], workers: Sequence[Worker]) -> bool:
+        """Move the momentum buffers into the memories; answers whether there were any."""
+        found = False
+        for unit in units:
+            holder = self.held.get(unit.name)
+            if holder is None or unit.param not in holder.state:
+                continue
+            buffer = holder.state[unit.param].pop("momentum_buffer", None)
+            if buffer is not None:
+                found = True
+                for worker in workers:
+                    unit.memory.take_buffer(own(buffer), worker.local[unit.name].now, unit.shared.now)
+                unit.align(workers)
+        return found
+
+    def moved(self) -> str:
+        """What to tell the user."""
+        found = "; ".join(sorted({f"{s.momentum:g}, {s.nesterov}, {s.weight_decay:g}" for s in self.settings.values()}))
+        return f"momentum, nesterov, weight_decay ({found}) moved from the optimizer into the memory until detach()"
+
+    def give_back(
+        self, units: Sequence[Unit], workers: Sequence[Worker], collective: Collective, timeout: float
+    ) -> None:
+        """Put momentum back, averaged so that replicas stay equal. A collective call."""
+        self._restore()
+        for unit in units:
+            buffer = averaged_buffer(unit, workers, collective, timeout)
+            holder = self.held.get(unit.name)
+            if buffer is not None and holder is not None:
+                buffer = buffer.to(unit.own.dtype, copy=True)
+                holder.state[unit.param]["momentum_buffer"] = wrapped(buffer, unit.param)
+
+
+@contextlib.contextmanager
+def remembering(units: Sequence[Unit]) -> Generator[Callable[[Any], Any]]:
+    """Give a function that lets the memories of these units have the settings that a checkpoint was saved with.
+
+    It answers the checkpoint; after an error the memories are as they were. What is written in the optimizer is
+    followed from there, at the next exchange.
+    """
+    before = [unit.memory for unit in units]
+
+    def adopted(given: Any) -> Any:
+        one: Any = given
+        state: Any = one[0] if isinstance(given, (list, tuple)) and len(one) else one
+        for unit in units:
+            with contextlib.suppress(Exception):  # what is wrong with it, reading the checkpoint says
+                saved = registry.from_json(json.loads(state["plan"][unit.name])["memory"], registry.MEMORIES)
+                if unit.memory.absorbed is not None and saved.absorbed is not None:
+                    unit.memory = unit.memory.absorb(saved.absorbed)
+        return one
+
+    try:
+        yield adopted
+    except BaseException:
+        for unit, memory in zip(units, before, strict=True):
+            unit.memory = memory
+        raise
+
+
+def averaged_buffer(unit: Unit, workers: Sequence[Worker], collective: Collective, timeout: float) -> Tensor | None:
+    """The SGD momentum buffer of a unit, equal on all ranks; waits ``timeout`` seconds. A collective call."""
+    parts = [unit.memory.give_buffer(worker.local[unit.name].now, unit.shared.now) for worker in workers]
+    shared = parts[0][1]
+    if local := [part for part, _ in parts if part is not None]:
+        buffer = averaged(local, collective, timeout)
+        shared = buffer if shared is None else buffer + shared
+    return shared
+
+
+def averaged(local: Sequence[Tensor], collective: Collective, timeout: float) -> Tensor:
+    """The mean over all ranks, of which the tensors of those in this process are given. A collective call."""
+    mean = torch.stack(list(local)).sum(0).mul_(1.0 / collective.world)
+    if len(local) < collective.world:
+        arrived = collective.all_reduce(mean).last(timeout)
+        arrived.wait(timeout)
+        arrived.future.wait()
+        mean = arrived.answer()
+    return mean
+
+
+INSTEAD = (
+    "thinwire.topk(density) works with every optimizer, and so do thinwire.lean(bits_per_parameter, momentum=False), "
+    "thinwire.dense() and thinwire.cast()"
+)
+
+
+def check(
+    optimizer: Optimizers | None,
+    method: Method,
+    named: Sequence[tuple[str, Tensor]],
+    held: Mapping[str, torch.optim.Optimizer],
+) -> list[torch.optim.Optimizer]:
+    """The optimizers whose momentum is moved.
+
+    Args:
+        held: which of them steps each parameter.
+    """
+    if optimizer is None:
+        raise ThinwireError(
+            f"{method.name} owns the momentum; pass optimizer= the torch.optim.SGD of this model ({INSTEAD})"
+        )
+    each = [one for one in each_of(optimizer) if isinstance(one, torch.optim.SGD)]
+    if not each:
+        raise ThinwireError(
+            f"{method.name} owns the momentum and needs torch.optim.SGD, not {kind_of(optimizer)}; {INSTEAD}"
+        )
+    for name, param in named:
+        one = held.get(name)
+        memory = method.rule(name, param.shape, param.numel()).memory
+        if one is not None and not isinstance(one, torch.optim.SGD) and memory.absorbs and memory.feeds_back:
+            raise ThinwireError(
+                f"{method.name} compresses {name!r} and owns its momentum, and its optimizer is {type(one).__name__}; "
+                f"give it to the torch.optim.SGD, or name it in keep_dense= ({INSTEAD})"
+            )
+    for group in (group for one in each for group in one.param_groups):
+        check_group(group, method.name)
+    return list(each)
+
+
+def check_group(group: Mapping[str, Any], method: str) -> None:
+    """Raises a ``ThinwireError`` where SGD is asked for what no memory does."""
+    if group["dampening"] or group["maximize"]:
+        raise ThinwireError(
+            f"{method} follows SGD with dampening=0 and maximize=False; the optimizer has "
+            f"dampening={group['dampening']}, maximize={group['maximize']} ({INSTEAD})"
+        )

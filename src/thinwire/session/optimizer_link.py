@@ -1,0 +1,118 @@
+"""An optimizer and the session it steps for: what each tells the other, where the optimizer is part of a method."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from thinwire.core.absorbed import Absorbed
+from thinwire.core.errors import ThinwireError
+from thinwire.core.sharding import own, wrapped
+from thinwire.exchange.units import Unit, Worker
+from thinwire.methods.method import Method
+from thinwire.optim.partner import Partner, takes
+from thinwire.report.ledger import Ledger
+from thinwire.session.optimizers import Optimizers, each_of, kind_of
+
+
+class Joint:
+    """What a session does with its optimizer's part in the method; nothing, where that has none."""
+
+    def __init__(self, optimizer: Optimizers | None) -> None:
+        self.optimizer = optimizer
+        self.partner = optimizer if isinstance(optimizer, Partner) else None
+        self.marked: float | None = -1.0
+        """The stage for which the units know what of them is left out; -1 for none."""
+        self.settings: dict[int, Absorbed] = {}
+
+    def agree(self, method: Method, named: Iterable[tuple[str, Tensor]]) -> dict[str, Absorbed]:
+        """What the memories do for the optimizer, by the parameter's name.
+
+        Raises:
+            ThinwireError: the memories hand over something else than it steps with.
+        """
+        wanted, kind = takes(self.optimizer), kind_of(self.optimizer)
+        if len(each := each_of(self.optimizer)) > 1 and any(isinstance(one, Partner) for one in each):
+            raise ThinwireError(
+                f"optimizer= is {kind}, of which one is a part of its method; it must hold all parameters that are "
+                "exchanged, alone"
+            )
+        for rule in method.rules:
+            if self.optimizer is not None and rule.memory.gives != wanted:
+                way_out = f"attach {self.partner.recipe}" if self.partner else "use the one that its recipe names"
+                raise ThinwireError(
+                    f"{method.name} hands the optimizer its {rule.memory.gives}, and {kind} steps with its {wanted}; "
+                    f"{way_out}"
+                )
+        self.settings = self.partner.settings() if self.partner else {}
+        return {name: self.settings[id(param)] for name, param in named if id(param) in self.settings}
+
+    def rule(self) -> str:
+        """One line that must be the same on all ranks."""
+        return self.partner.rule() if self.partner else "takes no part"
+
+    def hold(self, attached: bool, units: Sequence[Unit]) -> None:
+        """From now on, or no longer, somebody hands it what it steps with; a momentum that it keeps goes along."""
+        self.marked = -1.0
+        if not self.partner or not (attached or self.partner.attached):
+            return
+        self.partner.attached = attached
+        for unit in units:
+            state = self.partner.state.get(unit.param, {})
+            if unit.memory.gives != "momentum" or not state:
+                continue
+            if not attached:
+                state["exp_avg"] = wrapped(unit.shared.now["momentum"].clone(), unit.param)
+            elif "exp_avg" in state:
+                for copy in (unit.shared.now, unit.shared.next):
+                    copy["momentum"].copy_(own(state["exp_avg"]))
+
+    def moves(self, unit: Unit) -> Mapping[str, Any]:
+        """What it remembers of a unit that lies otherwise in memory now."""
+        self.marked = -1.0
+        return self.partner.state.get(unit.param, {}) if self.partner else {}
+
+    def density(self, ahead: int) -> float | None:
+        """Of the exchange ``ahead`` steps from the next, where the optimizer decides it."""
+        return self.partner.density(ahead) if self.partner else None
+
+    def check(self) -> None:
+        """Before a step.
+
+        Raises:
+            ThinwireError: a setting that the memory has taken over was changed.
+        """
+        if self.partner and self.partner.settings() != self.settings:
+            raise ThinwireError(
+                f"beta1 of {type(self.partner).__name__} was changed, and the exchange goes on with the one it had at "
+                "attach; use a scheduler that leaves it alone (in OneCycleLR: cycle_momentum=False)"
+            )
+
+    def keep(self, density: float | None, units: Sequence[Unit]) -> bool:
+        """At the first step of a stage, the units learn whether they stay dense; answers whether that is new."""
+        if not self.partner or density == self.marked:
+            return False
+        before = [unit.kept for unit in units]
+        for unit in units:
+            unit.kept = self.partner.kept(unit.param)
+        return before != [unit.kept for unit in units]
+
+    def begin(self, density: float | None, units: Sequence[Unit], workers: Sequence[Worker]) -> None:
+        """A step begins; at the first of a stage, the units learn what of them is left out."""
+        if not self.partner or density == self.marked:
+            return
+        self.marked = density
+        for unit in units:
+            live = self.partner.live(unit.param) if "live" in unit.memory.derived else None
+            live = None if live is None else own(live)
+            for state in (unit.shared, *(worker.local[unit.name] for worker in workers)):
+                for copy in (state.now, state.next):
+                    copy.pop("live", None)
+                    copy.update({} if live is None else {"live": live})
+
+    def tell(self, ledger: Ledger, step: int) -> None:
+        """What the optimizer has to say after a step."""
+        if self.partner:
+            for note in self.partner.notes:
+                ledger.note(f"step {step}: {note}")
+            self.partner.notes.clear()

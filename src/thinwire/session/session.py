@@ -1,0 +1,390 @@
+"""What ``attach`` returns: the step clock, the units and their state, the ledger, and change in mid-run.
+
+A session knows nothing of where gradients come from; engines and the simulator drive it.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinwire.comm.control import ATTACH, Together
+from thinwire.comm.link_speed import measure
+from thinwire.comm.process_group import TIMEOUT, Collective
+from thinwire.comm.simulated import Local
+from thinwire.comm.texts import heard
+from thinwire.core.ambient import undisturbed_methods
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor
+from thinwire.core.loops import Kernels
+from thinwire.core.tensors import norm
+from thinwire.exchange.buckets import Bucket
+from thinwire.exchange.fused import rehearse
+from thinwire.exchange.stages import Stages
+from thinwire.exchange.units import PROBE_EVERY, TURN_BYTES, Probe, Unit, Worker, all_dense, carry, resolve
+from thinwire.methods.given import method_of
+from thinwire.methods.method import Method, Rule
+from thinwire.report.ledger import Ledger, StepRow
+from thinwire.session import checkpoint
+from thinwire.session.copies import OfThisRun
+from thinwire.session.detached import changing, leave_behind
+from thinwire.session.migrate import agree, describe, hand_on_all, restore_alike
+from thinwire.session.momentum_transfer import Handover, log, remembering, warn_once
+from thinwire.session.optimizers import Optimizers, check_optimizer, holders, release_optimizer
+from thinwire.session.relayout import follow
+from thinwire.session.replicas import Replicas
+from thinwire.session.stepping import Stepping
+from thinwire.session.transaction import OnNonfinite, Policy, Scaler, Transaction
+
+
+@undisturbed_methods
+class Session(OfThisRun):
+    """One attached model.
+
+    Args:
+        named: the parameters that require a gradient, in the model's order.
+        method: how they are exchanged.
+        collective: who exchanges them.
+        optimizer: needed by methods that own the momentum; with any other it lets the session notice gradients that are
+            exchanged twice before a step. Several stand in a ``Together``.
+        seed: of all randomness, with the step, the unit and the rank.
+        workers: the ranks that live in this process: one, or all of a simulation.
+        scaler, on_nonfinite, timeout, policy: see ``thinwire.attach``.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[tuple[str, Tensor]],
+        method: Method,
+        collective: Collective,
+        optimizer: Optimizers | None,
+        seed: int = 0,
+        workers: Sequence[Worker] | None = None,
+        scaler: Scaler | None = None,
+        on_nonfinite: OnNonfinite = "skip",
+        timeout: float = TIMEOUT,
+        policy: Policy | None = None,
+    ) -> None:
+        self.named, self.collective, self.optimizer, self.seed = list(named), collective, optimizer, seed
+        self.workers = list(workers or [Worker(collective.rank, seed)])
+        self.ledger = Ledger(method.name, collective.world, collective.label)
+        self.stages = Stages(collective, self.ledger)
+        self.transaction = Transaction(optimizer, self.ledger, on_nonfinite)
+        self.step = self.turn = 0
+        """The clock of this rank; and the step that all ranks are taken to be at, equal on all of them."""
+        self.units: list[Unit] = []
+        self.optional = False
+        """Whether one rank may use a parameter where another does not, and only messages tell; the engine's to say."""
+        self.replicas: Replicas | None = None
+        """What must stay equal on all ranks; None where nothing must, or nobody looks. The engine's to say."""
+        self.scaler, self.timeout, self.policy = scaler, timeout, policy
+        self.fits: Callable[[Method], None] = lambda method: None
+        """Raises what keeps a method from being used with this model; the engine's."""
+        self.no_sync: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        """For a model without a wrapper: backward passes inside ``with wire.no_sync():`` add up, and send nothing."""
+        self.loss_scale, self.stepping = 1.0, Stepping(self, optimizer, scaler)
+        self.joint = self.stepping.joint
+        self.cleanup = contextlib.ExitStack()
+        """What detach() undoes; engines add to it."""
+        self.row = StepRow(0, method.name)
+        try:
+            with Together(self.collective, *ATTACH) as together:
+                self._install(method, together)
+        except BaseException:
+            self._give_back(Local.of(1)[0])
+            raise
+        self.stepping.start(self.cleanup)
+
+    # -- the method ------------------------------------------------------------------------------------------------
+
+    def _prepare(self, method: Method) -> tuple[list[Unit], Handover | None]:
+        """Everything about a method that can fail, before anything is changed."""
+        self.fits(method)
+        if self.transaction.pending and not self.transaction.failed:
+            raise ThinwireError(
+                "the gradients of the last backward are waiting for optimizer.step(); call it, then change"
+            )
+        if any(rule.memory.stateful for rule in method.rules):
+            check_optimizer(self.optimizer, self.named, self, method.name)
+        holders(self.optimizer, self.named)
+        handover = self.stepping.prepare(method)
+        settings = self.joint.agree(method, self.named) | (handover.settings if handover else {})
+        return resolve(self.named, method, settings, self.seed), handover
+
+    def _together(self, what: str) -> Together:
+        return Together(self.collective, f"step {self.step}: {what}")
+
+    def _install(self, method: Method | Compressor | Rule, together: Together) -> None:
+        with together.alone():
+            method = method_of(method)
+            units, handover = self._prepare(method)
+            rest = {"seed": self.seed, "step": self.step, "optimizer": self.joint.rule(), "link": self.collective.link}
+            described = describe(method, units, rest)
+            rehearse(units, self.workers[0].kernels)
+        agree(self.collective.everyone, described)
+        with changing(self, together.what):
+            self.transaction.void()
+            self.stepping.leave(handover)
+            hand_on_all(self.units, units, self.workers, self.collective, self.timeout)
+            if said := self.stepping.enter(handover, units, method):
+                self._say(said)
+            self.method, self.units = method, units
+            self._take_link()
+            with together.alone():
+                self.joint.hold(True, units)
+                self._installed_at, self._density = self.step, -1.0
+                self.transaction.clock.all_at(self.step)
+                self._set_heads()
+                self._set_stage()
+
+    def _take_link(self) -> None:
+        """The link that routes are chosen by: emulated, or measured where the method asks. A collective call."""
+        self._link = link = self.collective.link
+        if self.method.route == "auto":
+            self._link = link or measure(self.collective, self.timeout, self.units[0].param.device)
+            self.ledger.note(f"routes are chosen for a link of {self._link} ({'given' if link else 'measured'})")
+        self.turn_bytes = TURN_BYTES if self._link is None else self._link.latency * self._link.bandwidth / 8
+
+    def _stage(self, step: int) -> float | None:
+        """The density of that step; None where it is the method's own."""
+        asked = self.joint.density(step - self.step)
+        warmup = self.method.warmup if asked is None else None
+        return warmup.density(max(0, step - self._installed_at)) if warmup else asked
+
+    def _check_clocks(self) -> None:
+        """Where ranks at different steps would be at different stages, their messages would differ in size.
+
+        Raises:
+            ThinwireError: there are such ranks.
+        """
+        if len({self._stage(step) for step in self.transaction.clock.possible()}) > 1:
+            self.transaction.compare(self._steps("a stage of the warm-up"), self.step)
+
+    def _steps(self, what: str = "a comparison of steps") -> list[int]:
+        with self._together(what):
+            return heard(self.collective.everyone.exchange_text(str(self.step)), int, "step")
+
+    def _set_stage(self) -> None:
+        density = self._stage(self.step)
+        if self.joint.keep(density, self.units) or density != self._density:
+            self._density = density
+            self.stages.begin(self.units, self.method, density, self._link, self.turn_bytes)
+            if (idle := all_dense(self.units, self.method, density)) is not None:
+                self._say(idle)
+
+    def set_method(self, method: Method | Compressor | Rule) -> None:
+        """Change the method between two steps, on all ranks at once. A collective call.
+
+        What both methods remember is kept. A residual that the new method has no place for is sent with the next
+        step, and momentum goes back to the optimizer, or out of it.
+
+        Raises:
+            ThinwireError: ranks ask for different methods, or this one does not fit the optimizer; nothing has changed.
+        """
+        before = self.method
+        with self._together("set_method()") as together:
+            self._install(method, together)
+        self.ledger.method = self.method.name
+        self.ledger.note(f"step {self.step}: method changed from {before.name} to {self.method.name}")
+
+    def detach(self) -> None:
+        """Leave the model as it was: momentum and weight decay are the optimizer's again. A collective call.
+
+        What was not yet sent is dropped, and the ledger says how much. No thread stays behind.
+        """
+        self._detach(self.collective)
+
+    def abandon(self) -> None:
+        """Detach without the other ranks: momentum that is the optimizer's again is this rank's own."""
+        self._detach(Local.of(1)[0])
+
+    def _detach(self, collective: Collective) -> None:
+        self.transaction.void()
+        try:
+            with Together(collective, f"step {self.step}: detach()"):
+                self._give_back(collective)
+        finally:
+            self._leave()
+
+    def _give_back(self, collective: Collective) -> None:
+        self.joint.hold(False, self.units)
+        release_optimizer(self.optimizer, self)
+        self.stepping.give_back(collective)
+
+    def use_kernels(self, kernels: Kernels, note: str | None) -> None:
+        """Name the kernels in the ledger, and let go of them at detach; ``note``: see ``choose``."""
+        self.ledger.kernels = kernels.name
+        self.cleanup.callback(kernels.close)
+        if note is not None:
+            self.ledger.note(note)
+            warn_once(note)
+
+    def _leave(self) -> None:
+        states = [state.now for worker in self.workers for state in worker.local.values()]
+        states += [unit.shared.now for unit in self.units]
+        if pending := [state[key] for state in states for key in ("residual", "carried") if key in state]:
+            self.ledger.note(f"step {self.step}: detached; a residual of norm {float(norm(pending)):.3g} was dropped")
+        self.cleanup.close()
+        self.collective.close()
+        leave_behind(self)
+
+    def _say(self, text: str) -> None:
+        self.ledger.note(text)
+        if self.collective.everyone.rank == 0:
+            log.warning(text)  # the level that is shown where nobody has set logging up
+
+    # -- the step --------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """What can be wrong before a step; engines ask before the forward pass, where an error does no harm.
+
+        Raises:
+            ThinwireError: the optimizer is asked for what the memory can't do in its place.
+        """
+        self.stepping.check()
+
+    def follow(self, strides: Mapping[str, tuple[int, ...]]) -> None:
+        """Parameters lie otherwise in memory; ``strides``: those that they had, by name. A collective call."""
+        units = [unit for unit in self.units if unit.name in strides]
+        agree(self.collective.everyone, [(f"unit {unit.name!r}", unit.describe()) for unit in units])
+        follow(units, self.workers, strides, self.joint.moves)
+        self.stages.buckets.clear()
+        self.ledger.note(f"step {self.step}: {units[0].name} and {len(units) - 1} more lie otherwise in memory")
+
+    def bucket(self, params: Sequence[Tensor]) -> Bucket:
+        """The bucket of these parameters, planned once for each composition and warm-up stage."""
+        return self.stages.bucket(params, self.turn)
+
+    def begin_step(self) -> None:
+        """Before the first bucket of a step. What an earlier one prepared and no optimizer made final is void."""
+        if self.transaction.begin() == 3:
+            self._say("3 exchanges without a step of the attached optimizer: is it the one that steps?")
+        if text := self.transaction.complaint():
+            self._say(text)
+        self.row = StepRow(self.step, self.method.name)
+        self._sent_before = self.collective.sent, self.collective.sent_inside
+        self.loss_scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
+        self.turn = self.transaction.clock.turn()
+        self.collective.at(self.step)
+        self._check_clocks()
+        self._set_stage()
+        self.stepping.begin()
+        self.joint.begin(self._density, self.units, self.workers)
+        self.workers[0].probe = Probe() if self.step % PROBE_EVERY == 0 else None
+
+    def end_step(self, bad: bool | None = None) -> None:
+        """After the last bucket has arrived; ``bad``: whether what the engine itself remembers was not finite."""
+        row = self.row
+        row.wire_bytes = self.collective.sent - self._sent_before[0]
+        row.inside_bytes = self.collective.sent_inside - self._sent_before[1]
+        if (probe := self.workers[0].probe) is not None:
+            row.error = probe.error
+        self.ledger.add(row)
+        if bad is not None or self.stages.reads:
+            beside = partial(self.collective.any_beside, timeout=self.timeout)
+            self.transaction.end(self.step, beside, bool(bad), self._steps, self.collective.apart())
+        else:
+            self.transaction.end_unread()
+        if self.replicas is not None and self.replicas.due():
+            with self._together("the check of replicas"):
+                self.replicas.check(self.step, self.transaction.refuse)
+        self.stepping.exchanged()
+        if self.optimizer is None:
+            self.commit(self.units)
+
+    def commit(self, units: Sequence[Unit], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """These units have been stepped, by this optimizer; when all have, so has the session."""
+        if not self.transaction.commit(units, self.workers, optimizer):
+            return
+        self.step += 1
+        self.joint.tell(self.ledger, self.step)
+        if self._carrying and not carry(self.units, self.workers):
+            self._set_heads()
+        if self.policy is not None:
+            with self._together("the policy"):
+                self.policy.after_step(self)
+
+    def expect_unused(self) -> None:
+        """From now on one rank may use a parameter where another does not, and only messages tell."""
+        self.optional = True
+        self._set_heads()
+
+    def _set_heads(self) -> None:
+        self._carrying = carry(self.units, self.workers)
+        self.stages.heads(self.units, self.method, self.optional, self._carrying)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered, as tensors, ints and strings; ``thinwire.session.checkpoint`` says in which form.
+
+        With ``torch.distributed.checkpoint`` the session goes in beside the model, ``dcp.save({"wire": wire, ...})``;
+        with ``torch.save`` every rank writes a file of its own.
+        """
+        keepers = self.collective.keepers
+        clock = {"world": keepers.world, "step": self.step, "installed_at": self._installed_at}
+        worker = replace(self.workers[0], rank=keepers.rank)
+        return checkpoint.save(self.units, worker, keepers.rows, clock, self.method.to_json(), keepers.shared)
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        on_world_change: checkpoint.OnWorldChange = "error",
+    ) -> None:
+        """Continue from a checkpoint; where it is damaged or does not fit, nothing has changed.
+
+        Args:
+            state: what ``state_dict`` gave this rank; or a list of all ranks' states, for another world size.
+            on_world_change: at another world size than the one that saved: ``"error"``; ``"fold"``, every rank gets the
+                mean of what was pending, so that the mean pending update stays the same; or ``"reset"`` drops it.
+
+        Raises:
+            ThinwireError: the checkpoint is damaged, of another model, rank or world size, or not one on all ranks.
+        """
+        self._load(lambda: state, on_world_change)
+
+    def _load(self, read: Callable[[], Any], on_world_change: checkpoint.OnWorldChange) -> None:
+        keepers = self.collective.keepers
+        with self._together("loading a checkpoint") as together, remembering(self.units) as adopted:
+            restored = restore_alike(
+                together,
+                self.collective,
+                lambda: checkpoint.restore(adopted(read()), self.units, keepers.rank, keepers.world, on_world_change),
+            )
+            with together.alone():
+                self._put(restored)
+
+    def _put(self, restored: checkpoint.Restored) -> None:
+        self.transaction.void()
+        self.step, self._installed_at = restored.step, restored.installed_at
+        for unit in self.units:
+            self.workers[0].local[unit.name].now = restored.local[unit.name]
+            unit.shared.now = restored.shared[unit.name]
+        self.stepping.restored()
+        for note in restored.notes:
+            self.ledger.note(note)
+        self._set_heads()
+        self.transaction.clock.all_at(self.step)
+        self._density = -1.0
+        self._set_stage()
+
+    def load(self, folder: str | Path, key: str = "wire", on_world_change: checkpoint.OnWorldChange = "error") -> None:
+        """Continue from a checkpoint of ``torch.distributed.checkpoint``, saved by any number of workers.
+
+        Args:
+            folder, key: the ``checkpoint_id`` that ``dcp.save`` was given, and the session's name in it.
+            on_world_change: as for ``load_state_dict``.
+
+        Raises:
+            ThinwireError: as ``load_state_dict``, or the folder can't be read.
+        """
+        self._load(partial(checkpoint.read_folder, folder, key), on_world_change)
+
+    def report(self) -> str:
+        """The ledger as a Markdown table."""
+        return self.ledger.markdown()
