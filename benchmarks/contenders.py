@@ -45,7 +45,7 @@ optimizer without; so plain training is measured with momentum and without."""
 
 THINWIRE: dict[str, tuple[Callable[[], thinwire.Method], str]] = {
     "dgc": (lambda: thinwire.dgc(0.001), "sparse"),
-    "dgc_bf16_state": (lambda: thinwire.dgc(0.001, state="bfloat16"), "sparse"),
+    "dgc_bf16_state": (lambda: thinwire.dgc(0.001, state_dtype="bfloat16"), "sparse"),
     "dgc_int4": (lambda: thinwire.dgc(0.001, values="int4"), "sparse"),
     "dgc_two_phase": (lambda: thinwire.dgc(0.001, route="two_phase"), "sparse"),
     "dense_bare": (lambda: thinwire.dense(), "bare"),

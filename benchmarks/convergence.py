@@ -19,10 +19,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
 
-from thinwire import Method, Warmup, cast, dense, dgc, ef21_sgdm, lean, maxmin, powersgd, qsgd, simulate, topk
+from thinwire import Method, Warmup, cast, dense, dgc, lean, maxmin, powersgd, qsgd, simulate, topk
 from thinwire._version import __version__
 from thinwire.cli import text as demo_text
 from thinwire.cli.demo_models import CharLM, loss_of, transformer
+from thinwire.methods import ef21_sgdm
 from thinwire.report.results import Row, meta, write
 
 CLIP = 1.0
@@ -50,7 +51,7 @@ TRANSFORMER: dict[str, Callable[[Warmup], Method]] = {
     "powersgd_4": lambda warmup: powersgd(4, warmup=warmup, clip=CLIP),
     "powersgd_1": lambda warmup: powersgd(1, warmup=warmup, clip=CLIP),
     "maxmin_4_bits": lambda _: replace(maxmin(4), clip=CLIP),
-    "maxmin_4_bits_ef": lambda _: replace(maxmin(4, bucket=64, feedback=True), clip=CLIP),
+    "maxmin_4_bits_ef": lambda _: replace(maxmin(4, block=64, feedback=True), clip=CLIP),
     "qsgd_4_bits": lambda _: replace(qsgd(4), clip=CLIP),
     "lean_0.06": lambda warmup: lean(0.06, momentum=False, warmup=warmup, clip=CLIP),
 }

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.figures import several
-from thinwire import EF21, EControl, ErrorFeedback, Memory, NoMemory, TopK
+from thinwire import Memory
 from thinwire._version import __version__
+from thinwire.compressors import TopK
 from thinwire.core import NOWHERE
 from thinwire.core.tensors import Sparse
 from thinwire.exchange.units import TwoCopies, payload_nbytes
+from thinwire.memories import EF21, EControl, ErrorFeedback, NoMemory
 from thinwire.methods.theory import Mean, ef21_step, logistic_smoothness, xi
 from thinwire.report.results import Row, meta, write
 

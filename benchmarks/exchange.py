@@ -28,8 +28,8 @@ import torch
 import thinwire
 from benchmarks.figures import several
 from benchmarks.lab import run_ranks
-from thinwire import Link, dgc
-from thinwire.comm.link import Kind, wire_bytes
+from thinwire import dgc
+from thinwire.comm.link import Kind, Link, wire_bytes
 from thinwire.exchange.buckets import Bucket, Routing, plan_bucket
 from thinwire.exchange.units import resolve, set_stage
 from thinwire.report import results

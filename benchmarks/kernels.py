@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.figures import spread
-from thinwire import MomentumCorrection, TopK
 from thinwire._version import __version__
+from thinwire.compressors import TopK
 from thinwire.core import Context, State, files
 from thinwire.core.loops import Kernels
 from thinwire.exchange.fused import select
@@ -23,6 +23,7 @@ from thinwire.exchange.messages import Piece
 from thinwire.exchange.units import TwoCopies, Unit, Worker
 from thinwire.kernels.cpu import Cpu
 from thinwire.kernels.reference import REFERENCE
+from thinwire.memories import MomentumCorrection
 from thinwire.report.results import Row, meta, write
 
 SETTLE = 0.02
@@ -37,7 +38,7 @@ class Case:
         self.param = torch.empty(n, dtype=grad)
         self.grad = torch.empty(n, dtype=grad)
         self.fresh = torch.randn(n).to(grad)
-        memory = MomentumCorrection(momentum=0.9, **({"state": state} if state else {}))
+        memory = MomentumCorrection(momentum=0.9, **({"state_dtype": state} if state else {}))
         self.unit = Unit("w", self.param, TopK(density), memory, method_compressor=TopK(density))
         self.worker = Worker(0, kernels=kernels)
         self.worker.local["w"] = self.unit.fresh_local()

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 from benchmarks.figures import spread
-from thinwire import LGreCo, Method, maxmin, powersgd, simulate, topk
+from thinwire import Method, maxmin, powersgd, simulate, topk
 from thinwire._version import __version__
 from thinwire.cli import text as demo_text
 from thinwire.cli.demo_models import CharLM, loss_of
 from thinwire.core import Compressor, Context
 from thinwire.exchange.units import Probe
+from thinwire.policies import LGreCo
 from thinwire.policies.lgreco import Snapshot, losses
 from thinwire.report.results import Row, meta, write
 from thinwire.session.session import Session

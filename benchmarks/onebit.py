@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from thinwire import OneBitAdam, ZeroOneAdam, dense, onebit_adam, simulate, zeroone_adam
+from thinwire import dense, onebit_adam, simulate, zeroone_adam
 from thinwire._version import __version__
 from thinwire.cli import text as demo_text
 from thinwire.cli.demo_models import loss_of, transformer
+from thinwire.optim import OneBitAdam, ZeroOneAdam
 from thinwire.report.results import Row, meta, write
 
 CASES = ("adam", "onebit_adam", "zeroone_adam")

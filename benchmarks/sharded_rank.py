@@ -12,16 +12,17 @@ from torch.distributed.fsdp import fully_shard
 
 import thinwire
 from benchmarks.lab import report
-from thinwire import QSGD, Quantize, dense
+from thinwire import dense
 from thinwire.cli import text as demo_text
 from thinwire.cli.demo_models import loss_of, transformer
+from thinwire.compressors import QSGD, Quantize
 
 LENGTH, BATCH = 32, 8
 CASES: dict[str, Callable[[], dict[str, Any]] | None] = {
     "plain": None,
     "scatter_8": lambda: {"reduce_scatter": Quantize(8, rounding="stochastic")},
     "scatter_8_qsgd": lambda: {"reduce_scatter": QSGD(8)},
-    "scatter_4": lambda: {"reduce_scatter": Quantize(4, bucket=64, rounding="stochastic")},
+    "scatter_4": lambda: {"reduce_scatter": Quantize(4, block=64, rounding="stochastic")},
     "gather_8": lambda: {"all_gather": Quantize(8)},
     "both_8": lambda: {"reduce_scatter": Quantize(8, rounding="stochastic"), "all_gather": Quantize(8)},
 }
@@ -39,7 +40,10 @@ def train(case: str, seed: int, steps: int, width: int) -> dict[str, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     options = CASES[case]
-    wire = thinwire.attach(model, dense(), optimizer=optimizer, seed=seed, **options()) if options else None
+    wire = None
+    if options is not None:
+        sharded = thinwire.Fsdp2Options(**options())
+        wire = thinwire.attach(model, dense(), optimizer=optimizer, seed=seed, fsdp2=sharded)
     for step in range(steps):
         optimizer.zero_grad()
         loss_of(model, text.batch(step, dist.get_rank(), BATCH, LENGTH, seed)).backward()

@@ -73,7 +73,7 @@ def main() -> None:
     fully_shard(model, mesh=mesh["shard"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     wire = thinwire.attach(  # <- thinwire
-        model, thinwire.topk(0.01), optimizer=optimizer, replicate=mesh["replicate"]
+        model, thinwire.topk(0.01), optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"])
     )
 
     for step in range(args.steps):

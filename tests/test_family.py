@@ -19,20 +19,20 @@ from thinwire.methods.method import Method, Rule
 
 RECIPES = {
     "qsgd": thinwire.qsgd(4),
-    "qsgd-gathered": thinwire.qsgd(3, bucket=64, norm="max", route="all_gather"),
+    "qsgd-gathered": thinwire.qsgd(3, block=64, norm="max", route="all_gather"),
     "maxmin": thinwire.maxmin(4),
-    "maxmin-feedback": thinwire.maxmin(4, bucket=128, feedback=True),
-    "terngrad": thinwire.terngrad(),
-    "natural": thinwire.natural(),
+    "maxmin-feedback": thinwire.maxmin(4, block=128, feedback=True),
+    "terngrad": thinwire.methods.terngrad(),
+    "natural": thinwire.methods.natural(),
     "signsgd": thinwire.signsgd(),
     "signsgd-gathered": thinwire.signsgd(0.0, route="all_gather"),
-    "ef_sign": thinwire.ef_sign(),
-    "randk": thinwire.randk(0.05),
-    "randk-unbiased": thinwire.randk(0.2, feedback=False),
-    "randk-private": thinwire.randk(0.05, shared=False),
-    "sidco": thinwire.sidco(0.02),
+    "ef_sign": thinwire.methods.ef_sign(),
+    "randk": thinwire.methods.randk(0.05),
+    "randk-unbiased": thinwire.methods.randk(0.2, feedback=False),
+    "randk-private": thinwire.methods.randk(0.05, shared=False),
+    "sidco": thinwire.methods.sidco(0.02),
     "scalecom": thinwire.scalecom(0.05),
-    "demo": thinwire.decoupled_momentum(),
+    "demo": thinwire.methods.decoupled_momentum(),
     "lean": thinwire.lean(0.5),
     "lean-any-optimizer": thinwire.lean(0.5, momentum=False),
 }
@@ -72,7 +72,7 @@ def test_recipes_are_values(method):
 
 def test_momentum_decouples():
     """``beta M + g = M' + sent`` at every step, and the optimizer gets signs, of which NaN stays NaN."""
-    memory, compressor = thinwire.DecoupledMomentum(0.9), thinwire.DctTopK(0.05)
+    memory, compressor = thinwire.memories.DecoupledMomentum(0.9), thinwire.compressors.DctTopK(0.05)
     param = torch.zeros(64, 100, dtype=torch.float64)
     old, new = memory.init(param), memory.init(param)
     for _ in range(5):
@@ -94,7 +94,7 @@ def test_momentum_decouples():
 
 
 def test_a_vote_counts_sides_alone():
-    vote, sign = thinwire.MajorityVote(), thinwire.Sign(scale="none")
+    vote, sign = thinwire.memories.MajorityVote(), thinwire.compressors.Sign(scale="none")
     for world in (2, 3, 6, 100):
         votes = [torch.randn(50).sign() * 10.0 ** (w % 9 - 3) for w in range(world)]
         mean = torch.zeros(50)
@@ -110,34 +110,40 @@ def test_a_vote_counts_sides_alone():
     [
         (lambda: thinwire.qsgd(1), "bits is 1; QSGD takes 2 to 8"),
         (lambda: thinwire.qsgd(9), "bits is 9"),
-        (lambda: thinwire.qsgd(4, bucket=0), "bucket is 0"),
+        (lambda: thinwire.qsgd(4, block=0), "block is 0"),
         (lambda: thinwire.qsgd(4, norm="l3"), "norm is 'l3'"),
         (lambda: thinwire.maxmin(0), "bits is 0; Quantize takes 1 to 8"),
         (lambda: thinwire.maxmin(4, rounding="up"), "rounding is 'up'"),
         (lambda: thinwire.maxmin(2), "Quantize is biased, and NoMemory forgets"),
-        (lambda: thinwire.maxmin(4, bucket=512, feedback=True), "smaller buckets"),
-        (lambda: thinwire.terngrad(clip=0.0), "clip is 0.0"),
+        (lambda: thinwire.maxmin(4, block=512, feedback=True), "smaller blocks"),
+        (lambda: thinwire.methods.terngrad(clip_rms=0.0), "clip_rms is 0.0"),
         (lambda: thinwire.signsgd(1.0), "momentum is 1.0"),
-        (lambda: thinwire.ef_sign(block=0), "block is 0"),
-        (lambda: thinwire.Sign(scale="l3"), "scale is 'l3'"),
-        (lambda: thinwire.randk(0.0), "density is 0.0"),
+        (lambda: thinwire.methods.ef_sign(block=0), "block is 0"),
+        (lambda: thinwire.compressors.Sign(scale="l3"), "scale is 'l3'"),
+        (lambda: thinwire.methods.randk(0.0), "density is 0.0"),
         (lambda: thinwire.scalecom(0.0), "density is 0.0"),
         (lambda: thinwire.scalecom(float("nan")), "density is nan"),
-        (lambda: thinwire.CLTK(0.1) >> thinwire.Quantize(4), "CLTK needs the sum of what is sent"),
-        (lambda: thinwire.sidco(1.5), "density is 1.5"),
-        (lambda: thinwire.SIDCo(0.1, stages=0), "stages is 0"),
-        (lambda: thinwire.sidco(0.1, fit="normal"), "fit is 'normal'"),
-        (lambda: thinwire.Threshold(0.0, 0.1), "threshold is 0.0"),
-        (lambda: thinwire.Threshold(1.0, 0.0), "capacity is 0.0"),
-        (lambda: thinwire.BlockTopK(0.0), "density is 0.0"),
-        (lambda: thinwire.BlockTopK(0.1, block=0), "block is 0"),
-        (lambda: thinwire.decoupled_momentum(2.0), "density is 2.0"),
-        (lambda: thinwire.decoupled_momentum(chunk=0), "chunk is 0"),
-        (lambda: thinwire.decoupled_momentum(decay=1.0), "decay is 1.0"),
-        (lambda: thinwire.Scaled(thinwire.TopK(0.1)), "TopK is biased, and so has no variance"),
-        (lambda: Rule(thinwire.QSGD(2), thinwire.ErrorFeedback()), "Scaled"),
-        (lambda: Rule(thinwire.Sign(), thinwire.NoMemory()), "Sign is biased"),
-        (lambda: Rule(thinwire.Sign(scale="l2"), thinwire.ErrorFeedback()), "may lose more than it is given"),
+        (
+            lambda: thinwire.compressors.CLTK(0.1) >> thinwire.compressors.Quantize(4),
+            "CLTK needs the sum of what is sent",
+        ),
+        (lambda: thinwire.methods.sidco(1.5), "density is 1.5"),
+        (lambda: thinwire.compressors.SIDCo(0.1, stages=0), "stages is 0"),
+        (lambda: thinwire.methods.sidco(0.1, fit="normal"), "fit is 'normal'"),
+        (lambda: thinwire.compressors.Threshold(0.0, 0.1), "threshold is 0.0"),
+        (lambda: thinwire.compressors.Threshold(1.0, 0.0), "capacity is 0.0"),
+        (lambda: thinwire.compressors.BlockTopK(0.0), "density is 0.0"),
+        (lambda: thinwire.compressors.BlockTopK(0.1, block=0), "block is 0"),
+        (lambda: thinwire.methods.decoupled_momentum(2.0), "density is 2.0"),
+        (lambda: thinwire.methods.decoupled_momentum(chunk=0), "chunk is 0"),
+        (lambda: thinwire.methods.decoupled_momentum(decay=1.0), "decay is 1.0"),
+        (lambda: thinwire.compressors.Scaled(thinwire.compressors.TopK(0.1)), "TopK is biased, and so has no variance"),
+        (lambda: Rule(thinwire.compressors.QSGD(2), thinwire.memories.ErrorFeedback()), "Scaled"),
+        (lambda: Rule(thinwire.compressors.Sign(), thinwire.memories.NoMemory()), "Sign is biased"),
+        (
+            lambda: Rule(thinwire.compressors.Sign(scale="l2"), thinwire.memories.ErrorFeedback()),
+            "may lose more than it is given",
+        ),
     ],
 )
 def test_bad_hyper_parameters(make, says):
@@ -157,7 +163,7 @@ def test_lean_spends_its_budget(budget):
 
 
 def test_an_unbiased_compressor_is_remembered_when_scaled():
-    Rule(thinwire.Scaled(thinwire.QSGD(2)), thinwire.ErrorFeedback())
+    Rule(thinwire.compressors.Scaled(thinwire.compressors.QSGD(2)), thinwire.memories.ErrorFeedback())
 
 
 NEW = """
@@ -191,7 +197,7 @@ def test_adding_a_compressor_touches_one_file(tmp_path, monkeypatch):
             getattr(every, name)(case, dtype)
     battery.test_contracts_as_declared(case)
     battery.test_json_round_trip(case)
-    method = Method("thirds", (Rule(case, thinwire.ErrorFeedback()),))
+    method = Method("thirds", (Rule(case, thinwire.memories.ErrorFeedback()),))
     assert Method.from_json(method.to_json()) == method
     _, result = simulated(method, 2, 3)
     assert result.ledger.ratio > 2

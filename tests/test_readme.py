@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 import thinwire
-from thinwire.core import NOWHERE
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,12 +39,17 @@ def test_from_deepspeed(world2):
         assert "the variance is frozen after 10 steps" in report
 
 
+PLACES = (
+    thinwire.core, thinwire.compressors, thinwire.memories, thinwire.methods, thinwire.optim, thinwire.policies,
+    thinwire,
+)  # fmt: skip
+
+
 def test_examples_in_docstrings():
     names = {
         "torch": torch,
         "thinwire": thinwire,
-        "NOWHERE": NOWHERE,
-        **{name: getattr(thinwire, name) for name in thinwire.__all__},
+        **{name: getattr(place, name) for place in PLACES for name in place.__all__},
     }
     tried = 0
     for module in pkgutil.walk_packages(thinwire.__path__, "thinwire."):

@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import thinwire
 from benchmarks.contenders import LEARNING_RATE, bf16_hook
 from benchmarks.gpu.models import Task
-from thinwire import Link
-from thinwire.comm.link import Kind
+from thinwire.comm.link import Kind, Link
 
 Setup = Callable[[DistributedDataParallel], object]
 
@@ -70,7 +69,7 @@ WAYS: dict[str, tuple[str, Any]] = {
     "dgc_ddp": ("ddp", lambda: thinwire.dgc(0.001)),
     "dgc_bare": ("bare", lambda: thinwire.dgc(0.001)),
     "dgc_sparse": ("sparse", lambda: thinwire.dgc(0.001)),
-    "dgc_bf16_state": ("bare", lambda: thinwire.dgc(0.001, state="bfloat16")),
+    "dgc_bf16_state": ("bare", lambda: thinwire.dgc(0.001, state_dtype="bfloat16")),
     "topk_ddp": ("ddp", lambda: thinwire.topk(0.001)),
     "topk_bare": ("bare", lambda: thinwire.topk(0.001)),
     "thinwire_dense": ("ddp", thinwire.dense),
@@ -109,7 +108,7 @@ def build(task: Task, way: str, kind: str, device: str) -> Contender:
         return Contender(trained, optimizer, task, device)
     options: dict[str, Any] = {"kernels": "auto" if device == "cuda" else "reference"}
     if way.endswith(SLOW):
-        options["link"] = LINK
+        options["emulate_link"] = LINK
     if where != "ddp":
         options |= {"process_group": dist.group.WORLD, "sparse_gradients": where == "sparse"}
     wire = thinwire.attach(trained, method, optimizer=optimizer, **options)

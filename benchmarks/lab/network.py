@@ -56,7 +56,7 @@ class Counters:
 
 
 def parse(link: str) -> tuple[float, float]:
-    """Bits per second and seconds, from what ``thinwire.Link.parse`` takes; a lab starts without waiting for torch."""
+    """Bits per second and seconds, as ``thinwire.comm.link`` reads them; a lab starts without waiting for torch."""
     found = re.fullmatch(r"([\d.]+)(kbit|mbit|gbit)(?:, *([\d.]+)(us|ms|s))?", link)
     if not found:
         raise LabError(f"link {link!r} is not understood; write 100mbit, 1gbit or 100mbit,0.5ms")

@@ -159,7 +159,7 @@ def cells() -> dict[str, Event]:
         for method in ("dgc-all_gather", "topk-two_phase"):
             each[f"accumulated/{method}"] = partial(_accumulated, method)
             each[f"bfloat16/{method}"] = partial(_shaped, method, dtype=torch.bfloat16)
-            each[f"auto/{method}"] = partial(_with, method, link="1gbit,0.1ms")
+            each[f"auto/{method}"] = partial(_with, method, emulate_link="1gbit,0.1ms")
         for method in ("topk-all_gather", "powersgd", "qsgd-two_phase"):
             each[f"policy/{method}"] = partial(_planned, method)
         for method in ("dense", "dgc-all_gather", "cast-float16"):

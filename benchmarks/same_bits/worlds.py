@@ -46,7 +46,7 @@ def _sharded(method: str, more: Callable[[], dict[str, Any]], ranks: Ranks, resu
 
 
 def _nodes(method: str, engine: str, ranks: Ranks) -> Found:
-    run = start(ranks, engine, method, group=ranks.four, nodes=2)
+    run = start(ranks, engine, method, group=ranks.four, ranks_per_node=2)
     run.train(*range(STEPS))
     return run.found()
 

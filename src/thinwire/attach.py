@@ -18,12 +18,13 @@ from thinwire.comm.process_group import TIMEOUT, Collective, ProcessGroup, Talk
 from thinwire.comm.simulated import Local
 from thinwire.comm.texts import is_known
 from thinwire.core.ambient import undisturbed
-from thinwire.core.checks import seconds
+from thinwire.core.checks import of_type, optional, seconds
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
 from thinwire.engines.bare import Plain
 from thinwire.engines.ddp import Ddp
 from thinwire.engines.fsdp2.engine import Fsdp2, is_fsdp1, is_fsdp2, sharded_talk
+from thinwire.engines.fsdp2.fsdp2_options import Fsdp2Options
 from thinwire.exchange.units import Worker
 from thinwire.kernels.select import Choice, choose
 from thinwire.methods.given import method_of
@@ -35,6 +36,7 @@ from thinwire.session.replicas import EVERY, Replicas
 from thinwire.session.session import Session
 from thinwire.session.transaction import OnNonfinite, Policy, Scaler
 
+OPTIONS = of_type(Fsdp2Options, 'pass thinwire.Fsdp2Options(replicate=mesh["replicate"])')
 OUTSIDE: object = dist.GroupMember.NON_GROUP_MEMBER
 """What torch answers a rank that is not in the group."""
 
@@ -93,20 +95,18 @@ def attach(
     method: Method | Compressor | Rule,
     *,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
-    seed: int = 0,
-    link: Link | str | None = None,
+    process_group: dist.ProcessGroup | None = None,
     scaler: Scaler | None = None,
+    ranks_per_node: int | DeviceMesh | None = None,
+    emulate_link: Link | str | None = None,
+    fsdp2: Fsdp2Options | None = None,
+    sparse_gradients: bool = False,
+    policy: Policy | None = None,
     on_nonfinite: OnNonfinite = "skip",
     timeout: float | timedelta = TIMEOUT,
     check_every: int = EVERY,
     kernels: Choice = "auto",
-    nodes: int | DeviceMesh | None = None,
-    process_group: dist.ProcessGroup | None = None,
-    sparse_gradients: bool = False,
-    replicate: DeviceMesh | None = None,
-    reduce_scatter: Compressor | Rule | None = None,
-    all_gather: Compressor | None = None,
-    policy: Policy | None = None,
+    seed: int = 0,
 ) -> Session:
     """Exchange the gradients of a model by ``method``. A collective call: all ranks make it alike.
 
@@ -121,9 +121,21 @@ def attach(
             memory, with its momentum buffers, until ``detach()``; what is written in its groups is followed. A wrapper
             (a framework's, SAM, Lookahead) is as good as what is inside. Several, each of which steps a part of the
             parameters, as a list: a step is final when all have stepped.
-        seed: of all randomness; equal on all ranks.
-        link: emulate a link of this speed, e.g. ``"100mbit"``; for experiments on one machine.
+        process_group: (no wrapper) the ranks that train the model, e.g. ``dist.group.WORLD``. They begin with the
+            parameters and buffers of its first rank, and average gradients from then on, as under DDP, but without
+            DDP's copies into buckets. Buffers are not broadcast again. Accumulate under ``wire.no_sync()``.
         scaler: the ``GradScaler`` of a mixed-precision run, so that residuals are kept without its scale.
+        ranks_per_node: (not FSDP2) compress between nodes only. The ranks of a node, which follow each other, as a
+            number; or a ``DeviceMesh`` of two dimensions, between nodes and inside. Ranks of a node average their
+            gradients and are one worker together; the ledger's wire bytes are those between nodes, and
+            ``emulate_link`` is the link between nodes.
+        emulate_link: a link of this speed, e.g. ``"100mbit"``; for experiments on one machine.
+        fsdp2: (FSDP2) who the replicas are, and how shards exchange gradients and parameters, see ``Fsdp2Options``.
+        sparse_gradients: (no wrapper) give the optimizer sparse tensors where at most 1/32 of the elements arrive, so
+            that a step touches what has arrived instead of every parameter. For contiguous parameters of float32 or
+            float64, ``torch.optim.SGD`` and ``Adagrad``, and a method that leaves them neither momentum nor weight
+            decay, as dgc does. ``clip_grad_norm_`` does not take sparse gradients.
+        policy: changes the method while it trains, e.g. ``thinwire.policies.LGreCo``.
         on_nonfinite: a gradient that is not finite on any rank makes all ranks skip the step ("skip"), or raise when
             the optimizer is about to step ("raise"). With a scaler, the scaler skips. It concerns methods that remember
             something; ``dense()`` and ``cast()`` pass on what they get, as DDP does.
@@ -134,26 +146,7 @@ def attach(
             differ, an error names the first parameter and the ranks. 0 for at attach only.
         kernels: the loops that compress: "reference" is plain PyTorch, "cpu" needs ``thinwire[cpu]``, "auto" takes the
             fastest there is; the ledger names it. All give the same bits.
-        nodes: (not FSDP2) compress between nodes only. The ranks of a node, which follow each other, as a number; or a
-            ``DeviceMesh`` of two dimensions, between nodes and inside. Ranks of a node average their gradients and are
-            one worker together; the ledger's wire bytes are those between nodes. ``link`` is then that between nodes.
-        process_group: (no wrapper) the ranks that train the model, e.g. ``dist.group.WORLD``. They begin with the
-            parameters and buffers of its first rank, and average gradients from then on, as under DDP, but without
-            DDP's copies into buckets. Buffers are not broadcast again. Accumulate under ``wire.no_sync()``.
-        sparse_gradients: (no wrapper) give the optimizer sparse tensors where at most 1/32 of the elements arrive, so
-            that a step touches what has arrived instead of every parameter. For contiguous parameters of float32 or
-            float64, ``torch.optim.SGD`` and ``Adagrad``, and a method that leaves them neither momentum nor weight
-            decay, as dgc does. ``clip_grad_norm_`` does not take sparse gradients.
-        replicate: (FSDP2) the mesh, of one dimension, over the replicas of each shard: the reduce-scattered gradients
-            are exchanged over it by ``method``, and residuals have the size of a shard. None for no replicas.
-        reduce_scatter: (FSDP2) how gradients travel between the ranks that a parameter is sharded over, e.g.
-            ``thinwire.Quantize(8, rounding="stochastic")``; None for PyTorch's own. A ``Rule(compressor,
-            ErrorFeedback())`` remembers what it lost, at the cost of two unsharded gradients a rank, which is what
-            FSDP2 saves.
-        all_gather: (FSDP2) how parameters travel between those ranks, e.g. ``thinwire.Quantize(8)``; None for PyTorch's
-            own. The passes then work with rounded weights, and the optimizer with exact ones. One that draws, with
-            ``rounding="stochastic"``, needs ``optimizer=``.
-        policy: changes the method while it trains, e.g. ``thinwire.LGreCo``.
+        seed: of all randomness; equal on all ranks.
 
     Returns:
         The session: ``report()``, ``set_method()``, ``detach()``, and ``ledger``.
@@ -168,26 +161,26 @@ def attach(
         wire = thinwire.attach(ddp, thinwire.dgc(density=0.001), optimizer=optimizer)
 
         fully_shard(model, mesh=mesh["shard"])
-        wire = thinwire.attach(model, thinwire.topk(0.01), optimizer=optimizer, replicate=mesh["replicate"])
+        wire = thinwire.attach(model, thinwire.topk(0.01), optimizer=optimizer,
+            fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"]))
 
         wire = thinwire.attach(model, thinwire.dgc(0.001), optimizer=optimizer, process_group=dist.group.WORLD)
     """
     model = unwrapped(model)
-    talk = _talk(model, process_group, replicate, timeout)
+    talk = _talk(model, process_group, fsdp2, timeout)
     with Together(talk, *ATTACH) as together:
         with together.alone():
             model = model_of(model, dist.is_initialized())
             steps = optimizer_of("optimizer", joined(optimizer))
             method = method_of(method)
             asked = options(
-                seed=seed, link=link, scaler=scaler, on_nonfinite=on_nonfinite, timeout=timeout, kernels=kernels,
-                nodes=nodes, process_group=process_group, sparse_gradients=sparse_gradients, replicate=replicate,
-                reduce_scatter=reduce_scatter, all_gather=all_gather, policy=policy,
+                seed=seed, emulate_link=emulate_link, scaler=scaler, on_nonfinite=on_nonfinite, timeout=timeout,
+                kernels=kernels, ranks_per_node=ranks_per_node, process_group=process_group,
+                sparse_gradients=sparse_gradients, policy=policy,
             )  # fmt: skip
-            nodes, timeout = asked["nodes"], seconds("timeout", timeout)
-            engine = _engine(
-                model, steps, nodes, process_group, sparse_gradients, replicate, reduce_scatter, all_gather, timeout
-            )
+            nodes, sharded = asked["ranks_per_node"], optional(OPTIONS)("fsdp2", fsdp2) or Fsdp2Options()
+            patience: float = asked["timeout"]
+            engine = _engine(model, steps, nodes, process_group, sparse_gradients, sharded, patience)
             named = engine.exchanged()
             check_held(named, steps)
             engine.fits(method)
@@ -195,22 +188,22 @@ def attach(
             chosen, note = choose(asked["kernels"], named[0][1].device)
             said = {
                 "engine": type(engine).__name__,
-                "nodes": nodes,
+                "ranks_per_node": nodes,
                 "sparse_gradients": sparse_gradients,
-                "replicate": replicate is not None,
-                "reduce_scatter": reduce_scatter,
-                "all_gather": all_gather,
+                "replicate": sharded.replicate is not None,
+                "reduce_scatter": sharded.reduce_scatter,
+                "all_gather": sharded.all_gather,
                 "check_every": check_every,
             }
             lines = [*((key, str(value)) for key, value in said.items()), *replicas.described]
         agree(engine.talk, lines)
-        collective = engine.collective(asked["link"], together)
+        collective = engine.collective(asked["emulate_link"], together)
         try:
             if not engine.begins_alike:
                 replicas.begin()
             worker = Worker(collective.rank, asked["seed"], kernels=chosen)
             session = Session(
-                named, method, collective, steps, worker.seed, [worker], scaler, on_nonfinite, timeout, policy
+                named, method, collective, steps, worker.seed, [worker], scaler, on_nonfinite, patience, policy
             )
         except BaseException:
             collective.close()
@@ -239,9 +232,7 @@ def _engine(
     nodes: int | DeviceMesh | None,
     process_group: dist.ProcessGroup | None,
     sparse_gradients: bool,
-    replicate: DeviceMesh | None,
-    reduce_scatter: Compressor | Rule | None,
-    all_gather: Compressor | None,
+    fsdp2: Fsdp2Options,
     timeout: float,
 ) -> Engine:
     """The engine for what the model is wrapped in; the arguments are those of ``attach``.
@@ -258,11 +249,14 @@ def _engine(
     if is_fsdp2(model):
         if nodes is not None:
             raise ThinwireError(
-                "nodes= is for DDP; with FSDP2, shard inside a node and pass replicate=, the mesh between nodes"
+                "ranks_per_node= is for DDP; with FSDP2, shard inside a node and pass the mesh between nodes: "
+                "fsdp2=Fsdp2Options(replicate=mesh)"
             )
-        return Fsdp2(model, replicate, reduce_scatter, all_gather, optimizer is not None, timeout)
-    if not (replicate is None and reduce_scatter is None and all_gather is None):
-        raise ThinwireError("replicate=, reduce_scatter= and all_gather= are for FSDP2; this model has no shards")
+        return Fsdp2(model, fsdp2, optimizer is not None, timeout)
+    if fsdp2 != Fsdp2Options():
+        raise ThinwireError(
+            "fsdp2= is for a model that went through fully_shard; this model has no shards: leave it out"
+        )
     if isinstance(model, DistributedDataParallel):
         return Ddp(model, nodes, timeout)
     if is_fsdp1(model):
@@ -279,7 +273,7 @@ def _engine(
 
 
 def _talk(
-    model: nn.Module, process_group: dist.ProcessGroup | None, replicate: DeviceMesh | None, timeout: float | timedelta
+    model: nn.Module, process_group: dist.ProcessGroup | None, fsdp2: Fsdp2Options | None, timeout: float | timedelta
 ) -> Talk:
     """The ranks that are told where this one can't attach: those of the model, as far as can be seen of it."""
     alone = Local.of(1)[0]
@@ -291,7 +285,7 @@ def _talk(
         if isinstance(model, DistributedDataParallel):
             return ProcessGroup(cast(dist.ProcessGroup, model.process_group), patience)
         if is_fsdp2(model):
-            return sharded_talk(model, replicate, patience)
+            return sharded_talk(model, fsdp2.replicate if fsdp2 is not None else None, patience)
         if process_group is not None:
             return ProcessGroup(process_group, patience)
     except Exception:  # what is wrong is said by the checks

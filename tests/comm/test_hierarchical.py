@@ -63,7 +63,7 @@ def _train(rank, method, options, how, steps=12, **attach):
     model, optimizer = build()
     ddp = DistributedDataParallel(model, **options)
     nodes = 2 if how == "number" else init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    wire = thinwire.attach(ddp, method, optimizer=optimizer, nodes=nodes, **attach)
+    wire = thinwire.attach(ddp, method, optimizer=optimizer, ranks_per_node=nodes, **attach)
     for step in range(steps):
         optimizer.zero_grad()
         loss_of(ddp, batch(rank, step)).backward()
@@ -114,19 +114,19 @@ def _again(rank):
     model, optimizer = build()
     ddp = DistributedDataParallel(model)
     for nodes in (2, 4, 1):
-        wire = thinwire.attach(ddp, topk(0.1), optimizer=optimizer, nodes=nodes, link="1gbit")
+        wire = thinwire.attach(ddp, topk(0.1), optimizer=optimizer, ranks_per_node=nodes, emulate_link="1gbit")
         for step in range(2):
             optimizer.zero_grad()
             loss_of(ddp, batch(rank, step)).backward()
             optimizer.step()
         wire.detach()
-    with pytest.raises(ThinwireError, match="nodes is 3; it is the ranks of one node, and must divide 4"):
-        thinwire.attach(ddp, topk(0.1), optimizer=optimizer, nodes=3)
+    with pytest.raises(ThinwireError, match="ranks_per_node is 3; it is the ranks of one node, and must divide 4"):
+        thinwire.attach(ddp, topk(0.1), optimizer=optimizer, ranks_per_node=3)
     mesh = DeviceMesh("cpu", [0, 1, 2, 3])
-    with pytest.raises(ThinwireError, match="nodes is a mesh of 1 dimensions and 4 ranks"):
-        thinwire.attach(ddp, cast("float16"), nodes=mesh)
-    with pytest.raises(ThinwireError, match="ranks differ: rank 0 has nodes: 2; rank 1 has nodes: 4"):
-        thinwire.attach(ddp, topk(0.1), optimizer=optimizer, nodes=4 if rank else 2)
+    with pytest.raises(ThinwireError, match="ranks_per_node is a mesh of 1 dimensions and 4 ranks"):
+        thinwire.attach(ddp, cast("float16"), ranks_per_node=mesh)
+    with pytest.raises(ThinwireError, match="ranks differ: rank 0 has ranks_per_node: 2; rank 1 has ranks_per_node: 4"):
+        thinwire.attach(ddp, topk(0.1), optimizer=optimizer, ranks_per_node=4 if rank else 2)
     return flat_parameters(model)
 
 
@@ -141,7 +141,7 @@ def _leaves_out_a_step(rank, cases):
     for engine, method, who in cases:
         model, optimizer = build()
         run = DistributedDataParallel(model) if engine == "ddp" else model
-        options = {"nodes": 2, "check_every": 0, "kernels": "reference"}
+        options = {"ranks_per_node": 2, "check_every": 0, "kernels": "reference"}
         options |= {} if engine == "ddp" else {"process_group": dist.group.WORLD}
         wire = thinwire.attach(run, method, optimizer=optimizer, **options)
         try:
@@ -182,7 +182,7 @@ def _experts(rank):
     ddp_model = _Pick(model, rank)
     optimizer = torch.optim.SGD(ddp_model.parameters(), lr=0.01)
     ddp = DistributedDataParallel(ddp_model, find_unused_parameters=True)
-    wire = thinwire.attach(ddp, topk(0.1), optimizer=optimizer, nodes=2)
+    wire = thinwire.attach(ddp, topk(0.1), optimizer=optimizer, ranks_per_node=2)
     for _ in range(4):
         optimizer.zero_grad()
         ddp(torch.randn(3, 40)).square().mean().backward()

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from thinwire import Link, ThinwireError
+from thinwire import ThinwireError
 from thinwire.comm.emulated import Paced
+from thinwire.comm.link import Link
 from thinwire.comm.process_group import ProcessGroup
 from thinwire.comm.simulated import Local
 

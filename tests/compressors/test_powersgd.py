@@ -9,10 +9,12 @@ from torch.nn.parallel import DistributedDataParallel
 import thinwire
 from tests.engines.models import batch, build, flat_parameters, loss_of, simulated, train_ddp
 from tests.engines.test_ddp import SMALL_BUCKETS, trained
-from thinwire import Cast, ErrorFeedback, NoMemory, PowerSGD, Rule, ThinwireError, Warmup, dense, powersgd
+from thinwire import Rule, ThinwireError, Warmup, dense, powersgd
+from thinwire.compressors import Cast, PowerSGD
 from thinwire.compressors.powersgd import orthonormalise, random_columns
 from thinwire.core import NOWHERE, Context
 from thinwire.engines.simulator import SimulatedWorkers
+from thinwire.memories import ErrorFeedback, NoMemory
 
 N, M, WORKERS = 30, 20, 4
 
@@ -178,7 +180,7 @@ def test_other_bad_input():
     with pytest.raises(ThinwireError, match="PowerSGD is biased, and NoMemory forgets"):
         Rule(PowerSGD(1), NoMemory())
     with pytest.raises(ThinwireError, match="PowerSGD needs the sum of what is sent"):
-        PowerSGD(1) >> thinwire.TopK(0.1)
+        PowerSGD(1) >> thinwire.compressors.TopK(0.1)
 
 
 def test_the_plan_declines_vectors_and_small_matrices_and_says_so():

@@ -13,10 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
 from tests.test_family import RECIPES
-from thinwire import BlockTopK, Cast, ErrorFeedback, Method, NoMemory, Quantize, Rule, Scaled, Threshold, TopK
+from thinwire import Method, Rule
+from thinwire.compressors import BlockTopK, Cast, Quantize, Scaled, Threshold, TopK
 from thinwire.core.ambient import full_precision
 from thinwire.core.context import NOWHERE
 from thinwire.engines.simulator import SimulatedWorkers
+from thinwire.memories import ErrorFeedback, NoMemory
 
 
 def _own(compressor):
@@ -28,23 +30,23 @@ METHODS = RECIPES | {
     "float16": thinwire.cast("float16"),
     "bfloat16": thinwire.cast("bfloat16"),
     "topk": thinwire.topk(0.05, clip=0.1),
-    "topk-int4": thinwire.topk(0.05, values="int4", state="bfloat16"),
+    "topk-int4": thinwire.topk(0.05, values="int4", state_dtype="bfloat16"),
     "topk-sign": thinwire.topk(0.05, values="sign", route="two_phase"),
     "dgc": thinwire.dgc(0.05, selection="sampled", warmup=thinwire.Warmup(2, (0.5,))),
     "powersgd": thinwire.powersgd(2, min_compression_rate=0.0),
-    "sidco-gamma": thinwire.sidco(0.05, fit="gamma"),
-    "ef14": thinwire.ef14(0.05),
-    "ef21_pp": thinwire.ef21_pp(0.05, participation=0.5),
-    "ef21_bc": thinwire.ef21_bc(0.05, TopK(0.1)),
-    "ef21_sgdm": thinwire.ef21_sgdm(0.05),
+    "sidco-gamma": thinwire.methods.sidco(0.05, fit="gamma"),
+    "ef14": thinwire.methods.ef14(0.05),
+    "ef21_pp": thinwire.methods.ef21_pp(0.05, participation=0.5),
+    "ef21_bc": thinwire.methods.ef21_bc(0.05, TopK(0.1)),
+    "ef21_sgdm": thinwire.methods.ef21_sgdm(0.05),
     "econtrol": thinwire.econtrol(0.05),
     "onebit_adam": thinwire.onebit_adam(),
-    "onebit_lamb": thinwire.onebit_lamb(),
+    "onebit_lamb": thinwire.methods.onebit_lamb(),
     "zeroone_adam": thinwire.zeroone_adam(),
     "blocks": _own(BlockTopK(0.05)),
     "threshold": _own(Threshold(0.01, 0.1)),
     "chain": _own(TopK(0.05) >> Cast("float16")),
-    "scaled": _own(Scaled(thinwire.QSGD(2))),
+    "scaled": _own(Scaled(thinwire.compressors.QSGD(2))),
 }
 
 
@@ -66,10 +68,10 @@ class Weights(nn.Module):
 
 def optimizer_for(name: str, model: nn.Module) -> torch.optim.Optimizer:
     if name in ("onebit_adam", "onebit_lamb"):
-        kind = thinwire.OneBitAdam if name == "onebit_adam" else thinwire.OneBitLamb
+        kind = thinwire.optim.OneBitAdam if name == "onebit_adam" else thinwire.optim.OneBitLamb
         return kind(model.parameters(), lr=1e-3, freeze_step=2)
     if name == "zeroone_adam":
-        return thinwire.ZeroOneAdam(model.parameters(), lr=1e-3)
+        return thinwire.optim.ZeroOneAdam(model.parameters(), lr=1e-3)
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.0 if name == "demo" else 0.9, weight_decay=1e-3)
 
 
@@ -173,7 +175,7 @@ def _attached(engine: str, rank: int, method: Method, name: str, around_attach: 
     if engine == "fsdp2":
         mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
         fully_shard(model, mesh=mesh["shard"])
-        options = {"replicate": mesh["replicate"], "reduce_scatter": Quantize(8, rounding="stochastic")}
+        options = {"fsdp2": thinwire.Fsdp2Options(mesh["replicate"], Quantize(8, rounding="stochastic"))}
     optimizer = optimizer_for(name, model)
     wrapped = DistributedDataParallel(model) if engine == "ddp" else model
     if engine == "plain":
@@ -230,7 +232,7 @@ def test_full_precision_is_for_as_long_as_anybody_needs_it():
         assert _matmul_precision() == before
 
 
-@pytest.mark.parametrize("compressor", [thinwire.PowerSGD(4), thinwire.DctTopK(0.1)])
+@pytest.mark.parametrize("compressor", [thinwire.compressors.PowerSGD(4), thinwire.compressors.DctTopK(0.1)])
 def test_short_products_do_not_shorten_a_method(compressor):
     x = torch.randn(256, 384, generator=torch.Generator().manual_seed(5))
     state = compressor.init(x, NOWHERE)

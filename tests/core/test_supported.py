@@ -12,9 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 import thinwire
-from thinwire import Cast, ErrorFeedback, Method, Rule, ThinwireError
+from thinwire import Method, Rule, ThinwireError
 from thinwire.coding import header
+from thinwire.compressors import Cast
 from thinwire.engines.simulator import SimulatedWorkers
+from thinwire.memories import ErrorFeedback
 
 LINEAR = {
     "dense": thinwire.dense(),
@@ -28,9 +30,9 @@ REAL_ONLY = {
     "topk": thinwire.topk(0.1),
     "dgc": thinwire.dgc(0.1),
     "signsgd": thinwire.signsgd(),
-    "natural": thinwire.natural(),
-    "randk": thinwire.randk(0.5),
-    "demo": thinwire.decoupled_momentum(),
+    "natural": thinwire.methods.natural(),
+    "randk": thinwire.methods.randk(0.5),
+    "demo": thinwire.methods.decoupled_momentum(),
     "powersgd": thinwire.powersgd(1, min_compression_rate=0.0),
     "ef21": thinwire.ef21(0.1),
 }
@@ -191,7 +193,7 @@ def _refused(rank):
         elif engine == "plain":
             options["process_group"] = dist.group.WORLD
         else:
-            options["replicate"] = shard(model)
+            options["fsdp2"] = thinwire.Fsdp2Options(shard(model))
         for method in ("maxmin", "topk"):
             try:
                 thinwire.attach(model, REAL_ONLY[method], optimizer=sgd(model), **options)
@@ -217,7 +219,7 @@ def _trained(rank, engine, names):
         elif engine == "plain":
             options["process_group"] = dist.group.WORLD
         else:
-            options["replicate"] = shard(model)
+            options["fsdp2"] = thinwire.Fsdp2Options(shard(model))
         optimizer = sgd(model)
         wire = thinwire.attach(wrapped, LINEAR[name], optimizer=optimizer, **options)
         for step in range(3):

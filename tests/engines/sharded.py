@@ -55,7 +55,7 @@ def build(mesh, optimizer="sgd", seed: int = 0, mixed: bool = False):
     if optimizer == "adamw":
         return model, torch.optim.AdamW(params, lr=0.01)
     if optimizer == "1-bit":
-        return model, thinwire.OneBitAdam(params, lr=0.01, freeze_step=2)
+        return model, thinwire.optim.OneBitAdam(params, lr=0.01, freeze_step=2)
     return model, torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-3)
 
 
@@ -64,6 +64,13 @@ def whole(model: nn.Module) -> torch.Tensor:
     return torch.cat(
         [(p.full_tensor() if isinstance(p, DTensor) else p).detach().flatten() for p in model.parameters()]
     )
+
+
+def grouped(options):
+    """Options of attach, those of FSDP2 in their place."""
+    sharded = {key: options[key] for key in ("replicate", "reduce_scatter", "all_gather") if key in options}
+    rest = {key: value for key, value in options.items() if key not in sharded}
+    return rest | ({"fsdp2": thinwire.Fsdp2Options(**sharded)} if sharded else {})
 
 
 def train(
@@ -83,7 +90,7 @@ def train(
     model, opt = build(mesh, optimizer, mixed=mixed)
     if method is not None and mesh.size(0) > 1:
         options.setdefault("replicate", mesh["replicate"])
-    wire = thinwire.attach(model, method, optimizer=opt, **options) if method is not None else None
+    wire = thinwire.attach(model, method, optimizer=opt, **grouped(options)) if method is not None else None
     run = torch.compile(model, backend="aot_eager") if compiled else model
     for step in range(steps):
         for part in range(accumulate):

@@ -85,7 +85,7 @@ def test_four_workers_and_nodes(world4):
     parameters, found, _ = trained(world4, dgc(0.002), sparse_gradients=True)
     assert found
     same(parameters, simulated(dgc(0.002), 4, 12)[0], True)
-    inside = trained(world4, dgc(0.005), nodes=2, sparse_gradients=True)
+    inside = trained(world4, dgc(0.005), ranks_per_node=2, sparse_gradients=True)
     assert inside[1]
     assert "between 2 nodes of 2 ranks" in inside[2]["report"]
 
@@ -330,7 +330,7 @@ def _bad(rank, what):
         thinwire.attach(model, method, optimizer=optimizer, process_group=group)
         model = model.middle
     elif what == "replicate":
-        options = {"replicate": dist.device_mesh.init_device_mesh("cpu", (2,))}
+        options = {"fsdp2": thinwire.Fsdp2Options(dist.device_mesh.init_device_mesh("cpu", (2,)))}
     try:
         thinwire.attach(model, method, optimizer=optimizer, process_group=group, **options)
     except ThinwireError as error:
@@ -354,7 +354,7 @@ def _bad(rank, what):
         ("buffers", "ranks differ: rank 0 has tensor 'extra': of shape (3,)"),
         ("frozen", "no parameter that requires a gradient"),
         ("twice", "is attached to this model"),
-        ("replicate", "are for FSDP2; this model has no shards"),
+        ("replicate", "fsdp2= is for a model that went through fully_shard"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_sent(world2, what, message):
@@ -488,7 +488,7 @@ def test_who_waits_receives(world2):
 
 def _waited(rank, method):
     """Seconds of a backward pass over a slow link, and what the ledger says was waited for."""
-    model, optimizer, wire = start(rank, method, link="100kbit,1ms")
+    model, optimizer, wire = start(rank, method, emulate_link="100kbit,1ms")
     for step in range(3):
         dist.barrier()
         optimizer.zero_grad()
@@ -523,7 +523,7 @@ def _departures(rank, method, link):
     bare.BUCKET, before, sends, send = 8000, bare.BUCKET, [], pipeline.send
     pipeline.send = lambda *args: sends.append(wire.step) or send(*args)
     try:
-        model, optimizer, wire = start(rank, method, link=link)
+        model, optimizer, wire = start(rank, method, emulate_link=link)
         for step in range(3):
             optimizer.zero_grad()
             loss_of(model, batch(rank, step)).backward()

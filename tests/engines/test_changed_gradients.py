@@ -78,7 +78,7 @@ def _texts(rank, engine, changes, methods):
             if mesh is not None:
                 model, _ = sharded.build(mesh)
                 run, loss = model, lambda m, step: sharded.loss_of(m, sharded.data(rank, step))
-                options = {"replicate": mesh["replicate"]}
+                options = {"fsdp2": thinwire.Fsdp2Options(mesh["replicate"])}
             else:
                 model = Net()
                 run = DistributedDataParallel(model) if engine == "ddp" else model
@@ -99,7 +99,7 @@ def _texts(rank, engine, changes, methods):
     return found
 
 
-OWN = [(dgc(0.05), torch.optim.SGD), (lean(0.5), torch.optim.SGD), (onebit_adam(), thinwire.OneBitAdam)]
+OWN = [(dgc(0.05), torch.optim.SGD), (lean(0.5), torch.optim.SGD), (onebit_adam(), thinwire.optim.OneBitAdam)]
 BEAR = [(dense(), torch.optim.SGD), (topk(0.05), torch.optim.AdamW), (lean(0.5, momentum=False), torch.optim.AdamW)]
 
 

@@ -42,7 +42,9 @@ def start(engine, group, method, **options):
         return (
             model,
             optimizer,
-            lambda: thinwire.attach(model, method, optimizer=optimizer, replicate=mesh["replicate"], **options),
+            lambda: thinwire.attach(
+                model, method, optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"]), **options
+            ),
         )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     if engine == "ddp":
@@ -149,8 +151,8 @@ def _raising(rank, engine):
         if rank:
             patch.setattr(sys.modules["thinwire.attach"], "method_of", raises(TypeError("no method here")))
         told(start(engine, group, topk(0.1), timeout=15.0)[2], TypeError, "failed on rank 1: TypeError: no ")
-    wrong = {"link": 5 if rank else None, "kernels": "none" if rank else "reference", "timeout": 15.0}
-    told(start(engine, group, topk(0.1), **wrong)[2], ThinwireError, "failed on rank 1: link is 5")
+    wrong = {"emulate_link": 5 if rank else None, "kernels": "none" if rank else "reference", "timeout": 15.0}
+    told(start(engine, group, topk(0.1), **wrong)[2], ThinwireError, "failed on rank 1: emulate_link is 5")
     model, optimizer, attach = start(engine, group, dgc(0.1), timeout=15.0)
     settings = dict(optimizer.param_groups[0])
     with pytest.MonkeyPatch.context() as patch:
@@ -310,7 +312,7 @@ from tests.engines.test_control import start, step
 from thinwire import ThinwireError, dgc
 dist.init_process_group("gloo")
 groups = [dist.new_group([0, 1]) for _ in range(3)]
-for group, engine, options in zip(groups, ("plain", "ddp", "plain"), ({}, {"link": "1gbit"}, {})):
+for group, engine, options in zip(groups, ("plain", "ddp", "plain"), ({}, {"emulate_link": "1gbit"}, {})):
     model, optimizer, attach = start(engine, group, dgc(0.1), **options)
     wire = attach()
     step(model, optimizer)
@@ -369,7 +371,7 @@ def test_one_who_is_late_is_not_said_to_be_gone(world4):
 def _between_nodes(rank):
     group = dist.new_group(range(4))
     mesh = init_device_mesh("cpu", (2, 2))
-    _, _, attach = start("plain", group, dgc(0.1), nodes=mesh, timeout=1.5)
+    _, _, attach = start("plain", group, dgc(0.1), ranks_per_node=mesh, timeout=1.5)
     wire = attach()
     assert isinstance(wire.collective, Nodes)
     text = error_of(wire.detach) if rank else None

@@ -139,7 +139,7 @@ def _optimizers(rank):
     assert wire.step == 2
     wire.detach()
     model = Net()
-    twin = copy.deepcopy((model, thinwire.OneBitAdam(model.parameters(), freeze_step=1)))
+    twin = copy.deepcopy((model, thinwire.optim.OneBitAdam(model.parameters(), freeze_step=1)))
     wire = thinwire.attach(twin[0], thinwire.onebit_adam(), optimizer=twin[1], process_group=dist.group.WORLD)
     for number in range(3):
         step(*twin, rank, number)
@@ -178,7 +178,9 @@ def _parts_of_shards(rank):
     """torch copies no module that went through ``fully_shard``; parts of one and state dicts it does."""
     mesh = mesh_of(2, 1)
     model, optimizer = build_sharded(mesh)
-    wire = thinwire.attach(model, topk(0.05), optimizer=optimizer, replicate=mesh["replicate"])
+    wire = thinwire.attach(
+        model, topk(0.05), optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"])
+    )
     for number in range(3):
         sharded_loss(model, data(rank, number)).backward()
         if number == 1:

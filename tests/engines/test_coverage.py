@@ -37,7 +37,7 @@ def start(engine, method=None, seed=0, model=None, given=True, optimizer=None, *
     if engine == "fsdp2":
         mesh = mesh_of(2, 1)
         fully_shard(model, mesh=mesh["shard"], **wrapping)
-        options["replicate"] = mesh["replicate"]
+        options["fsdp2"] = thinwire.Fsdp2Options(mesh["replicate"])
     elif engine == "bare":
         options["process_group"] = dist.group.WORLD
     run = DistributedDataParallel(model, **wrapping) if engine == "ddp" else model

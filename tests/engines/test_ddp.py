@@ -69,7 +69,9 @@ METHODS = {
     "topk-sign": topk(0.02, values="sign"),
     "fp16": cast("float16"),
     "dgc-two-phase": dgc(0.02, route="two_phase", warmup=Warmup(8)),
-    "dgc-two-phase-sampled": dgc(0.05, route="two_phase", second=2.0, selection="sampled", values="float16"),
+    "dgc-two-phase-sampled": dgc(
+        0.05, route="two_phase", second_stage_density_ratio=2.0, selection="sampled", values="float16"
+    ),
     "topk-two-phase-int4": topk(0.05, route="two_phase", values="int4", clip=0.5),
 }
 SGD = {
@@ -170,7 +172,7 @@ def test_a_static_graph_of_several_buckets_is_exchanged_from_the_first_step_on(w
 def test_small_messages_travel_together(world2):
     one, facts = trained(world2, dgc(0.02), 10, SMALL_BUCKETS)
     assert any(note.startswith("1 exchanges a step for ") for note in facts["notes"])
-    alone, facts = trained(world2, dgc(0.02), 10, SMALL_BUCKETS, link="1gbit")  # no latency: nothing to save
+    alone, facts = trained(world2, dgc(0.02), 10, SMALL_BUCKETS, emulate_link="1gbit")  # no latency: nothing to save
     assert not any("travel together" in note for note in facts["notes"])
     assert torch.equal(one, alone)
 
@@ -517,7 +519,7 @@ def _sparse_refused(rank, method):
 
 
 def test_sparse_gradients_are_refused_before_a_backward_by_what_loses_without_a_memory_too(world2):
-    for method in (cast("float16"), thinwire.randk(0.1, feedback=False), thinwire.qsgd(4), topk(0.1)):
+    for method in (cast("float16"), thinwire.methods.randk(0.1, feedback=False), thinwire.qsgd(4), topk(0.1)):
         world2.run(_sparse_refused, method)
 
 
@@ -569,7 +571,7 @@ def _overlap(rank, link):
 
     model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(4)])
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.2)
-    wire = thinwire.attach(ddp, cast("float16"), link=link)
+    wire = thinwire.attach(ddp, cast("float16"), emulate_link=link)
     x, times = torch.randn(4, 256), []
     for _ in range(4):
         dist.barrier()

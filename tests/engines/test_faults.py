@@ -163,11 +163,11 @@ def _threads(rank):
     def count():
         return threading.active_count(), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
-    train_ddp(rank, dgc(0.05), 2, link="1gbit")[1].detach()
+    train_ddp(rank, dgc(0.05), 2, emulate_link="1gbit")[1].detach()
     dist.barrier()
     before = count()
     for _ in range(5):
-        train_ddp(rank, dgc(0.05), 3, link="1gbit")[1].detach()
+        train_ddp(rank, dgc(0.05), 3, emulate_link="1gbit")[1].detach()
     dist.barrier()
     return before, count()
 

@@ -16,8 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
 from tests.engines.models import batch, build, flat_parameters, loss_of
-from thinwire import ErrorFeedback, MomentumCorrection, PowerSGD, Quantize, RandK, Rule, ThinwireError, TopK, dgc, topk
+from thinwire import Rule, ThinwireError, dgc, topk
+from thinwire.compressors import PowerSGD, Quantize, RandK, TopK
 from thinwire.engines.simulator import SimulatedWorkers
+from thinwire.memories import ErrorFeedback, MomentumCorrection
 
 
 @pytest.fixture
@@ -63,14 +65,14 @@ ASKED = [
     (lambda m, d, o: (d, dgc()), {"on_nonfinite": "ignore"}, "on_nonfinite is 'ignore'; choose one of skip, raise"),
     (lambda m, d, o: (d, dgc()), {"on_nonfinite": True}, "on_nonfinite is True; choose one of skip, raise"),
     (lambda m, d, o: (d, dgc()), {"kernels": "fast"}, "kernels is 'fast'; choose one of auto, reference"),
-    (lambda m, d, o: (d, dgc()), {"link": 1e8}, "link is 100000000.0; write a bandwidth with its unit"),
-    (lambda m, d, o: (d, dgc()), {"link": "fast"}, "link 'fast' is not understood"),
-    (lambda m, d, o: (d, dgc()), {"nodes": "2"}, "nodes is the text '2'"),
-    (lambda m, d, o: (d, dgc()), {"nodes": 0}, "nodes is 0; it is the ranks of a node"),
+    (lambda m, d, o: (d, dgc()), {"emulate_link": 1e8}, "emulate_link is 100000000.0; write a bandwidth with its unit"),
+    (lambda m, d, o: (d, dgc()), {"emulate_link": "fast"}, "link 'fast' is not understood"),
+    (lambda m, d, o: (d, dgc()), {"ranks_per_node": "2"}, "ranks_per_node is the text '2'"),
+    (lambda m, d, o: (d, dgc()), {"ranks_per_node": 0}, "ranks_per_node is 0; it is the ranks of a node"),
     (lambda m, d, o: (d, dgc()), {"scaler": True}, "scaler is True; pass the GradScaler of the run"),
-    (lambda m, d, o: (d, dgc()), {"policy": thinwire.LGreCo}, "policy is .*pass a policy"),
+    (lambda m, d, o: (d, dgc()), {"policy": thinwire.policies.LGreCo}, "policy is .*pass a policy"),
     (lambda m, d, o: (m, dgc()), {"process_group": [0]}, r"process_group is a list; pass the ranks that train"),
-    (lambda m, d, o: (d, dgc()), {"replicate": 2}, "replicate is a int; pass a mesh of one dimension"),
+    (lambda m, d, o: (d, dgc()), {"fsdp2": 2}, "fsdp2 is a int; pass thinwire.Fsdp2Options"),
 ]
 
 
@@ -142,7 +144,7 @@ def _own(rank, bare):
     return answers
 
 
-REST = Rule(thinwire.Cast(), thinwire.NoMemory())
+REST = Rule(thinwire.compressors.Cast(), thinwire.memories.NoMemory())
 OWN = [
     (TopK(0.05), topk(0.05)),
     (
@@ -150,7 +152,7 @@ OWN = [
         thinwire.Method("own", (Rule(TopK(0.05) >> Quantize(4), ErrorFeedback(), min_ndim=2), REST)),
     ),
     (PowerSGD(1), thinwire.Method("own", (Rule(PowerSGD(1), ErrorFeedback(), min_ndim=2), REST))),
-    (RandK(0.2), thinwire.Method("own", (Rule(RandK(0.2), thinwire.NoMemory(), min_ndim=2), REST))),
+    (RandK(0.2), thinwire.Method("own", (Rule(RandK(0.2), thinwire.memories.NoMemory(), min_ndim=2), REST))),
     (Rule(TopK(0.05), MomentumCorrection(), min_ndim=2), dgc(0.05)),
 ]
 
@@ -164,7 +166,7 @@ def _one_rank_is_wrong(rank):
     model, optimizer = build()
     ddp = DistributedDataParallel(model)
     wrong = [
-        {"link": 5}, {"seed": "0"}, {"timeout": "1"}, {"policy": 1}, {"scaler": 1}, {"kernels": None},
+        {"emulate_link": 5}, {"seed": "0"}, {"timeout": "1"}, {"policy": 1}, {"scaler": 1}, {"kernels": None},
         {"optimizer": torch.optim.SGD}, {"method": "dgc"}, {"method": thinwire.dgc},
     ]  # fmt: skip
     said = []
@@ -262,7 +264,7 @@ def test_a_method_of_which_some_memories_would_lose_the_momentum(settings):
     model = nn.Linear(8, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **settings)
     with pytest.raises(
-        ThinwireError, match=r"'bias' would lose them, since its memory is NoMemory; .*thinwire.Momentum\(\)"
+        ThinwireError, match=r"'bias' would lose them, since its memory is NoMemory; .*thinwire.memories.Momentum\(\)"
     ):
         SimulatedWorkers(model, method, optimizer, 2)
     model = nn.Linear(8, 8)

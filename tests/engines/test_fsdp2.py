@@ -28,26 +28,14 @@ from torch.utils.checkpoint import checkpoint
 import thinwire
 from tests.engines.models import build as build_ddp
 from tests.engines.models import flat_parameters, train_ddp
-from tests.engines.sharded import build, data, loss_of, mesh_of, train, whole
-from thinwire import (
-    QSGD,
-    Cast,
-    ErrorFeedback,
-    LGreCo,
-    NoMemory,
-    Quantize,
-    Rule,
-    ThinwireError,
-    dense,
-    dgc,
-    ef21,
-    onebit_adam,
-    powersgd,
-    topk,
-)
+from tests.engines.sharded import build, data, grouped, loss_of, mesh_of, train, whole
+from thinwire import Rule, ThinwireError, dense, dgc, ef21, onebit_adam, powersgd, topk
 from thinwire.comm import gloo_p2p
+from thinwire.compressors import QSGD, Cast, Quantize
 from thinwire.core.sharding import own
 from thinwire.engines.fsdp2.engine import Fsdp2, check_method
+from thinwire.memories import ErrorFeedback, NoMemory
+from thinwire.policies import LGreCo
 
 HALF = {"spare": False}
 KEEPS_UNUSED = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
@@ -126,7 +114,7 @@ def test_eight_bits_of_reduce_scatter(world2, options):
 
 def test_four_bits_of_reduce_scatter_and_eight_of_all_gather(world2):
     gathering = EXACT | {"all_gather": Quantize(8)}
-    four = {"method": dense(), "reduce_scatter": QSGD(4, bucket=64)}
+    four = {"method": dense(), "reduce_scatter": QSGD(4, block=64)}
     runs = ran(world2, (1, 2), EXACT, four, gathering, gathering | {"mixed": True}, EXACT | {"mixed": True})
     exact, short, gathered, mixed, exact_mixed = runs
     assert 0 < (short[0] - exact[0]).abs().max() < 0.3
@@ -180,7 +168,7 @@ def _conserves(rank, method):
     model = fully_shard(nn.Linear(64, 801, bias=False), mesh=mesh["shard"])
     momentum = 0.9 if method.absorbs else 0.0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
-    wire = thinwire.attach(model, method, optimizer=optimizer, replicate=mesh["replicate"])
+    wire = thinwire.attach(model, method, optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"]))
     asked, velocity, received = 0, 0, 0
     for step in range(20):
         parts = []
@@ -246,7 +234,7 @@ def _whole_run(rank, shape, name, folder):
     """The end of an unbroken run, and of one that was saved in the middle and resumed by another model."""
     mesh, (method, kind) = mesh_of(*shape), SAVED[name]
     model, optimizer = build(mesh, kind)
-    wire = thinwire.attach(model, method, optimizer=optimizer, replicate=mesh["replicate"])
+    wire = thinwire.attach(model, method, optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"]))
     _steps(rank, model, optimizer, 0, 4)
     dcp.save({"model": model.state_dict(), "wire": wire}, checkpoint_id=f"{folder}/dcp")
     pending, state_of_optimizer = _pending(wire), copy.deepcopy(optimizer.state_dict())
@@ -257,7 +245,9 @@ def _whole_run(rank, shape, name, folder):
     ends = []
     for how in ("dcp", "folder", "file"):
         model, optimizer = build(mesh, kind, seed=1)
-        wire = thinwire.attach(model, method, optimizer=optimizer, replicate=mesh["replicate"])
+        wire = thinwire.attach(
+            model, method, optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"])
+        )
         state = {"model": model.state_dict(), **({"wire": wire} if how == "dcp" else {})}
         dcp.load(state, checkpoint_id=f"{folder}/dcp")
         model.load_state_dict(state["model"])
@@ -277,7 +267,7 @@ def _whole_run(rank, shape, name, folder):
 def _resized(rank, shape, name, folder):
     mesh, (method, kind) = mesh_of(*shape), SAVED[name]
     model, optimizer = build(mesh, kind)
-    wire = thinwire.attach(model, method, optimizer=optimizer, replicate=mesh["replicate"])
+    wire = thinwire.attach(model, method, optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"]))
     with pytest.raises(ThinwireError, match="saved by 2 workers"):
         wire.load(f"{folder}/dcp")
     wire.load(f"{folder}/dcp", on_world_change="fold")
@@ -314,7 +304,9 @@ def _skips(rank, with_scaler):
             own(param.grad).view(-1)[-1] = torch.nan
 
     model.tied.weight.register_post_accumulate_grad_hook(poison)
-    wire = thinwire.attach(model, dgc(0.02), optimizer=optimizer, replicate=mesh["replicate"], scaler=scaler)
+    wire = thinwire.attach(
+        model, dgc(0.02), optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"]), scaler=scaler
+    )
     _steps(rank, model, optimizer, 0, 2, scaler=scaler)
     before, pending, step = whole(model), _pending(wire), wire.step
     bad.append(1)
@@ -346,7 +338,7 @@ def _errors(rank):
 
     def refused(name, *args, **options):
         with pytest.raises(ThinwireError) as caught:
-            thinwire.attach(*args, **options)
+            thinwire.attach(*args, **grouped(options))
         messages[name] = str(caught.value)
 
     native = fully_shard(nn.Linear(8, 8), mesh=mesh)
@@ -356,15 +348,17 @@ def _errors(rank):
     refused("nothing", model, topk(0.1), optimizer=optimizer)
     refused("dimensions", model, dense(), replicate=mesh)
     refused("same axis", model, dense(), replicate=mesh["shard"])
-    refused("nodes", model, dense(), nodes=2)
-    refused("biased", model, dense(), reduce_scatter=thinwire.TopK(0.1))
-    refused("zeros", model, dense(), all_gather=thinwire.TopK(0.1))
+    refused("nodes", model, dense(), ranks_per_node=2)
+    refused("biased", model, dense(), reduce_scatter=thinwire.compressors.TopK(0.1))
+    refused("zeros", model, dense(), all_gather=thinwire.compressors.TopK(0.1))
     refused("noise", model, dense(), all_gather=QSGD(2))
-    refused("matrices", model, dense(), all_gather=thinwire.PowerSGD(1))
-    refused("momentum", model, dense(), reduce_scatter=Rule(QSGD(8), thinwire.Momentum()))
+    refused("matrices", model, dense(), all_gather=thinwire.compressors.PowerSGD(1))
+    refused("momentum", model, dense(), reduce_scatter=Rule(QSGD(8), thinwire.memories.Momentum()))
     refused("no optimizer", model, dense(), reduce_scatter=Rule(QSGD(8), ErrorFeedback()))
-    refused("ranks differ", model, dense(), reduce_scatter=QSGD(8, bucket=32 + rank))
-    wire = thinwire.attach(model, dense(), optimizer=optimizer, reduce_scatter=Rule(QSGD(8), NoMemory()))
+    refused("ranks differ", model, dense(), reduce_scatter=QSGD(8, block=32 + rank))
+    wire = thinwire.attach(
+        model, dense(), optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(reduce_scatter=Rule(QSGD(8), NoMemory()))
+    )
     refused("twice", model, dense(), reduce_scatter=QSGD(8))
     with pytest.raises(ThinwireError) as caught:
         wire.set_method(topk(0.1))
@@ -388,18 +382,18 @@ def test_errors(world2):
         "nothing": "topk has nothing to compress",
         "dimensions": "replicate is a mesh of 2 dimensions; it must have one",
         "same axis": "do not make a mesh",
-        "nodes": "nodes= is for DDP",
+        "nodes": "ranks_per_node= is for DDP",
         "biased": "TopK is biased, and NoMemory forgets",
         "zeros": "TopK is biased, and NoMemory forgets",
         "noise": "all_gather=QSGD adds noise of 2",
         "matrices": "all_gather=PowerSGD needs matrices",
         "momentum": "reduce_scatter with Momentum",
         "no optimizer": "pass optimizer=",
-        "ranks differ": "ranks differ: rank 0 has reduce_scatter: QSGD(bits=8, bucket=32, norm='l2')",
+        "ranks differ": "ranks differ: rank 0 has reduce_scatter: QSGD(bits=8, block=32, norm='l2')",
         "twice": "dense is attached to this model; call wire.set_method(), or wire.detach() first",
         "later": "topk has nothing to compress",
         "meta": "on the meta device",
-        "ddp": "are for FSDP2",
+        "ddp": "this model has no shards",
         "version": f"set_nonsense(), which came with torch 9.9; here is {torch.__version__}",
     }
     for messages in world2.run(_errors, timeout=100.0):
@@ -446,7 +440,9 @@ def test_compiled_ddp_equals_eager(world2, how):
 def _accumulates(rank):
     mesh = mesh_of(2, 1)
     model, optimizer = build(mesh)
-    wire = thinwire.attach(model, topk(0.1), optimizer=optimizer, replicate=mesh["replicate"])
+    wire = thinwire.attach(
+        model, topk(0.1), optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"])
+    )
     loss_of(model, data(rank, 0)).backward()
     with pytest.warns(UserWarning, match=r"set_requires_gradient_sync\(False\)"):
         loss_of(model, data(rank, 1)).backward()
@@ -463,7 +459,9 @@ def _evaluates_then_trains(rank):
     model, optimizer = build(mesh)
     with torch.no_grad():
         model(data(rank, 0))
-    wire = thinwire.attach(model, topk(0.1), optimizer=optimizer, replicate=mesh["replicate"])
+    wire = thinwire.attach(
+        model, topk(0.1), optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"])
+    )
     spare = model.spare.weight
     for step in range(3):
         used = step == 1 and rank == 1
@@ -519,7 +517,9 @@ def _checkpointed(rank):
         if how == "method":
             model.run = model.forward
             register_fsdp_forward_method(model, "run")
-        wire = thinwire.attach(model, topk(0.1), optimizer=optimizer, replicate=mesh["replicate"])
+        wire = thinwire.attach(
+            model, topk(0.1), optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"])
+        )
         for step in range(3):
             if str(how).startswith("whole"):  # of two runs in a pass, the second with more blocks than the first
                 run = model if how == "whole kept" else partial(checkpoint, model, use_reentrant=False)
@@ -562,7 +562,9 @@ def _life(rank):
     model.run = model.forward
     register_fsdp_forward_method(model, "run")
     model.last.requires_grad_(False)
-    wire = thinwire.attach(model, topk(0.1), optimizer=optimizer, replicate=mesh["replicate"])
+    wire = thinwire.attach(
+        model, topk(0.1), optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"])
+    )
     with pytest.raises(ValueError, match="fails"):
         model.run(_Fails.apply(_x(rank, 0).requires_grad_())).sum().backward()
     model._get_fsdp_state()._reset_iter_state()  # reset_iter_state() where torch has it
@@ -594,7 +596,7 @@ def _shards_alone(rank):
     model, optimizer = _stack(mesh)
     with torch.no_grad():
         exact = model(_x(rank, 0))
-        wire = thinwire.attach(model, dense(), optimizer=optimizer, all_gather=Quantize(4))
+        wire = thinwire.attach(model, dense(), optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(all_gather=Quantize(4)))
         rounded = model(_x(rank, 0))
         wire.detach()
         again = model(_x(rank, 0))
@@ -611,8 +613,8 @@ def _shards_alone(rank):
         wire.detach()
     drawing = Quantize(8, rounding="stochastic")
     with pytest.raises(ThinwireError, match="draws anew in each step"):
-        thinwire.attach(model, dense(), all_gather=drawing)
-    thinwire.attach(model, dense(), optimizer=optimizer, all_gather=drawing).detach()
+        thinwire.attach(model, dense(), fsdp2=thinwire.Fsdp2Options(all_gather=drawing))
+    thinwire.attach(model, dense(), optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(all_gather=drawing)).detach()
     return exact, rounded, again, sent
 
 
@@ -628,7 +630,7 @@ def _two_groups(rank):
     fully_shard(model, mesh=mesh["shard"], shard_placement_fn=lambda p: theirs if id(p) in apart else None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(ThinwireError, match="the model has 2 groups of parameters"):
-        thinwire.attach(model, dense(), optimizer=optimizer, reduce_scatter=QSGD(8))
+        thinwire.attach(model, dense(), optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(reduce_scatter=QSGD(8)))
     return len(optimizer._optimizer_step_pre_hooks)
 
 
@@ -639,9 +641,13 @@ def _breaks_late(rank):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Fsdp2, "install", lambda *_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
-            thinwire.attach(model, dgc(0.1), optimizer=optimizer, replicate=mesh["replicate"])
+            thinwire.attach(
+                model, dgc(0.1), optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"])
+            )
     assert optimizer.param_groups[0]["momentum"] == 0.9
-    thinwire.attach(model, dgc(0.1), optimizer=optimizer, replicate=mesh["replicate"]).detach()
+    thinwire.attach(
+        model, dgc(0.1), optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"])
+    ).detach()
 
 
 def test_along_the_shards(world2):
@@ -660,7 +666,9 @@ def _uneven(rank, folder):
     model = nn.Sequential(checkpoint_wrapper(nn.Linear(16, 33)), nn.Tanh(), nn.Linear(33, 5))
     fully_shard(model, mesh=mesh["shard"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    wire = thinwire.attach(model, powersgd(2), optimizer=optimizer, replicate=mesh["replicate"])
+    wire = thinwire.attach(
+        model, powersgd(2), optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"])
+    )
     assert [unit.name for unit in wire.units] == ["0.weight", "0.bias", "2.weight", "2.bias"]
 
     def step(i):
@@ -682,7 +690,7 @@ def _uneven(rank, folder):
     ends, mesh = [], mesh_of(1, 4)
     for gather in (None, Cast(), Quantize(8)):
         other, optimizer = _stack(mesh, reshard_after_forward=2)
-        wire = thinwire.attach(other, dense(), optimizer=optimizer, all_gather=gather)
+        wire = thinwire.attach(other, dense(), optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(all_gather=gather))
         other(_x(rank, 0)).square().mean().backward()
         optimizer.step()
         row = wire.ledger.rows[0]

@@ -17,9 +17,9 @@ METHODS = {
     "powersgd": lambda: thinwire.powersgd(2),
     "qsgd": lambda: thinwire.qsgd(4),
     "signsgd": lambda: thinwire.signsgd(),
-    "sidco": lambda: thinwire.sidco(0.1),
+    "sidco": lambda: thinwire.methods.sidco(0.1),
     "scalecom": lambda: thinwire.scalecom(0.1),
-    "decoupled": lambda: thinwire.decoupled_momentum(),
+    "decoupled": lambda: thinwire.methods.decoupled_momentum(),
 }
 PATTERNS = {
     "ones": lambda message: message.view(torch.uint8).fill_(255),

@@ -8,7 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
 from tests.engines.models import batch, build, flat_parameters, loss_of
-from thinwire import OneBitAdam, ThinwireError, Warmup, dense, dgc, onebit_adam, topk
+from thinwire import ThinwireError, Warmup, dense, dgc, onebit_adam, topk
+from thinwire.optim import OneBitAdam
 
 
 def train(rank, ddp, optimizer, steps, first=0):

@@ -8,8 +8,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
 from tests.engines.sharded import mesh_of
-from thinwire import OneBitAdam, ThinwireError, dgc, onebit_adam, powersgd, randk, topk
+from thinwire import ThinwireError, dgc, onebit_adam, powersgd, topk
 from thinwire.engines.simulator import SimulatedWorkers
+from thinwire.methods import randk
+from thinwire.optim import OneBitAdam
 
 SHAPES = {"image": (8, 6, 3, 3), "volume": (4, 3, 2, 3, 2), "matrix": (24, 20), "bias": (8,)}
 STEPS = 6
@@ -193,7 +195,7 @@ def _refused(rank, engine):
         if engine == "fsdp2":
             mesh = mesh_of(2, 1)
             torch.distributed.fsdp.fully_shard(model, mesh=mesh["shard"])
-            options["replicate"] = mesh["replicate"]
+            options["fsdp2"] = thinwire.Fsdp2Options(mesh["replicate"])
         elif engine == "bare":
             options["process_group"] = dist.group.WORLD
         run = DistributedDataParallel(model) if engine == "ddp" else model

@@ -13,8 +13,9 @@ from tests.engines.models import batch, build, flat_parameters, loss_of
 from tests.engines.test_control import start as begin
 from tests.engines.test_ddp import SMALL_BUCKETS
 from tests.engines.test_safety import Experts, states
-from thinwire import ThinwireError, Warmup, dense, dgc, randk, scalecom, topk
+from thinwire import ThinwireError, Warmup, dense, dgc, scalecom, topk
 from thinwire.exchange.pipeline import Verdict
+from thinwire.methods import randk
 from thinwire.report.ledger import Ledger
 from thinwire.session.transaction import Transaction
 

@@ -145,7 +145,9 @@ def _scheduled_shards(rank):
     found, mesh = [], sharded.mesh_of(2, 1)
     for method in (dense(), EXACT):
         model, optimizer = sharded.build(mesh)
-        wire = thinwire.attach(model, method, optimizer=optimizer, replicate=mesh["replicate"])
+        wire = thinwire.attach(
+            model, method, optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"])
+        )
         for step in range(6):
             for group in optimizer.param_groups:
                 group.update(momentum=0.9 - 0.1 * step, weight_decay=0.01 * step)
@@ -486,7 +488,7 @@ def test_optimizers_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ThinwireError, match=text):
             SimulatedWorkers(model, dgc(0.05), optimizer, 2)
-    part = thinwire.OneBitAdam(matrices)
+    part = thinwire.optim.OneBitAdam(matrices)
     with pytest.raises(ThinwireError, match="OneBitAdam and AdamW, of which one is a part of its method"):
         SimulatedWorkers(model, thinwire.onebit_adam(), [part, adamw], 2)
     SimulatedWorkers(model, dgc(0.05), [sgd, adamw], 2).session.detach()

@@ -10,7 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
 from tests.engines.sharded import mesh_of
-from thinwire import ThinwireError, cast, dense, dgc, powersgd, randk, scalecom, simulate, topk
+from thinwire import ThinwireError, cast, dense, dgc, powersgd, scalecom, simulate, topk
+from thinwire.methods import randk
 
 
 class Experts(nn.Module):
@@ -39,7 +40,7 @@ def build(engine, optimizer="adamw", **options):
     if engine == "fsdp2":
         mesh = mesh_of(2, 1)
         fully_shard(model, mesh=mesh["shard"])
-        options |= {"replicate": mesh["replicate"]}
+        options |= {"fsdp2": thinwire.Fsdp2Options(mesh["replicate"])}
     elif engine == "bare":
         options = {"process_group": dist.group.WORLD} | options
     params = list(model.parameters())
@@ -138,7 +139,7 @@ LEFT_OUT = [
     ("bare", randk(0.05), "adamw", {}),
     ("bare", powersgd(2), "adamw", {}),
     ("bare", scalecom(0.05), "adamw", {}),
-    ("ddp", thinwire.natural(), "adamw", {}),
+    ("ddp", thinwire.methods.natural(), "adamw", {}),
     ("ddp", dense(), "adamw", {"check_every": 3}),
     ("fsdp2", powersgd(2), "adamw", {}),
     ("fsdp2", dense(), "adamw", {"check_every": 3}),
@@ -266,7 +267,7 @@ def _unlike(rank, sizes):
         model, mesh = nn.Sequential(*layers), mesh_of(2, 1)
         fully_shard(model, mesh=mesh["shard"])
         with pytest.raises(ThinwireError) as raised:
-            thinwire.attach(model, dense(), replicate=mesh["replicate"], timeout=30)
+            thinwire.attach(model, dense(), fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"]), timeout=30)
         found.append(str(raised.value))
     return found
 
@@ -295,12 +296,14 @@ def _four(rank):
         with torch.no_grad():
             model.body.weight.to_local().mul_(2)
     with pytest.raises(ThinwireError) as raised:
-        thinwire.attach(model, dense(), replicate=mesh["replicate"])
+        thinwire.attach(model, dense(), fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"]))
     errors.append(str(raised.value))
     torch.manual_seed(0)
     model = Experts()
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
-    wire = thinwire.attach(model, topk(0.05), optimizer=opt, process_group=dist.group.WORLD, nodes=2, check_every=1)
+    wire = thinwire.attach(
+        model, topk(0.05), optimizer=opt, process_group=dist.group.WORLD, ranks_per_node=2, check_every=1
+    )
     with torch.no_grad():
         if rank in (1, 2):
             model.experts[1].weight[0, 0] = 7.0

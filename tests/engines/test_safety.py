@@ -446,10 +446,10 @@ def test_a_change_of_the_state_dtype_keeps_the_residual(dtypes, kernels):
 
     model = nn.Linear(512, 512, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sim = SimulatedWorkers(model, topk(0.01, state=dtypes[0]), optimizer, 2, kernels=kernels)
+    sim = SimulatedWorkers(model, topk(0.01, state_dtype=dtypes[0]), optimizer, 2, kernels=kernels)
     for step in range(6):
         if step == 3:
-            sim.session.set_method(topk(0.01, state=dtypes[1]))
+            sim.session.set_method(topk(0.01, state_dtype=dtypes[1]))
         pending = [worker.local["weight"].now["residual"].double() for worker in sim.session.workers]
         assert step == 0 or pending[0].norm() > 0
         sim.step(lambda worker: model(torch.randn(8, 512)).square().sum())
@@ -592,7 +592,7 @@ def _slot(rank, what):
         return
     if what == "link":
         with pytest.raises(ThinwireError, match="parsecs"):
-            thinwire.attach(ddp, dense(), link="5parsecs")
+            thinwire.attach(ddp, dense(), emulate_link="5parsecs")
         ddp.register_comm_hook(None, fp16_compress_hook)
         return
     with pytest.raises(ThinwireError, match="communication hook of this DDP model is taken"):

@@ -5,10 +5,13 @@ import torch
 
 from tests.engines.models import simulated
 from tests.exchange.test_two_phase import journey, units_of
-from thinwire import CLTK, EF21, Cast, ErrorFeedback, Method, Momentum, MomentumCorrection, Rule, ef14, scalecom
+from thinwire import Method, Rule, scalecom
+from thinwire.compressors import CLTK, Cast
 from thinwire.compressors.sparse import TopK
 from thinwire.engines.simulator import SimulatedWorkers
 from thinwire.exchange.buckets import plan_bucket
+from thinwire.memories import EF21, ErrorFeedback, Momentum, MomentumCorrection
+from thinwire.methods import ef14
 
 
 def model(rows, columns=8):

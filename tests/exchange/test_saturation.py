@@ -11,23 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
 from tests.core.test_ambient import METHODS, optimizer_for
-from thinwire import (
-    CLTK,
-    BlockTopK,
-    Cast,
-    ErrorFeedback,
-    Method,
-    MomentumCorrection,
-    NoMemory,
-    PowerSGD,
-    RandK,
-    Rule,
-    SIDCo,
-    Threshold,
-    TopK,
-)
+from thinwire import Method, Rule
+from thinwire.compressors import CLTK, BlockTopK, Cast, PowerSGD, RandK, SIDCo, Threshold, TopK
 from thinwire.core.tensors import shortened
 from thinwire.engines.simulator import SimulatedWorkers
+from thinwire.memories import ErrorFeedback, MomentumCorrection, NoMemory
 from thinwire.memories.momentum import Momentum
 
 FLOAT16 = torch.finfo(torch.float16).max
@@ -136,7 +124,7 @@ def test_what_is_not_finite_is_still_found():
 
 
 def test_a_sum_that_overflows_is_no_gradient_that_is_not_finite():
-    for method in (thinwire.topk(0.1), fed_back(Cast("bfloat16")), thinwire.randk(0.5), thinwire.dgc(0.1)):
+    for method in (thinwire.topk(0.1), fed_back(Cast("bfloat16")), thinwire.methods.randk(0.5), thinwire.dgc(0.1)):
         session = sent_and_left(method, 1e37, steps=1)[3]
         model = nn.Linear(40, 30, bias=False)
         sim = SimulatedWorkers(model, method, torch.optim.SGD(model.parameters(), lr=0.0), 2)

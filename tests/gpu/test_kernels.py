@@ -8,13 +8,14 @@ import torch
 
 from tests.gpu.training import CUDA, DEVICE
 from tests.kernels.test_kernels import DTYPES, INF, NAN, RULES, again, hostile, same
-from thinwire import ErrorFeedback, MomentumCorrection, TopK
+from thinwire.compressors import TopK
 from thinwire.core import Context
 from thinwire.core.loops import Cut, Pass, smallest
 from thinwire.exchange.fused import rehearse, select
 from thinwire.exchange.messages import Piece
 from thinwire.exchange.units import Unit, Worker
 from thinwire.kernels.reference import REFERENCE
+from thinwire.memories import ErrorFeedback, MomentumCorrection
 
 KINDS = ("normal", "equal", "zero", "denormal", "not finite")
 LONG = 3_000_000 if CUDA else 5_000
@@ -131,7 +132,7 @@ def test_what_is_merged_is_what_is_added_on_the_cpu(kernels, workers):
 
 
 @pytest.mark.parametrize(
-    "memory", [ErrorFeedback(), MomentumCorrection(0.9), MomentumCorrection(0.9, state="bfloat16")]
+    "memory", [ErrorFeedback(), MomentumCorrection(0.9), MomentumCorrection(0.9, state_dtype="bfloat16")]
 )
 @pytest.mark.parametrize("values", [None, "int4", "sign"])
 def test_a_message_has_the_bytes_of_the_cpu(kernels, memory, values):

@@ -144,7 +144,9 @@ def sharded_trained(rank: int, replicas: int, shards: int, name: str, steps: int
 
     mesh = init_device_mesh(DEVICE, (replicas, shards), mesh_dim_names=("replicate", "shard"))
     model, optimizer = sharded_start(mesh, name)
-    wire = thinwire.attach(model, METHODS[name], optimizer=optimizer, replicate=mesh["replicate"])
+    wire = thinwire.attach(
+        model, METHODS[name], optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"])
+    )
     with counted() as sent:
         for step in range(steps):
             sharded.loss_of(model, sharded.data(rank, step).to(DEVICE)).backward()

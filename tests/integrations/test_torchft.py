@@ -125,7 +125,7 @@ def test_snippet_checkpoint_and_replicas_that_change(world, tmp_path):
     assert one[4]["broken"].isnan().sum() < 1000
 
 
-class Mine(thinwire.Quantize):
+class Mine(thinwire.compressors.Quantize):
     """A compressor that nobody could name to the other replicas."""
 
 
@@ -135,9 +135,9 @@ def test_only_compressors_that_need_no_memory():
         from thinwire.integrations.torchft import CompressedProcessGroup
 
     with pytest.raises(thinwire.ThinwireError, match="TopK is biased"):
-        CompressedProcessGroup(None, thinwire.TopK(0.01))
+        CompressedProcessGroup(None, thinwire.compressors.TopK(0.01))
     with pytest.raises(thinwire.ThinwireError, match="compressor=PowerSGD needs matrices"):
-        CompressedProcessGroup(None, thinwire.PowerSGD(2))
+        CompressedProcessGroup(None, thinwire.compressors.PowerSGD(2))
     with pytest.raises(thinwire.ThinwireError, match="Mine is not registered"):
         CompressedProcessGroup(None, Mine(8))
 
@@ -151,7 +151,7 @@ def test_what_the_inner_group_says_and_is_told():
     inner = SimpleNamespace(
         errored=lambda: error, abort=lambda: calls.append("abort"), shutdown=lambda: calls.append("shutdown")
     )
-    group = CompressedProcessGroup(inner, thinwire.Quantize(8))
+    group = CompressedProcessGroup(inner, thinwire.compressors.Quantize(8))
     assert group.errored() is error
     group.abort()
     group.shutdown()

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import thinwire
-from thinwire import ErrorFeedback, MomentumCorrection, ThinwireError, TopK
+from thinwire import ThinwireError
 from thinwire.coding import elias_fano
+from thinwire.compressors import TopK
 from thinwire.core import Context
 from thinwire.core.loops import Accumulation, Cut, Pass, smallest
 from thinwire.core.tensors import flat
@@ -19,6 +20,7 @@ from thinwire.exchange.messages import Piece
 from thinwire.exchange.units import Unit, Worker
 from thinwire.kernels.reference import BLOCK, CHUNK, REFERENCE, above, at_least
 from thinwire.kernels.select import choose
+from thinwire.memories import ErrorFeedback, MomentumCorrection
 from thinwire.session.momentum_transfer import warn_once
 
 RULES = [Accumulation(None), Accumulation(0.9), Accumulation(0.9, nesterov=True)]
@@ -330,7 +332,7 @@ def test_adding_is_index_add(kernels, alpha, dtype):
 MEMORIES = [ErrorFeedback(), MomentumCorrection(0.9), MomentumCorrection(0.9, nesterov=True)]
 
 
-@pytest.mark.parametrize("memory", [*MEMORIES, MomentumCorrection(0.9, state="bfloat16")])
+@pytest.mark.parametrize("memory", [*MEMORIES, MomentumCorrection(0.9, state_dtype="bfloat16")])
 @pytest.mark.parametrize("shape", [(100, 300), (60, 50, 3, 3)])
 @pytest.mark.parametrize("values", [None, "int4", "sign"])
 def test_select_is_compensate_and_compress(kernels, memory, shape, values):
@@ -371,7 +373,9 @@ def test_select_is_compensate_and_compress(kernels, memory, shape, values):
 
 
 def test_a_threshold_has_the_dtype_of_the_residual(kernels, monkeypatch):
-    unit = Unit("w", torch.empty(400, 500), TopK(0.01), ErrorFeedback(state="bfloat16"), method_compressor=TopK(0.01))
+    unit = Unit(
+        "w", torch.empty(400, 500), TopK(0.01), ErrorFeedback(state_dtype="bfloat16"), method_compressor=TopK(0.01)
+    )
     worker = Worker(0, kernels=kernels)
     worker.local["w"] = unit.fresh_local()
     kth = kernels.kth

@@ -76,7 +76,7 @@ def test_what_waits_is_found(monkeypatch):
 def planned(kernels, values, state, device):
     """Sampled and exact selections, and what is sent dense, in one message of two workers."""
     named = [(name, torch.zeros(shape, device=device)) for name, shape in SHAPES.items()]
-    method = dgc(density=0.01, values=values, state=state, warmup=None)
+    method = dgc(density=0.01, values=values, state_dtype=state, warmup=None)
     units = resolve(named, method, dict.fromkeys(SHAPES, Absorbed(0.9)))
     set_stage(units, None, WORLD)
     workers = [Worker(rank, kernels=kernels) for rank in range(WORLD)]

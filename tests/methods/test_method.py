@@ -3,9 +3,11 @@ import math
 import pytest
 import torch
 
-from thinwire import Cast, ErrorFeedback, Method, Rule, ThinwireError, TopK, Warmup, cast, dense, dgc, topk
+from thinwire import Method, Rule, ThinwireError, Warmup, cast, dense, dgc, topk
+from thinwire.compressors import Cast, TopK
 from thinwire.compressors.cast import Cast as Identity
 from thinwire.exchange.units import resolve, set_stage
+from thinwire.memories import ErrorFeedback
 
 METHODS = [dense(), cast("bfloat16"), topk(0.01, keep_dense=["embed*"]), dgc(0.001, warmup=Warmup(100), clip=0.25)]
 

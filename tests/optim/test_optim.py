@@ -18,9 +18,9 @@ from thinwire.session import checkpoint
 
 KW = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.01}
 MAKE = {
-    "onebit_adam": (thinwire.onebit_adam, thinwire.OneBitAdam, {"freeze_step": 3}),
-    "onebit_lamb": (thinwire.onebit_lamb, thinwire.OneBitLamb, {"freeze_step": 3}),
-    "zeroone_adam": (thinwire.zeroone_adam, thinwire.ZeroOneAdam, {"refreshes": 2}),
+    "onebit_adam": (thinwire.onebit_adam, thinwire.optim.OneBitAdam, {"freeze_step": 3}),
+    "onebit_lamb": (thinwire.methods.onebit_lamb, thinwire.optim.OneBitLamb, {"freeze_step": 3}),
+    "zeroone_adam": (thinwire.zeroone_adam, thinwire.optim.ZeroOneAdam, {"refreshes": 2}),
 }
 
 
@@ -117,7 +117,7 @@ def lossless(name):
 
 def test_without_compression_it_is_preconditioned_momentum_sgd():
     param = torch.nn.Parameter(torch.ones(40, dtype=torch.float64))
-    optimizer = thinwire.OneBitAdam([param], lr=0.1, freeze_step=2)
+    optimizer = thinwire.optim.OneBitAdam([param], lr=0.1, freeze_step=2)
     sim = SimulatedWorkers(torch.nn.ParameterList([param]), lossless("x"), optimizer, 2)
     scale, m = torch.linspace(0.5, 2.0, 40, dtype=torch.float64), 0.0
     for step in range(6):
@@ -131,7 +131,7 @@ def test_without_compression_it_is_preconditioned_momentum_sgd():
 
 def test_lamb_follows_the_fresh_variance_slowly():
     param = torch.nn.Parameter(torch.ones(40, dtype=torch.float64))
-    optimizer = thinwire.OneBitLamb([param], lr=0.1, betas=(0.9, 0.9), freeze_step=3)
+    optimizer = thinwire.optim.OneBitLamb([param], lr=0.1, betas=(0.9, 0.9), freeze_step=3)
     sim = SimulatedWorkers(torch.nn.ParameterList([param]), lossless("x"), optimizer, 2)
     last = 1.0
     for step in range(12):
@@ -146,7 +146,7 @@ def test_lamb_follows_the_fresh_variance_slowly():
 
 
 def test_lamb_recovers_the_gradient_from_the_momentum(monkeypatch):
-    kind = thinwire.OneBitLamb
+    kind = thinwire.optim.OneBitLamb
     param = torch.nn.Parameter(torch.ones(40, dtype=torch.float64))
     optimizer = kind([param], lr=0.1, freeze_step=2)
     found, recovered = [], kind.recovered
@@ -189,7 +189,7 @@ def test_an_overflow_under_a_scaler_skips_on_all_ranks(world2):
 
 def test_a_variance_of_zero_is_left_out():
     param = torch.nn.Parameter(torch.ones(20, 10))
-    optimizer = thinwire.OneBitAdam([param], lr=0.1, freeze_step=2)
+    optimizer = thinwire.optim.OneBitAdam([param], lr=0.1, freeze_step=2)
     sim = SimulatedWorkers(torch.nn.ParameterList([param]), thinwire.onebit_adam(), optimizer, 2)
     for step in range(6):  # rows from 5 on have no gradient until the variance is frozen
         rows = 5 if step < 2 else 20
@@ -205,7 +205,7 @@ def test_a_variance_of_zero_is_left_out():
 def _auto(rank):
     torch.manual_seed(0)
     model = Net()
-    optimizer = thinwire.OneBitAdam(model.parameters(), lr=1e-6, betas=(0.9, 0.8), freeze_step="auto")
+    optimizer = thinwire.optim.OneBitAdam(model.parameters(), lr=1e-6, betas=(0.9, 0.8), freeze_step="auto")
     ddp = DistributedDataParallel(model)
     wire = thinwire.attach(ddp, thinwire.onebit_adam(), optimizer=optimizer)
     for step in range(60):
@@ -302,7 +302,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 def test_bytes_after_the_switch():
     model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(2)))
-    optimizer = thinwire.OneBitAdam(model.parameters(), freeze_step=1)
+    optimizer = thinwire.optim.OneBitAdam(model.parameters(), freeze_step=1)
     result = thinwire.simulate(
         model, thinwire.onebit_adam(), optimizer=optimizer, workers=8, steps=3,
         batches=lambda worker, step: torch.randn(2, 256), loss=lambda model, x: model(x).square().mean(),
@@ -326,18 +326,18 @@ def test_gaps_double():
 )  # fmt: skip
 def test_bad_hyper_parameters(kind, options):
     with pytest.raises(ThinwireError, match=f"{next(iter(options))}.* (is|are) "):
-        getattr(thinwire, kind)([torch.nn.Parameter(torch.ones(2))], **options)
+        getattr(thinwire.optim, kind)([torch.nn.Parameter(torch.ones(2))], **options)
 
 
 def test_the_wrong_optimizer_or_method():
     with pytest.raises(ThinwireError, match=r"beta1 is 1\.0"):
-        thinwire.CompressedMomentum(1.0)
+        thinwire.memories.CompressedMomentum(1.0)
     model = torch.nn.Linear(4, 4)
     with pytest.raises(
         ThinwireError, match="onebit_adam hands the optimizer its momentum, and AdamW steps with its gr"
     ):
         SimulatedWorkers(model, thinwire.onebit_adam(), torch.optim.AdamW(model.parameters()), 2)
-    optimizer = thinwire.OneBitAdam(model.parameters())
+    optimizer = thinwire.optim.OneBitAdam(model.parameters())
     with pytest.raises(ThinwireError, match=r"OneBitAdam steps with its momentum; attach thinwire\.onebit_adam"):
         SimulatedWorkers(model, thinwire.topk(0.1), optimizer, 2)
     with pytest.raises(ThinwireError, match="nothing is attached"):
@@ -366,7 +366,7 @@ def test_states_keep_their_dtype_in_a_checkpoint(name):
 
 def test_momentum_outlives_a_detach():
     param = torch.nn.Parameter(torch.ones(40, dtype=torch.float64))
-    optimizer = thinwire.OneBitAdam([param], lr=0.1, freeze_step=100)
+    optimizer = thinwire.optim.OneBitAdam([param], lr=0.1, freeze_step=100)
     model, scale = torch.nn.ParameterList([param]), torch.rand(40, dtype=torch.float64)
     for attached in range(2):
         sim = SimulatedWorkers(model, lossless("x"), optimizer, 2)
@@ -382,7 +382,7 @@ def test_momentum_outlives_a_detach():
 
 def test_a_layer_without_a_gradient_so_far_is_named_at_the_freeze():
     used, later = torch.nn.Parameter(torch.ones(10)), torch.nn.Parameter(torch.ones(7))
-    optimizer = thinwire.OneBitAdam([used, later], lr=0.1, freeze_step=2)
+    optimizer = thinwire.optim.OneBitAdam([used, later], lr=0.1, freeze_step=2)
     sim = SimulatedWorkers(torch.nn.ParameterList([used, later]), thinwire.onebit_adam(), optimizer, 2)
     for _ in range(3):
         sim.step(lambda worker: (used * torch.randn(10)).sum())

@@ -69,9 +69,21 @@ def tower(seed):
 
 MODELS = {"factors": factors, "words": words, "tower": tower}
 ONEBIT = {
-    "OneBitAdam": (thinwire.OneBitAdam, thinwire.onebit_adam, {"freeze_step": FREEZE}, {"freeze_step": None}, 0.01),
-    "ZeroOneAdam": (thinwire.ZeroOneAdam, thinwire.zeroone_adam, {}, None, 0.01),
-    "OneBitLamb": (thinwire.OneBitLamb, thinwire.onebit_lamb, {"freeze_step": FREEZE}, {"freeze_step": None}, 0.01),
+    "OneBitAdam": (
+        thinwire.optim.OneBitAdam,
+        thinwire.onebit_adam,
+        {"freeze_step": FREEZE},
+        {"freeze_step": None},
+        0.01,
+    ),
+    "ZeroOneAdam": (thinwire.optim.ZeroOneAdam, thinwire.zeroone_adam, {}, None, 0.01),
+    "OneBitLamb": (
+        thinwire.optim.OneBitLamb,
+        thinwire.methods.onebit_lamb,
+        {"freeze_step": FREEZE},
+        {"freeze_step": None},
+        0.01,
+    ),
 }
 
 

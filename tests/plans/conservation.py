@@ -123,7 +123,7 @@ def _shifted(case: Case) -> Sides:
     yield "the estimate is the mean of the ranks'", believed, case.after("estimate")
     yield "the optimizer gets the estimate", case.received, case.shared_new.get("server", believed)
     for old, new, g in zip(case.old, case.new, case.g, strict=True):
-        if isinstance(memory, thinwire.EControl):
+        if isinstance(memory, thinwire.memories.EControl):
             yield "sent + residual = asked", new["residual"] + new["estimate"], old["residual"] + g
         elif all(torch.equal(new[key], old[key]) for key in old):  # absent
             continue
@@ -139,16 +139,16 @@ def _adam(case: Case) -> Sides:
 
 
 LAWS: dict[type[Memory], Callable[[Case], Sides]] = {
-    thinwire.ErrorFeedback: _feedback,
-    thinwire.SteadyFeedback: _feedback,
-    thinwire.MomentumCorrection: _corrected,
-    thinwire.Momentum: _momentum,
-    thinwire.NoMemory: _none,
-    thinwire.MajorityVote: _vote,
-    thinwire.DecoupledMomentum: _decoupled,
-    thinwire.EF21: _shifted,
-    thinwire.EControl: _shifted,
-    thinwire.CompressedMomentum: _adam,
+    thinwire.memories.ErrorFeedback: _feedback,
+    thinwire.memories.SteadyFeedback: _feedback,
+    thinwire.memories.MomentumCorrection: _corrected,
+    thinwire.memories.Momentum: _momentum,
+    thinwire.memories.NoMemory: _none,
+    thinwire.memories.MajorityVote: _vote,
+    thinwire.memories.DecoupledMomentum: _decoupled,
+    thinwire.memories.EF21: _shifted,
+    thinwire.memories.EControl: _shifted,
+    thinwire.memories.CompressedMomentum: _adam,
 }
 
 

@@ -61,13 +61,13 @@ def start(
         load: called before attach, with the model and the optimizer.
     """
     inner = Model(plan, seed)
-    options: Spec = {"kernels": plan.kernels, "link": plan.link, "seed": plan.seed, "timeout": TIMEOUT}
+    options: Spec = {"kernels": plan.kernels, "emulate_link": plan.link, "seed": plan.seed, "timeout": TIMEOUT}
     options |= plan.options or {}
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2) if plan.scaler else None
     if scaler is not None:
         options["scaler"] = scaler
     if plan.nodes and world is None:
-        options["nodes"] = plan.nodes
+        options["ranks_per_node"] = plan.nodes
     if plan.engine == "fsdp2":
         _shard(plan, inner, options)
     optimizer = optimizer_of(plan, inner)
@@ -95,10 +95,8 @@ def _shard(plan: Plan, inner: Model, options: Spec) -> None:
     for module in inner.layers:
         fully_shard(module, mesh=mesh["shard"])
     fully_shard(inner, mesh=mesh["shard"])
-    options["replicate"] = mesh["replicate"]
-    for key in ("reduce_scatter", "all_gather"):
-        if key in options:
-            options[key] = methods.part(options[key])
+    parts = {key: methods.part(options.pop(key)) for key in ("reduce_scatter", "all_gather") if key in options}
+    options["fsdp2"] = thinwire.Fsdp2Options(mesh["replicate"], **parts)
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ def _engine(d: Draw, plan: Plan) -> Spec:
             shards = 2 if plan.world == 4 and d.chance(0.6) else 1
             options = {}
             if shards == 2:
-                coder = {"kind": "quantize", "bits": 8, "bucket": 64}
+                coder = {"kind": "quantize", "bits": 8, "block": 64}
                 options = d.maybe(0.25, reduce_scatter=({**coder, "rounding": "stochastic"},), all_gather=(coder,))
             return {"shards": shards, "options": options}
 

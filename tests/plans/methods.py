@@ -19,8 +19,8 @@ def build(spec: Spec) -> Method:
     """The method of a spec; a ``ThinwireError`` where it is refused."""
     args, options = [_value(v) for v in spec["args"]], {key: _value(v) for key, v in spec["options"].items()}
     if spec["recipe"] != "own":
-        return getattr(thinwire, spec["recipe"])(*args, **options)
-    rule, rest = Rule(*args, min_ndim=spec["min_ndim"]), Rule(thinwire.Cast(), thinwire.NoMemory())
+        return getattr(thinwire.methods, spec["recipe"])(*args, **options)
+    rule, rest = Rule(*args, min_ndim=spec["min_ndim"]), Rule(thinwire.compressors.Cast(), thinwire.memories.NoMemory())
     return Method("own", (rule, rest), **options)
 
 
@@ -61,7 +61,7 @@ def common(d: Draw, *without: str) -> Spec:
         route=ROUTES,
     )
     if rest.get("route", "all_gather") != "all_gather":
-        rest |= d.maybe(0.3, second=(0.5, 2.0))
+        rest |= d.maybe(0.3, second_stage_density_ratio=(0.5, 2.0))
     return {key: value for key, value in rest.items() if key not in without}
 
 
@@ -88,16 +88,16 @@ def coder(d: Draw) -> Spec:
         case 0:
             return {"kind": "cast", "dtype": d.one("float16", "bfloat16")}
         case 1:
-            return {"kind": "quantize", "bits": d.one(4, 8), "bucket": d.one(16, 64)}
+            return {"kind": "quantize", "bits": d.one(4, 8), "block": d.one(16, 64)}
         case 2:
             return {"kind": "natural"}
         case 3:
             return {"kind": "sign", "block": d.one(16, 4096)}
         case 4:
-            return {"kind": "qsgd", "bits": 8, "bucket": 16}
+            return {"kind": "qsgd", "bits": 8, "block": 16}
         case _:
             inner = d.one(
-                {"kind": "qsgd", "bits": 2, "bucket": 64}, {"kind": "randk", "density": 0.1}, {"kind": "terngrad"}
+                {"kind": "qsgd", "bits": 2, "block": 64}, {"kind": "randk", "density": 0.1}, {"kind": "terngrad"}
             )
             return {"kind": "scaled", "compressor": inner}
 
@@ -122,14 +122,14 @@ def contractive(d: Draw) -> Any:
 def own(d: Draw, sgd: bool) -> Spec:
     """A rule of one's own, for tensors of any number of dimensions perhaps."""
     memories: list[Spec] = [
-        {"kind": "error_feedback", **d.maybe(0.3, state=STATES, decay=(0.9,), beta=(0.5,))},
+        {"kind": "error_feedback", **d.maybe(0.3, state_dtype=STATES, decay=(0.9,), beta=(0.5,))},
         {"kind": "ef21", **d.maybe(0.3, eta=(0.5,), participation=(0.5,))},
         {"kind": "econtrol", "eta": 0.1},
     ]
     unbiased: list[Spec] = [
         {"kind": "randk", "density": 0.25},
-        {"kind": "qsgd", "bits": d.one(2, 4), "bucket": d.one(16, 512)},
-        {"kind": "quantize", "bits": 4, "bucket": 64, "rounding": "stochastic"},
+        {"kind": "qsgd", "bits": d.one(2, 4), "block": d.one(16, 512)},
+        {"kind": "quantize", "bits": 4, "block": 64, "rounding": "stochastic"},
         {"kind": "chain", "first": {"kind": "randk", "density": 0.25}, "then": {"kind": "natural"}},
     ]
     memory = d.one(*memories, {"kind": "none"})
@@ -148,7 +148,7 @@ def _family(name: str, **extra: tuple[Any, ...]) -> Any:
 
 def _top(name: str) -> Any:
     def made(d: Draw, _: bool) -> Spec:
-        more = d.maybe(0.4, values=VALUES, selection=("exact", "sampled"), state=STATES)
+        more = d.maybe(0.4, values=VALUES, selection=("exact", "sampled"), state_dtype=STATES)
         if name == "dgc":
             more |= d.maybe(0.4, masking=(False,), mask_below_density=(0.0, 1.0), decay=("local", "decoupled"))
         return recipe(name, d.one(*DENSITIES), **more, **common(d))
@@ -157,7 +157,7 @@ def _top(name: str) -> Any:
 
 
 def _lean(d: Draw, sgd: bool) -> Spec:
-    return recipe("lean", d.one(0.5, 1.5), momentum=sgd and d.chance(0.7), **common(d, "second"))
+    return recipe("lean", d.one(0.5, 1.5), momentum=sgd and d.chance(0.7), **common(d, "second_stage_density_ratio"))
 
 
 def _bits(name: str, **extra: tuple[Any, ...]) -> Any:
@@ -194,22 +194,22 @@ RECIPES: dict[str, Any] = {
     "powersgd": lambda d, _: recipe(
         "powersgd",
         d.one(1, 2, 4),
-        **d.maybe(0.5, min_compression_rate=(0, 1.0), state=STATES),
-        **common(d, "route", "second"),
+        **d.maybe(0.5, min_compression_rate=(0, 1.0), state_dtype=STATES),
+        **common(d, "route", "second_stage_density_ratio"),
     ),
-    "randk": _some("randk", *DENSITIES, feedback=(False,), shared=(False,), warmup=WARMUPS, state=STATES),
+    "randk": _some("randk", *DENSITIES, feedback=(False,), shared=(False,), warmup=WARMUPS, state_dtype=STATES),
     "sidco": _some(
-        "sidco", *DENSITIES, fit=("gamma", "pareto"), values=VALUES, warmup=WARMUPS, route=ROUTES, state=STATES
+        "sidco", *DENSITIES, fit=("gamma", "pareto"), values=VALUES, warmup=WARMUPS, route=ROUTES, state_dtype=STATES
     ),
-    "scalecom": _some("scalecom", *DENSITIES, beta=(0.3,), warmup=WARMUPS, state=STATES),
+    "scalecom": _some("scalecom", *DENSITIES, beta=(0.3,), warmup=WARMUPS, state_dtype=STATES),
     "decoupled_momentum": _some(
         "decoupled_momentum", 0.03, 0.1, chunk=(4, 16), decay=(0.5,), sign=(False, True), values=(None, "float16")
     ),
-    "qsgd": _bits("qsgd", bits=(2, 8), bucket=(16, 512), norm=("max",)),
-    "maxmin": _bits("maxmin", bits=(4, 8), bucket=(16, 64), rounding=("stochastic",), feedback=(True,)),
-    "terngrad": _bits("terngrad", clip=(None,)),
+    "qsgd": _bits("qsgd", bits=(2, 8), block=(16, 512), norm=("max",)),
+    "maxmin": _bits("maxmin", bits=(4, 8), block=(16, 64), rounding=("stochastic",), feedback=(True,)),
+    "terngrad": _bits("terngrad", clip_rms=(None,)),
     "natural": _bits("natural"),
     "signsgd": _bits("signsgd", momentum=(0.0, 0.5)),
-    "ef_sign": _bits("ef_sign", block=(16,), state=STATES),
+    "ef_sign": _bits("ef_sign", block=(16,), state_dtype=STATES),
     "own": own,
 }

@@ -137,4 +137,4 @@ def optimizer_of(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
     groups = [{"params": params}]
     if plan.optimizer["groups"] == 2 and len(params) > 1:
         groups = [{"params": params[::2]}, {"params": params[1::2], "lr": options["lr"] / 2}]
-    return getattr(thinwire if hasattr(thinwire, kind) else torch.optim, kind)(groups, **options)
+    return getattr(thinwire.optim if hasattr(thinwire.optim, kind) else torch.optim, kind)(groups, **options)

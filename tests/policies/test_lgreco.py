@@ -6,9 +6,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
 from tests.engines.models import batch, build, flat_parameters, loss_of
-from thinwire import QSGD, LGreCo, PowerSGD, Quantize, ThinwireError, TopK, Warmup, maxmin, powersgd, qsgd, topk
+from thinwire import ThinwireError, Warmup, maxmin, powersgd, qsgd, topk
+from thinwire.compressors import QSGD, PowerSGD, Quantize, TopK
 from thinwire.core import Context
 from thinwire.engines.simulator import SimulatedWorkers
+from thinwire.policies import LGreCo
 from thinwire.policies.lgreco import Snapshot, digest, family, losses, tried
 
 MIXED = [*family(TopK(0.05)), *family(PowerSGD(2)), TopK(0.1, values="int4")]
@@ -74,7 +76,7 @@ def test_one_candidate_changes_nothing():
 
 def test_only_what_the_memory_may_stand_beside_is_chosen():
     """Two bits may lose more than they are given, which a residual could not bear."""
-    method = maxmin(4, bucket=256, feedback=True)
+    method = maxmin(4, block=256, feedback=True)
     model, optimizer = build()
     policy = LGreCo(every=6, looks=3, slack=1e6)
     options = {"batches": batch, "loss": loss_of, "workers": 2, "steps": 7, "policy": policy}
@@ -114,8 +116,8 @@ def test_families():
     assert [one.rank for one in family(PowerSGD(1))] == [1, 2]
     densities = [one.density for one in family(TopK(0.01))]
     assert (min(densities), max(densities)) == pytest.approx((0.001, 0.1))
-    assert len(family(TopK(0.5) >> thinwire.Cast("float16"))) == 21
-    assert family(thinwire.Cast("float16")) == [thinwire.Cast("float16")]
+    assert len(family(TopK(0.5) >> thinwire.compressors.Cast("float16"))) == 21
+    assert family(thinwire.compressors.Cast("float16")) == [thinwire.compressors.Cast("float16")]
 
 
 @pytest.mark.parametrize(

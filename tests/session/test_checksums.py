@@ -23,7 +23,7 @@ METHODS = {
     "dgc": lambda: thinwire.dgc(0.1),
     "topk": lambda: thinwire.topk(0.1),
     "ef21": lambda: thinwire.ef21(0.1),
-    "bfloat16": lambda: thinwire.dgc(0.1, state="bfloat16"),
+    "bfloat16": lambda: thinwire.dgc(0.1, state_dtype="bfloat16"),
 }
 
 
@@ -121,7 +121,7 @@ def test_a_piece_that_begins_anywhere(dtype):
 def test_odd_numbers_of_elements_in_the_rows_of_a_folder(dtype):
     named = [("w", torch.nn.Parameter(torch.randn(7, 5))), ("v", torch.nn.Parameter(torch.randn(33, 63)))]
     optimizer = torch.optim.SGD([param for _, param in named], lr=0.1, momentum=0.9)
-    session = Session(named, thinwire.dgc(0.1, state=dtype), Local.of(1)[0], optimizer)
+    session = Session(named, thinwire.dgc(0.1, state_dtype=dtype), Local.of(1)[0], optimizer)
     states = []
     for session.workers[0].rank in range(3):
         for state in session.workers[0].local.values():

@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 import thinwire
 from thinwire.cli import text as demo_text
 from thinwire.cli.demo_models import CharLM, loss_of
+from thinwire.comm.link import Link
 
 CLIP = 1.0
 WARMUP_STEPS = 40
@@ -39,7 +40,7 @@ class Settings:
     @property
     def wire(self) -> str:
         """What the figures hold for, as tables and plots say it."""
-        return f"N = {self.workers} workers, emulated {thinwire.Link.parse(self.link)}"
+        return f"N = {self.workers} workers, emulated {Link.parse(self.link)}"
 
     def method(self, case: str) -> thinwire.Method:
         if case == "dense":
@@ -105,7 +106,7 @@ def _train(rank: int, case: str, settings: Settings, tell: Callable[[str, Any], 
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=0.9)
     ddp = DistributedDataParallel(model)
     method = settings.method(case)
-    wire = thinwire.attach(ddp, method, optimizer=optimizer, link=settings.link)
+    wire = thinwire.attach(ddp, method, optimizer=optimizer, emulate_link=settings.link)
     result = CaseResult(case, warmup=settings.warmup(case))
     held_out = text.held_out_batch(64, 128)
     alone = _seconds_alone(ddp, text.batch(0, rank, settings.batch, settings.length, settings.seed))

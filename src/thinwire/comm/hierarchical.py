@@ -44,14 +44,14 @@ def check_nodes(everyone: ProcessGroup, nodes: int | DeviceMesh | None) -> None:
     if not isinstance(nodes, int):
         if nodes.ndim != 2 or sorted(cast("list[int]", nodes.mesh.flatten().tolist())) != sorted(ranks):
             raise ThinwireError(
-                f"nodes is a mesh of {nodes.ndim} dimensions and {nodes.size()} ranks; it must have two, between nodes "
-                f"and inside, and hold the {len(ranks)} ranks of this model"
+                f"ranks_per_node is a mesh of {nodes.ndim} dimensions and {nodes.size()} ranks; it must have two, "
+                f"between nodes and inside, and hold the {len(ranks)} ranks of this model"
             )
         return
     if nodes < 1 or len(ranks) % nodes:
-        raise ThinwireError(f"nodes is {nodes}; it is the ranks of one node, and must divide {len(ranks)}")
+        raise ThinwireError(f"ranks_per_node is {nodes}; it is the ranks of one node, and must divide {len(ranks)}")
     if len(ranks) != dist.get_world_size():
-        raise ThinwireError("nodes as a number needs a model on all ranks; give a mesh of two dimensions")
+        raise ThinwireError("ranks_per_node as a number needs a model on all ranks; give a mesh of two dimensions")
 
 
 def groups_of(

@@ -84,7 +84,7 @@ class Link:
             return Link.parse(given)
         raise ThinwireError(
             f"{name} is {shown(given)}; write a bandwidth with its unit, and perhaps a latency: '100mbit', "
-            "'1gbit,0.5ms', or thinwire.Link(bits_per_second, seconds)"
+            "'1gbit,0.5ms', or thinwire.comm.link.Link(bits_per_second, seconds)"
         )
 
     @staticmethod

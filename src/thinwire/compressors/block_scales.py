@@ -14,7 +14,7 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 def count(n: int, size: int) -> int:
-    """Buckets of n elements; the last may be short."""
+    """Blocks of n elements; the last may be short."""
     return math.ceil(n / size)
 
 
@@ -24,7 +24,7 @@ def as_float32(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), short.clamp(-LARGEST, LARGEST), short) if x.dtype == torch.float64 else short
 
 
-def in_buckets(x: Tensor, size: int, *, repeat: bool = False) -> Tensor:
+def in_blocks(x: Tensor, size: int, *, repeat: bool = False) -> Tensor:
     """``x`` ``[n]`` as ``[count(n, size), size]``; zeros fill the last one, or, to ``repeat``, its last element."""
     missing = -x.numel() % size
     if missing:

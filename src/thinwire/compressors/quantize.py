@@ -1,4 +1,4 @@
-"""Quantisers with a scale for each bucket: QSGD, and CGX's max-min levels."""
+"""Quantisers with a scale for each block: QSGD, and CGX's max-min levels."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thinwire.coding.bitpack import pack_fields, unpack_fields
-from thinwire.compressors.block_scales import as_float32, count, in_buckets, l2, scale_of
+from thinwire.compressors.block_scales import as_float32, count, in_blocks, l2, scale_of
 from thinwire.core.checks import one_of, settle, whole
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State
@@ -36,19 +36,19 @@ def rounded_randomly(levels: Tensor, ctx: Context) -> Tensor:
 class QSGD(Compressor):
     """Rounds every element at random to one of ``s = 2^(bits-1) - 1`` magnitudes and a sign; unbiased.
 
-    ``r = ||x_B||`` of each bucket, ``a = s |x| / r``, ``level = floor(a) + Bernoulli(a - floor(a))``, sent as
+    ``r = ||x_B||`` of each block, ``a = s |x| / r``, ``level = floor(a) + Bernoulli(a - floor(a))``, sent as
     ``sign(x) r level / s``. ``E||x - C(x)||^2 <= omega ||x||^2`` with ``omega = min(B / 4 s^2, sqrt(B) / s)`` for
-    buckets of B. With ``norm="max"`` fewer elements are 0 and the variance is smaller.
+    blocks of B. With ``norm="max"`` fewer elements are 0 and the variance is smaller.
 
     Args:
         bits: of each element, 2 to 8. One bit would leave no magnitude but 0.
-        bucket: elements that share a scale.
+        block: elements that share a scale.
         norm: ``"l2"``, the paper's, or ``"max"``.
 
     Raises:
         ThinwireError: a value outside its range.
 
-    **Wire**: ``bits`` an element and a float32 for each bucket: 4.06 bits for 4 bits and buckets of 512.
+    **Wire**: ``bits`` an element and a float32 for each block: 4.06 bits for 4 bits and blocks of 512.
 
     Example:
         >>> x = torch.tensor([0.0, 3.0, -4.0])
@@ -66,7 +66,7 @@ class QSGD(Compressor):
     cuttable: ClassVar[bool] = True
 
     bits: int
-    bucket: int = 512
+    block: int = 512
     norm: Literal["l2", "max"] = "l2"
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class QSGD(Compressor):
             "QSGD takes 2 to 8: of 1 bit the sign would be all, with 2^0 - 1 = 0 magnitudes; use Sign() with "
             "ErrorFeedback(), or TernGrad(), and beyond 8 Cast('float16')"
         )
-        settle(self, bits=whole(2, 8, says=says), bucket=whole(1), norm=one_of("l2", "max"))
+        settle(self, bits=whole(2, 8, says=says), block=whole(1), norm=one_of("l2", "max"))
 
     @property
     def levels(self) -> int:
@@ -82,17 +82,17 @@ class QSGD(Compressor):
         return 2 ** (self.bits - 1) - 1
 
     def variance(self, n: int) -> float:
-        size, s = min(n, self.bucket), self.levels
+        size, s = min(n, self.block), self.levels
         return min(size / (4 * s * s), math.sqrt(size) / s)
 
     def contraction(self, n: int) -> float:
         return max(0.0, 1.0 - self.variance(n))
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
-        n, buckets = x.numel(), count(x.numel(), self.bucket)
+        n, blocks = x.numel(), count(x.numel(), self.block)
         if x.is_meta:
-            return x.new_empty(buckets, dtype=torch.float32), x.new_empty(-(-n * self.bits // 8), dtype=torch.uint8)
-        rows = in_buckets(as_float32(flat(x)), self.bucket)
+            return x.new_empty(blocks, dtype=torch.float32), x.new_empty(-(-n * self.bits // 8), dtype=torch.uint8)
+        rows = in_blocks(as_float32(flat(x)), self.block)
         scales = scale_of(l2(rows) if self.norm == "l2" else rows.abs().amax(1))
         share = rows.abs() / torch.where(scales > 0, scales, 1.0).unsqueeze(1)
         levels = rounded_randomly(share.mul_(self.levels), ctx).clamp_(max=self.levels)
@@ -100,11 +100,11 @@ class QSGD(Compressor):
         return scales, pack_fields(fields.view(-1)[:n], self.bits)
 
     def losses(self, x: Tensor, family: Sequence[Compressor]) -> list[float] | None:
-        """The expectation over the rounding, where all share their buckets and norm."""
+        """The expectation over the rounding, where all share their blocks and norm."""
         alike = cast("Sequence[QSGD]", family)
-        if any((one.bucket, one.norm) != (self.bucket, self.norm) for one in alike):
+        if any((one.block, one.norm) != (self.block, self.norm) for one in alike):
             return None
-        rows = in_buckets(as_float32(flat(x)), self.bucket).abs_()
+        rows = in_blocks(as_float32(flat(x)), self.block).abs_()
         scales = scale_of(l2(rows) if self.norm == "l2" else rows.amax(1))
         rows.div_(torch.where(scales > 0, scales, 1.0).unsqueeze(1))
         lost = [lost_in_rounding(rows * one.levels, randomly=True).sum(1, dtype=torch.float64) for one in alike]
@@ -113,7 +113,7 @@ class QSGD(Compressor):
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         scales, packed = payload
         n = like.numel()
-        rows = in_buckets(unpack_fields(packed, self.bits)[:n], self.bucket)
+        rows = in_blocks(unpack_fields(packed, self.bits)[:n], self.block)
         s = self.levels
         table = torch.arange(s + 1, dtype=torch.float32, device=packed.device) / s
         shares = torch.cat([table, -table])[rows.int()]
@@ -126,23 +126,23 @@ class QSGD(Compressor):
 @register("quantize")
 @dataclass(frozen=True)
 class Quantize(Compressor):
-    """Rounds every element to one of ``2^bits`` levels, evenly spaced from the minimum of its bucket to the maximum.
+    """Rounds every element to one of ``2^bits`` levels, evenly spaced from the minimum of its block to the maximum.
 
     ``u = (max - min) / (2^bits - 1)``, ``level = floor((x - min) / u + r)`` with ``r = 1/2`` (nearest) or uniform in
     [0, 1) (stochastic, unbiased), sent as ``min + u level``. No element is off by more than u/2, or in the mean square
-    by u/2, and ``||x||^2 >= (max - min)^2 / 2``; so ``||x - C(x)||^2 <= B / 2 (2^bits - 1)^2 ||x||^2`` for buckets
+    by u/2, and ``||x||^2 >= (max - min)^2 / 2``; so ``||x - C(x)||^2 <= B / 2 (2^bits - 1)^2 ||x||^2`` for blocks
     of B, which is below 1, and error feedback safe, for B < 18, 98, 450 and 1922 with 2, 3, 4 and 5 bits.
 
     Args:
         bits: of each element, 1 to 8.
-        bucket: elements that share a minimum and a maximum; 256 is safe under error feedback from 4 bits on.
+        block: elements that share a minimum and a maximum; 256 is safe under error feedback from 4 bits on.
         rounding: ``"nearest"``, which has half the error, but a bias: from 4 bits on CGX trains without feedback,
             below a memory is required; or ``"stochastic"``.
 
     Raises:
         ThinwireError: a value outside its range.
 
-    **Wire**: ``bits`` an element and two float32 for each bucket: 4.125 bits for 4 bits and buckets of 512.
+    **Wire**: ``bits`` an element and two float32 for each block: 4.125 bits for 4 bits and blocks of 512.
 
     Example:
         >>> x = torch.tensor([0.0, 0.9, 2.2, 3.0])
@@ -153,19 +153,19 @@ class Quantize(Compressor):
     Source: I. Markov, H. Ramezanikebrya, D. Alistarh, "CGX: Adaptive System Support for Communication-Efficient Deep
     Learning", 2022, arXiv:2111.08617, section 4.
 
-    Departures: the scales are float32 minimum and maximum, so that both come out exactly; a bucket wider than half of
+    Departures: the scales are float32 minimum and maximum, so that both come out exactly; a block wider than half of
     float32's range saturates at it.
     """
 
     cuttable: ClassVar[bool] = True
 
     bits: int
-    bucket: int = 256
+    block: int = 256
     rounding: Literal["nearest", "stochastic"] = "nearest"
 
     def __post_init__(self) -> None:
         bits = whole(1, 8, says="Quantize takes 1 to 8, whole; beyond, use Cast('float16')")
-        settle(self, bits=bits, bucket=whole(1), rounding=one_of("nearest", "stochastic"))
+        settle(self, bits=bits, block=whole(1), rounding=one_of("nearest", "stochastic"))
 
     @property
     def needs_feedback(self) -> bool:
@@ -178,16 +178,16 @@ class Quantize(Compressor):
         return self._worst(n) if self.rounding == "stochastic" else None
 
     def _worst(self, n: int) -> float:
-        size = min(n, self.bucket)
+        size = min(n, self.block)
         return size / (2 * (2**self.bits - 1) ** 2) + 1e-6  # float32 rounds, too
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
-        n, buckets, top = x.numel(), count(x.numel(), self.bucket), 2**self.bits - 1
+        n, blocks, top = x.numel(), count(x.numel(), self.block), 2**self.bits - 1
         if x.is_meta:
-            return x.new_empty(buckets, 2, dtype=torch.float32), x.new_empty(-(-n * self.bits // 8), dtype=torch.uint8)
-        rows = in_buckets(as_float32(flat(x)), self.bucket, repeat=True)
+            return x.new_empty(blocks, 2, dtype=torch.float32), x.new_empty(-(-n * self.bits // 8), dtype=torch.uint8)
+        rows = in_blocks(as_float32(flat(x)), self.block, repeat=True)
         half = torch.finfo(torch.float32).max / 2  # so that a difference is finite
-        ends = torch.stack(rows.aminmax(dim=1), 1)  # [buckets, 2]
+        ends = torch.stack(rows.aminmax(dim=1), 1)  # [blocks, 2]
         ends = torch.where(ends.isfinite(), ends.clamp(-half, half), torch.nan)
         low, span = ends[:, :1], ends.diff(dim=1)
         place = (rows - low).div_(torch.where(span > 0, span, 1.0)).clamp_(0.0, 1.0).mul_(top)
@@ -196,15 +196,15 @@ class Quantize(Compressor):
         return ends, pack_fields(fields.view(-1)[:n], self.bits)
 
     def losses(self, x: Tensor, family: Sequence[Compressor]) -> list[float] | None:
-        """The expectation over the rounding, where all share their buckets and round alike."""
+        """The expectation over the rounding, where all share their blocks and round alike."""
         alike = cast("Sequence[Quantize]", family)
-        if any((one.bucket, one.rounding) != (self.bucket, self.rounding) for one in alike):
+        if any((one.block, one.rounding) != (self.block, self.rounding) for one in alike):
             return None
-        rows = in_buckets(as_float32(flat(x)), self.bucket, repeat=True)
+        rows = in_blocks(as_float32(flat(x)), self.block, repeat=True)
         low, high = rows.aminmax(dim=1, keepdim=True)
         span = high - low
         place = (rows - low).div_(torch.where(span > 0, span, 1.0))
-        filled = -x.numel() % self.bucket  # the last element, repeated
+        filled = -x.numel() % self.block  # the last element, repeated
         found: list[float] = []
         for one in alike:
             top = 2**one.bits - 1
@@ -217,7 +217,7 @@ class Quantize(Compressor):
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         ends, packed = payload
         n, top = like.numel(), 2**self.bits - 1
-        rows = in_buckets(unpack_fields(packed, self.bits)[:n], self.bucket)
+        rows = in_blocks(unpack_fields(packed, self.bits)[:n], self.block)
         up = (torch.arange(top + 1, dtype=torch.float32, device=packed.device) / top)[rows.int()]
         return Dense(((1.0 - up) * ends[:, :1] + up * ends[:, 1:]).view(-1)[:n])
 

@@ -90,7 +90,7 @@ class SIDCo(Compressor):
         density: kept / total, in (0, 1].
         stages: M, at least 1; None for the fewest that come within 20 % of k, up to ``ceil(log2(1 / density))``.
         fit: ``"exponential"``, ``"gamma"`` (then Pareto) or ``"pareto"``.
-        values: see ``thinwire.TopK``.
+        values: see ``thinwire.compressors.TopK``.
 
     Raises:
         ThinwireError: a value outside its range.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from thinwire.coding.bitpack import pack_bits, unpack_bits
-from thinwire.compressors.block_scales import as_float32, count, in_buckets, l2, scale_of
+from thinwire.compressors.block_scales import as_float32, count, in_blocks, l2, scale_of
 from thinwire.core.checks import one_of, settle, whole
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State
@@ -85,7 +85,7 @@ class Sign(Compressor):
         if self.scale == "none":
             some = y.new_ones(1).masked_fill_(y.isfinite().all().logical_not(), torch.nan)
             return some.masked_fill_((y == 0).all(), 0.0)
-        rows = in_buckets(y, self.block)
+        rows = in_blocks(y, self.block)
         sizes = torch.full((len(rows),), self.block, dtype=torch.float64, device=y.device)
         sizes[-1:] -= len(rows) * self.block - n
         if self.scale == "l1":
@@ -96,7 +96,7 @@ class Sign(Compressor):
         scales, packed = payload
         n = like.numel()
         size = max(n, 1) if self.scale == "none" else self.block
-        negative = in_buckets(unpack_bits(packed)[:n], size) > 0
+        negative = in_blocks(unpack_bits(packed)[:n], size) > 0
         return Dense(torch.where(negative, -scales.unsqueeze(1), scales.unsqueeze(1)).reshape(-1)[:n])
 
     def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:

@@ -35,7 +35,7 @@ class Threshold(Compressor):
     Args:
         threshold: above 0, in the units of the gradient, without a loss scale.
         capacity: largest share of the elements that is sent, in (0, 1]; it fixes the size of the message.
-        values: see ``thinwire.TopK``.
+        values: see ``thinwire.compressors.TopK``.
 
     Raises:
         ThinwireError: a value outside its range.

@@ -32,9 +32,9 @@ class Stages:
         self.by_param = {id(unit.param): unit for unit in units}
         self.buckets.clear()
         self._period = math.lcm(*(unit.method_compressor.period for unit in units))
-        self.routing = Routing(method.route, method.second, link)
+        self.routing = Routing(method.route, method.second_stage_density_ratio, link)
         # one turn after the other takes its time also on a link without latency
-        settings = (method.route, method.second, turn_bytes or TURN_BYTES)
+        settings = (method.route, method.second_stage_density_ratio, turn_bytes or TURN_BYTES)
         for note in set_stage(units, density, self.collective.world, *settings):
             self.ledger.note(note)
 

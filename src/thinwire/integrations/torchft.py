@@ -45,8 +45,8 @@ class CompressedProcessGroup(ProcessGroupWrapper):
 
     Args:
         group: the process group of torchft that carries the bytes, e.g. ``ProcessGroupGloo()``.
-        compressor: one that needs no memory, e.g. ``thinwire.Quantize(8, rounding="stochastic")``; the same on all
-            replicas, which is checked whenever they change.
+        compressor: one that needs no memory, e.g. ``Quantize(8, rounding="stochastic")``; the same on all replicas,
+            which is checked whenever they change.
         least: bytes; smaller tensors are passed on.
         seed: of the rounding.
         timeout: seconds for each of the two exchanges, at most; the group's own counts where it is shorter, and on
@@ -59,7 +59,7 @@ class CompressedProcessGroup(ProcessGroupWrapper):
 
     Example::
 
-        group = CompressedProcessGroup(ProcessGroupGloo(), thinwire.Quantize(8, rounding="stochastic"))
+        group = CompressedProcessGroup(ProcessGroupGloo(), thinwire.compressors.Quantize(8, rounding="stochastic"))
         manager = torchft.Manager(pg=group, ...)
     """
 

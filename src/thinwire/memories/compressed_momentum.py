@@ -36,7 +36,7 @@ class CompressedMomentum(Memory):
     Works in float32 (float64 for float64 gradients).
 
     Example:
-        >>> memory = thinwire.CompressedMomentum(0.5)
+        >>> memory = thinwire.memories.CompressedMomentum(0.5)
         >>> old = {"momentum": torch.tensor([2.0]), "residual": torch.tensor([0.25])}
         >>> memory.compensate(torch.tensor([1.0]), torch.zeros(1), old, {"residual": torch.empty(1)})
         tensor([1.7500])
@@ -112,7 +112,7 @@ class SteadyFeedback(Memory):
     State: one word an element. Works in float32 (float64 for float64 gradients).
 
     Example:
-        >>> memory, x = thinwire.SteadyFeedback(), torch.tensor([1.0])
+        >>> memory, x = thinwire.memories.SteadyFeedback(), torch.tensor([1.0])
         >>> new = {"residual": torch.empty(1)}
         >>> memory.compensate(x, x, {"residual": torch.tensor([0.25])}, new)
         tensor([1.2500])

@@ -59,7 +59,7 @@ class ErrorFeedback(Memory):
 
     Args:
         decay: in (0, 1], what the residual is multiplied by before a gradient is added; 1 loses nothing.
-        state: ``"bfloat16"`` halves the state; what is smaller than 1/256 of the residual is then rounded away.
+        state_dtype: ``"bfloat16"`` halves the state; what is smaller than 1/256 of the residual is then rounded away.
         beta: in (0, 1]; below 1 it is ScaleCom's low-pass filter, under which only that share of what was not sent is
             remembered, and only that share of what was sent is taken off.
 
@@ -70,14 +70,14 @@ class ErrorFeedback(Memory):
     feeds_back: ClassVar[bool] = True
     linear: ClassVar[bool] = True
 
-    state: StateDtype = "float32"
+    state_dtype: StateDtype = "float32"
     decay: float = 1.0
     beta: float = 1.0
 
     def __post_init__(self) -> None:
         settle(
             self,
-            state=STATE,
+            state_dtype=STATE,
             decay=real(0.0, 1.0, above=True, hint=": it multiplies the residual, e.g. 0.999"),
             beta=real(0.0, 1.0, above=True, hint=": it filters what is remembered, e.g. 0.1"),
         )
@@ -87,7 +87,7 @@ class ErrorFeedback(Memory):
         return Accumulation(None) if self.decay == self.beta == 1.0 else None
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
-        return torch.bfloat16 if self.state == "bfloat16" else float_at_least_32(grad)
+        return torch.bfloat16 if self.state_dtype == "bfloat16" else float_at_least_32(grad)
 
     def init(self, like: Tensor) -> State:
         return {"residual": zeros(like)}

@@ -47,7 +47,7 @@ class MomentumCorrection(Memory):
         masking: momentum factor masking, the paper's guard against stale momentum.
         mask_below_density: no masking where more than this share of the elements is sent: there it would only
             remove momentum (at density 1 it turns momentum SGD into plain SGD).
-        state: see ``ErrorFeedback``.
+        state_dtype: see ``ErrorFeedback``.
 
     State: two words an element (``momentum`` = u, ``residual`` = v), where momentum SGD has one; and a third,
     equal on all ranks, for a separate decay.
@@ -69,10 +69,10 @@ class MomentumCorrection(Memory):
     decay: WeightDecay = "separate"
     masking: bool = True
     mask_below_density: float = 0.05
-    state: StateDtype = "float32"
+    state_dtype: StateDtype = "float32"
 
     def __post_init__(self) -> None:
-        settle(self, **SGD, masking=flag, mask_below_density=real(0.0, 1.0), state=STATE)
+        settle(self, **SGD, masking=flag, mask_below_density=real(0.0, 1.0), state_dtype=STATE)
 
     @property
     def residual_gain(self) -> float:
@@ -104,7 +104,7 @@ class MomentumCorrection(Memory):
         return Momentum(decay=self.decay)
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
-        return torch.bfloat16 if self.state == "bfloat16" else float_at_least_32(grad)
+        return torch.bfloat16 if self.state_dtype == "bfloat16" else float_at_least_32(grad)
 
     def init(self, like: Tensor) -> State:
         return {"momentum": zeros(like), "residual": zeros(like)}

@@ -1,15 +1,17 @@
 """The recipes: a method is a few lines over the catalogue's parts."""
 
-from thinwire.methods.basic import IDENTITY, cast, dense, dgc, topk
+from thinwire.methods.basic import cast, dense, dgc, topk
 from thinwire.methods.feedback_family import econtrol, ef14, ef21, ef21_bc, ef21_pp, ef21_sgdm, ef21_w
 from thinwire.methods.lean import lean
 from thinwire.methods.low_rank import powersgd
 from thinwire.methods.onebit import onebit_adam, onebit_lamb, zeroone_adam
+from thinwire.methods.options import IDENTITY, Options
 from thinwire.methods.quantized import ef_sign, maxmin, natural, qsgd, signsgd, terngrad
 from thinwire.methods.sparsified import decoupled_momentum, randk, scalecom, sidco
 
 __all__ = [
     "IDENTITY",
+    "Options",
     "cast",
     "decoupled_momentum",
     "dense",

@@ -1,20 +1,17 @@
 """The recipes that most begin with: nothing, a cast, Top-k with error feedback, and DGC."""
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 
 from thinwire.compressors.cast import DTYPES, Cast
 from thinwire.compressors.sparse import TopK
 from thinwire.core import checks
-from thinwire.core.checks import texts
 from thinwire.memories.error_feedback import ErrorFeedback, NoMemory, StateDtype
 from thinwire.memories.momentum import Momentum, MomentumCorrection, WeightDecay
-from thinwire.methods.method import Method, Route, Rule
-from thinwire.methods.warmup import Warmup
+from thinwire.methods.method import Method, Rule
+from thinwire.methods.options import IDENTITY, Options, recipe
 
-IDENTITY = Rule(Cast(), NoMemory())
 SENT = checks.dtype(tuple(DTYPES), "; thinwire.dense() sends gradients as they are")
 
 
@@ -29,11 +26,12 @@ def dense(*, clip: float | None = None) -> Method:
     return Method("dense", (IDENTITY,), clip)
 
 
-def cast(dtype: str | torch.dtype = "float16") -> Method:
+def cast(dtype: str | torch.dtype = "float16", *, clip: float | None = None) -> Method:
     """Sends every gradient in a shorter dtype and forgets what the cast lost, like PyTorch's fp16 and bf16 hooks.
 
     Args:
         dtype: ``"float16"`` or ``torch.float16``, ``"bfloat16"`` and so on.
+        clip: local gradient clipping, see ``thinwire.Method``.
 
     Raises:
         ThinwireError: another dtype.
@@ -41,7 +39,7 @@ def cast(dtype: str | torch.dtype = "float16") -> Method:
     **Wire**: half of ``dense()`` for ``"float16"`` and ``"bfloat16"``.
     """
     name = SENT("dtype", dtype)
-    return Method(name, (Rule(Cast(name), NoMemory()),))
+    return Method(name, (Rule(Cast(name), NoMemory()),), clip)
 
 
 def topk(
@@ -49,12 +47,8 @@ def topk(
     *,
     values: str | None = None,
     selection: Literal["auto", "exact", "sampled"] = "auto",
-    warmup: Warmup | int | None = None,
-    clip: float | None = None,
-    keep_dense: Sequence[str] | str = (),
-    route: Route = "all_gather",
-    second: float = 1.0,
-    state: StateDtype = "float32",
+    state_dtype: StateDtype = "float32",
+    **options: Unpack[Options],
 ) -> Method:
     """Top-k with error feedback, for AdamW and every other optimizer.
 
@@ -64,12 +58,10 @@ def topk(
     Args:
         density: kept / total of each parameter, in (0, 1]; 0.01 is a safe start.
         values: precision of what is sent, e.g. ``"float16"``, ``"int4"`` or ``"sign"``; what it loses stays in the
-            residual. See ``thinwire.TopK``, as for ``selection``.
-        warmup: densities of the first steps; a number of steps is ``Warmup(steps)``.
-        clip: local gradient clipping, see ``thinwire.Method``.
-        keep_dense: globs of parameter names to send dense.
-        route, second: how it travels, see ``thinwire.Method``.
-        state: what the residual is kept in, see ``thinwire.ErrorFeedback``.
+            residual. See ``thinwire.compressors.TopK``, as for ``selection``.
+        state_dtype: of the residual, see ``thinwire.memories.ErrorFeedback``.
+        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+            ``second_stage_density_ratio``.
 
     Raises:
         ThinwireError: a value outside its range.
@@ -83,28 +75,19 @@ def topk(
 
     Source: S. Stich et al., "Sparsified SGD with Memory", 2018, arXiv:1809.07599.
     """
-    rules = (
-        *(Rule(Cast(), NoMemory(), match=glob) for glob in texts("keep_dense", keep_dense)),
-        Rule(TopK(density, values, selection), ErrorFeedback(state), min_ndim=2),
-        IDENTITY,
-    )
-    return Method("topk", rules, clip, Warmup.read("warmup", warmup), route, second)
+    return recipe("topk", TopK(density, values, selection), ErrorFeedback(state_dtype), options)
 
 
 def dgc(
     density: float = 0.001,
     *,
-    warmup: Warmup | int | None = None,
-    clip: float | None = None,
     masking: bool = True,
     mask_below_density: float = 0.05,
     decay: WeightDecay = "separate",
     values: str | None = None,
     selection: Literal["auto", "exact", "sampled"] = "auto",
-    keep_dense: Sequence[str] | str = (),
-    route: Route = "all_gather",
-    second: float = 1.0,
-    state: StateDtype = "float32",
+    state_dtype: StateDtype = "float32",
+    **options: Unpack[Options],
 ) -> Method:
     """Deep Gradient Compression: sends 0.1 % of the gradient, with momentum SGD.
 
@@ -114,16 +97,12 @@ def dgc(
 
     Args:
         density: kept / total of each parameter, in (0, 1].
-        warmup: densities of the first steps; the paper's advice is ``Warmup(steps)`` over 1 to 5 % of the training. A
-            number of steps is that.
-        clip: local gradient clipping: the threshold that you would use on the mean gradient. It needs the norm of
-            the whole gradient, so the exchange starts only when backward has finished.
-        masking, mask_below_density, decay: see ``thinwire.MomentumCorrection``.
+        masking, mask_below_density, decay: see ``thinwire.memories.MomentumCorrection``.
         values: precision of what is sent, e.g. ``"float16"``, ``"int4"`` or ``"sign"``; what it loses stays in the
-            residual. See ``thinwire.TopK``, as for ``selection``.
-        keep_dense: globs of parameter names to send dense.
-        route, second: how it travels, see ``thinwire.Method``.
-        state: what the residual is kept in, see ``thinwire.ErrorFeedback``.
+            residual. See ``thinwire.compressors.TopK``, as for ``selection``.
+        state_dtype: of the residual and the momentum, see ``thinwire.memories.ErrorFeedback``.
+        options: those of all recipes, see ``Options``. The paper's advice is a ``warmup`` over 1 to 5 % of the
+            training. ``clip`` needs the norm of the whole gradient, so the exchange starts only at the end of backward.
 
     Raises:
         ThinwireError: a value outside its range.
@@ -138,17 +117,11 @@ def dgc(
     Source: Y. Lin, S. Han, H. Mao, Y. Wang, W. Dally, "Deep Gradient Compression: Reducing the Communication Bandwidth
     for Distributed Training", 2018, arXiv:1712.01887.
 
-    Departures: Elias-Fano indices instead of 16-bit runs; see also ``thinwire.MomentumCorrection`` and
+    Departures: Elias-Fano indices instead of 16-bit runs; see also ``thinwire.memories.MomentumCorrection`` and
     ``thinwire.compressors.sampling``.
     """
     after_averaging = Momentum(decay=decay)
-    rules = (
-        *(Rule(Cast(), after_averaging, match=glob) for glob in texts("keep_dense", keep_dense)),
-        Rule(
-            TopK(density, values, selection),
-            MomentumCorrection(decay=decay, masking=masking, mask_below_density=mask_below_density, state=state),
-            min_ndim=2,
-        ),
-        Rule(Cast(), after_averaging),
+    memory = MomentumCorrection(
+        decay=decay, masking=masking, mask_below_density=mask_below_density, state_dtype=state_dtype
     )
-    return Method("dgc", rules, clip, Warmup.read("warmup", warmup), route, second)
+    return recipe("dgc", TopK(density, values, selection), memory, options, Rule(Cast(), after_averaging))

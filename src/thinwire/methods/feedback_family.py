@@ -4,29 +4,15 @@ Each takes a density, for Top-k, or any contractive compressor. Parameters of fe
 and momentum, where the method has none of its own, stays with the user's optimizer.
 """
 
-from collections.abc import Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Unpack
 
-from thinwire.compressors.cast import Cast
 from thinwire.compressors.sparse import TopK
-from thinwire.core.checks import texts
 from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Memory
-from thinwire.memories.error_feedback import ErrorFeedback, NoMemory
+from thinwire.core.interfaces import Compressor
+from thinwire.memories.error_feedback import ErrorFeedback
 from thinwire.memories.shifted import EF21, EControl
-from thinwire.methods.basic import IDENTITY
-from thinwire.methods.method import TYPICAL, Method, Route, Rule
-from thinwire.methods.warmup import Warmup
-
-
-class Options(TypedDict, total=False):
-    """What every recipe here takes besides; see ``thinwire.Method``."""
-
-    warmup: Warmup | int | None
-    clip: float | None
-    keep_dense: Sequence[str] | str
-    route: Route
-    second: float
+from thinwire.methods.method import TYPICAL, Method
+from thinwire.methods.options import Options, recipe
 
 
 def ef14(compressor: float | Compressor, *, decay: float = 1.0, **options: Unpack[Options]) -> Method:
@@ -36,9 +22,9 @@ def ef14(compressor: float | Compressor, *, decay: float = 1.0, **options: Unpac
 
     Args:
         compressor: a density in (0, 1], for Top-k; or a compressor.
-        decay: see ``thinwire.ErrorFeedback``.
-        options: ``warmup`` (a number of steps is ``Warmup(steps)``), ``clip``, ``keep_dense`` (globs of parameter
-            names), ``route``, ``second``.
+        decay: see ``thinwire.memories.ErrorFeedback``.
+        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+            ``second_stage_density_ratio``.
 
     Raises:
         ThinwireError: a value outside its range, or a compressor that may lose more than it is given.
@@ -51,7 +37,7 @@ def ef14(compressor: float | Compressor, *, decay: float = 1.0, **options: Unpac
 
     Source: S. Stich et al., "Sparsified SGD with Memory", 2018, arXiv:1809.07599.
     """
-    return _method("ef14", compressor, ErrorFeedback(decay=decay), options)
+    return recipe("ef14", _compressor(compressor), ErrorFeedback(decay=decay), options)
 
 
 def ef21(compressor: float | Compressor, **options: Unpack[Options]) -> Method:
@@ -73,9 +59,9 @@ def ef21(compressor: float | Compressor, **options: Unpack[Options]) -> Method:
         >>> ef21(0.01, warmup=Warmup(1, (1.0,))).rules[0].memory
         EF21(eta=1.0, participation=1.0, downlink=None)
 
-    Source: see ``thinwire.EF21``. ``thinwire.methods.theory.ef21_step`` has the learning rate that is proven.
+    Source: see ``thinwire.memories.EF21``. ``thinwire.methods.theory.ef21_step`` has the learning rate that is proven.
     """
-    return _method("ef21", compressor, EF21(), options)
+    return recipe("ef21", _compressor(compressor), EF21(), options)
 
 
 def ef21_sgdm(compressor: float | Compressor, *, eta: float = 0.1, **options: Unpack[Options]) -> Method:
@@ -101,7 +87,7 @@ def ef21_sgdm(compressor: float | Compressor, *, eta: float = 0.1, **options: Un
     Source: I. Fatkhullin, A. Tyurin, P. Richtárik, "Momentum Provably Improves Error Feedback!", 2023,
     arXiv:2305.15155, algorithm 1.
     """
-    return _method("ef21_sgdm", compressor, EF21(eta), options)
+    return recipe("ef21_sgdm", _compressor(compressor), EF21(eta), options)
 
 
 def ef21_w(compressor: float | Compressor, **options: Unpack[Options]) -> Method:
@@ -127,7 +113,7 @@ def ef21_w(compressor: float | Compressor, **options: Unpack[Options]) -> Method
     Source: P. Richtárik, E. Gasanov, K. Burlachenko, "Error Feedback Reloaded: From Quadratic to Arithmetic Mean of
     Smoothness Constants", 2024, arXiv:2402.10774.
     """
-    return _method("ef21_w", compressor, EF21(), options)
+    return recipe("ef21_w", _compressor(compressor), EF21(), options)
 
 
 def ef21_pp(compressor: float | Compressor, *, participation: float, **options: Unpack[Options]) -> Method:
@@ -152,7 +138,7 @@ def ef21_pp(compressor: float | Compressor, *, participation: float, **options: 
     Source: I. Fatkhullin et al., "EF21 with Bells & Whistles", 2021, arXiv:2110.03294, algorithm 3;
     ``thinwire.methods.theory.ef21_pp_step`` has the learning rate.
     """
-    return _method("ef21_pp", compressor, EF21(participation=participation), options)
+    return recipe("ef21_pp", _compressor(compressor), EF21(participation=participation), options)
 
 
 def ef21_bc(compressor: float | Compressor, downlink: float | Compressor, **options: Unpack[Options]) -> Method:
@@ -176,7 +162,7 @@ def ef21_bc(compressor: float | Compressor, downlink: float | Compressor, **opti
 
     Source: I. Fatkhullin et al., "EF21 with Bells & Whistles", 2021, arXiv:2110.03294, algorithm 5.
     """
-    return _method("ef21_bc", compressor, EF21(downlink=_compressor(downlink)), options)
+    return recipe("ef21_bc", _compressor(compressor), EF21(downlink=_compressor(downlink)), options)
 
 
 def econtrol(compressor: float | Compressor, *, eta: float | None = None, **options: Unpack[Options]) -> Method:
@@ -206,18 +192,8 @@ def econtrol(compressor: float | Compressor, *, eta: float | None = None, **opti
         eta = chosen.contraction(TYPICAL) if isinstance(compressor, Compressor) else compressor
         if eta is None:
             raise ThinwireError(f"nothing is known of the contraction of {compressor}; give econtrol an eta, e.g. 0.01")
-    return _method("econtrol", chosen, EControl(eta), options)
+    return recipe("econtrol", chosen, EControl(eta), options)
 
 
 def _compressor(given: float | Compressor) -> Compressor:
     return given if isinstance(given, Compressor) else TopK(given)
-
-
-def _method(name: str, compressor: float | Compressor, memory: Memory, options: Options) -> Method:
-    rules = (
-        *(Rule(Cast(), NoMemory(), match=glob) for glob in texts("keep_dense", options.get("keep_dense", ()))),
-        Rule(_compressor(compressor), memory, min_ndim=2),
-        IDENTITY,
-    )
-    rest: Any = {key: value for key, value in options.items() if key != "keep_dense"}
-    return Method(name, rules, **rest)

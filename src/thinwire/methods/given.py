@@ -59,11 +59,11 @@ def _wrong(given: Any) -> str:
             return f"the function thinwire.{name} itself; call it: thinwire.{name}({_needs(recipe)})"
     if isinstance(given, type):
         if issubclass(given, Compressor):
-            return f"the class {given.__name__}; make one of it: {given.__name__}(...), e.g. thinwire.TopK(0.01)"
+            return f"the class {given.__name__}; make one of it: {given.__name__}(...), e.g. TopK(0.01)"
         return f"the class {given.__name__}; pass a method, e.g. {EXAMPLES}"
     if isinstance(given, Memory):
         kind = type(given).__name__
-        return f"a memory, {kind}, which is one half; pass thinwire.Rule(thinwire.TopK(0.01), {kind}(...))"
+        return f"a memory, {kind}, which is one half; pass thinwire.Rule(thinwire.compressors.TopK(0.01), {kind}(...))"
     if isinstance(given, torch.optim.Optimizer):
         return f"an optimizer, {type(given).__name__}; pass it by name: attach(model, method, optimizer=optimizer)"
     if isinstance(given, nn.Module):

@@ -1,9 +1,9 @@
 """The leanest that was found: from a budget of bits, many elements in few bits, and no masking."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Unpack
 
 import torch
 
@@ -11,8 +11,8 @@ from thinwire.coding import values as codes
 from thinwire.compressors.cast import dtype_named
 from thinwire.core.checks import flag, real
 from thinwire.methods.basic import dgc, topk
-from thinwire.methods.method import Method, Route
-from thinwire.methods.warmup import Warmup
+from thinwire.methods.method import Method
+from thinwire.methods.options import Options
 
 VALUES = "int4"
 """The code that lost least at the same bytes."""
@@ -44,15 +44,7 @@ def density_for(bits_per_parameter: float, values: str | None) -> float:
     return low
 
 
-def lean(
-    bits_per_parameter: float = 0.06,
-    *,
-    momentum: bool = True,
-    warmup: Warmup | int | None = None,
-    clip: float | None = None,
-    keep_dense: Sequence[str] | str = (),
-    route: Route = "all_gather",
-) -> Method:
+def lean(bits_per_parameter: float = 0.06, *, momentum: bool = True, **options: Unpack[Options]) -> Method:
     """Spends a budget of bits where they buy the most: on more elements with 4-bit values, rather than few in 32 bits.
 
     At 0.06 bits a parameter that is a density of 0.43 %, where float32 values would leave 0.14 %. With momentum SGD it
@@ -62,7 +54,8 @@ def lean(
         bits_per_parameter: of a compressed parameter's message a step, indices and values, above 0; 0.02 to 0.3 were
             measured. dense float32 takes 32.
         momentum: take momentum over from SGD, as ``dgc`` does; False for AdamW and every other optimizer.
-        warmup, clip, keep_dense, route: as for ``dgc``.
+        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+            ``second_stage_density_ratio``.
 
     Raises:
         ThinwireError: a value outside its range.
@@ -78,5 +71,4 @@ def lean(
     """
     density = density_for(bits_per_parameter, VALUES)
     make = partial(dgc, masking=False) if flag("momentum", momentum) else topk
-    method = make(density, values=VALUES, warmup=warmup, clip=clip, keep_dense=keep_dense, route=route)
-    return replace(method, name="lean")
+    return replace(make(density, values=VALUES, **options), name="lean")

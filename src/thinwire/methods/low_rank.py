@@ -1,13 +1,12 @@
 """The recipe of low rank."""
 
-from collections.abc import Sequence
+from typing import Unpack
 
-from thinwire.compressors.cast import Cast
 from thinwire.compressors.powersgd import PowerSGD
-from thinwire.core.checks import real, texts
-from thinwire.memories.error_feedback import ErrorFeedback, NoMemory, StateDtype
-from thinwire.methods.basic import IDENTITY
-from thinwire.methods.method import Method, Rule
+from thinwire.core.checks import real
+from thinwire.memories.error_feedback import ErrorFeedback, StateDtype
+from thinwire.methods.method import Method
+from thinwire.methods.options import Options, recipe
 from thinwire.methods.warmup import Warmup
 
 
@@ -15,10 +14,8 @@ def powersgd(
     rank: int = 4,
     *,
     min_compression_rate: float = 2.0,
-    warmup: Warmup | int | None = None,
-    clip: float | None = None,
-    keep_dense: Sequence[str] | str = (),
-    state: StateDtype = "float32",
+    state_dtype: StateDtype = "float32",
+    **options: Unpack[Options],
 ) -> Method:
     """PowerSGD with error feedback, for any optimizer, whose momentum comes after averaging.
 
@@ -29,11 +26,9 @@ def powersgd(
     Args:
         rank: directions, at least 1: 1 to 4 for convolutions, up to 32 for transformers.
         min_compression_rate: see above; 0 takes all matrices.
-        warmup: ``Warmup(steps, (1.0,))`` sends dense at first, as the authors advise for about 10 % of the training. A
-            number of steps is that.
-        clip: local gradient clipping, see ``thinwire.Method``.
-        keep_dense: globs of parameter names to send dense.
-        state: what the residual is kept in, see ``thinwire.ErrorFeedback``.
+        state_dtype: of the residual, see ``thinwire.memories.ErrorFeedback``.
+        options: those of all recipes, see ``Options``. A ``warmup`` of a number of steps is ``Warmup(steps, (1.0,))``,
+            which sends dense at first, as the authors advise for about 10 % of the training.
 
     Raises:
         ThinwireError: a value outside its range.
@@ -47,13 +42,9 @@ def powersgd(
     Source: T. Vogels, S. P. Karimireddy, M. Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed
     Optimization", 2019, arXiv:1905.13727.
 
-    Departures: see ``thinwire.PowerSGD``. Half a power iteration a step is half the bytes of a whole one, so compare at
-    twice the rank.
+    Departures: see ``thinwire.compressors.PowerSGD``. Half a power iteration a step is half the bytes of a
+    whole one, so compare at twice the rank.
     """
     least = real(0.0, hint=", which takes every matrix")("min_compression_rate", min_compression_rate)
-    rules = (
-        *(Rule(Cast(), NoMemory(), match=glob) for glob in texts("keep_dense", keep_dense)),
-        Rule(PowerSGD(rank, least), ErrorFeedback(state)),
-        IDENTITY,
-    )
-    return Method("powersgd", rules, clip, Warmup.read("warmup", warmup, (1.0,)))
+    options["warmup"] = Warmup.read("warmup", options.get("warmup"), (1.0,))
+    return recipe("powersgd", PowerSGD(rank, least), ErrorFeedback(state_dtype), options, min_ndim=0)

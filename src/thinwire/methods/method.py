@@ -17,6 +17,7 @@ from thinwire.methods.warmup import Warmup
 
 TYPICAL = 2**20
 """Elements for which a rule is checked."""
+ROUTING = ("route", "second_stage_density_ratio")
 Route: TypeAlias = Literal["all_gather", "two_phase", "auto"]
 
 
@@ -51,7 +52,7 @@ class Rule:
             scaled = "" if self.compressor.variance(TYPICAL) is None else f"Scaled({kind}(...)), "
             raise ThinwireError(
                 f"{kind} may lose more than it is given, so what {type(self.memory).__name__} remembers could grow "
-                f"without bound; use {scaled}more bits, smaller buckets, or NoMemory()"
+                f"without bound; use {scaled}more bits, smaller blocks, or NoMemory()"
             )
 
     def means(self, name: str, shape: Sequence[int], numel: int) -> bool:
@@ -82,7 +83,7 @@ class Method:
         route: how compressed units travel. ``"all_gather"``: each payload to every other rank; ``"two_phase"``: pieces
             to their owners and the mean to all, which takes the same bytes for any number of workers, and compresses
             twice; ``"auto"``: the faster of the two for each bucket.
-        second: density of the second phase over that of the first, above 0.
+        second_stage_density_ratio: density of the second phase over that of the first, above 0.
     """
 
     name: str
@@ -90,7 +91,7 @@ class Method:
     clip: float | None = None
     warmup: Warmup | None = None
     route: Route = "all_gather"
-    second: float = 1.0
+    second_stage_density_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         settle(
@@ -100,7 +101,7 @@ class Method:
             clip=optional(real(0.0, above=True, hint=", or None for no clipping")),
             warmup=Warmup.read,
             route=one_of(*get_args(Route)),
-            second=real(0.0, above=True, hint=": it multiplies the density"),
+            second_stage_density_ratio=real(0.0, above=True, hint=": it multiplies the density"),
         )
 
     @property
@@ -138,7 +139,7 @@ class Method:
             for rule in self.rules
         ]
         warmup = asdict(self.warmup) if self.warmup else None
-        rest = {"clip": self.clip, "warmup": warmup, "route": self.route, "second": self.second}
+        rest = {"clip": self.clip, "warmup": warmup} | {key: getattr(self, key) for key in ROUTING}
         return json.dumps({"name": self.name, "rules": rules, **rest}, sort_keys=True)
 
     @staticmethod
@@ -157,7 +158,7 @@ class Method:
                 for rule in data["rules"]
             )
             warmup = Warmup(**data["warmup"]) if data["warmup"] else None
-            routing = {key: data[key] for key in ("route", "second") if key in data}  # older ones have neither
+            routing = {key: data[key] for key in ROUTING}
             return Method(data["name"], rules, data["clip"], warmup, **routing)
         except (KeyError, TypeError, ValueError) as error:
             raise ThinwireError(f"this is not a method in JSON: {error!r}") from error

@@ -1,33 +1,26 @@
 """Methods whose optimizer is a part of them: 1-bit Adam, 0/1 Adam, 1-bit LAMB."""
 
-from collections.abc import Sequence
+from typing import Unpack
 
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.sign import Sign
-from thinwire.core.checks import texts
 from thinwire.core.interfaces import Memory
 from thinwire.memories.compressed_momentum import CompressedMomentum, SteadyFeedback
-from thinwire.methods.method import Method, Route, Rule
+from thinwire.methods.method import Method, Rule
+from thinwire.methods.options import Options, recipe
 
 
-def onebit_adam(
-    *,
-    block: int = 4096,
-    clip: float | None = None,
-    keep_dense: Sequence[str] | str = (),
-    route: Route = "two_phase",
-) -> Method:
-    """1-bit Adam's exchange, for ``thinwire.OneBitAdam``: the momentum, dense at first and then one bit an element.
+def onebit_adam(*, block: int = 4096, **options: Unpack[Options]) -> Method:
+    """1-bit Adam's exchange, for ``thinwire.optim.OneBitAdam``: the momentum, dense at first, then one bit an element.
 
     Tensors of fewer than two dimensions exchange their momentum dense. When the variance is frozen is said to the
     optimizer, once: ``OneBitAdam(freeze_step=)``.
 
     Args:
         block: elements that share a scale, the mean of their magnitudes.
-        clip: local gradient clipping, see ``thinwire.Method``; what is in ``grad`` afterwards is the momentum.
-        keep_dense: globs of parameter names to exchange dense. Tensors of rare features (embeddings, bags of words) are
-            kept so by the optimizer, see ``thinwire.OneBitAdam``.
-        route: how it travels, see ``thinwire.Method``. Two phases take 2 bits an element, however many workers.
+        options: those of all recipes, see ``Options``. The default ``route`` has two phases, which take 2 bits an
+            element however many workers there are. Tensors of rare features (embeddings, bags of words) are kept dense
+            by the optimizer, see ``thinwire.optim.OneBitAdam``.
 
     Raises:
         ThinwireError: a value outside its range.
@@ -37,7 +30,7 @@ def onebit_adam(
 
     Example:
         >>> model = torch.nn.Linear(64, 64)
-        >>> optimizer = thinwire.OneBitAdam(model.parameters(), lr=1e-3, freeze_step=2)
+        >>> optimizer = thinwire.optim.OneBitAdam(model.parameters(), lr=1e-3, freeze_step=2)
         >>> result = simulate(model, onebit_adam(), optimizer=optimizer, workers=4, steps=4,
         ...     batches=lambda worker, step: torch.randn(4, 64), loss=lambda model, x: model(x).square().mean())
         >>> [round(row.dense_bytes / row.wire_bytes) for row in result.ledger.rows]
@@ -46,52 +39,37 @@ def onebit_adam(
     Source: H. Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed",
     2021, arXiv:2102.02888.
 
-    Departures: see ``thinwire.OneBitAdam`` and ``thinwire.CompressedMomentum``.
+    Departures: see ``thinwire.optim.OneBitAdam`` and ``thinwire.memories.CompressedMomentum``.
     """
-    return _signs("onebit_adam", CompressedMomentum(), block, clip, keep_dense, route)
+    return _signs("onebit_adam", CompressedMomentum(), block, options)
 
 
-def zeroone_adam(
-    *,
-    block: int = 4096,
-    clip: float | None = None,
-    keep_dense: Sequence[str] | str = (),
-    route: Route = "two_phase",
-) -> Method:
-    """0/1 Adam's exchange, for ``thinwire.ZeroOneAdam``: one bit an element but for ever rarer dense steps.
+def zeroone_adam(*, block: int = 4096, **options: Unpack[Options]) -> Method:
+    """0/1 Adam's exchange, for ``thinwire.optim.ZeroOneAdam``: one bit an element but for ever rarer dense steps.
 
     Args:
-        block, clip, keep_dense, route: as for ``onebit_adam``.
+        block, options: as for ``onebit_adam``.
 
     **Wire**: as ``onebit_adam``, with the dense steps spread: ``16 (1 + log2(T / 16))`` of T.
 
     Source: Y. Lu et al., "Maximizing Communication Efficiency for Large-scale Training via 0/1 Adam", 2022,
     arXiv:2202.06009.
 
-    Departures: without the local steps of its second half, see ``thinwire.ZeroOneAdam``.
+    Departures: without the local steps of its second half, see ``thinwire.optim.ZeroOneAdam``.
     """
-    return _signs("zeroone_adam", SteadyFeedback(), block, clip, keep_dense, route)
+    return _signs("zeroone_adam", SteadyFeedback(), block, options)
 
 
-def onebit_lamb(
-    *,
-    block: int = 4096,
-    clip: float | None = None,
-    keep_dense: Sequence[str] | str = (),
-    route: Route = "two_phase",
-) -> Method:
-    """1-bit LAMB's exchange, for ``thinwire.OneBitLamb``; that of ``onebit_adam``.
+def onebit_lamb(*, block: int = 4096, **options: Unpack[Options]) -> Method:
+    """1-bit LAMB's exchange, for ``thinwire.optim.OneBitLamb``; that of ``onebit_adam``.
 
     Source: C. Li et al., "1-bit LAMB: Communication Efficient Large-Scale Large-Batch Training with LAMB's Convergence
     Speed", 2021, arXiv:2104.06069.
 
-    Departures: see ``thinwire.OneBitLamb``.
+    Departures: see ``thinwire.optim.OneBitLamb``.
     """
-    return _signs("onebit_lamb", CompressedMomentum(), block, clip, keep_dense, route)
+    return _signs("onebit_lamb", CompressedMomentum(), block, options)
 
 
-def _signs(
-    name: str, memory: Memory, block: int, clip: float | None, keep_dense: Sequence[str] | str, route: Route
-) -> Method:
-    kept = (Rule(Cast(), memory, match=glob) for glob in texts("keep_dense", keep_dense))
-    return Method(name, (*kept, Rule(Sign(block), memory, min_ndim=2), Rule(Cast(), memory)), clip, route=route)
+def _signs(name: str, memory: Memory, block: int, options: Options) -> Method:
+    return recipe(name, Sign(block), memory, options, Rule(Cast(), memory), route="two_phase")

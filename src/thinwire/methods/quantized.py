@@ -1,6 +1,6 @@
 """The recipes that send every element in few bits; parameters of fewer than two dimensions are sent dense."""
 
-from typing import Literal
+from typing import Literal, Unpack
 
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.natural import Natural
@@ -8,28 +8,24 @@ from thinwire.compressors.quantize import QSGD, Quantize
 from thinwire.compressors.sign import Sign
 from thinwire.compressors.ternary import TernGrad
 from thinwire.core.checks import flag
-from thinwire.core.interfaces import Compressor, Memory
 from thinwire.memories.error_feedback import ErrorFeedback, NoMemory, StateDtype
 from thinwire.memories.majority_vote import MajorityVote
-from thinwire.methods.basic import IDENTITY
-from thinwire.methods.method import Method, Route, Rule
+from thinwire.methods.method import Method, Rule
+from thinwire.methods.options import Options, recipe
 
 
-def _matrices(name: str, compressor: Compressor, memory: Memory, route: Route, rest: Rule = IDENTITY) -> Method:
-    return Method(name, (Rule(compressor, memory, min_ndim=2), rest), route=route)
-
-
-def qsgd(bits: int = 4, *, bucket: int = 512, norm: Literal["l2", "max"] = "l2", route: Route = "two_phase") -> Method:
+def qsgd(bits: int = 4, *, block: int = 512, norm: Literal["l2", "max"] = "l2", **options: Unpack[Options]) -> Method:
     """QSGD: unbiased random rounding to few bits, without any memory, for every optimizer.
 
     Args:
-        bits, bucket, norm: see ``thinwire.QSGD``.
-        route: see ``thinwire.Method``; in two phases the mean is rounded once more, without a bias either.
+        bits, block, norm: see ``thinwire.compressors.QSGD``.
+        options: those of all recipes, see ``Options``. The default ``route`` has two phases, in which the mean is
+            rounded once more, without a bias either.
 
     Raises:
         ThinwireError: a value outside its range.
 
-    **Wire**: ``2 (N-1)/N * (bits + 32 / bucket)`` bits an element in two phases.
+    **Wire**: ``2 (N-1)/N * (bits + 32 / block)`` bits an element in two phases.
 
     Example:
         >>> qsgd(4).rules[0].compressor.bits
@@ -38,31 +34,32 @@ def qsgd(bits: int = 4, *, bucket: int = 512, norm: Literal["l2", "max"] = "l2",
     Source: D. Alistarh et al., "QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding", 2017,
     arXiv:1610.02132.
     """
-    return _matrices("qsgd", QSGD(bits, bucket, norm), NoMemory(), route)
+    return recipe("qsgd", QSGD(bits, block, norm), NoMemory(), options, route="two_phase")
 
 
 def maxmin(
     bits: int = 4,
     *,
-    bucket: int = 512,
+    block: int = 512,
     rounding: Literal["nearest", "stochastic"] = "nearest",
     feedback: bool = False,
-    route: Route = "two_phase",
+    **options: Unpack[Options],
 ) -> Method:
-    """CGX: evenly spaced levels between the minimum and the maximum of each bucket, for every optimizer.
+    """CGX: evenly spaced levels between the minimum and the maximum of each block, for every optimizer.
 
     Args:
-        bits, bucket, rounding: see ``thinwire.Quantize``.
-        feedback: whether what rounding loses is remembered; it needs a bucket that contracts, e.g. 256 with 4 bits.
-        route: see ``thinwire.Method``; two phases are CGX's scatter-reduce-all-gather.
+        bits, block, rounding: see ``thinwire.compressors.Quantize``.
+        feedback: whether what rounding loses is remembered; it needs a block that contracts, e.g. 256 with 4 bits.
+        options: those of all recipes, see ``Options``. The default ``route``, in two phases, is CGX's
+            scatter-reduce-all-gather.
 
     Raises:
         ThinwireError: a value outside its range; nearest rounding to fewer than 4 bits without feedback.
 
-    **Wire**: ``2 (N-1)/N * (bits + 64 / bucket)`` bits an element in two phases.
+    **Wire**: ``2 (N-1)/N * (bits + 64 / block)`` bits an element in two phases.
 
     Example:
-        >>> maxmin(4, bucket=256, feedback=True).name
+        >>> maxmin(4, block=256, feedback=True).name
         'maxmin'
 
     Source: I. Markov, H. Ramezanikebrya, D. Alistarh, "CGX: Adaptive System Support for Communication-Efficient Deep
@@ -71,15 +68,16 @@ def maxmin(
     Departures: the owner's own share is rounded as those of all others are.
     """
     memory = ErrorFeedback() if flag("feedback", feedback) else NoMemory()
-    return _matrices("maxmin", Quantize(bits, bucket, rounding), memory, route)
+    return recipe("maxmin", Quantize(bits, block, rounding), memory, options, route="two_phase")
 
 
-def terngrad(*, clip: float | None = 2.5, route: Route = "two_phase") -> Method:
+def terngrad(*, clip_rms: float | None = 2.5, **options: Unpack[Options]) -> Method:
     """TernGrad: every element becomes -1, 0 or 1, times one scale, without any memory.
 
     Args:
-        clip: see ``thinwire.TernGrad``.
-        route: see ``thinwire.Method``.
+        clip_rms: see ``thinwire.compressors.TernGrad``.
+        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+            ``second_stage_density_ratio``.
 
     Raises:
         ThinwireError: a value outside its range.
@@ -93,14 +91,15 @@ def terngrad(*, clip: float | None = 2.5, route: Route = "two_phase") -> Method:
     Source: W. Wen et al., "TernGrad: Ternary Gradients to Reduce Communication in Distributed Deep Learning", 2017,
     arXiv:1705.07878.
     """
-    return _matrices("terngrad", TernGrad(clip), NoMemory(), route)
+    return recipe("terngrad", TernGrad(clip_rms), NoMemory(), options, route="two_phase")
 
 
-def natural(*, route: Route = "two_phase") -> Method:
+def natural(**options: Unpack[Options]) -> Method:
     """Natural compression: every element is rounded at random to a power of two, without any memory.
 
     Args:
-        route: see ``thinwire.Method``.
+        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+            ``second_stage_density_ratio``.
 
     **Wire**: ``2 (N-1)/N * 9`` bits an element in two phases.
 
@@ -110,17 +109,18 @@ def natural(*, route: Route = "two_phase") -> Method:
 
     Source: S. Horvath et al., "Natural Compression for Distributed Deep Learning", 2019, arXiv:1905.10988.
     """
-    return _matrices("natural", Natural(), NoMemory(), route)
+    return recipe("natural", Natural(), NoMemory(), options, route="two_phase")
 
 
-def signsgd(momentum: float = 0.9, *, route: Route = "two_phase") -> Method:
+def signsgd(momentum: float = 0.9, **options: Unpack[Options]) -> Method:
     """signSGD with majority vote; with a momentum, Signum. For plain SGD without a momentum, at Adam's learning rates.
 
     Parameters of fewer than two dimensions are sent dense, and become the sign of their mean too.
 
     Args:
         momentum: of each rank, before its vote; 0 for signSGD.
-        route: see ``thinwire.Method``; in two phases, which are the paper's, a tie is broken by seed.
+        options: those of all recipes, see ``Options``. In two phases, the default ``route`` and the paper's, a tie is
+            broken by seed.
 
     Raises:
         ThinwireError: ``momentum`` is outside its range.
@@ -135,16 +135,17 @@ def signsgd(momentum: float = 0.9, *, route: Route = "two_phase") -> Method:
     arXiv:1810.05291.
     """
     vote = MajorityVote(momentum)
-    return _matrices("signsgd", Sign(scale="none"), vote, route, Rule(Cast(), vote))
+    return recipe("signsgd", Sign(scale="none"), vote, options, Rule(Cast(), vote), route="two_phase")
 
 
-def ef_sign(*, block: int = 4096, route: Route = "two_phase", state: StateDtype = "float32") -> Method:
+def ef_sign(*, block: int = 4096, state_dtype: StateDtype = "float32", **options: Unpack[Options]) -> Method:
     """Signs with a scale for each block, and error feedback, for every optimizer.
 
     Args:
-        block: see ``thinwire.Sign``.
-        route: see ``thinwire.Method``.
-        state: what the residual is kept in, see ``thinwire.ErrorFeedback``.
+        block: see ``thinwire.compressors.Sign``.
+        state_dtype: of the residual, see ``thinwire.memories.ErrorFeedback``.
+        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+            ``second_stage_density_ratio``.
 
     Raises:
         ThinwireError: a value outside its range.
@@ -158,4 +159,4 @@ def ef_sign(*, block: int = 4096, route: Route = "two_phase", state: StateDtype 
     Source: S. Karimireddy, Q. Rebjock, S. Stich, M. Jaggi, "Error Feedback Fixes SignSGD and other Gradient Compression
     Schemes", 2019, arXiv:1901.09847.
     """
-    return _matrices("ef_sign", Sign(block), ErrorFeedback(state), route)
+    return recipe("ef_sign", Sign(block), ErrorFeedback(state_dtype), options, route="two_phase")

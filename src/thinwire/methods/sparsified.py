@@ -1,6 +1,6 @@
 """The recipes that send few elements, or few coefficients; parameters of fewer than two dimensions are sent dense."""
 
-from typing import Literal
+from typing import Literal, Unpack
 
 from thinwire.compressors.cast import DTYPES, Cast
 from thinwire.compressors.cltk import CLTK
@@ -11,9 +11,8 @@ from thinwire.core.checks import dtype, flag, optional
 from thinwire.core.interfaces import Compressor
 from thinwire.memories.decoupled_momentum import DecoupledMomentum
 from thinwire.memories.error_feedback import ErrorFeedback, NoMemory, StateDtype
-from thinwire.methods.basic import IDENTITY
-from thinwire.methods.method import Method, Route, Rule
-from thinwire.methods.warmup import Warmup
+from thinwire.methods.method import Method, Rule
+from thinwire.methods.options import Options, recipe
 
 
 def randk(
@@ -21,8 +20,8 @@ def randk(
     *,
     feedback: bool = True,
     shared: bool = True,
-    warmup: Warmup | int | None = None,
-    state: StateDtype = "float32",
+    state_dtype: StateDtype = "float32",
+    **options: Unpack[Options],
 ) -> Method:
     """Rand-k: random positions that all workers draw alike, so that an all-reduce carries them without any index.
 
@@ -30,8 +29,9 @@ def randk(
         density: kept / total of each parameter, in (0, 1].
         feedback: whether the rest is remembered; without, what is sent is scaled by ``1 / density`` to be unbiased.
         shared: whether all workers draw the same positions; if not, payloads are gathered.
-        warmup: densities of the first steps.
-        state: what the residual is kept in, see ``thinwire.ErrorFeedback``.
+        state_dtype: of the residual, see ``thinwire.memories.ErrorFeedback``.
+        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+            ``second_stage_density_ratio``.
 
     Raises:
         ThinwireError: a value outside its range.
@@ -45,8 +45,7 @@ def randk(
     Source: S. Stich, J.-B. Cordonnier, M. Jaggi, "Sparsified SGD with Memory", 2018, arXiv:1809.07599.
     """
     compressor = RandK(density, shared, scaled=not flag("feedback", feedback))
-    memory = ErrorFeedback(state) if feedback else NoMemory()
-    return Method("randk", (Rule(compressor, memory, min_ndim=2), IDENTITY), warmup=Warmup.read("warmup", warmup))
+    return recipe("randk", compressor, ErrorFeedback(state_dtype) if feedback else NoMemory(), options)
 
 
 def sidco(
@@ -54,18 +53,17 @@ def sidco(
     *,
     fit: Literal["exponential", "gamma", "pareto"] = "exponential",
     values: str | None = None,
-    warmup: Warmup | int | None = None,
-    route: Route = "all_gather",
-    state: StateDtype = "float32",
+    state_dtype: StateDtype = "float32",
+    **options: Unpack[Options],
 ) -> Method:
     """SIDCo: Top-k by a threshold that is fitted to the magnitudes, with error feedback, for every optimizer.
 
     Args:
         density: kept / total of each parameter, in (0, 1].
-        fit, values: see ``thinwire.SIDCo``.
-        warmup: densities of the first steps.
-        route: see ``thinwire.Method``.
-        state: what the residual is kept in, see ``thinwire.ErrorFeedback``.
+        fit, values: see ``thinwire.compressors.SIDCo``.
+        state_dtype: of the residual, see ``thinwire.memories.ErrorFeedback``.
+        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+            ``second_stage_density_ratio``.
 
     Raises:
         ThinwireError: a value outside its range.
@@ -79,12 +77,11 @@ def sidco(
     Source: A. Abdelmoniem, A. Elzanaty, M. Alouini, M. Canini, "An Efficient Statistical-based Gradient Compression
     Technique for Distributed Training Systems", 2021, arXiv:2101.10761.
     """
-    rules = (Rule(SIDCo(density, fit=fit, values=values), ErrorFeedback(state), min_ndim=2), IDENTITY)
-    return Method("sidco", rules, warmup=Warmup.read("warmup", warmup), route=route)
+    return recipe("sidco", SIDCo(density, fit=fit, values=values), ErrorFeedback(state_dtype), options)
 
 
 def scalecom(
-    density: float, *, beta: float = 1.0, warmup: Warmup | int | None = None, state: StateDtype = "float32"
+    density: float, *, beta: float = 1.0, state_dtype: StateDtype = "float32", **options: Unpack[Options]
 ) -> Method:
     """ScaleCom: Top-k with error feedback, of which one worker, each in its turn, makes the choice for all.
 
@@ -94,8 +91,8 @@ def scalecom(
         density: kept / total of each parameter, in (0, 1].
         beta: of the residual's low-pass filter, in (0, 1]; 1 is none, and the paper takes 0.1 where batch and learning
             rate are scaled up 8 to 12 times.
-        warmup: densities of the first steps; the paper sends dense in the first epochs.
-        state: what the residual is kept in, see ``thinwire.ErrorFeedback``.
+        state_dtype: of the residual, see ``thinwire.memories.ErrorFeedback``.
+        options: those of all recipes, see ``Options``. The paper sends dense in the first epochs.
 
     Raises:
         ThinwireError: a value outside its range.
@@ -110,8 +107,7 @@ def scalecom(
     Source: C. Chen et al., "ScaleCom: Scalable Sparsified Gradient Compression for Communication-Efficient Distributed
     Training", 2020, arXiv:2104.11125, algorithm 1.
     """
-    memory = ErrorFeedback(state, beta=beta)
-    return Method("scalecom", (Rule(CLTK(density), memory, min_ndim=2), IDENTITY), warmup=Warmup.read("warmup", warmup))
+    return recipe("scalecom", CLTK(density), ErrorFeedback(state_dtype, beta=beta), options)
 
 
 def decoupled_momentum(
@@ -121,15 +117,18 @@ def decoupled_momentum(
     decay: float = 0.999,
     sign: bool = True,
     values: str | None = "bfloat16",
+    **options: Unpack[Options],
 ) -> Method:
     """DeMo: the fastest moving part of each rank's momentum. For SGD without a momentum, at the learning rates of Adam.
 
     Parameters of fewer than two dimensions are sent dense, so nothing of them stays in the momentum.
 
     Args:
-        density, chunk: see ``thinwire.DctTopK``; the paper's 32 coefficients of 64 x 64 are ``32 / 4096``.
-        decay, sign: see ``thinwire.DecoupledMomentum``.
+        density, chunk: see ``thinwire.compressors.DctTopK``; the paper's 32 coefficients of 64 x 64 are ``32 / 4096``.
+        decay, sign: see ``thinwire.memories.DecoupledMomentum``.
         values: dtype of the coefficients on the wire, None for float32; what a cast loses stays in the momentum.
+        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+            ``second_stage_density_ratio``.
 
     Raises:
         ThinwireError: a value outside its range.
@@ -145,4 +144,4 @@ def decoupled_momentum(
     memory = DecoupledMomentum(decay, sign)
     coded = optional(dtype(tuple(DTYPES), ", or None for float32"))("values", values)
     chosen: Compressor = DctTopK(density, chunk) if coded is None else DctTopK(density, chunk) >> Cast(coded)
-    return Method("demo", (Rule(chosen, memory, min_ndim=2), Rule(Cast(), memory)))
+    return recipe("demo", chosen, memory, options, Rule(Cast(), memory))

@@ -40,7 +40,7 @@ class OneBitLamb(Freezing):
     exchange and of the maximum. Rare features: as in ``OneBitAdam``.
     """
 
-    recipe: ClassVar[str] = "thinwire.onebit_lamb()"
+    recipe: ClassVar[str] = "thinwire.methods.onebit_lamb()"
 
     def __init__(
         self,

@@ -229,7 +229,7 @@ class LGreCo:
         nbytes = payload_nbytes(option, unit.like)
         if self.objective == "bytes" and world == 1:
             return nbytes
-        sent, messages = bytes_alone(option, unit.like, world, base.route, base.second), world - 1
+        sent, messages = bytes_alone(option, unit.like, world, base.route, base.second_stage_density_ratio), world - 1
         if option.summable or option.led or (base.route != "all_gather" and option.cuttable):
             messages *= 2
         if self.objective == "bytes":

@@ -13,11 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.comm.link import Link
 from thinwire.core import checks
-from thinwire.core.checks import Check, of_type, optional, shown, whole
+from thinwire.core.checks import Check, of_type, shown, whole
 from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor
 from thinwire.methods.given import method_of
-from thinwire.methods.method import Rule
 from thinwire.session.optimizers import Optimizers, Several
 
 SCALES = ("get_scale", "is_enabled")
@@ -108,7 +106,9 @@ def _scaler(name: str, given: Any) -> Any:
 
 def _policy(name: str, given: Any) -> Any:
     if given is not None and (isinstance(given, type) or not hasattr(given, "after_step")):
-        raise ThinwireError(f"{name} is {shown(given)}; pass a policy with after_step(session), e.g. thinwire.LGreCo()")
+        raise ThinwireError(
+            f"{name} is {shown(given)}; pass a policy with after_step(session), e.g. thinwire.policies.LGreCo()"
+        )
     return given
 
 
@@ -125,22 +125,16 @@ def _group(name: str, given: Any) -> Any:
     return of_type(dist.ProcessGroup, says)(name, given)
 
 
-MESH = of_type(DeviceMesh, 'pass a mesh of one dimension, e.g. mesh["replicate"] of init_device_mesh(...)')
-CODER = of_type(Compressor, "pass a compressor, e.g. thinwire.Quantize(8)")
-RULED = of_type((Compressor, Rule), "pass a compressor, e.g. thinwire.Quantize(8, rounding='stochastic'), or a Rule")
 OPTIONS: dict[str, Check] = {
     "seed": checks.seed,
-    "link": Link.read,
+    "emulate_link": Link.read,
     "scaler": _scaler,
     "on_nonfinite": checks.one_of("skip", "raise"),
     "timeout": checks.seconds,
     "kernels": checks.one_of("auto", "reference", "cpu", "cuda"),
-    "nodes": _nodes,
+    "ranks_per_node": _nodes,
     "process_group": _group,
     "sparse_gradients": checks.flag,
-    "replicate": optional(MESH),
-    "reduce_scatter": optional(RULED),
-    "all_gather": optional(CODER),
     "policy": _policy,
 }
 

@@ -118,8 +118,8 @@ class Handover:
             if settings[name].momentum or settings[name].weight_decay:
                 raise ThinwireError(
                     f"{self.method} takes momentum and weight decay out of the optimizer, and {name!r} would lose "
-                    f"them, since its memory is {memory}; give its rule thinwire.Momentum(), or the parameter a group "
-                    "without both"
+                    f"them, since its memory is {memory}; give its rule thinwire.memories.Momentum(), or the parameter "
+                    "a group without both"
                 )
 
     def follow(self, units: Sequence[Unit], workers: Sequence[Worker]) -> bool:

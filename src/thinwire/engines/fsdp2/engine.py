@@ -31,6 +31,7 @@ from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
 from thinwire.core.sharding import own, shard_dim
 from thinwire.engines.fsdp2.all_gather_hook import Gather
+from thinwire.engines.fsdp2.fsdp2_options import Fsdp2Options
 from thinwire.engines.fsdp2.reduce_scatter_hook import Scatter
 from thinwire.engines.fsdp2.shards import OwnedShard, Shards
 from thinwire.engines.names import clean
@@ -44,7 +45,7 @@ from thinwire.session.session import Session
 
 ONE_LINE = (
     'shard over one dimension, fully_shard(module, mesh=mesh["shard"]) instead of fully_shard(module, mesh=mesh), and '
-    'pass replicate=mesh["replicate"] to attach()'
+    'pass fsdp2=Fsdp2Options(replicate=mesh["replicate"]) to attach()'
 )
 
 
@@ -67,7 +68,7 @@ class Fsdp2:
     """One FSDP2 model, about to be attached to.
 
     Args:
-        replicate, reduce_scatter, all_gather, timeout: see ``thinwire.attach``.
+        options, timeout: see ``thinwire.attach``.
         steps: whether there is an optimizer whose steps can be followed.
 
     Raises:
@@ -77,13 +78,11 @@ class Fsdp2:
     def __init__(
         self,
         model: nn.Module,
-        replicate: DeviceMesh | None,
-        reduce_scatter: Compressor | Rule | None,
-        all_gather: Compressor | None,
+        options: Fsdp2Options,
         steps: bool,
         timeout: float = TIMEOUT,
     ) -> None:
-        self.model, self.steps = model, steps
+        self.model, self.steps, replicate = model, steps, options.replicate
         named: list[tuple[str, nn.Module]] = [*model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
         self.modules = [(name, module) for name, module in named if isinstance(module, FSDPModule)]
         self._reshard()
@@ -94,8 +93,8 @@ class Fsdp2:
         self.group = replicate.get_group() if replicate is not None else None
         self.replicas: Collective = ProcessGroup(self.group, timeout) if self.group is not None else Local.of(1)[0]
         self.talk: Talk = BothAxes(self.replicas, self.shards)
-        self.scatter = Rule(reduce_scatter, NoMemory()) if isinstance(reduce_scatter, Compressor) else reduce_scatter
-        self.gather = all_gather
+        scatter, self.gather = options.reduce_scatter, options.all_gather
+        self.scatter = Rule(scatter, NoMemory()) if isinstance(scatter, Compressor) else scatter
 
     def _reshard(self) -> None:
         """After an evaluation the parameters of the root are still whole, and rounded where all_gather= rounds."""
@@ -106,7 +105,7 @@ class Fsdp2:
         if self.group is None and any(r.compressor != DENSE or r.memory.stateful for r in method.rules):
             raise ThinwireError(
                 f"{method.name} has nothing to compress: a model without replicas only has a reduce-scatter; pass "
-                "replicate= the mesh over its replicas, or thinwire.dense() and reduce_scatter= a compressor"
+                "the mesh over its replicas as replicate=, or thinwire.dense() and reduce_scatter= a compressor"
             )
 
     def exchanged(self) -> list[tuple[str, Tensor]]:
@@ -154,13 +153,13 @@ class Fsdp2:
         if (omega := compressor.variance(2**20)) is not None and omega > 1.0:
             raise ThinwireError(
                 f"all_gather={type(compressor).__name__} adds noise of {omega:.2g} times the energy of the weights; "
-                "the limit is 1: use thinwire.Quantize(8), or more bits"
+                "the limit is 1: use thinwire.compressors.Quantize(8), or more bits"
             )
         if omega and not self.steps:  # to lose something and be unbiased, it must draw
             raise ThinwireError(
                 f"all_gather={type(compressor).__name__} draws anew in each step, so that both passes of one see the "
                 "same weights, and only the optimizer tells steps apart; pass optimizer=, or round to nearest, as "
-                "thinwire.Quantize(8) does"
+                "thinwire.compressors.Quantize(8) does"
             )
         check_method(self.modules[0][1], "set_custom_all_gather", "2.9")
 

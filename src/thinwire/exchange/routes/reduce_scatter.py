@@ -86,7 +86,7 @@ def check_flat(argument: str, carries: str, compressor: Compressor) -> None:
     if compressor.min_ndim or compressor.period != 1 or compressor.init(NUMBER, NOWHERE):
         raise ThinwireError(
             f"{argument}={type(compressor).__name__} needs matrices, keeps a state or changes its shapes; the "
-            f"{carries}: use one like thinwire.Quantize(8) or thinwire.Cast('bfloat16')"
+            f"{carries}: use one like thinwire.compressors.Quantize(8) or thinwire.compressors.Cast('bfloat16')"
         )
     if type(compressor).__hash__ is None:
         raise ThinwireError(

@@ -1,0 +1,62 @@
+"""The options that all recipes share, and the rules that a recipe makes of a compressor and a memory."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, cast
+
+from thinwire.compressors.cast import Cast
+from thinwire.core.checks import shown, texts
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor, Memory
+from thinwire.memories.error_feedback import NoMemory
+from thinwire.methods.method import Method, Route, Rule
+from thinwire.methods.warmup import Warmup
+
+IDENTITY = Rule(Cast(), NoMemory())
+
+
+class Options(TypedDict, total=False):
+    """The options that every recipe takes by name; all of them may be left out.
+
+    Args:
+        warmup: densities of the first steps; a number of steps is ``Warmup(steps)``.
+        clip: local gradient clipping: the norm of the mean gradient above which it is clipped, see ``thinwire.Method``.
+        keep_dense: globs of parameter names to send dense.
+        route: how compressed parameters travel, see ``thinwire.Method``.
+        second_stage_density_ratio: density of the second of two phases over that of the first.
+    """
+
+    warmup: Warmup | int | None
+    clip: float | None
+    keep_dense: Sequence[str] | str
+    route: Route
+    second_stage_density_ratio: float
+
+
+def recipe(
+    name: str,
+    compressor: Compressor,
+    memory: Memory,
+    options: Options,
+    rest: Rule = IDENTITY,
+    min_ndim: int = 2,
+    route: Route = "all_gather",
+) -> Method:
+    """A method that compresses parameters of at least ``min_ndim`` dimensions alike, and sends the rest by ``rest``.
+
+    Args:
+        name: of the method.
+        options: as the recipe was given them.
+        route: where the options name none.
+
+    Raises:
+        ThinwireError: an option that no recipe has.
+    """
+    given: Mapping[str, Any] = options
+    if unknown := given.keys() - Options.__annotations__.keys():
+        raise ThinwireError(
+            f"{name} has no option {min(unknown)}={shown(cast(object, given[min(unknown)]))}; all recipes take "
+            f"{', '.join(Options.__annotations__)}"
+        )
+    kept = (Rule(rest.compressor, rest.memory, match=glob) for glob in texts("keep_dense", given.get("keep_dense", ())))
+    others = cast("dict[str, Any]", {"route": route} | {k: v for k, v in given.items() if k != "keep_dense"})
+    return Method(name, (*kept, Rule(compressor, memory, min_ndim=min_ndim), rest), **others)
