@@ -147,7 +147,7 @@ def plan(shapes: list[tuple[int, ...]], p: float, values: str) -> Bucket:
 
 def to_message(bucket: Bucket, payloads: list[Payload]) -> Tensor:
     """The message as ``pipeline.send`` packs it: payloads, head, padding."""
-    (group,) = bucket.groups
+    (group,) = bucket.routes
     flags = header.encode([True] * len(group.units), torch.zeros(len(group.units), dtype=torch.bool), group.dtype, 0)
     return group.layout.pack([*(payloads[i] for i in group.units), (flags,)])
 
@@ -157,7 +157,7 @@ def encode(bucket: Bucket, chosen: Tensor, selected: Tensor, n: int) -> Tensor:
 
 
 def decode(bucket: Bucket, message: Tensor, like: Tensor) -> Any:
-    return bucket.units[0].compressor.decompress(bucket.groups[0].layout.unpack(message)[0], like, {}, CTX)
+    return bucket.units[0].compressor.decompress(bucket.routes[0].layout.unpack(message)[0], like, {}, CTX)
 
 
 def of_messages(n: int, rounds: int) -> list[Row]:
@@ -232,7 +232,7 @@ def of_model(shapes: list[tuple[int, ...]]) -> list[Row]:
             payloads = [u.compressor.compress(x, {}, CTX) for u, x in zip(bucket.units, tensors, strict=True)]
             message = to_message(bucket, payloads)
             for unit, x, sent, got in zip(
-                bucket.units, tensors, payloads, bucket.groups[0].layout.unpack(message), strict=False
+                bucket.units, tensors, payloads, bucket.routes[0].layout.unpack(message), strict=False
             ):
                 a, b = torch.empty_like(x), torch.empty_like(x)
                 unit.compressor.decompress(sent, x, {}, CTX).write_to(a)

@@ -21,17 +21,17 @@ def _contract(rank):
     assert (nodes.world, nodes.rank, nodes.lanes) == (2, rank // 2, 2)
     for nbytes in (8, 24, 1000):
         mine = torch.arange(nbytes, dtype=torch.uint8)
-        last = nodes.all_gather(mine + nodes.rank).last(30)
+        last = nodes.all_gather(mine + nodes.rank).advance(30)
         last.future.wait()
         assert torch.equal(last.answer(), torch.stack([mine, mine + 1]))
-        last = nodes.all_to_all(torch.stack([mine + 10 * nodes.rank, mine + 10 * nodes.rank + 1])).last(30)
+        last = nodes.all_to_all(torch.stack([mine + 10 * nodes.rank, mine + 10 * nodes.rank + 1])).advance(30)
         last.future.wait()
         assert torch.equal(last.answer(), torch.stack([mine + nodes.rank, mine + 10 + nodes.rank]))
-        last = nodes.broadcast(mine + nodes.rank, 1).last(30)
+        last = nodes.broadcast(mine + nodes.rank, 1).advance(30)
         last.future.wait()
         assert torch.equal(last.answer(), mine + 1)
     for shape in ((3, 5), (1,), (40,)):
-        last = nodes.all_reduce(torch.full(shape, 1.5 + nodes.rank)).last(30)
+        last = nodes.all_reduce(torch.full(shape, 1.5 + nodes.rank)).advance(30)
         last.future.wait()
         assert torch.equal(last.answer(), torch.full(shape, 4.0))
     assert nodes.any_inside([rank == 1, False, True], mine, 30) == [rank < 2, False, True]
@@ -47,7 +47,7 @@ def _contract(rank):
     for what, send in sends.items():
         for late in range(4):
             nodes.at(255 + (rank == late))
-            last = send(torch.zeros(24, dtype=torch.uint8)).last(30)
+            last = send(torch.zeros(24, dtype=torch.uint8)).advance(30)
             last.future.wait()
             last.answer()
             assert nodes.apart() == (what != "broadcast" or late >= 2), (what, late)

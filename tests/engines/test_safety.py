@@ -466,19 +466,19 @@ def test_a_change_of_the_state_dtype_keeps_the_residual(dtypes, kernels):
 
 def _starts(rank, clip):
     """How long before the end of backward each exchange was started, in the last step."""
-    from thinwire.engines import scheduler
+    from thinwire.exchange import pipeline
 
     model = nn.Sequential(*[nn.Linear(512, 512) for _ in range(4)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     ddp = DistributedDataParallel(model, bucket_cap_mb=1)
     wire = thinwire.attach(ddp, dgc(0.1, clip=clip), optimizer=optimizer)  # smaller messages travel together
-    starts, route = [], scheduler.route_together
+    starts, route = [], pipeline.route
 
     def spy(*args):
         starts.append(time.perf_counter())
         return route(*args)
 
-    scheduler.route_together = spy
+    pipeline.route = spy
     reached = []
     next(iter(model[0].parameters())).register_hook(lambda g: reached.append(time.perf_counter()))
     try:
@@ -489,7 +489,7 @@ def _starts(rank, clip):
             ddp(torch.randn(64, 512)).square().mean().backward()
             optimizer.step()
     finally:
-        scheduler.route_together = route
+        pipeline.route = route
     wire.detach()
     return [start < reached[0] for start in starts]
 

@@ -14,34 +14,34 @@ def bucket(shapes, method, world, dtypes=None, **link):
 
 def test_small_dense_payloads_are_gathered_too():
     planned = bucket([(100, 100), (100,)], dgc(0.01), 4)
-    assert [group.kind for group in planned.groups] == ["all_gather"]
+    assert [route.kind for route in planned.routes] == ["all_gather"]
 
 
 def test_what_saves_turns_may_take_more_bytes():
     """12,000 elements gathered by 4 workers are 72 kB more, and 6 turns less; what those are worth, the link says."""
     shapes = [(1000, 1000), (12_000,)]
-    assert [group.kind for group in bucket(shapes, dgc(0.01), 4).groups] == ["all_gather"]
+    assert [route.kind for route in bucket(shapes, dgc(0.01), 4).routes] == ["all_gather"]
     for turn_bytes, kinds in ((12_000, 1), (11_999, 2)):
-        assert len(bucket(shapes, dgc(0.01), 4, turn_bytes=turn_bytes).groups) == kinds
+        assert len(bucket(shapes, dgc(0.01), 4, turn_bytes=turn_bytes).routes) == kinds
 
 
 def test_large_dense_payloads_take_their_own_all_reduce():
     planned = bucket([(100, 100), (100_000,)], dgc(0.01), 32)
-    assert [(group.kind, group.units) for group in planned.groups] == [("all_gather", (0,)), ("all_reduce", (1,))]
+    assert [(route.kind, route.units) for route in planned.routes] == [("all_gather", (0,)), ("all_reduce", (1,))]
 
 
 def test_what_can_be_summed_is_summed_in_one_message_for_each_dtype():
     planned = bucket([(8,), (9,), (7,)], dense(), 2, {1: torch.bfloat16})
-    assert [(group.kind, group.units, group.dtype) for group in planned.groups] == [
+    assert [(route.kind, route.units, route.dtype) for route in planned.routes] == [
         ("all_reduce", (0, 2), torch.float32),
         ("all_reduce", (1,), torch.bfloat16),
     ]
-    assert planned.groups[0].layout.nbytes == 60, "an all-reduce of an odd size is not padded, and has no head"
+    assert planned.routes[0].layout.nbytes == 60, "an all-reduce of an odd size is not padded, and has no head"
 
 
 def test_bytes_of_a_bucket():
     planned = bucket([(100, 100), (100,)], topk(0.01), 4)
     total, compressed = planned.wire_bytes(4)
-    assert compressed == total - 3 * planned.groups[0].layout.unit_nbytes[1], "the head and the padding count"
-    assert total == 3 * planned.groups[0].layout.nbytes
+    assert compressed == total - 3 * planned.routes[0].layout.unit_nbytes[1], "the head and the padding count"
+    assert total == 3 * planned.routes[0].layout.nbytes
     assert total < 6 * 10_100

@@ -85,10 +85,10 @@ def test_bytes_do_not_grow_with_the_world():
         return plan_bucket(units_of(scalecom(0.02), world, shapes, torch.float32, "meta"), world)
 
     few, many = planned(4), planned(16)
-    assert [group.stages for group in few.groups] == [group.stages for group in many.groups]
+    assert [group.stages for group in few.routes] == [group.stages for group in many.routes]
     for bucket, world in ((few, 4), (many, 16)):
-        sent, (_, compressed) = (group.wire_bytes(world, bucket.lossy) for group in bucket.groups)
-        (_, chosen), (_, summed) = bucket.groups[1].stages
+        sent, (_, compressed) = (group.wire_bytes(world, bucket.lossy) for group in bucket.routes)
+        (_, chosen), (_, summed) = bucket.routes[1].stages
         assert compressed == pytest.approx((world - 1) / world * (chosen + 2 * summed))
         assert bucket.wire_bytes(world)[1] == compressed
         assert sent[1] == 0.0, "biases are sent dense"

@@ -46,15 +46,15 @@ def journey(method, world, steps, heads=None):
                 u = worker.local[unit.name].now.get("momentum")
                 asked[unit.name] = asked[unit.name] + grad + (0 if u is None else unit.memory.momentum * u)
             outbox = pipeline.send(bucket, grads, worker, step, [True] * len(units))
-            inboxes.append(pipeline.route(bucket, outbox.messages, peer, step))
+            inboxes += pipeline.route([bucket], [outbox.messages], peer, step)
         inboxes = [pipeline.relay(bucket, i, w, step, p) for i, w, p in zip(inboxes, workers, peers, strict=True)]
         results = []
         for inbox in inboxes:
             outs = [torch.full_like(unit.param, torch.nan) for unit in units]
-            verdict = pipeline.receive(bucket, inbox, outs, 0, step)[0]
-            assert verdict.used.shape == verdict.bad.shape == (heads or world, len(bucket.groups[0].units))
-            assert verdict.used.all()
-            assert not verdict.bad.any()
+            status = pipeline.receive(bucket, inbox, outs, 0, step)[0]
+            assert status.used.shape == status.nonfinite.shape == (heads or world, len(bucket.routes[0].units))
+            assert status.used.all()
+            assert not status.nonfinite.any()
             results.append(outs)
         for unit, *means in zip(units, *results, strict=True):
             assert all(torch.equal(mean, means[0]) for mean in means)

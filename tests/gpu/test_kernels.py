@@ -11,8 +11,8 @@ from tests.kernels.test_kernels import DTYPES, INF, NAN, RULES, again, hostile, 
 from thinwire.compressors import TopK
 from thinwire.core import Context
 from thinwire.core.loops import Cut, Pass, smallest
-from thinwire.exchange.fused import rehearse, select
-from thinwire.exchange.messages import Piece
+from thinwire.exchange.fused import select, warm_up_kernels
+from thinwire.exchange.pieces import Piece
 from thinwire.exchange.units import Unit, Worker
 from thinwire.kernels.reference import REFERENCE
 from thinwire.memories import ErrorFeedback, MomentumCorrection
@@ -141,7 +141,7 @@ def test_a_message_has_the_bytes_of_the_cpu(kernels, memory, values):
     compressor = TopK(0.01, values, selection="sampled")
     for device, own in ((DEVICE, kernels), ("cpu", REFERENCE)):
         unit = Unit("w", torch.empty(300, 400, device=device), compressor, memory, method_compressor=compressor)
-        rehearse([unit], own)
+        warm_up_kernels([unit], own)
         worker = Worker(0, kernels=own)
         worker.local["w"] = unit.fresh_local()
         sides.append((device, unit, worker))

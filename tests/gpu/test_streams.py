@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 import thinwire
 from tests.engines.models import flat_parameters
 from tests.gpu.training import CUDA, DEVICE, apart, attached, build, train
-from thinwire.engines.scheduler import Departures
+from thinwire.engines.scheduler import Scheduler
 
 STEPS = 30 if CUDA else 3
 WIDTH = 512 if CUDA else 32
@@ -80,7 +80,7 @@ def test_overlap_changes_nothing(group, monkeypatch, where, delayed):
     method = thinwire.dgc(0.01, warmup=None)
     expected, start = reference(method)
     if delayed == "exchange" and CUDA:
-        plain = Departures.side_stream
+        plain = Scheduler.side_stream
 
         @contextlib.contextmanager
         def late(self, tensor):
@@ -88,7 +88,7 @@ def test_overlap_changes_nothing(group, monkeypatch, where, delayed):
                 torch.cuda._sleep(DELAY)
                 yield
 
-        monkeypatch.setattr(Departures, "side_stream", late)
+        monkeypatch.setattr(Scheduler, "side_stream", late)
     model, optimizer = deep(delayed == "backward")
     options = {"process_group": dist.group.WORLD, "sparse_gradients": where == "sparse"}
     if where == "ddp":

@@ -16,7 +16,7 @@ from thinwire.core import Context
 from thinwire.core.loops import Accumulation, Cut, Pass, smallest
 from thinwire.core.tensors import flat
 from thinwire.exchange.fused import select
-from thinwire.exchange.messages import Piece
+from thinwire.exchange.pieces import Piece
 from thinwire.exchange.units import Unit, Worker
 from thinwire.kernels.reference import BLOCK, CHUNK, REFERENCE, above, at_least
 from thinwire.kernels.select import choose
@@ -429,7 +429,7 @@ def test_plain_kernels_are_said_once(monkeypatch, caplog):
     assert sum("plain PyTorch, which is slower" in text for text in caplog.messages) == 1
 
 
-def test_what_is_rehearsed_is_all_that_runs():
+def test_kernels_that_are_warmed_up_are_all_that_run():
     """A fresh process: nothing that is compiled is first compiled in a step."""
     code = """
 import torch

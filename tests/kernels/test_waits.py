@@ -91,7 +91,7 @@ def journey(bucket, workers, grads, outs, step, kernels):
     outboxes = [pipeline.send(bucket, grad, w, step, used) for grad, w in zip(grads, workers, strict=True)]
     sent = sum(message.nbytes for message in outboxes[0].messages)
     inboxes = [
-        pipeline.route(bucket, outbox.messages, collective, step)
+        pipeline.route([bucket], [outbox.messages], collective, step)[0]
         for outbox, collective in zip(outboxes, Local.of(WORLD), strict=True)
     ]
     for inbox, out in zip(inboxes, outs, strict=True):

@@ -1,9 +1,9 @@
-"""The head of a message: which units a rank used, which it found not to be finite, and at which step it is.
+"""The header of a message: which units a rank used, which it found not to be finite, and at which step it is.
 
 Every rank learns the same of all ranks, so all of them keep or drop a step, and a unit, alike. In a gathered message
-it is a byte of the step clock and a bitmap, first all of *used*, then all of *bad*. In a summed one it is an element of
-the message's dtype for each flag, and ``SLOTS`` of which a rank fills the one of its step: where more than one is not
-zero in the sum, the ranks are at different steps. Whose step is which, a sum can't tell.
+it is a byte of the step clock and a bitmap, first all of *used*, then all of *nonfinite*. In a summed one it is an
+element of the message's dtype for each flag, and ``SLOTS`` of which a rank fills the one of its step: if more than one
+is not zero in the sum, the ranks are at different steps. A sum can't tell whose step is which.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from thinwire.coding.bitpack import pack_bits, unpack_bits
 from thinwire.core.tensors import float_at_least_32
 
 CLOCK = 256
-"""Steps until the clock of a gathered head begins again."""
+"""Steps until the clock of a gathered header begins again."""
 SLOTS = 4
 """Steps until that of a summed one does. Ranks part by one step at a time, and each exchange would tell."""
 
@@ -28,21 +28,21 @@ def total(values: Tensor) -> Tensor:
     return values.sum(dtype=torch.float64 if values.is_cuda else float_at_least_32(values.dtype))
 
 
-def not_finite(totals: Tensor) -> Tensor:
+def nonfinite_of(totals: Tensor) -> Tensor:
     """Of each; ``x - x`` is 0 for what is finite, else NaN."""
     return (totals - totals).ne(0)
 
 
-def is_bad(values: Tensor) -> Tensor:
+def is_nonfinite(values: Tensor) -> Tensor:
     """Whether anything is not finite."""
-    found = not_finite(total(values))
+    found = nonfinite_of(total(values))
     return found if found.is_cuda or not bool(found) else values.isfinite().all().logical_not()
 
 
-def encode(used: Sequence[bool], bad: Tensor, dtype: torch.dtype, step: int) -> Tensor:
-    """The head as bytes (uint8), or as elements of ``dtype`` to be summed, beside ``bad``, bool ``[units]``."""
+def encode(used: Sequence[bool], nonfinite: Tensor, dtype: torch.dtype, step: int) -> Tensor:
+    """The header as bytes (uint8), or as elements of ``dtype`` to be summed, beside ``nonfinite``, bool ``[units]``."""
     gathered = dtype == torch.uint8
-    parts = [torch.ones(len(used), dtype=torch.uint8, device=bad.device), bad.to(torch.uint8)]
+    parts = [torch.ones(len(used), dtype=torch.uint8, device=nonfinite.device), nonfinite.to(torch.uint8)]
     flags = torch.cat(parts if gathered else [*parts, parts[0].new_zeros(SLOTS)])
     for i, one in enumerate(used):
         if not one:  # by hand, since on CUDA a copy from the host waits
@@ -53,22 +53,22 @@ def encode(used: Sequence[bool], bad: Tensor, dtype: torch.dtype, step: int) -> 
     return torch.cat([flags.new_full((1,), step % CLOCK), pack_bits(flags)])
 
 
-def decode(heads: Tensor, num_units: int) -> tuple[Tensor, Tensor, Tensor]:
-    """From the heads of all senders, ``[senders, n]``, or from their sum, ``[1, n]``.
+def decode(headers: Tensor, num_units: int) -> tuple[Tensor, Tensor, Tensor]:
+    """From the headers of all senders, ``[senders, n]``, or from their sum, ``[1, n]``.
 
     Returns:
-        used, bad: bool ``[senders, num_units]`` each.
+        used, nonfinite: bool ``[senders, num_units]`` each.
         parted: bool ``[]``, whether the senders are at different steps.
     """
-    if heads.dtype == torch.uint8:
-        flags = unpack_bits(heads[:, 1:].reshape(-1)).view(len(heads), -1).bool()
-        parted = (heads[:, 0] != heads[0, 0]).any()
+    if headers.dtype == torch.uint8:
+        flags = unpack_bits(headers[:, 1:].reshape(-1)).view(len(headers), -1).bool()
+        parted = (headers[:, 0] != headers[0, 0]).any()
     else:
-        flags = heads > 0
+        flags = headers > 0
         parted = flags[:, -SLOTS:].any(0).sum() > 1
     return flags[:, :num_units], flags[:, num_units : 2 * num_units], parted
 
 
 def size(num_units: int, dtype: torch.dtype) -> int:
-    """Elements of a head."""
+    """Elements of a header."""
     return 1 + -(-2 * num_units // 8) if dtype == torch.uint8 else 2 * num_units + SLOTS

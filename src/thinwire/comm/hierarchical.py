@@ -103,11 +103,11 @@ class Nodes:
         return self.inside.sent
 
     def mean_inside(self, gradients: Tensor, timeout: float) -> None:
-        _wait(self.inside.all_reduce(gradients.mul_(1.0 / self.lanes)), timeout)
+        self.inside.all_reduce(gradients.mul_(1.0 / self.lanes)).wait(timeout)
 
     def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
         flags = torch.tensor(used, dtype=torch.float32, device=gradients.device)
-        return [bool(flag) for flag in _wait(self.inside.all_reduce(flags), timeout)]
+        return [bool(flag) for flag in self.inside.all_reduce(flags).wait(timeout)]
 
     def at(self, step: int) -> None:
         self._step = step
@@ -190,10 +190,10 @@ class Nodes:
     def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
         return self.everyone.exchange_text(text, timeout)
 
-    def any_beside(self, flags: Sequence[bool], timeout: float) -> list[bool]:
+    def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:
         return list(flags)
 
-    def norm_beside(self, norm: Tensor, timeout: float) -> Tensor:
+    def norm_across_shards(self, norm: Tensor, timeout: float) -> Tensor:
         return norm
 
     def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
@@ -236,8 +236,3 @@ def levels(everyone: ProcessGroup, nodes: int | DeviceMesh | None, link: Link | 
 def _group(ranks: list[int], timeout: float) -> dist.ProcessGroup:
     with network(timeout):
         return cast(dist.ProcessGroup, dist.new_group(ranks, timedelta(seconds=timeout)))
-
-
-def _wait(flight: InFlight, timeout: float) -> Tensor:
-    flight.wait(timeout)
-    return flight.answer()

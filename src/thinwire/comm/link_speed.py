@@ -65,7 +65,7 @@ def _read_link(text: str) -> Link:
 
 def _seconds(collective: Collective, message: torch.Tensor, timeout: float) -> float:
     started = time.perf_counter()
-    collective.all_gather(message).awaited(timeout)
+    collective.all_gather(message).wait(timeout, on_host=True)
     if message.is_cuda:
         torch.cuda.synchronize(message.device)
     return time.perf_counter() - started

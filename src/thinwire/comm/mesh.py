@@ -154,31 +154,29 @@ class Mesh:
     def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
         return list(used)
 
-    def any_beside(self, flags: Sequence[bool], timeout: float) -> list[bool]:
-        found = self._sum_beside(torch.tensor(flags, dtype=torch.float32, device=self.device), timeout)
+    def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:
+        found = self._sum_across_shards(torch.tensor(flags, dtype=torch.float32, device=self.device), timeout)
         return [bool(flag) for flag in found]
 
     def any_replica(self, flag: bool, timeout: float) -> bool:
         """Whether it is so on any replica of this shard; waits."""
         found = torch.tensor([float(flag)], dtype=torch.float32, device=self.device)
         try:
-            return bool(self.replicas.all_reduce(found).awaited(timeout))
+            return bool(self.replicas.all_reduce(found).wait(timeout, on_host=True))
         except NoAnswer as error:
             raise failed(
                 self, "the word of the replicas on a step", error, "Restart from the last checkpoint"
             ) from error
 
-    def norm_beside(self, norm: Tensor, timeout: float) -> Tensor:
-        return self._sum_beside(norm.square(), timeout).sqrt()
+    def norm_across_shards(self, norm: Tensor, timeout: float) -> Tensor:
+        return self._sum_across_shards(norm.square(), timeout).sqrt()
 
-    def _sum_beside(self, x: Tensor, timeout: float) -> Tensor:
-        flight = self.shards.all_reduce(x)
+    def _sum_across_shards(self, x: Tensor, timeout: float) -> Tensor:
         try:
-            flight.wait(timeout)
+            return self.shards.all_reduce(x).wait(timeout)
         except NoAnswer as error:
             what = "the word of the ranks that hold the other shards"
             raise failed(self, what, error, "Restart from the last checkpoint") from error
-        return flight.answer()
 
     def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
         return self.replicas.exchange_text(text, timeout)

@@ -69,7 +69,7 @@ class InFlight:
     future: Future
     result: Tensor
     work: Any = None
-    brought: Tensor | None = None
+    side_data: Tensor | None = None
     """What the stages before have left for the one after, or for whoever opens the answer."""
     columns: tuple[int, int] | None = None
     """Which part of the rows, where several messages travelled together."""
@@ -83,36 +83,55 @@ class InFlight:
         result = self.result if self.arrange is None else self.arrange(self.result)
         return result if self.columns is None else result[:, slice(*self.columns)]
 
-    def last(self, timeout: float) -> "InFlight":
-        """Wait for every stage but the last, and start what follows each."""
+    def advance(self, timeout: float) -> "InFlight":
+        """Wait for every stage but the last, and start the one that follows each."""
         if self.then is None:
             return self
-        self.wait(timeout)
-        return replace(self.then(), brought=self.brought, columns=self.columns).last(timeout)
+        self._wait(timeout, False)
+        return replace(self.then(), side_data=self.side_data, columns=self.columns).advance(timeout)
 
-    def wait(self, timeout: float) -> None:
-        """Wait for the network, at most ``timeout`` seconds; a CUDA backend has a watchdog of its own for that.
+    def wait(self, timeout: float, *, on_host: bool = False) -> Tensor:
+        """Wait for all stages, at most ``timeout`` seconds for each, and return the answer.
+
+        A CUDA backend has a watchdog of its own instead, and the host does not wait for it unless ``on_host`` says so.
 
         Raises:
-            NoAnswer: what the backend raises.
+            NoAnswer: the backend raises an error, or a rank did not come in time.
         """
+        last = self.advance(timeout)
+        last._wait(timeout, on_host)
+        return last.answer()
+
+    def _wait(self, timeout: float, on_host: bool) -> None:
         with network(timeout):
-            if self.work is not None and not self.result.is_cuda:
+            if self.work is not None and (on_host or not self.result.is_cuda):
                 self.work.wait(timedelta(seconds=timeout))
             self.future.wait()
 
-    def awaited(self, timeout: float) -> Tensor:
-        """The answer, once all stages have ended: the host waits for them on CUDA too, as between steps it may.
 
-        Raises:
-            NoAnswer: as ``wait``.
-        """
-        flight = self.last(timeout)
-        with network(timeout):
-            if flight.work is not None:
-                flight.work.wait(timedelta(seconds=timeout))
-        flight.wait(timeout)
-        return flight.answer()
+class Carrier(Protocol):
+    """Some ranks that exchange messages: what a route needs of them."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+
+    def all_reduce(self, message: Tensor) -> InFlight:
+        """Sum ``message`` over the ranks; may happen in place."""
+        ...
+
+    def all_gather(self, message: Tensor) -> InFlight:
+        """Collect the uint8 ``message`` of every rank; all have the same size."""
+        ...
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        """Row r of the uint8 ``message`` ``[world, nbytes]`` goes to rank r; all have the same size."""
+        ...
+
+    def broadcast(self, message: Tensor, source: int) -> InFlight:
+        """The uint8 ``message`` ``[nbytes]`` of rank ``source`` to all; those of the others may be overwritten."""
+        ...
 
 
 class Talk(Protocol):
@@ -152,7 +171,7 @@ class Talk(Protocol):
         ...
 
 
-class Collective(Talk, Protocol):
+class Collective(Talk, Carrier, Protocol):
     """The only thing that exchanges. ``sent`` counts the bytes that this worker has sent."""
 
     @property
@@ -162,22 +181,6 @@ class Collective(Talk, Protocol):
     @property
     def link(self) -> Link | None:
         """The speed of the link, where it is emulated or assumed."""
-        ...
-
-    def all_reduce(self, message: Tensor) -> InFlight:
-        """Sum ``message`` over the ranks; may happen in place."""
-        ...
-
-    def all_gather(self, message: Tensor) -> InFlight:
-        """Collect the uint8 ``message`` of every rank; all have the same size."""
-        ...
-
-    def all_to_all(self, message: Tensor) -> InFlight:
-        """Row r of the uint8 ``message`` ``[world, nbytes]`` goes to rank r; all have the same size."""
-        ...
-
-    def broadcast(self, message: Tensor, source: int) -> InFlight:
-        """The uint8 ``message`` ``[nbytes]`` of rank ``source`` to all; those of the others may be overwritten."""
         ...
 
     @property
@@ -211,11 +214,11 @@ class Collective(Talk, Protocol):
         """Whether any rank that shares messages has used each; waits."""
         ...
 
-    def any_beside(self, flags: Sequence[bool], timeout: float) -> list[bool]:
+    def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:
         """Whether each is so on any rank that holds another part of the same model; waits."""
         ...
 
-    def norm_beside(self, norm: Tensor, timeout: float) -> Tensor:
+    def norm_across_shards(self, norm: Tensor, timeout: float) -> Tensor:
         """The norm over all parts of the model, from that over this rank's; waits."""
         ...
 
@@ -262,10 +265,10 @@ class OneLevel:
     def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
         return list(used)
 
-    def any_beside(self, flags: Sequence[bool], timeout: float) -> list[bool]:
+    def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:
         return list(flags)
 
-    def norm_beside(self, norm: Tensor, timeout: float) -> Tensor:
+    def norm_across_shards(self, norm: Tensor, timeout: float) -> Tensor:
         return norm
 
     def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
@@ -355,7 +358,7 @@ class ProcessGroup(OneLevel):
                 flight = self._all_to_all(torch.cat([message] * self.world), gathered)
             else:
                 flight = self._all_gather(message, gathered)
-        return [row.tobytes() for row in flight.awaited(timeout).cpu().numpy()]
+        return [row.tobytes() for row in flight.wait(timeout, on_host=True).cpu().numpy()]
 
     def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
         if self._mesh is None:

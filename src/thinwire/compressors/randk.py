@@ -7,7 +7,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from thinwire.coding.header import is_bad
+from thinwire.coding.header import is_nonfinite
 from thinwire.core.checks import flag, settle, share
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State
@@ -109,7 +109,7 @@ class RandK(Compressor):
             limit = torch.finfo(x.dtype).max
             values = values.mul_(n / k).clamp_(-limit, limit)
         if n:
-            values[:1].masked_fill_(is_bad(x), torch.nan)
+            values[:1].masked_fill_(is_nonfinite(x), torch.nan)
         return (values,)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:

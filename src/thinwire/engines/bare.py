@@ -1,4 +1,4 @@
-"""A model without a wrapper: what is checked and set up; ``arrivals.py`` has what passes through.
+"""A model without a wrapper: what is checked and set up; ``grad_hooks.py`` has what passes through.
 
 The gradients are compressed where autograd has left them, so that nothing is copied into buckets first, as DDP must;
 and since nobody else holds views of them, the optimizer can be given sparse ones.
@@ -23,11 +23,11 @@ from thinwire.comm.link import Link
 from thinwire.comm.process_group import TIMEOUT, Collective, ProcessGroup
 from thinwire.core.errors import ThinwireError
 from thinwire.core.supported import check_parameter, parts
-from thinwire.engines.grad_hooks import Arrivals, Owned
+from thinwire.engines.grad_hooks import GradHooks, Owned
 from thinwire.engines.model_hooks import Hook
 from thinwire.engines.names import clean
 from thinwire.engines.stepped import inside, wrappers
-from thinwire.exchange.fused import rehearse
+from thinwire.exchange.fused import warm_up_kernels
 from thinwire.methods.method import Method
 from thinwire.session.backward import is_shared
 from thinwire.session.migrate import agree
@@ -164,11 +164,11 @@ class Plain:
 
     @contextlib.contextmanager
     def no_sync(self) -> Generator[None]:
-        before, self.arrivals.paused = self.arrivals.paused, True
+        before, self.hooks.paused = self.hooks.paused, True
         try:
             yield
         finally:
-            self.arrivals.paused = before
+            self.hooks.paused = before
 
     begins_alike = True
 
@@ -184,16 +184,16 @@ class Plain:
         for _, x in held:
             whole = x.contiguous()  # what is sent is memory, not elements
             if whole.numel():
-                self.talk.broadcast(whole.view(-1).view(torch.uint8), 0).awaited(session.timeout)
+                self.talk.broadcast(whole.view(-1).view(torch.uint8), 0).wait(session.timeout, on_host=True)
             if whole is not x:
                 x.copy_(whole)
 
     def install(self, session: Session) -> None:
-        self.arrivals = Unwrapped(self.model, self._owned(), self.sparse)
-        _attached[self.model] = ref(self.arrivals)
-        self.arrivals.install(session)
+        self.hooks = Unwrapped(self.model, self._owned(), self.sparse)
+        _attached[self.model] = ref(self.hooks)
+        self.hooks.install(session)
         if self.sparse:
-            rehearse(session.units, session.workers[0].kernels, clear=False)
+            warm_up_kernels(session.units, session.workers[0].kernels, clear=False)
 
     def _owned(self) -> list[Owned]:
         """The last parameters leave first, since backward brings them first."""
@@ -210,7 +210,7 @@ class Plain:
         return owned
 
 
-class Unwrapped(Arrivals):
+class Unwrapped(GradHooks):
     """The hooks of one model without a wrapper."""
 
     def __init__(self, model: nn.Module, owned: Sequence[Owned], sparse: bool) -> None:

@@ -26,11 +26,11 @@ from thinwire.engines.ddp_join import Entry, Joined
 from thinwire.engines.ddp_layout import Bucketed
 from thinwire.engines.model_hooks import Hook
 from thinwire.engines.names import clean
-from thinwire.engines.scheduler import ACCUMULATED, Departures
+from thinwire.engines.scheduler import ACCUMULATED, Scheduler
 from thinwire.engines.stepped import Steps, inside
 from thinwire.engines.unchanged import Parameters
 from thinwire.exchange.buckets import Bucket
-from thinwire.exchange.pipeline import Verdict
+from thinwire.exchange.status import StepStatus
 from thinwire.session.session import Session
 
 WAY_OUT = (
@@ -46,7 +46,7 @@ class Dispatcher:
         self.group = group
         self.session: Session | None = None
         self.params: list[Tensor] = []
-        self.departures = Departures()
+        self.scheduler = Scheduler()
         self.bucketed = Bucketed(False)
         self.planned: list[Bucket] | None = None  # the buckets of the exchange under way
         self.absent: list[str] = []  # what no bucket of the last exchange held
@@ -199,7 +199,7 @@ class Dispatcher:
         return True
 
     def _begin(self, session: Session) -> None:
-        self.departures.begin()
+        self.scheduler.begin()
         self.bucketed.begin()
         self.planned = []
         self.late.clear()
@@ -208,7 +208,7 @@ class Dispatcher:
         session.begin_step()
 
     def _end(self, session: Session) -> None:
-        self.departures.end(session)
+        self.scheduler.end(session)
         for done in self.sparse:
             done.wait()
         self.sparse.clear()
@@ -234,7 +234,7 @@ class Dispatcher:
         used = [self.used is None or id(unit.param) in self.used for unit in planned.units]
         if self.used is not None:
             used = session.collective.any_inside(used, buffer, session.timeout)
-        return self.departures.send(session, planned, grads, buffer, used, back)
+        return self.scheduler.send(session, planned, grads, buffer, used, back)
 
     def _pass_sparse(self, planned: Bucket, buffer: Tensor) -> torch.futures.Future[torch.Tensor]:
         name, session = planned.units[0].name, cast(Session, self.session)
@@ -243,11 +243,11 @@ class Dispatcher:
                 f"{name} has a sparse gradient, which its method can't compress, remember or clip; use sparse=False"
             )
         session.ledger.note(f"{name} has a sparse gradient; DDP's own all-reduce exchanges it, and it is not counted")
-        verdicts = session.transaction.verdicts
+        statuses = session.transaction.statuses
 
         def look(summed: Future) -> Tensor:  # the sum is the same on all ranks, and so is what they find in it
-            bad = header.is_bad(summed.value().coalesce().values()).view(1, 1)
-            verdicts.append(Verdict(planned.units, torch.ones_like(bad), bad, bad.new_zeros(())))
+            found = header.is_nonfinite(summed.value().coalesce().values()).view(1, 1)
+            statuses.append(StepStatus(planned.units, torch.ones_like(found), found, found.new_zeros(())))
             return summed.value()
 
         done = self._plain(buffer)

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.comm.process_group import Future
 from thinwire.core.errors import ThinwireError
+from thinwire.exchange.status import unused
 from thinwire.session.backward import in_backward
 from thinwire.session.momentum_transfer import warn_once
 from thinwire.session.session import Session
@@ -79,12 +80,11 @@ class Joined:
         exchanged, self._exchanged = self._exchanged, []
         if session.optimizer is None:  # then the session has gone on by itself
             return
-        verdicts = session.transaction.verdicts
-        unused = {id(v.units[i].param) for v in verdicts for i in v.used.any(0).logical_not().nonzero().flatten()}
+        idle = {id(unit.param) for unit in session.units if unit.name in unused(session.transaction.statuses)}
         for pairs, done in exchanged:
             done.wait()
             for param, grad in pairs:
-                param.grad = None if id(param) in unused else grad
+                param.grad = None if id(param) in idle else grad
         session.optimizer.step()
         for param, _ in (pair for pairs, _ in exchanged for pair in pairs):
             param.grad = None

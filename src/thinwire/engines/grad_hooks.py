@@ -22,10 +22,11 @@ from thinwire.core.tensors import flat
 from thinwire.engines.model_hooks import Hook
 from thinwire.engines.names import clean
 from thinwire.engines.passes import Passes
-from thinwire.engines.scheduler import ACCUMULATED, Departures
+from thinwire.engines.scheduler import ACCUMULATED, Scheduler
 from thinwire.engines.stepped import Steps
 from thinwire.engines.unchanged import Parameters
 from thinwire.exchange.buckets import Routing
+from thinwire.exchange.status import used
 from thinwire.exchange.units import bytes_alone
 from thinwire.session.backward import in_backward
 from thinwire.session.session import Session
@@ -48,7 +49,7 @@ class Owned:
     bucket: int
 
 
-class Arrivals:
+class GradHooks:
     """The hooks of one model whose gradients are exchanged where autograd has left them.
 
     Args:
@@ -68,7 +69,7 @@ class Arrivals:
         self.parts = [[one for one in owned if one.bucket == number] for number in numbers]
         self.buckets = self.parts  # those of them that leave together
         self.routing: Routing | None = None  # that this was decided for
-        self.departures = Departures(sparse, eager=False)
+        self.scheduler = Scheduler(sparse, eager=False)
         self.arrived: set[int] = set()
         self.before: set[int] = set()  # what arrived in passes that only added up
         self.passes = Passes(self.end)
@@ -127,7 +128,7 @@ class Arrivals:
         """What an exchange that has not ended waits for."""
         return [] if self.ended else [one.name for one in self.owned if id(one.param) not in self.arrived]
 
-    def settle(self, session: Session) -> None:
+    def begin_exchange(self, session: Session) -> None:
         """A new exchange begins."""
 
     def count_arrival(self, session: Session, one: Owned) -> None:
@@ -181,12 +182,12 @@ class Arrivals:
             self.left.clear()
             self.laid.clear()
             self.copied.clear()
-            self.departures.begin()
+            self.scheduler.begin()
             self.exchanged_since_step = session.optimizer is not None
             session.begin_step()
             if self.routing is not session.stages.routing:  # which is another at every stage
                 self._join(session)
-            self.settle(session)
+            self.begin_exchange(session)
         except Exception:
             self.passes.over()  # whoever keeps the error keeps the pass alive
             raise
@@ -256,16 +257,16 @@ class Arrivals:
         self.left.append((bucket, grads, [grad is None for grad in found]))
         if not self.exchanges:
             return
-        used = [id(one.param) in self.arrived or id(one.param) in self.before for one in bucket]
+        here = [id(one.param) in self.arrived or id(one.param) in self.before for one in bucket]
         if session.collective.lanes > 1:
             for grad in grads:
                 session.collective.mean_inside(flat(grad), session.timeout)
-            used = session.collective.any_inside(used, grads[0], session.timeout)
+            here = session.collective.any_inside(here, grads[0], session.timeout)
         planned = session.bucket([one.param for one in bucket])
         if self.sparse:  # its memory is free once what replaces it has arrived
             for one in bucket:
                 one.param.grad = None
-        self.departures.send(session, planned, grads, grads[0], used)
+        self.scheduler.send(session, planned, grads, grads[0], here)
 
     def _unshared(self, one: Owned, grad: Tensor) -> Tensor:
         """The gradient, or a copy: what is sent from its memory is overwritten, which nobody else may notice."""
@@ -301,12 +302,12 @@ class Arrivals:
             return
         for bucket in self.buckets[len(self.left) :]:
             self._send(session, bucket)
-        self.departures.end(session)
+        self.scheduler.end(session)
         each = [one for bucket in self.left for one in zip(*bucket, strict=True)]
-        used = session.transaction.used() if any(made for _, _, made in each) else ()
+        reached = used(session.transaction.statuses) if any(made for _, _, made in each) else set[str]()
         for one, grad, made in each:
             if made:
-                if session.stages.by_param[id(one.param)].name in used:  # by another rank
+                if session.stages.by_param[id(one.param)].name in reached:  # by another rank
                     one.param.grad = cast(Any, wrapped(grad, one.param))
             elif self.sparse:
                 one.param.grad = grad

@@ -1,8 +1,8 @@
 """One bucket on its way through the network.
 
-The hook starts every stage of it. What arrives is received by whoever waits for it; or eagerly, in a callback of the
-last stage. A flight must not hold the session: a callback runs on a thread of the process group, which would die on its
-own thread were that the last to hold it.
+The engine starts every stage of it. Whoever waits for it receives what has arrived; or a callback of the last stage
+does so eagerly. A bucket in flight must not hold the session: a callback runs on a thread of the process group, which
+would die on its own thread if it were the last to hold it.
 """
 
 import contextlib
@@ -17,21 +17,22 @@ from thinwire.comm.process_group import Collective, Future, InFlight, in_future
 from thinwire.core.loops import Kernels
 from thinwire.exchange import pipeline
 from thinwire.exchange.buckets import Bucket
-from thinwire.exchange.pipeline import Outbox, Verdict
+from thinwire.exchange.pipeline import Outbox
+from thinwire.exchange.status import StepStatus, unused
 from thinwire.exchange.units import Worker
 from thinwire.report.ledger import StepRow, Stopwatch
 
 
 @dataclass
-class Flight:
+class BucketInFlight:
     """One bucket between ``send`` and ``receive``.
 
     Args:
-        outbox: what ``send`` made of the gradients.
-        used: which of its units this rank used.
-        verdicts: where ``receive`` adds what all ranks learned.
-        eager: receive as soon as it has arrived, as a future promises; on CUDA that only queues work. On CPUs a second
-            thread would take a core away from the backward pass, and find its code in no cache.
+        outbox: the messages, until they have been started.
+        used: for each unit, whether this rank used it.
+        statuses: ``receive`` adds here what all ranks learned.
+        eager: receive as soon as the exchange has ended, as a future promises; on CUDA that only queues work. On CPUs a
+            second thread would take a core away from the backward pass, and find its code in no cache.
     """
 
     bucket: Bucket
@@ -44,48 +45,48 @@ class Flight:
     turn: int
     loss_scale: float
     row: StepRow
-    verdicts: list[Verdict]
+    statuses: list[StepStatus]
     kernels: Kernels
     sparse: bool
     eager: bool
     back: Sequence[tuple[Tensor, Tensor]] = ()
-    """What to write back from which of ``grads``, where it lies otherwise in memory."""
+    """Tensors to write to, and those of ``grads`` to copy there, where a gradient lies otherwise in memory."""
     inbox: list[InFlight] = field(default_factory=list[InFlight])
     promise: Future | None = None
-    """What was given away before the last stage had been started, or where it is received late."""
-    landed: Future | None = None
-    """Where it is eager, completes with the buffer, once the gradients are in it."""
+    """The future returned before the last stage was started, or where the result is received late."""
+    completed: Future | None = None
+    """If ``eager``, completes with the buffer once the gradients are in it."""
 
     def done(self) -> Future:
-        """Completes with the buffer; never, where ``wait`` raises."""
-        if self.landed is not None:
-            return self.landed
+        """Return a future that completes with the buffer; never, where ``wait`` raises."""
+        if self.completed is not None:
+            return self.completed
         if self.promise is None:
             self.promise = in_future(self.buffer)
         return self.promise
 
-    def departed(self, inbox: list[InFlight]) -> None:
-        """The exchange has been started; where it is the only stage, the rest follows by itself."""
+    def started(self, inbox: list[InFlight]) -> None:
+        """Take the started exchange; where it has one stage, the rest follows by itself."""
         self.outbox.messages.clear()
-        self.inbox, self.started = inbox, time.perf_counter()
+        self.inbox, self.since = inbox, time.perf_counter()
         if self.eager and not self.bucket.relays and not any(arrived.then for arrived in inbox):
-            self._land()
+            self._complete()
 
-    def go_on(self, worker: Worker, collective: Collective, timeout: float) -> None:
+    def advance(self, worker: Worker, collective: Collective, timeout: float) -> None:
         """Wait for all stages but the last, and start what follows each."""
-        if self.landed is not None:
+        if self.completed is not None:
             return
         with self._waiting():
-            self.inbox = [arrived.last(timeout) for arrived in self.inbox]
+            self.inbox = [arrived.advance(timeout) for arrived in self.inbox]
             if self.bucket.relays:
                 self._await(timeout)
         if self.bucket.relays:
             with Stopwatch(self.row, "send_seconds"):
                 self.inbox = pipeline.relay(self.bucket, self.inbox, worker, self.step, collective)
             with self._waiting():
-                self.inbox = [arrived.last(timeout) for arrived in self.inbox]
+                self.inbox = [arrived.advance(timeout) for arrived in self.inbox]
         if self.eager:
-            self._land()
+            self._complete()
 
     def wait(self, timeout: float) -> None:
         """Wait until the gradients are there."""
@@ -101,26 +102,26 @@ class Flight:
             arrived.wait(timeout)
 
     def _waiting(self) -> contextlib.AbstractContextManager[object]:
-        """Late, what is not waited for costs nobody any time."""
+        """Count the seconds; an eager exchange, which nobody waits for, counts its own."""
         return contextlib.nullcontext() if self.eager else Stopwatch(self.row, "exchange_seconds")
 
-    def _land(self) -> None:
+    def _complete(self) -> None:
         futures = [arrived.future for arrived in self.inbox]
         # A future made by collect_all knows no device; on CUDA the first one's callback waits for the others' streams.
         alone = len(futures) == 1 or self.buffer.is_cuda
-        self.landed = (futures[0] if alone else torch.futures.collect_all(futures)).then(self._finish)
+        self.completed = (futures[0] if alone else torch.futures.collect_all(futures)).then(self._finish)
         if (promise := self.promise) is not None:
-            self.landed.then(lambda exchanged: settle(promise, exchanged))
+            self.completed.then(lambda exchanged: resolve(promise, exchanged))
 
     def _finish(self, _: Future) -> Tensor:
         for arrived in self.inbox:
             arrived.future.wait()  # raises what the exchange raised; all have ended, or on CUDA have been enqueued
-        self.row.exchange_seconds += time.perf_counter() - self.started
+        self.row.exchange_seconds += time.perf_counter() - self.since
         return self._receive()
 
     def _receive(self) -> Tensor:
         for arrived in self.inbox:
-            for tensor in (arrived.result, arrived.brought):
+            for tensor in (arrived.result, arrived.side_data):
                 if tensor is not None and tensor.is_cuda:
                     tensor.record_stream(torch.cuda.current_stream(tensor.device))
         with Stopwatch(self.row, "receive_seconds"):
@@ -128,9 +129,8 @@ class Flight:
                 self.bucket, self.inbox, self.grads, self.seed, self.step, self.loss_scale, self.kernels,
                 self.outbox.cleared, self.sparse, self.turn,
             )  # fmt: skip
-        self.verdicts.extend(found)
-        if not all(self.used):  # what no rank used has no gradient; DDP leaves a view of the bucket as it is
-            idle = {v.units[i].name for v in found for i in v.used.any(0).logical_not().nonzero().flatten()}
+        self.statuses.extend(found)
+        if not all(self.used) and (idle := unused(found)):  # DDP leaves a view of the bucket as it is
             for unit, grad in zip(self.bucket.units, self.grads, strict=True):
                 if unit.name in idle:
                     grad.zero_()
@@ -139,8 +139,8 @@ class Flight:
         return self.buffer
 
 
-def settle(promise: Future, exchanged: Future) -> None:
-    """Pass on what a future holds, be it an error."""
+def resolve(promise: Future, exchanged: Future) -> None:
+    """Pass on the result of a future, or its error."""
     try:
         promise.set_result(exchanged.value())
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The buckets of one backward pass on their way: what every engine does alike, wherever its gradients come from.
+"""The bucket scheduler: starts the exchanges of one backward pass, and follows them to their end, for every engine.
 
 Collectives are started by ``send`` and ``end``, in the order of the calls, and never from a callback; ``end`` waits for
 all of them, so an error raised there keeps its type.
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from thinwire.comm.process_group import Future, NoAnswer, exchange_failed, in_future
-from thinwire.engines.inflight import Flight, settle
+from thinwire.engines.inflight import BucketInFlight, resolve
 from thinwire.exchange import pipeline
-from thinwire.exchange.buckets import Bucket, route_together
+from thinwire.exchange.buckets import Bucket
 from thinwire.report.ledger import Stopwatch
 from thinwire.session.clipping import clip
 from thinwire.session.session import Session
@@ -28,28 +28,28 @@ ACCUMULATED = (
 Back: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 
 
-class Departures:
-    """Holds buckets for clipping, lets small ones wait for company, and follows all of them until they have landed.
+class Scheduler:
+    """Holds buckets for clipping, lets small messages travel together, and follows all buckets until they are received.
 
     Args:
         sparse: whether a gradient of which few elements have arrived takes its place among ``grads`` as a sparse one.
-        eager: whether somebody waits for the futures, so that they must complete by themselves; see ``Flight``.
+        eager: whether somebody waits for the futures, so that they must complete by themselves; see ``BucketInFlight``.
     """
 
     def __init__(self, sparse: bool = False, eager: bool = True) -> None:
         self.sparse, self.eager = sparse, eager
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
         self.held: list[tuple[Bucket, list[Tensor], Tensor, Sequence[bool], Back, Future]] = []
-        self.flights: list[Flight] = []
-        self.waiting: list[Flight] = []  # those that have not departed
-        self.joined = 0  # exchanges that this saved in the step under way
+        self.flights: list[BucketInFlight] = []
+        self.waiting: list[BucketInFlight] = []  # those that have not departed
+        self.saved = 0  # exchanges that this saved in the step under way
 
     def begin(self) -> None:
         """A new step; what an earlier one left is forgotten."""
         self.held.clear()
         self.flights.clear()
         self.waiting.clear()
-        self.joined = 0
+        self.saved = 0
 
     def send(
         self, session: Session, bucket: Bucket, grads: list[Tensor], buffer: Tensor, used: Sequence[bool],
@@ -76,21 +76,21 @@ class Departures:
         """
         if session.method.clip is not None and self.held:
             self._exchange_held(session, session.method.clip)
-        self._depart(session)
-        for stage in (self._go_on, self._wait):  # the last stage of every bucket is on its way before any is awaited
+        self._start(session)
+        for stage in (self._advance, self._wait):  # the last stage of every bucket is on its way before any is awaited
             for flight in self.flights:
                 try:
                     stage(session, flight)
                 except Exception as error:
                     names = [unit.name for unit in flight.bucket.units]
                     failure = exchange_failed(session.collective, session.step, names, error)
-                    if stage == self._go_on and not isinstance(error, NoAnswer):  # the others await the next stage
+                    if stage == self._advance and not isinstance(error, NoAnswer):  # the others await the next stage
                         session.collective.leave(str(failure))
                     raise failure from error
-        if self.joined:
-            stages = sum(len(group.stages) for flight in self.flights for group in flight.bucket.groups)
+        if self.saved:
+            stages = sum(len(route.stages) for flight in self.flights for route in flight.bucket.routes)
             session.ledger.note(
-                f"{stages - self.joined} exchanges a step for {len(self.flights)} buckets: gathered messages of less "
+                f"{stages - self.saved} exchanges a step for {len(self.flights)} buckets: gathered messages of less "
                 f"than {session.turn_bytes:,.0f} bytes travel together"
             )
         self.flights.clear()
@@ -108,11 +108,11 @@ class Departures:
         with torch.cuda.stream(stream):
             yield
 
-    def _go_on(self, session: Session, flight: Flight) -> None:
+    def _advance(self, session: Session, flight: BucketInFlight) -> None:
         with self.side_stream(flight.buffer):
-            flight.go_on(session.workers[0], session.collective, session.timeout)
+            flight.advance(session.workers[0], session.collective, session.timeout)
 
-    def _wait(self, session: Session, flight: Flight) -> None:
+    def _wait(self, session: Session, flight: BucketInFlight) -> None:
         flight.wait(session.timeout)
 
     def _exchange(
@@ -129,42 +129,42 @@ class Departures:
             outbox = pipeline.send(
                 bucket, grads, session.workers[0], step, used, session.loss_scale, not self.sparse, session.turn
             )
-        flight = Flight(
+        flight = BucketInFlight(
             bucket, outbox, grads, buffer, used, session.seed, step, session.turn, session.loss_scale, row,
-            session.transaction.verdicts, session.workers[0].kernels, self.sparse,
+            session.transaction.statuses, session.workers[0].kernels, self.sparse,
             self.eager or buffer.is_cuda, back,
         )  # fmt: skip
         self.flights.append(flight)
         if not bucket.joins or (self.waiting and self.waiting[0].buffer.device != buffer.device):
-            self._depart(session)
+            self._start(session)
         self.waiting.append(flight)
         if not bucket.joins or sum(one.outbox.messages[0].nbytes for one in self.waiting) >= session.turn_bytes:
-            self._depart(session)
+            self._start(session)
         return flight.done()
 
-    def _depart(self, session: Session) -> None:
+    def _start(self, session: Session) -> None:
         """Start the exchange of all that wait."""
         if not self.waiting:
             return
         waiting, self.waiting = self.waiting, []
         with self.side_stream(waiting[0].buffer):
-            inboxes = route_together(
+            inboxes = pipeline.route(
                 [flight.bucket for flight in waiting],
                 [flight.outbox.messages for flight in waiting],
                 session.collective,
                 session.turn,
             )
-        self.joined += len(waiting) - 1
+        self.saved += len(waiting) - 1
         for flight, inbox in zip(waiting, inboxes, strict=True):
-            flight.departed(inbox)
+            flight.started(inbox)
 
     def _exchange_held(self, session: Session, threshold: float) -> None:
         by_name = {u.name: g for bucket, grads, *_ in self.held for u, g in zip(bucket.units, grads, strict=True)}
         ordered = [by_name[unit.name] for unit in session.units if unit.name in by_name]
         with self.side_stream(self.held[0][2]):
-            whole = partial(session.collective.norm_beside, timeout=session.timeout)
+            whole = partial(session.collective.norm_across_shards, timeout=session.timeout)
             clip(ordered, threshold * session.loss_scale, session.collective.world, whole)
         for bucket, grads, buffer, used, back, done in self.held:
             exchanged = self._exchange(session, bucket, grads, buffer, used, back)
-            exchanged.then(lambda exchanged, done=done: settle(done, exchanged))
+            exchanged.then(lambda exchanged, done=done: resolve(done, exchanged))
         self.held.clear()

@@ -102,7 +102,7 @@ class SimulatedWorkers:
             reached = [before or now for before, now in zip(reached, used, strict=True)]
             with Stopwatch(session.row, "send_seconds"):
                 outbox = pipeline.send(bucket, grads, worker, session.step, used, turn=session.turn)
-            inboxes.append(pipeline.route(bucket, outbox.messages, peer, session.turn))
+            inboxes += pipeline.route([bucket], [outbox.messages], peer, session.turn)
         if len(self.peers) > 1:
             self._restore(kept)
         if bucket.relays:
@@ -110,7 +110,7 @@ class SimulatedWorkers:
             inboxes = [pipeline.relay(bucket, inbox, worker, session.step, peer) for worker, peer, inbox in journeys]
         outs = [torch.empty_like(own(p)) for p in params]
         with Stopwatch(session.row, "receive_seconds"):
-            session.transaction.verdicts = pipeline.receive(
+            session.transaction.statuses = pipeline.receive(
                 bucket,
                 inboxes[0],
                 outs,

@@ -7,24 +7,24 @@ model is cut into buckets. Payloads whose elements a leader chooses take a broad
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
 
 import torch
-from torch import Tensor
 
 from thinwire.coding import header
 from thinwire.coding.layout import ROW_ALIGNMENT, Layout
 from thinwire.comm.link import Kind, Link, wire_bytes
-from thinwire.comm.process_group import Collective, InFlight
+from thinwire.comm.process_group import Collective
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Payload
-from thinwire.exchange.messages import Group, Piece, Whole
+from thinwire.exchange.pieces import Piece
 from thinwire.exchange.routes.leader import Led
+from thinwire.exchange.routes.route import Route
 from thinwire.exchange.routes.two_phase import two_phase
+from thinwire.exchange.routes.whole import Whole
 from thinwire.exchange.units import Unit, payload_like
-from thinwire.methods.method import Route
+from thinwire.methods.method import RouteName
 from thinwire.report.ledger import StepRow
 
 
@@ -32,7 +32,7 @@ from thinwire.report.ledger import StepRow
 class Routing:
     """How a method wants its compressed units carried, and over which link as far as that is known."""
 
-    route: Route = "all_gather"
+    route: RouteName = "all_gather"
     second: float = 1.0
     link: Link | None = None
 
@@ -42,7 +42,7 @@ class Bucket:
     """Units whose gradients are ready together, and the messages that carry them."""
 
     units: tuple[Unit, ...]
-    groups: tuple[Group, ...]
+    routes: tuple[Route, ...]
 
     @cached_property
     def lossy(self) -> frozenset[int]:
@@ -52,8 +52,8 @@ class Bucket:
     def wire_bytes(self, world: int) -> tuple[float, float]:
         """Bytes a worker sends for this bucket in a step: in all, and for the compressed units with the head."""
         total = compressed = 0.0
-        for group in self.groups:
-            all_of_it, lossy = group.wire_bytes(world, self.lossy)
+        for route in self.routes:
+            all_of_it, lossy = route.wire_bytes(world, self.lossy)
             total += all_of_it
             compressed += lossy
         return total, compressed
@@ -70,12 +70,12 @@ class Bucket:
     @property
     def joins(self) -> bool:
         """Whether its message can travel in one all-gather with those of other buckets."""
-        return len(self.groups) == 1 and self.groups[0].kind == "all_gather"
+        return len(self.routes) == 1 and self.routes[0].kind == "all_gather"
 
     @property
     def relays(self) -> bool:
-        """Whether any group has a second stage."""
-        return any(group.relays for group in self.groups)
+        """True if any route has a second stage."""
+        return any(route.relays for route in self.routes)
 
 
 def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(), step: int = 0) -> Bucket:
@@ -92,25 +92,25 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
         else:
             gathered.append(i)
 
-    def head_of(chosen: list[int], dtype: torch.dtype) -> list[Payload]:
+    def header_of(chosen: list[int], dtype: torch.dtype) -> list[Payload]:
         size = header.size(len(chosen), dtype)
         return [(torch.empty(size, dtype=dtype, device="meta"),)] if any(units[i].told for i in chosen) else []
 
     def whole(kind: Kind, chosen: list[int], dtype: torch.dtype) -> Whole:
-        heads = head_of(chosen, dtype)
-        layout = Layout([*(payloads[i] for i in chosen), *heads], ROW_ALIGNMENT if kind == "all_gather" else 1)
-        return Whole(kind, tuple(chosen), tuple(map(Piece, chosen)), dtype, bool(heads), layout)
+        headers = header_of(chosen, dtype)
+        layout = Layout([*(payloads[i] for i in chosen), *headers], ROW_ALIGNMENT if kind == "all_gather" else 1)
+        return Whole(kind, tuple(chosen), tuple(map(Piece, chosen)), dtype, bool(headers), layout)
 
     def following(chosen: list[int], dtype: torch.dtype) -> Led:
-        heads = head_of(chosen, dtype)
-        values = Layout([*(payloads[i][:1] for i in chosen), *heads], 1)
+        headers = header_of(chosen, dtype)
+        values = Layout([*(payloads[i][:1] for i in chosen), *headers], 1)
         choices = Layout([payloads[i][1:] for i in chosen])
-        return Led("broadcast", tuple(chosen), tuple(map(Piece, chosen)), dtype, bool(heads), choices, values)
+        return Led("broadcast", tuple(chosen), tuple(map(Piece, chosen)), dtype, bool(headers), choices, values)
 
-    def in_pieces(chosen: list[int]) -> Group:
-        return two_phase(units, chosen, head_of(chosen, torch.uint8), routing.second, world)
+    def in_pieces(chosen: list[int]) -> Route:
+        return two_phase(units, chosen, header_of(chosen, torch.uint8), routing.second, world)
 
-    gathering: list[Group] = [whole("all_gather", gathered, torch.uint8)] if gathered else []
+    gathering: list[Route] = [whole("all_gather", gathered, torch.uint8)] if gathered else []
     cuttable = [i for i in gathered if units[i].compressor.cuttable]
     if routing.route != "all_gather" and any(units[i].own.numel() for i in cuttable):
         rest = [i for i in gathered if i not in cuttable]
@@ -122,20 +122,8 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
     return Bucket(tuple(units), (*gathering, *summing, *leading))
 
 
-def seconds(groups: Sequence[Group], routing: Routing, world: int) -> float:
+def seconds(routes: Sequence[Route], routing: Routing, world: int) -> float:
     """What the model says of these exchanges, one after the other."""
     if routing.link is None:
         raise ThinwireError("route 'auto' chooses by the speed of the link, which is not known here")
-    return sum(routing.link.seconds(kind, nbytes, world) for group in groups for kind, nbytes in group.stages)
-
-
-def route_together(
-    buckets: Sequence[Bucket], messages: Sequence[Sequence[Tensor]], collective: Collective, turn: int
-) -> list[list[InFlight]]:
-    """``pipeline.route`` for several buckets, whose gathered messages travel in one, which saves latency."""
-    if len(buckets) == 1:
-        groups = zip(buckets[0].groups, messages[0], strict=True)
-        return [[group.start(message, collective, turn) for group, message in groups]]
-    ends = accumulate(message.numel() for [message] in messages)
-    joint = collective.all_gather(torch.cat([message for [message] in messages]))
-    return [[replace(joint, columns=columns)] for columns in pairwise((0, *ends))]
+    return sum(routing.link.seconds(kind, nbytes, world) for route in routes for kind, nbytes in route.stages)

@@ -1,4 +1,4 @@
-"""What is asked and what is sent of each piece; in one pass over memory where a threshold chooses the elements."""
+"""Compensation and compression of each piece: in one pass over memory where a threshold chooses the elements."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Payload
 from thinwire.core.loops import Cut, Found, Kernels, Pass, Selection, smallest
 from thinwire.core.tensors import Decompressed, flat
-from thinwire.exchange.messages import Piece
+from thinwire.exchange.pieces import Piece
 from thinwire.exchange.units import Unit, Worker
 
 
@@ -53,7 +53,7 @@ def select(
     return dict(zip(works, kernels.accumulate(list(works.values()), cuts), strict=True))
 
 
-def rehearse(units: Sequence[Unit], kernels: Kernels, clear: bool = True) -> None:
+def warm_up_kernels(units: Sequence[Unit], kernels: Kernels, clear: bool = True) -> None:
     """Compile what will run, so that no training step has to wait for it. ``clear``: see ``select``."""
     kinds = {(unit.memory.accumulation, unit.own.dtype, unit.like.dtype, unit.param.device) for unit in units}
     for rule, grad, state, device in kinds:
@@ -88,13 +88,17 @@ def _pass(unit: Unit, piece: Piece, grad: Tensor, worker: Worker, scale: float, 
     return Pass(rule, flat(piece.of(grad)), flat(now["residual"]), flat(new["residual"]), u, new_u, scale, clear)
 
 
-def ask(
+def compress(
     unit: Unit, piece: Piece, grad: Tensor, worker: Worker, ctx: Context, chosen: Found | None, loss_scale: float
-) -> tuple[Tensor, Payload, Decompressed]:
-    """Of one piece: what is to be sent, what is sent, and what the receivers will make of it.
+) -> tuple[Tensor, Payload, Decompressed | None]:
+    """Compensate and compress one piece.
 
     Args:
-        chosen: what of it is sent, where ``select`` has compensated and selected; None where that is still to be done.
+        chosen: the elements sent, if ``select`` has compensated and selected already.
+
+    Returns:
+        The compensated tensor, its payload, and the tensor that the receivers decode from it: None where nothing is
+        remembered and nobody measures, since decoding takes time.
     """
     local = worker.local[unit.name]
     now, new, known = (piece.of_state(state) for state in (local.now, local.next, unit.shared.now))
@@ -108,5 +112,6 @@ def ask(
             # not in place: what is asked may be a momentum itself, in which it would go on counting
             x = torch.add(x, carried, alpha=1.0 if unit.memory.stateful else loss_scale).to(x.dtype)
         payload = unit.compressor.compress(unit.held(x, loss_scale), known, ctx)
-        own = unit.compressor.decompress(payload, x, known, ctx)
+        watched = unit.memory.stateful or worker.looks(unit)
+        own = unit.compressor.decompress(payload, x, known, ctx) if watched else None
     return x, payload, own

@@ -1,45 +1,38 @@
-"""The journey of a gradient. Read this first.
+"""The journey of a tensor through the network. Read this first.
 
     gradient -> [compensate -> compress] -> wire -> collective -> wire -> [decompress -> update] -> optimizer
                  -------- send --------      ------- route -------         ------- receive ------
 
 ``send`` and ``receive`` never communicate and ``route`` never computes. On a route of two stages ``relay`` stands
-between them: what has arrived is combined, and routed once more. All engines and the simulator call the same functions,
-and only the collective differs. So the simulator is equal to the real run, and bytes are counted in one place.
+between them: the ranks combine what has arrived, and route it once more. All engines and the simulator call these four
+functions, on every route, and only the collective differs. So the simulator equals the real run, and bytes are counted
+in one place.
 """
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from thinwire.coding import header
-from thinwire.comm.process_group import Collective, InFlight
+from thinwire.comm.process_group import Carrier, InFlight
 from thinwire.core.ambient import undisturbed
 from thinwire.core.context import Context
 from thinwire.core.loops import Kernels
 from thinwire.core.tensors import flat
 from thinwire.exchange.buckets import Bucket
-from thinwire.exchange.fused import ask, select
-from thinwire.exchange.receiving import mean_of, written
-from thinwire.exchange.units import Unit, Worker
+from thinwire.exchange.fused import compress, select
+from thinwire.exchange.receiving import written
+from thinwire.exchange.status import StepStatus
+from thinwire.exchange.units import Worker
 from thinwire.kernels.reference import REFERENCE
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What all ranks learned of one message, the same on each; a sum is one sender."""
-
-    units: tuple[Unit, ...]
-    used: Tensor  # bool [senders, units]
-    bad: Tensor  # the same
-    parted: Tensor  # bool []: whether they are at different steps
-
-
-@dataclass(frozen=True)
 class Outbox:
-    """What one rank sends of one bucket: a message for each group."""
+    """The messages that one rank sends for one bucket, one on each route."""
 
     messages: list[Tensor]
     cleared: frozenset[int]
@@ -57,51 +50,57 @@ def send(
     clear: bool = True,
     turn: int | None = None,
 ) -> Outbox:
-    """The sending half: from one rank's gradients to its messages, one for each group of the bucket.
+    """Turn one rank's gradients into its messages, one for each route of the bucket.
 
-    What this rank alone remembers is prepared here, to be final once the optimizer has stepped. Gradients may be
-    overwritten; ``clear`` asks for zeros where they were read last, to be added to. ``turn``: see ``Context.phase``.
+    The local state is written here, to be final once the optimizer has stepped. Gradients may be overwritten; ``clear``
+    asks for zeros where they were read last, to be added to. ``turn``: see ``Context.phase``.
     """
     messages: list[Tensor] = []
     cleared: set[int] = set()
-    for group in bucket.groups:
-        named = [(piece, bucket.units[piece.unit], grads[piece.unit]) for piece in group.pieces]
+    for route in bucket.routes:
+        named = [(piece, bucket.units[piece.unit], grads[piece.unit]) for piece in route.pieces]
         contexts = [
             Context(
                 worker.seed, step, piece.key(unit.name), worker.rank, worker.kernels, unit.exact, unit.saturates, turn
             )
             for piece, unit, _ in named
         ]
-        selected = select(bucket.units, group.pieces, grads, worker, contexts, 1.0 / loss_scale, clear)
+        selected = select(bucket.units, route.pieces, grads, worker, contexts, 1.0 / loss_scale, clear)
         if clear:
-            cleared |= {i for i, pieces in group.by_unit.items() if selected.keys() >= {j for j, _ in pieces}}
-        asked = [
-            ask(unit, piece, grad, worker, contexts[j], selected.get(j), loss_scale)
+            cleared |= {i for i, pieces in route.by_unit.items() if selected.keys() >= {j for j, _ in pieces}}
+        compressed = [
+            compress(unit, piece, grad, worker, contexts[j], selected.get(j), loss_scale)
             for j, (piece, unit, grad) in enumerate(named)
         ]
-        # what is asked may be the residual itself, which the exchange must not overwrite; a gradient it may
-        in_place = all(x is grads[piece.unit] for piece, (x, _, _) in zip(group.pieces, asked, strict=True))
-        payloads = [payload for _, payload, _ in asked]
-        messages.append(group.pack(payloads, group.head(bucket.units, payloads, used, step), in_place=in_place))
-        for piece, (x, _, own) in zip(group.pieces, asked, strict=True):
-            group.settle(bucket.units[piece.unit], piece, x, own, worker)
+        # what was compressed may be the residual itself, which the exchange must not overwrite; a gradient it may
+        in_place = all(x is grads[piece.unit] for piece, (x, _, _) in zip(route.pieces, compressed, strict=True))
+        payloads = [payload for _, payload, _ in compressed]
+        messages.append(route.pack(payloads, route.header(bucket.units, payloads, used, step), in_place=in_place))
+        for piece, (x, _, own) in zip(route.pieces, compressed, strict=True):
+            route.update_residual(bucket.units[piece.unit], piece, x, own, worker)
     return Outbox(messages, frozenset(cleared))
 
 
-def route(bucket: Bucket, messages: Sequence[Tensor], collective: Collective, turn: int) -> list[InFlight]:
-    """Start the exchange of every message, and return before it has ended."""
-    return [group.start(message, collective, turn) for group, message in zip(bucket.groups, messages, strict=True)]
+def route(
+    buckets: Sequence[Bucket], messages: Sequence[Sequence[Tensor]], collective: Carrier, turn: int
+) -> list[list[InFlight]]:
+    """Start the exchange of every message of these buckets, and return before it has ended.
+
+    Several buckets have one gathered message each (``Bucket.joins``); these travel in one, which saves latency.
+    """
+    if len(buckets) == 1:
+        each = zip(buckets[0].routes, messages[0], strict=True)
+        return [[route.start(message, collective, turn) for route, message in each]]
+    ends = accumulate(message.numel() for [message] in messages)
+    joint = collective.all_gather(torch.cat([message for [message] in messages]))
+    return [[replace(joint, columns=columns)] for columns in pairwise((0, *ends))]
 
 
 @undisturbed
-def relay(
-    bucket: Bucket, inbox: Sequence[InFlight], worker: Worker, step: int, collective: Collective
-) -> list[InFlight]:
-    """Between the halves, once the inbox has ended: owners route the mean of it, followers what their leader chose."""
-    return [
-        group.relay(bucket.units, arrived, worker, step, collective)
-        for group, arrived in zip(bucket.groups, inbox, strict=True)
-    ]
+def relay(bucket: Bucket, inbox: Sequence[InFlight], worker: Worker, step: int, collective: Carrier) -> list[InFlight]:
+    """Combine what has arrived and start the second stage: owners send means, followers what their leader chose."""
+    each = zip(bucket.routes, inbox, strict=True)
+    return [route.relay(bucket.units, arrived, worker, step, collective) for route, arrived in each]
 
 
 @undisturbed
@@ -116,35 +115,52 @@ def receive(
     cleared: Set[int] = frozenset(),
     sparse: bool = False,
     turn: int | None = None,
-) -> list[Verdict]:
-    """The receiving half: from what arrived to the gradients for the optimizer, written to ``outs``.
+) -> list[StepStatus]:
+    """Turn what has arrived into the gradients for the optimizer, written to ``outs``.
 
-    It is the same on every rank, bit for bit: payloads are added in rank order. Where any rank sent what is not
-    finite, an element of every gradient becomes NaN on every rank, so that a loss scaler skips the step on all of them.
+    The result is the same on every rank, bit for bit: payloads are added in rank order. If any rank sent a value that
+    is not finite, an element of every gradient becomes NaN on every rank, so that a loss scaler skips on all of them.
 
     Args:
-        cleared: the units of which ``outs`` are zero, where nothing needs to be overwritten.
-        sparse: where few elements arrive of a unit, replace its ``outs`` by a sparse tensor.
+        cleared: the units whose ``outs`` are zero, where nothing needs to be overwritten.
+        sparse: replace the ``outs`` of a unit by a sparse tensor where few elements arrive.
     """
-    verdicts: list[Verdict] = []
-    for group, arrived in zip(bucket.groups, inbox, strict=True):
-        senders, flags = group.opened(arrived)
+    statuses: list[StepStatus] = []
+    for route, arrived in zip(bucket.routes, inbox, strict=True):
+        senders, headers = route.opened(arrived)
         poison: Tensor | None = None
-        if flags is not None:
-            used, bad, parted = header.decode(flags, len(group.units))
-            verdicts.append(Verdict(tuple(bucket.units[i] for i in group.units), used, bad, parted))
-            if bad.is_cuda or bool(bad.any()):  # on CUDA nobody waits to see
-                poison = torch.zeros((), dtype=torch.float32, device=bad.device).masked_fill_(bad.any(), torch.nan)
-        for i, pieces in group.by_unit.items():
+        if headers is not None:
+            used, nonfinite, apart = header.decode(headers, len(route.units))
+            statuses.append(StepStatus(tuple(bucket.units[i] for i in route.units), used, nonfinite, apart))
+            if nonfinite.is_cuda or bool(nonfinite.any()):  # on CUDA nobody waits to see
+                poison = torch.zeros((), dtype=torch.float32, device=nonfinite.device)
+                poison.masked_fill_(nonfinite.any(), torch.nan)
+        for i in route.by_unit:
             unit, out = bucket.units[i], outs[i]
             ctx = Context(seed, step, unit.name, 0, kernels, turn=turn)
-            mean = mean_of(group, unit, pieces, senders, out, ctx, i in cleared, sparse)
+            mean = route.combine(unit, i, senders, out, ctx, zero=i in cleared, sparse=sparse)
             if poison is not None:
                 (mean.values() if mean.is_sparse else flat(mean))[:1].add_(poison)
             grad = unit.memory.receive(mean, unit.own, unit.shared.now, unit.shared.next, ctx)
-            if (carried := unit.shared.now.get("carried")) is not None:  # the mean that an earlier method left
-                grad.add_(carried, alpha=1.0 if unit.memory.stateful else loss_scale)
+            if (pending := unit.shared.now.get("carried")) is not None:  # the mean that an earlier method left
+                grad.add_(pending, alpha=1.0 if unit.memory.stateful else loss_scale)
             if unit.memory.stateful and loss_scale != 1.0:
                 grad.mul_(loss_scale)
             outs[i] = written(grad, out, saturates=unit.memory.feeds_back and loss_scale == 1.0)
-    return verdicts
+    return statuses
+
+
+def exchange(
+    bucket: Bucket, grads: list[Tensor], outs: list[Tensor], worker: Worker, step: int, collective: Carrier,
+    timeout: float, loss_scale: float = 1.0,
+) -> None:  # fmt: skip
+    """Make the whole journey at once, and wait for its end; for exchanges inside of a pass. ``outs`` are written."""
+    outbox = send(bucket, grads, worker, step, [True] * len(grads), loss_scale, clear=False)
+    [inbox] = route([bucket], [outbox.messages], collective, step)
+    for arrived in inbox:
+        arrived.wait(timeout)
+    if bucket.relays:
+        inbox = relay(bucket, inbox, worker, step, collective)
+        for arrived in inbox:
+            arrived.wait(timeout)
+    receive(bucket, inbox, outs, worker.seed, step, loss_scale)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Payload
+from thinwire.core.interfaces import Compressor, Payload
 from thinwire.core.loops import Found, Kernels
 from thinwire.core.tensors import float_at_least_32
 from thinwire.exchange.adding import added
-from thinwire.exchange.messages import Group, Piece
+from thinwire.exchange.pieces import Piece
 from thinwire.exchange.units import Unit
 from thinwire.kernels.reference import REFERENCE
 
@@ -19,33 +19,34 @@ FEW = 1 / 32
 
 
 def mean_of(
-    group: Group,
+    decoder: Compressor,
     unit: Unit,
     pieces: Sequence[tuple[int, Piece]],
-    senders: Sequence[tuple[int, list[Payload]]],
+    senders: Sequence[tuple[int, Sequence[Payload]]],
     out: Tensor,
     ctx: Context,
-    clear: bool,
+    *,
+    zero: bool,
     sparse: bool,
 ) -> Tensor:
     """The mean of what all senders sent of one unit, added in their order; the same on every rank, bit for bit.
 
     Args:
-        pieces: of the unit, and which of the group's they are.
+        decoder: of the payloads.
+        pieces: of the unit, with their numbers in the route.
         out: where it is written, if it is dense and of a dtype that is summed as it is.
-        clear: whether ``out`` is zero.
-        sparse: whether it may be sparse.
+        zero: ``out`` is zero.
+        sparse: the result may be a sparse tensor.
     """
     wide, share = float_at_least_32(out.dtype), 1.0 / len(senders)
     mean = out if out.dtype == wide else torch.empty_like(out, dtype=wide)  # short dtypes are summed in float32
-    packer = group.packer(unit)
     whole = sparse and mean is out and out.ndim > 0 and out.is_contiguous()
-    if whole and unit.memory.passes_on and not packer.learns and "carried" not in unit.shared.now:
+    if whole and unit.memory.passes_on and not decoder.learns and "carried" not in unit.shared.now:
         found: list[Found] = []
         for j, piece in pieces:
             theirs, known = [(rank, payloads[j]) for rank, payloads in senders], piece.of_state(unit.shared.now)
             here = _of(ctx, unit, piece, 0, ctx.kernels)
-            some = added(packer, theirs, piece.of(mean), known, here, share, FEW)
+            some = added(decoder, theirs, piece.of(mean), known, here, share, FEW)
             if some is None:
                 break
             _check(some[0], piece.of(mean).numel())
@@ -56,11 +57,11 @@ def mean_of(
     for j, piece in pieces:
         part, known = piece.of(mean), piece.of_state(unit.shared.now)
         for later, (rank, payloads) in enumerate(senders):
-            got = packer.decompress(payloads[j], part, known, _of(ctx, unit, piece, rank, ctx.kernels))
-            got.add_to(part, share) if later or (clear and mean is out) else got.write_to(part, share)
+            got = decoder.decompress(payloads[j], part, known, _of(ctx, unit, piece, rank, ctx.kernels))
+            got.add_to(part, share) if later or (zero and mean is out) else got.write_to(part, share)
         if unit.compressor.summable and not unit.gathered:  # the only sender is the mean
             new = piece.of_state(unit.shared.next)
-            packer.commit(senders[0][1][j], part, known, new, _of(ctx, unit, piece, 0, None))
+            decoder.commit(senders[0][1][j], part, known, new, _of(ctx, unit, piece, 0, None))
     return mean
 
 

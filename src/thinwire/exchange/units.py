@@ -23,7 +23,7 @@ from thinwire.core.sharding import own
 from thinwire.core.supported import check_complex, check_parameter
 from thinwire.core.tensors import Decompressed, flat, is_dense, shortened
 from thinwire.kernels.reference import REFERENCE
-from thinwire.methods.method import Method, Route
+from thinwire.methods.method import Method, RouteName
 
 DENSE = Cast()
 GATHER_BYTES = 2**20
@@ -223,6 +223,10 @@ class Worker:
     held: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """What was asked of units until it is known what of it is sent."""
 
+    def looks(self, unit: Unit) -> bool:
+        """True if somebody measures this unit in this step."""
+        return self.watch is not None or (self.probe is not None and unit.compressed)
+
     def look(self, unit: Unit, x: Tensor, own: Decompressed, run: tuple[int, int] | None = None) -> None:
         """Show what is asked of a unit, or of a run of its elements, and what is sent of it, to whoever measures."""
         if self.probe is not None and unit.compressed:
@@ -302,7 +306,7 @@ def overflows(units: Sequence[Unit]) -> list[str]:
     return [f"{_listed(short)}: what exceeds {largest} becomes infinite, as in PyTorch's hook"] if short else []
 
 
-def bytes_alone(compressor: Compressor, like: Tensor, world: int, route: Route, second: float) -> float:
+def bytes_alone(compressor: Compressor, like: Tensor, world: int, route: RouteName, second: float) -> float:
     """Bytes a worker sends for a unit alone, on the route that takes the fewest of those allowed."""
     if compressor.summable:
         return wire_bytes("all_reduce", payload_nbytes(compressor, like), world)
@@ -322,7 +326,7 @@ def set_stage(
     units: Sequence[Unit],
     density: float | None,
     world: int,
-    route: Route = "all_gather",
+    route: RouteName = "all_gather",
     second: float = 1.0,
     turn_bytes: float = TURN_BYTES,
 ) -> list[str]:

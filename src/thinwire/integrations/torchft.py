@@ -20,15 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions  # pyright: ignore[reportPrivateImportUsage]
+from torch.nn.functional import pad
 
 from thinwire.comm.link import wire_bytes
 from thinwire.comm.process_group import TIMEOUT, Future, InFlight, in_future
 from thinwire.core import registry
-from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
-from thinwire.exchange.routes.reduce_scatter import check_flat
-from thinwire.exchange.routes.stateless_all_reduce import all_reduce, payload_bytes
+from thinwire.core.tensors import flat
+from thinwire.exchange.pipeline import exchange
+from thinwire.exchange.routes.rows import check_flat, payload_bytes, reduced
+from thinwire.exchange.units import TwoCopies, Worker
 from thinwire.integrations.versions import framework
 from thinwire.memories.error_feedback import NoMemory
 from thinwire.methods.method import Rule
@@ -98,7 +100,7 @@ class CompressedProcessGroup(ProcessGroupWrapper):
                 self._agree(carrier, tensors[0].device)
             for x in tensors:
                 self._calls += 1
-                all_reduce(x, self.compressor, carrier, self._context, self.patience)
+                self._all_reduce(x, carrier)
         finally:  # also what was in vain
             self.wire_bytes += carrier.sent
         return _Done(tensors)
@@ -136,8 +138,16 @@ class CompressedProcessGroup(ProcessGroupWrapper):
     def _dense(self, tensors: list[Tensor]) -> float:
         return sum(wire_bytes("all_reduce", x.nbytes, self.size()) for x in tensors)
 
-    def _context(self, sender: int, receiver: int) -> Context:
-        return Context(self.seed, self.calls, f"all-reduce[{receiver}]", sender)
+    def _all_reduce(self, x: Tensor, carrier: "_Carrier") -> None:
+        """Sum ``x`` over the ranks in place, the same bits on each; after an error it may be anything."""
+        width = -(-x.numel() // carrier.world)
+        short = width * carrier.world - x.numel()
+        rows = (pad(flat(x), (0, short)) if short else flat(x)).view(carrier.world, width)
+        bucket = reduced("all-reduce", self.compressor, NoMemory(), rows, carrier.rank, 0, to_all=True)
+        worker = Worker(carrier.rank, self.seed, {"all-reduce": TwoCopies()})
+        exchange(bucket, [rows], [rows], worker, self.calls, carrier, self.patience)
+        if short:
+            flat(x).copy_(rows.view(-1)[: x.numel()])
 
     def _compresses(self, x: Tensor) -> bool:
         if not (x.is_floating_point() and x.is_contiguous() and x.nbytes >= max(self.least, 1)):
@@ -148,8 +158,7 @@ class CompressedProcessGroup(ProcessGroupWrapper):
         """Among new replicas: that all compress alike, and from which call on they count."""
         mine = torch.tensor([crc32(self._said.encode()), self.calls], device=device)
         heard = carrier.all_gather(mine.view(torch.uint8))
-        heard.wait(self.patience)
-        theirs = heard.answer().view(torch.int64).cpu()
+        theirs = heard.wait(self.patience).view(torch.int64).cpu()
         if not (theirs[:, 0] == theirs[carrier.rank, 0]).all():
             others = [rank for rank, one in enumerate(theirs[:, 0]) if one != theirs[carrier.rank, 0]]
             raise ThinwireError(
@@ -161,7 +170,7 @@ class CompressedProcessGroup(ProcessGroupWrapper):
 
 
 class _Carrier:
-    """What ``all_reduce`` needs, over a process group that ``torch.distributed`` does not know."""
+    """The collectives of an exchange, over a process group that ``torch.distributed`` does not know."""
 
     def __init__(self, rank: int, world: int, group: Any) -> None:
         self.rank, self.world, self.group = rank, world, group
@@ -178,6 +187,12 @@ class _Carrier:
         work = self.group.allgather([list(gathered)], [message], AllgatherOptions())
         self.sent += wire_bytes("all_gather", message.nbytes, self.world)
         return InFlight(work.get_future(), gathered, work)
+
+    def all_reduce(self, message: Tensor) -> InFlight:
+        raise NotImplementedError
+
+    def broadcast(self, message: Tensor, source: int) -> InFlight:
+        raise NotImplementedError
 
 
 class _Done(dist.Work):

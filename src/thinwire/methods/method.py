@@ -18,7 +18,7 @@ from thinwire.methods.warmup import Warmup
 TYPICAL = 2**20
 """Elements for which a rule is checked."""
 ROUTING = ("route", "second_stage_density_ratio")
-Route: TypeAlias = Literal["all_gather", "two_phase", "auto"]
+RouteName: TypeAlias = Literal["all_gather", "two_phase", "auto"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Method:
     rules: tuple[Rule, ...]
     clip: float | None = None
     warmup: Warmup | None = None
-    route: Route = "all_gather"
+    route: RouteName = "all_gather"
     second_stage_density_ratio: float = 1.0
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ class Method:
             rules=_rules,
             clip=optional(real(0.0, above=True, hint=", or None for no clipping")),
             warmup=Warmup.read,
-            route=one_of(*get_args(Route)),
+            route=one_of(*get_args(RouteName)),
             second_stage_density_ratio=real(0.0, above=True, hint=": it multiplies the density"),
         )
 

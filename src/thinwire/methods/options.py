@@ -8,7 +8,7 @@ from thinwire.core.checks import shown, texts
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Memory
 from thinwire.memories.error_feedback import NoMemory
-from thinwire.methods.method import Method, Route, Rule
+from thinwire.methods.method import Method, RouteName, Rule
 from thinwire.methods.warmup import Warmup
 
 IDENTITY = Rule(Cast(), NoMemory())
@@ -28,7 +28,7 @@ class Options(TypedDict, total=False):
     warmup: Warmup | int | None
     clip: float | None
     keep_dense: Sequence[str] | str
-    route: Route
+    route: RouteName
     second_stage_density_ratio: float
 
 
@@ -39,7 +39,7 @@ def recipe(
     options: Options,
     rest: Rule = IDENTITY,
     min_ndim: int = 2,
-    route: Route = "all_gather",
+    route: RouteName = "all_gather",
 ) -> Method:
     """A method that compresses parameters of at least ``min_ndim`` dimensions alike, and sends the rest by ``rest``.
 

@@ -245,10 +245,7 @@ def averaged(local: Sequence[Tensor], collective: Collective, timeout: float) ->
     """The mean over all ranks, of which the tensors of those in this process are given. A collective call."""
     mean = torch.stack(list(local)).sum(0).mul_(1.0 / collective.world)
     if len(local) < collective.world:
-        arrived = collective.all_reduce(mean).last(timeout)
-        arrived.wait(timeout)
-        arrived.future.wait()
-        mean = arrived.answer()
+        mean = collective.all_reduce(mean).wait(timeout)
     return mean
 
 

@@ -24,7 +24,7 @@ from thinwire.core.interfaces import Compressor
 from thinwire.core.loops import Kernels
 from thinwire.core.tensors import norm
 from thinwire.exchange.buckets import Bucket
-from thinwire.exchange.fused import rehearse
+from thinwire.exchange.fused import warm_up_kernels
 from thinwire.exchange.stages import Stages
 from thinwire.exchange.units import PROBE_EVERY, TURN_BYTES, Probe, Unit, Worker, all_dense, carry, resolve
 from thinwire.methods.given import method_of
@@ -89,6 +89,8 @@ class Session(OfThisRun):
         """For a model without a wrapper: backward passes inside ``with wire.no_sync():`` add up, and send nothing."""
         self.loss_scale, self.stepping = 1.0, Stepping(self, optimizer, scaler)
         self.joint = self.stepping.joint
+        self.on_commit: list[Callable[[], None]] = []
+        """Called when a step is final: an engine commits what it remembers itself."""
         self.cleanup = contextlib.ExitStack()
         """What detach() undoes; engines add to it."""
         self.row = StepRow(0, method.name)
@@ -125,7 +127,7 @@ class Session(OfThisRun):
             units, handover = self._prepare(method)
             rest = {"seed": self.seed, "step": self.step, "optimizer": self.joint.rule(), "link": self.collective.link}
             described = describe(method, units, rest)
-            rehearse(units, self.workers[0].kernels)
+            warm_up_kernels(units, self.workers[0].kernels)
         agree(self.collective.everyone, described)
         with changing(self, together.what):
             self.transaction.void()
@@ -286,7 +288,7 @@ class Session(OfThisRun):
             row.error = probe.error
         self.ledger.add(row)
         if bad is not None or self.stages.reads:
-            beside = partial(self.collective.any_beside, timeout=self.timeout)
+            beside = partial(self.collective.any_across_shards, timeout=self.timeout)
             self.transaction.end(self.step, beside, bool(bad), self._steps, self.collective.apart())
         else:
             self.transaction.end_unread()
@@ -302,6 +304,8 @@ class Session(OfThisRun):
         if not self.transaction.commit(units, self.workers, optimizer):
             return
         self.step += 1
+        for call in self.on_commit:
+            call()
         self.joint.tell(self.ledger, self.step)
         if self._carrying and not carry(self.units, self.workers):
             self._set_heads()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from thinwire.comm.process_group import Collective
-from thinwire.exchange.fused import rehearse
+from thinwire.exchange.fused import warm_up_kernels
 from thinwire.exchange.units import Unit, Worker
 from thinwire.methods.method import Method
 from thinwire.session.changed_gradients import Touched
@@ -129,7 +129,7 @@ class Stepping:
         if self._loads is not None:
             self._loads.begin()
         if self.handover is not None and self.handover.follow(session.units, session.workers):
-            rehearse(session.units, session.workers[0].kernels)
+            warm_up_kernels(session.units, session.workers[0].kernels)
 
     def exchanged(self) -> None:
         """All has arrived."""

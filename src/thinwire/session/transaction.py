@@ -12,7 +12,7 @@ import torch
 from thinwire.coding.header import SLOTS
 from thinwire.comm.texts import known_to_all
 from thinwire.core.errors import ThinwireError
-from thinwire.exchange.pipeline import Verdict
+from thinwire.exchange.status import StepStatus, unused
 from thinwire.exchange.units import Unit, Worker
 from thinwire.report.ledger import Ledger
 from thinwire.session.clock import Clock, apart, parted
@@ -61,7 +61,7 @@ class Transaction:
         """An exchange has been made that no optimizer step has made final."""
         self.failed = False
         """A gradient of it was not finite, on any rank."""
-        self.verdicts: list[Verdict] = []
+        self.statuses: list[StepStatus] = []
         """What all ranks learned in the step under way."""
         self.looked = False
         """This rank has waited to read them."""
@@ -78,7 +78,7 @@ class Transaction:
         idle = self.pending and not self.failed
         done, self.done = self.done, []
         self.pending = self.failed = False  # gradients stay: by now they are those of the next step
-        self.verdicts = []
+        self.statuses = []
         self.looked = False
         if not idle:
             return 0
@@ -131,9 +131,9 @@ class Transaction:
         self.pending = self.looked = True
         said = self._said()
         differ = parted_inside or any(differs for differs, _ in said)
-        for verdict, (_, failed) in zip(self.verdicts, said, strict=True):
+        for status, (_, failed) in zip(self.statuses, said, strict=True):
             if failed and not differ:
-                self._fail(verdict, step)
+                self._fail(status, step)
         if bad and not self.failed:
             self._complain(f"step {step}: a gradient is not finite before it is reduced")
         differ, failed, *slots = beside((differ, self.failed, *(step % SLOTS == i for i in range(SLOTS))))
@@ -153,12 +153,8 @@ class Transaction:
 
     def _said(self) -> list[list[bool]]:
         """Of each verdict, whether ranks are at different steps and anything is bad; one wait for all of them."""
-        each = [torch.stack([v.parted, v.bad.any()]) for v in self.verdicts]
+        each = [torch.stack([s.apart, s.nonfinite.any()]) for s in self.statuses]
         return cast(Any, torch.stack([one.to(each[0].device) for one in each])).tolist() if each else []
-
-    def used(self) -> set[str]:
-        """The units that any rank has used, among those of which the messages tell; on CUDA it waits."""
-        return {v.units[i].name for v in self.verdicts for i in v.used.any(0).nonzero().flatten()}
 
     def compare(self, steps: Sequence[int], step: int) -> None:
         """Look at the steps that all ranks are at.
@@ -180,12 +176,12 @@ class Transaction:
         self._complaint = complaint
         raise known_to_all(ThinwireError(complaint))
 
-    def _fail(self, verdict: Verdict, step: int) -> None:
+    def _fail(self, status: StepStatus, step: int) -> None:
         if self.failed:  # said of another message already
             return
-        sender, unit = (int(i) for i in verdict.bad.nonzero()[0])
-        rank = f"rank {sender}" if verdict.bad.shape[0] > 1 else "some rank"
-        self._complain(f"step {step}: the gradient of {verdict.units[unit].name} is not finite on {rank}")
+        sender, unit = (int(i) for i in status.nonfinite.nonzero()[0])
+        rank = f"rank {sender}" if status.nonfinite.shape[0] > 1 else "some rank"
+        self._complain(f"step {step}: the gradient of {status.units[unit].name} is not finite on {rank}")
 
     def _complain(self, complaint: str) -> None:
         self.ledger.skipped += 1
@@ -249,10 +245,9 @@ class Transaction:
             self.pending = False
             self.skips.take()
         self._idle = 0
-        verdicts = self.verdicts if self.looked else []  # where they were not, nothing is remembered
-        unused = {v.units[i].name for v in verdicts for i in v.used.any(0).logical_not().nonzero().flatten()}
+        idle = unused(self.statuses) if self.looked else set[str]()  # else nothing is remembered
         for unit in units:
-            if unit.name not in unused:
+            if unit.name not in idle:
                 unit.shared.commit()
                 for worker in workers:
                     worker.local[unit.name].commit()

@@ -14,9 +14,11 @@ from torch import Tensor
 from thinwire.comm.link import wire_bytes
 from thinwire.comm.process_group import ProcessGroup
 from thinwire.core.ambient import undisturbed
-from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor
-from thinwire.exchange.routes.reduce_scatter import layout_of
+from thinwire.exchange.pipeline import exchange
+from thinwire.exchange.routes.rows import gathered
+from thinwire.exchange.units import TwoCopies, Worker
+from thinwire.memories.error_feedback import NoMemory
 from thinwire.session.session import Session
 
 # torch 2.13 renames all_gather_into_tensor and warns at the old name.
@@ -54,16 +56,10 @@ class Gather:
             sent = wire_bytes("all_gather", input_tensor.nbytes, world)
             self.shards.gathered(input_tensor.numel(), sent, world)
             return _native(output_tensor, input_tensor, group=group, async_op=async_op)
-        rank = session.collective.rank * along.world
-        contexts = [
-            Context(session.seed, session.step, f"all-gather of {self.name}", rank + r) for r in range(along.world)
-        ]
-        layout = layout_of(self.compressor, input_tensor.numel(), input_tensor.dtype)
-        payload = self.compressor.compress(input_tensor, {}, contexts[along.rank])
-        before = along.sent
-        arrived = along.all_gather(layout.pack([payload]))
-        arrived.wait(session.timeout)
-        for ctx, message, row in zip(contexts, arrived.answer(), output_tensor.view(along.world, -1), strict=True):
-            self.compressor.decompress(layout.unpack(message)[0], row, {}, ctx).write_to(row)
+        first, before = session.collective.rank * along.world, along.sent
+        name = f"all-gather of {self.name}"
+        bucket = gathered(name, self.compressor, NoMemory(), input_tensor, along.rank, first)
+        worker = Worker(first + along.rank, session.seed, {name: TwoCopies()})
+        exchange(bucket, [input_tensor], [output_tensor], worker, session.step, along, session.timeout)
         self.shards.gathered(input_tensor.numel(), along.sent - before, along.world)
         return None

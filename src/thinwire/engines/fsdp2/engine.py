@@ -36,7 +36,7 @@ from thinwire.engines.fsdp2.reduce_scatter_hook import Scatter
 from thinwire.engines.fsdp2.shards import OwnedShard, Shards
 from thinwire.engines.names import clean
 from thinwire.engines.unchanged import warn_of_apart
-from thinwire.exchange.routes.reduce_scatter import check_flat
+from thinwire.exchange.routes.rows import check_flat
 from thinwire.exchange.units import DENSE
 from thinwire.memories.error_feedback import NoMemory
 from thinwire.methods.method import Method, Rule

@@ -1,4 +1,4 @@
-"""The compressed reduce-scatter of one ``fully_shard`` module; ``exchange/reduce_scatter.py`` has what it does."""
+"""The compressed reduce-scatter of one ``fully_shard`` module; its route is in ``exchange/routes/rows.py``."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -10,11 +10,11 @@ from torch import Tensor
 from thinwire.coding import header
 from thinwire.comm.process_group import ProcessGroup
 from thinwire.core.ambient import undisturbed
-from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.sharding import own
-from thinwire.exchange.routes.reduce_scatter import reduce_scatter
-from thinwire.exchange.units import TwoCopies
+from thinwire.exchange.pipeline import exchange
+from thinwire.exchange.routes.rows import reduced
+from thinwire.exchange.units import TwoCopies, Worker
 from thinwire.methods.method import Rule
 from thinwire.session.session import Session
 
@@ -37,9 +37,11 @@ class Scatter:
     """The reduce-scatter of one module, in the form that ``set_custom_reduce_scatter`` wants."""
 
     def __init__(self, shards: Passes, name: str, rule: Rule) -> None:
-        self.shards, self.name, self.rule = shards, name, rule
-        self.states: list[TwoCopies] = []
-        self.written: int | None = None  # the step for which the next states are
+        self.shards, self.module, self.rule = shards, name, rule
+        self.name = f"reduce-scatter of {name}"
+        self.worker: Worker | None = None
+        self.written = False
+        """The next states are those of the step under way."""
         self.found: Tensor | None = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -55,50 +57,49 @@ class Scatter:
         if op != dist.ReduceOp.SUM:
             raise ThinwireError(f"the reduce-scatter is asked for {op}; leave set_force_sum_reduction_for_comms(True)")
         self.shards.begin(session)
-        along = self.shards.shards
-        rows = own(input_tensor).view(along.world, -1)
-        pairs = [(state.now, state.next) for state in self._states(session, rows)]
-        before = along.sent
-        reduce_scatter(
-            rows, own(output_tensor), self.rule.compressor, self.rule.memory, pairs, along,
-            lambda sender, receiver: self._context(session, sender, receiver),
-            1.0 / session.loss_scale if self.rule.memory.stateful else 1.0, session.timeout,
+        along, memory = self.shards.shards, self.rule.memory
+        rows, before = own(input_tensor).view(along.world, -1), along.sent
+        first = session.collective.rank * along.world
+        if self.worker is None:
+            blank = torch.empty_like(rows.view(-1), dtype=memory.dtype(rows.dtype))
+            states = {self.name: TwoCopies.of(memory.init(blank))}
+            self.worker = Worker(first + along.rank, session.seed, states, kernels=session.workers[0].kernels)
+        if memory.stateful:
+            self._write(rows)
+            if session.loss_scale != 1.0:  # what the others send is without it, until the sum is made
+                rows[along.rank].div_(session.loss_scale)
+        bucket = reduced(self.name, self.rule.compressor, memory, rows, along.rank, first)
+        exchange(
+            bucket, [rows.view(-1)], [own(output_tensor)], self.worker, session.step, along, session.timeout,
+            session.loss_scale,
         )  # fmt: skip
         self.shards.count(session, rows.numel(), along.sent - before)
         return None
 
-    def _context(self, session: Session, sender: int, receiver: int) -> Context:
-        rank = session.collective.rank * self.shards.shards.world + sender
-        return Context(
-            session.seed, session.step, f"reduce-scatter of {self.name}[{receiver}]", rank,
-            saturates=1.0 if self.rule.memory.feeds_back else 0.0,
-        )  # fmt: skip
-
-    def _states(self, session: Session, rows: Tensor) -> list[TwoCopies]:
-        memory = self.rule.memory
-        if not memory.stateful:
-            return [TwoCopies()] * len(rows)
-        if self.written == session.step:
+    def _write(self, rows: Tensor) -> None:
+        if self.written:
             raise ThinwireError(
-                f"{self.name or 'the model'} was reduced twice in a step, of which a residual can follow one only; use "
-                "reduce_scatter= a compressor without a memory"
+                f"{self.module or 'the model'} was reduced twice in a step, of which a residual can follow one only; "
+                "use reduce_scatter= a compressor without a memory"
             )
-        if not self.states:
-            blank = torch.empty_like(rows[0], dtype=memory.dtype(rows.dtype))
-            mine = self.shards.shards.rank
-            self.states = [TwoCopies() if r == mine else TwoCopies.of(memory.init(blank)) for r in range(len(rows))]
-        self.written = session.step
-        self.found = header.is_bad(rows)
-        return self.states
+        self.written = True
+        self.found = header.is_nonfinite(rows)
 
-    def settle(self, step: int) -> None:
-        """A new step: what the last one wrote is final if the session has gone on."""
-        if self.written is not None and self.written < step:
-            for state in self.states:
-                state.commit()
-        self.written = None
+    def begin(self) -> None:
+        """A new step begins: what an earlier one wrote, and no optimizer made final, is void."""
+        self.written = False
 
-    def bad(self) -> bool | None:
-        """Whether something that is remembered was not finite; None where nothing is."""
+    def commit(self) -> None:
+        """The optimizer has stepped: what was written is final."""
+        if self.written and self.worker is not None:
+            self.worker.local[self.name].commit()
+        self.written = False
+
+    def forget(self) -> None:
+        """Let go of what is remembered."""
+        self.worker = None
+
+    def nonfinite(self) -> bool | None:
+        """Tell whether something that is remembered was not finite; None where nothing is remembered."""
         found, self.found = self.found, None
         return None if found is None else bool(found)

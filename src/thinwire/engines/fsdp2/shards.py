@@ -15,7 +15,7 @@ from thinwire.comm.mesh import Mesh
 from thinwire.comm.process_group import ProcessGroup
 from thinwire.core.sharding import place, shard_dim
 from thinwire.engines.fsdp2.reduce_scatter_hook import Scatter
-from thinwire.engines.grad_hooks import Arrivals, Owned
+from thinwire.engines.grad_hooks import GradHooks, Owned
 from thinwire.engines.model_hooks import Hook
 from thinwire.methods.method import Rule
 from thinwire.session.backward import in_backward
@@ -36,7 +36,7 @@ class OwnedShard(Owned):
         return -(-self.param.shape[dim] // world) * (self.param.numel() // max(1, self.param.shape[dim]))
 
 
-class Shards(Arrivals):
+class Shards(GradHooks):
     """The hooks of one FSDP2 model.
 
     Args:
@@ -61,6 +61,7 @@ class Shards(Arrivals):
 
     def install(self, session: Session) -> None:
         super().install(session)
+        session.on_commit.extend(scatter.commit for scatter in self.scatters)
         recomputes = cast(Any, torch.compiler.disable(self.recomputes))  # as all hooks of FSDP2 are
         for module in self.modules:
             session.cleanup.callback(module.register_forward_pre_hook(Hook(recomputes)).remove)
@@ -68,16 +69,16 @@ class Shards(Arrivals):
     def uninstall(self) -> None:
         super().uninstall()
         for scatter in self.scatters:
-            scatter.states.clear()
+            scatter.forget()
 
     def recomputes(self, *_: object) -> None:
         """A checkpointed module is run again: in the outer pass, which brings its gradients perhaps in an inner one."""
         if self.session is not None and in_backward():
             self.passes.enter()
 
-    def settle(self, session: Session) -> None:
+    def begin_exchange(self, session: Session) -> None:
         for scatter in self.scatters:
-            scatter.settle(session.step)
+            scatter.begin()
 
     def count_arrival(self, session: Session, one: Owned) -> None:
         if not self.scatters:
@@ -99,11 +100,11 @@ class Shards(Arrivals):
     def closing(self, session: Session) -> bool | None:
         session.row.gather_bytes, session.row.gather_dense_bytes = self.gathers
         self.gathers = 0.0, 0.0
-        found = [bad for scatter in self.scatters if (bad := scatter.bad()) is not None]
+        found = [flag for scatter in self.scatters if (flag := scatter.nonfinite()) is not None]
         return cast(Mesh, session.collective).any_replica(any(found), session.timeout) if found else None
 
     def memory_bytes(self, rule: Rule) -> int:
         """What a reduce-scatter that remembers keeps on this rank."""
         own_dtype = rule.memory.dtype(self.owned[0].param.dtype)
         elements = sum(one.scattered for one in self.shard_of.values())
-        return 2 * elements * (self.shards.world - 1) * own_dtype.itemsize
+        return 2 * elements * self.shards.world * own_dtype.itemsize

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from thinwire.coding.layout import Layout
 from thinwire.comm.link import Kind
-from thinwire.comm.process_group import Collective, InFlight
+from thinwire.comm.process_group import Carrier, InFlight
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Payload
 from thinwire.core.tensors import Decompressed
-from thinwire.exchange.messages import Group, Piece, remember
+from thinwire.exchange.pieces import Piece, update_residual
+from thinwire.exchange.routes.route import Route, Senders
 from thinwire.exchange.units import Unit, Worker
 
 
@@ -33,7 +34,7 @@ def leader(turn: int, world: int) -> int:
 
 
 @dataclass(frozen=True)
-class Led(Group):
+class Led(Route):
     """Units of which a leader's choice of elements is broadcast, and what all have there is summed."""
 
     choices: Layout
@@ -43,20 +44,20 @@ class Led(Group):
 
     relays: ClassVar[bool] = True
 
-    def pack(self, payloads: Sequence[Payload], head: Sequence[Payload], *, in_place: bool) -> Tensor:
+    def pack(self, payloads: Sequence[Payload], header: Sequence[Payload], *, in_place: bool) -> Tensor:
         """The choice, and the head, which waits for the second stage."""
         choice = self.choices.pack([payload[1:] for payload in payloads])
-        return torch.cat([choice, *(t.view(torch.uint8) for payload in head for t in payload)])
+        return torch.cat([choice, *(t.view(torch.uint8) for payload in header for t in payload)])
 
-    def settle(self, unit: Unit, piece: Piece, x: Tensor, own: Decompressed, worker: Worker) -> None:
+    def update_residual(self, unit: Unit, piece: Piece, x: Tensor, own: Decompressed | None, worker: Worker) -> None:
         worker.held[unit.name] = x
 
-    def start(self, message: Tensor, collective: Collective, turn: int) -> InFlight:
-        choice, head = message[: self.choices.nbytes], message[self.choices.nbytes :]
-        return replace(collective.broadcast(choice, leader(turn, collective.world)), brought=head)
+    def start(self, message: Tensor, collective: Carrier, turn: int) -> InFlight:
+        choice, header = message[: self.choices.nbytes], message[self.choices.nbytes :]
+        return replace(collective.broadcast(choice, leader(turn, collective.world)), side_data=header)
 
     def relay(
-        self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: Collective
+        self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: Carrier
     ) -> InFlight:
         chosen = arrived.answer()
         sending: list[Payload] = []
@@ -66,17 +67,17 @@ class Led(Group):
             ctx = Context(worker.seed, step, unit.name, worker.rank, worker.kernels, unit.exact, unit.saturates)
             payload = unit.compressor.follow(x, choice, known, ctx)
             sending.append(payload[:1])
-            remember(unit, piece, x, unit.compressor.decompress(payload, x, known, ctx), worker)
-        if self.has_head:
-            sending.append((cast(Tensor, arrived.brought).view(self.dtype),))
+            update_residual(unit, piece, x, unit.compressor.decompress(payload, x, known, ctx), worker)
+        if self.has_header:
+            sending.append((cast(Tensor, arrived.side_data).view(self.dtype),))
         message = self.values.pack(sending).view(self.dtype).mul_(1.0 / collective.world)  # so the sum can't overflow
-        return replace(collective.all_reduce(message), brought=chosen)
+        return replace(collective.all_reduce(message), side_data=chosen)
 
-    def opened(self, arrived: InFlight) -> tuple[list[tuple[int, list[Payload]]], Tensor | None]:
+    def opened(self, arrived: InFlight) -> tuple[Senders, Tensor | None]:
         summed = self.values.unpack(arrived.answer().view(torch.uint8))
-        choices = self.choices.unpack(cast(Tensor, arrived.brought))
+        choices = self.choices.unpack(cast(Tensor, arrived.side_data))
         payloads = [(*values, *choice) for values, choice in zip(summed, choices, strict=False)]  # the head comes after
-        return [(0, payloads)], summed[-1][0].unsqueeze(0) if self.has_head else None
+        return [(0, payloads)], summed[-1][0].unsqueeze(0) if self.has_header else None
 
     @property
     def stages(self) -> Sequence[tuple[Kind, int]]:

@@ -26,13 +26,14 @@ from torch import Tensor
 
 from thinwire.coding.layout import Layout
 from thinwire.comm.link import Kind, wire_bytes
-from thinwire.comm.process_group import Collective, InFlight
+from thinwire.comm.process_group import Carrier, InFlight
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload
 from thinwire.core.loops import Found
 from thinwire.core.tensors import Decompressed, Sparse
 from thinwire.exchange.adding import added
-from thinwire.exchange.messages import Group, Piece
+from thinwire.exchange.pieces import Piece
+from thinwire.exchange.routes.route import Route, Senders
 from thinwire.exchange.units import Unit, Worker, payload_like, payload_nbytes
 
 
@@ -77,7 +78,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class TwoPhase(Group):
+class TwoPhase(Route):
     """Units that go to their owners in pieces, and come back as means."""
 
     owned: tuple[tuple[Piece, ...], ...]
@@ -91,18 +92,18 @@ class TwoPhase(Group):
 
     relays: ClassVar[bool] = True
 
-    def pack(self, payloads: Sequence[Payload], head: Sequence[Payload], *, in_place: bool) -> Tensor:
+    def pack(self, payloads: Sequence[Payload], header: Sequence[Payload], *, in_place: bool) -> Tensor:
         message = payloads[0][0].new_zeros((len(self.owned), self.first.nbytes), dtype=torch.uint8)
         rest = iter(payloads)
         for owner, pieces in enumerate(self.owned):
-            self.first.fill(message[owner], owner, [*(next(rest) for _ in pieces), *head])
+            self.first.fill(message[owner], owner, [*(next(rest) for _ in pieces), *header])
         return message
 
-    def start(self, message: Tensor, collective: Collective, turn: int) -> InFlight:
+    def start(self, message: Tensor, collective: Carrier, turn: int) -> InFlight:
         return collective.all_to_all(message)
 
     def relay(
-        self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: Collective
+        self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: Carrier
     ) -> InFlight:
         received = arrived.answer()
         rows, columns = self.first.layouts[worker.rank].unpack_all(received)
@@ -112,7 +113,7 @@ class TwoPhase(Group):
         ]
         message = received.new_zeros(self.second.nbytes)
         self.second.fill(message, worker.rank, means)
-        return replace(collective.all_gather(message), brought=columns[-1] if self.has_head else None)
+        return replace(collective.all_gather(message), side_data=columns[-1] if self.has_header else None)
 
     def _pass_on(self, unit: Unit, piece: Piece, payloads: Sequence[Payload], worker: Worker, step: int) -> Payload:
         """The owner's part: add what all ranks sent of a piece, compress the mean, and keep what that leaves."""
@@ -123,19 +124,21 @@ class TwoPhase(Group):
         there, total = cast(Found, added(unit.compressor, [*enumerate(payloads)], like, known, ctx))
         mean = Sparse(there, total, there.numel() / like.numel())
         mean.values.mul_(1.0 / world)
-        again = self.packer(unit)
+        again = self.decoder(unit)
         payload = again.compress_sparse(mean, like, known, ctx)
         rest = without(mean, again.decompress(payload, like, known, ctx))
         rest.values.mul_(world)
         unit.memory.returned(rest, piece.of_state(worker.local[unit.name].next))
         return payload
 
-    def packer(self, unit: Unit) -> Compressor:
+    def decoder(self, unit: Unit) -> Compressor:
         return unit.compressor.denser(self.budget)
 
-    def opened(self, arrived: InFlight) -> tuple[list[tuple[int, list[Payload]]], Tensor | None]:
+    def opened(self, arrived: InFlight) -> tuple[Senders, Tensor | None]:
         rows = zip(self.second.layouts, arrived.answer(), strict=True)
-        return [(len(self.owned), [payload for layout, row in rows for payload in layout.unpack(row)])], arrived.brought
+        return [
+            (len(self.owned), [payload for layout, row in rows for payload in layout.unpack(row)])
+        ], arrived.side_data
 
     @property
     def stages(self) -> Sequence[tuple[Kind, int]]:
@@ -151,14 +154,14 @@ class TwoPhase(Group):
 
 
 def two_phase(
-    units: Sequence[Unit], chosen: Sequence[int], head: Sequence[Payload], budget: float, world: int
+    units: Sequence[Unit], chosen: Sequence[int], header: Sequence[Payload], budget: float, world: int
 ) -> TwoPhase:
-    """Plan two phases for some units of a bucket; ``head`` is like the head of their message."""
+    """Plan two phases for some units of a bucket; ``header`` is like the header of their message."""
     owned = cut(units, chosen, world)
 
-    def rows(factor: float, head: Sequence[Payload]) -> Rows:
+    def rows(factor: float, header: Sequence[Payload]) -> Rows:
         parts = [
-            [*(payload_like(unit.compressor.denser(factor), piece.of(unit.like)) for piece, unit in own), *head]
+            [*(payload_like(unit.compressor.denser(factor), piece.of(unit.like)) for piece, unit in own), *header]
             for own in ([(piece, units[piece.unit]) for piece in pieces] for pieces in owned)
         ]
         alignment = max(t.itemsize for payloads in parts for payload in payloads for t in payload)
@@ -169,9 +172,9 @@ def two_phase(
         units=tuple(chosen),
         pieces=tuple(piece for pieces in owned for piece in pieces),
         dtype=torch.uint8,
-        has_head=bool(head),
+        has_header=bool(header),
         owned=tuple(map(tuple, owned)),
-        first=rows(1.0, head),
+        first=rows(1.0, header),
         second=rows(budget, []),
         budget=budget,
     )

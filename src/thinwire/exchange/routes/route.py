@@ -1,0 +1,120 @@
+"""The interface of a route: which pieces of a bucket share a message, and how it travels and is opened."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from thinwire.coding import header as headers
+from thinwire.comm.link import Kind, wire_bytes
+from thinwire.comm.process_group import Carrier, InFlight
+from thinwire.core.context import Context
+from thinwire.core.interfaces import Compressor, Payload
+from thinwire.core.tensors import Decompressed
+from thinwire.exchange.pieces import Piece, update_residual
+from thinwire.exchange.receiving import mean_of
+from thinwire.exchange.units import Unit, Worker
+
+Senders: TypeAlias = Sequence[tuple[int, Sequence[Payload]]]
+"""Ranks, and the payloads of the pieces from each; a sum counts as one."""
+
+
+@dataclass(frozen=True)
+class Route(ABC):
+    """The units of a bucket that share one message, and the pieces that they are compressed in."""
+
+    kind: Kind
+    units: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    dtype: torch.dtype
+    """The dtype that the message is viewed as; all of it has one dtype where it is summed."""
+    has_header: bool
+    """True if the message has a header; it needs none where nothing is remembered."""
+
+    relays: ClassVar[bool] = False
+    """True if the route has a second stage, before which ranks compute."""
+
+    @cached_property
+    def by_unit(self) -> dict[int, list[tuple[int, Piece]]]:
+        """The pieces of each unit, and their numbers in the route; a unit without elements has none."""
+        found: dict[int, list[tuple[int, Piece]]] = {}
+        for j, piece in enumerate(self.pieces):
+            found.setdefault(piece.unit, []).append((j, piece))
+        return found
+
+    def header(
+        self, units: Sequence[Unit], payloads: Sequence[Payload], used: Sequence[bool], step: int
+    ) -> list[Payload]:
+        """The header of a message of these payloads, if it has one."""
+        if not self.has_header:
+            return []
+        totals: list[Tensor] = []
+        if not any(units[i].guarded for i in self.units):
+            nonfinite = payloads[0][0].new_zeros(len(self.units), dtype=torch.bool)
+            return [(headers.encode([used[i] for i in self.units], nonfinite, self.dtype, step),)]
+        first = [[payloads[j][0] for j, _ in self.by_unit.get(i, [])] if units[i].guarded else [] for i in self.units]
+        for each in first:
+            found = [headers.total(values) for values in each]
+            totals.append(torch.stack(found).sum() if len(found) > 1 else [*found, payloads[0][0].new_zeros(())][0])
+        nonfinite = headers.nonfinite_of(torch.stack(totals))
+        if not nonfinite.is_cuda and bool(nonfinite.any()):  # or a sum of what is finite has overflowed
+            nonfinite = torch.stack(
+                [torch.stack([*map(headers.is_nonfinite, each), nonfinite.new_zeros(())]).any() for each in first]
+            )
+        return [(headers.encode([used[i] for i in self.units], nonfinite, self.dtype, step),)]
+
+    @abstractmethod
+    def pack(self, payloads: Sequence[Payload], header: Sequence[Payload], *, in_place: bool) -> Tensor:
+        """The message of one rank: the payloads of the pieces, and the header. ``in_place`` allows a view of them."""
+
+    def update_residual(self, unit: Unit, piece: Piece, x: Tensor, own: Decompressed | None, worker: Worker) -> None:
+        """Update the residual before the exchange starts, since the sender knows what the receivers will get."""
+        update_residual(unit, piece, x, own, worker)
+
+    @abstractmethod
+    def start(self, message: Tensor, collective: Carrier, turn: int) -> InFlight:
+        """Start the exchange; ``turn`` is the same on all ranks, even if one of them is at another step."""
+
+    def relay(
+        self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: Carrier
+    ) -> InFlight:
+        """Start the second stage; a route without one returns what has arrived."""
+        return arrived
+
+    @abstractmethod
+    def opened(self, arrived: InFlight) -> tuple[Senders, Tensor | None]:
+        """The payloads and the headers of a finished exchange."""
+
+    def decoder(self, unit: Unit) -> Compressor:
+        """The compressor that decodes the payloads of a finished exchange."""
+        return unit.compressor
+
+    def combine(
+        self, unit: Unit, i: int, senders: Senders, out: Tensor, ctx: Context, *, zero: bool, sparse: bool
+    ) -> Tensor:
+        """Return the mean over the senders of unit ``i``, or what else the route makes of their payloads.
+
+        Args:
+            out: it is written here, if it is dense and of a dtype that is summed as it is.
+            zero: ``out`` is zero.
+            sparse: the result may be a sparse tensor.
+        """
+        return mean_of(self.decoder(unit), unit, self.by_unit[i], senders, out, ctx, zero=zero, sparse=sparse)
+
+    @property
+    @abstractmethod
+    def stages(self) -> Sequence[tuple[Kind, int]]:
+        """The collectives of the route, and the bytes of the message that a worker hands to each."""
+
+    @abstractmethod
+    def plain_bytes(self, world: int, lossy: frozenset[int]) -> float:
+        """Bytes that a worker sends for the payloads of units that are not in ``lossy``."""
+
+    def wire_bytes(self, world: int, lossy: frozenset[int]) -> tuple[float, float]:
+        """Bytes that a worker sends: in all, and for the units in ``lossy``, with the header if there are any."""
+        total = sum(wire_bytes(kind, nbytes, world) for kind, nbytes in self.stages)
+        return total, 0.0 if lossy.isdisjoint(self.units) else total - self.plain_bytes(world, lossy)

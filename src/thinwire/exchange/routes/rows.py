@@ -1,0 +1,215 @@
+"""Routes of rows: a reduce-scatter, an all-reduce that is made of it, and an all-gather of parameters.
+
+The unit is a flat buffer of which nothing but its name is known: what FSDP2 hands to its collectives, or a bucket
+that a process group is given. No message has a header.
+
+In a reduce-scatter every rank keeps the sum of one row of all ranks' buffers. A rank compresses what it sends to
+another once, and adds its own row as it is. The all-reduce gathers these sums, which their owners compress once more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from thinwire.coding.layout import Layout
+from thinwire.comm.link import Kind
+from thinwire.comm.process_group import Carrier, InFlight
+from thinwire.core.context import NOWHERE, NUMBER, Context
+from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Compressor, Memory, Payload
+from thinwire.core.tensors import flat, float_at_least_32
+from thinwire.exchange.buckets import Bucket
+from thinwire.exchange.pieces import Piece
+from thinwire.exchange.routes.route import Route, Senders
+from thinwire.exchange.units import Unit, Worker, payload_like
+
+
+@lru_cache(maxsize=1024)
+def layout_of(compressor: Compressor, numel: int, dtype: torch.dtype) -> Layout:
+    """The layout of a message of that many elements in a row."""
+    return Layout([payload_like(compressor, torch.empty(numel, dtype=dtype, device="meta"))])
+
+
+@dataclass(frozen=True)
+class Row(Piece):
+    """The row that one rank sends to another."""
+
+    receiver: int = 0
+
+    def key(self, name: str) -> str:
+        return f"{name}[{self.receiver}]"
+
+
+@dataclass(frozen=True)
+class GatheredRows(Route):
+    """An all-gather of parameters: all ranks work with what arrives, the sender too.
+
+    Args:
+        layout: of a row.
+        rank: of this process among those that exchange.
+        first: the number that the first of them has in the whole run, so that all draw differently.
+    """
+
+    layout: Layout
+    rank: int
+    first: int
+
+    def pack(self, payloads: Sequence[Payload], header: Sequence[Payload], *, in_place: bool) -> Tensor:
+        return self.layout.pack(payloads)
+
+    def start(self, message: Tensor, collective: Carrier, turn: int) -> InFlight:
+        return collective.all_gather(message)
+
+    def opened(self, arrived: InFlight) -> tuple[Senders, Tensor | None]:
+        return [(rank, self.layout.unpack(row)) for rank, row in enumerate(arrived.answer())], None
+
+    def combine(
+        self, unit: Unit, i: int, senders: Senders, out: Tensor, ctx: Context, *, zero: bool, sparse: bool
+    ) -> Tensor:
+        """Write the row of each sender to its place in ``out``."""
+        for (rank, (payload,)), row in zip(senders, flat(out).view(len(senders), -1), strict=True):
+            unit.compressor.decompress(payload, row, {}, self.context(ctx, ctx.unit, rank)).write_to(row)
+        return out
+
+    def context(self, ctx: Context, key: str, rank: int) -> Context:
+        """The context in which a rank has compressed a row."""
+        return replace(ctx, unit=key, rank=self.first + rank, kernels=None)
+
+    @property
+    def stages(self) -> Sequence[tuple[Kind, int]]:
+        return [(self.kind, self.layout.nbytes)]
+
+    def plain_bytes(self, world: int, lossy: frozenset[int]) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class ReducedRows(GatheredRows):
+    """A reduce-scatter: ``out = mine + sum of C(row)`` over the rows that others send here, in float32 at least.
+
+    Args:
+        mine: this rank's own row, ``[n]``; it may be overwritten.
+    """
+
+    mine: Tensor
+
+    def pack(self, payloads: Sequence[Payload], header: Sequence[Payload], *, in_place: bool) -> Tensor:
+        message = self.mine.new_zeros(len(payloads) + 1, self.layout.nbytes, dtype=torch.uint8)
+        others = (r for r in range(len(message)) if r != self.rank)
+        for r, payload in zip(others, payloads, strict=True):
+            message[r] = self.layout.pack([payload])
+        return message
+
+    def start(self, message: Tensor, collective: Carrier, turn: int) -> InFlight:
+        return collective.all_to_all(message)
+
+    def combine(
+        self, unit: Unit, i: int, senders: Senders, out: Tensor, ctx: Context, *, zero: bool, sparse: bool
+    ) -> Tensor:
+        return self.total(unit, senders, ctx)
+
+    def total(self, unit: Unit, senders: Senders, ctx: Context) -> Tensor:
+        """The sum of this rank's row, in the order of the ranks, its own first."""
+        total = self.mine.to(float_at_least_32(self.mine.dtype))
+        like = torch.empty_like(total, dtype=unit.memory.dtype(self.mine.dtype))
+        for rank, (payload,) in senders:
+            if rank != self.rank:
+                sent = self.context(ctx, f"{unit.name}[{self.rank}]", rank)
+                unit.compressor.decompress(payload, like, {}, sent).add_to(total)
+        return total
+
+
+@dataclass(frozen=True)
+class AllReducedRows(ReducedRows):
+    """An all-reduce: the sums of a reduce-scatter, compressed once more by their owners and gathered.
+
+    Args:
+        sums: layout of a compressed sum.
+    """
+
+    sums: Layout
+
+    relays: ClassVar[bool] = True
+
+    def relay(
+        self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: Carrier
+    ) -> InFlight:
+        unit, ctx = units[0], Context(worker.seed, step, units[0].name, worker.rank)
+        total = self.total(unit, super().opened(arrived)[0], ctx)
+        own = self.context(ctx, f"{unit.name}[{collective.world}]", self.rank)
+        return collective.all_gather(self.sums.pack([unit.compressor.compress(total, {}, own)]))
+
+    def opened(self, arrived: InFlight) -> tuple[Senders, Tensor | None]:
+        return [(rank, self.sums.unpack(row)) for rank, row in enumerate(arrived.answer())], None
+
+    def combine(
+        self, unit: Unit, i: int, senders: Senders, out: Tensor, ctx: Context, *, zero: bool, sparse: bool
+    ) -> Tensor:
+        wide = torch.empty(0, dtype=float_at_least_32(out.dtype), device=out.device)
+        for (rank, (payload,)), row in zip(senders, flat(out).view(len(senders), -1), strict=True):
+            sent = self.context(ctx, f"{unit.name}[{len(senders)}]", rank)
+            unit.compressor.decompress(payload, wide.new_empty(row.shape), {}, sent).write_to(row)
+        return out
+
+    @property
+    def stages(self) -> Sequence[tuple[Kind, int]]:
+        return [*super().stages, ("all_gather", self.sums.nbytes)]
+
+
+def _unit(name: str, compressor: Compressor, memory: Memory, like: Tensor, rows: int = 1) -> Unit:
+    """A unit for a buffer of so many rows; only its shape and dtype are looked at."""
+    buffer = torch.empty(rows * like.numel(), dtype=like.dtype, device="meta")
+    return Unit(name, buffer, compressor, memory, method_compressor=compressor, gathered=True)
+
+
+def gathered(name: str, compressor: Compressor, memory: Memory, like: Tensor, rank: int, first: int) -> Bucket:
+    """The bucket that gathers the shards of all ranks, each like ``like`` ``[n]``."""
+    layout = layout_of(compressor, like.numel(), like.dtype)
+    route = GatheredRows("all_gather", (0,), (Piece(0),), torch.uint8, False, layout, rank, first)
+    return Bucket((_unit(name, compressor, memory, like),), (route,))
+
+
+def reduced(
+    name: str, compressor: Compressor, memory: Memory, rows: Tensor, rank: int, first: int, *, to_all: bool = False
+) -> Bucket:
+    """The bucket that sums rows ``[world, n]``, each for the rank of its number.
+
+    Args:
+        to_all: gather the sums, which makes it an all-reduce.
+
+    **Wire**: ``(N-1) / N`` of the payloads of all rows, where float32 takes ``4 (N-1) / N`` bytes an element; twice
+    that to all.
+    """
+    world, n = rows.shape
+    pieces = tuple(Row(0, (r * n, (r + 1) * n), r) for r in range(world) if r != rank)
+    layout = layout_of(compressor, n, memory.dtype(rows.dtype))
+    fixed = ("all_to_all", (0,), pieces, torch.uint8, False, layout, rank, first, rows[rank])
+    sums = layout_of(compressor, n, float_at_least_32(rows.dtype))
+    route = AllReducedRows(*fixed, sums) if to_all else ReducedRows(*fixed)
+    return Bucket((_unit(name, compressor, memory, rows[0], world),), (route,))
+
+
+def payload_bytes(compressor: Compressor, x: Tensor, world: int) -> int:
+    """Bytes that an all-reduce of rows sends in place of the ``x.nbytes`` of ``x``."""
+    return world * layout_of(compressor, -(-x.numel() // world), float_at_least_32(x.dtype)).nbytes
+
+
+def check_flat(argument: str, carries: str, compressor: Compressor) -> None:
+    """Refuse a compressor that can't work on any run of elements by itself.
+
+    Raises:
+        ThinwireError: it is such a one.
+    """
+    if compressor.min_ndim or compressor.period != 1 or compressor.init(NUMBER, NOWHERE):
+        raise ThinwireError(
+            f"{argument}={type(compressor).__name__} needs matrices, keeps a state or changes its shapes; the "
+            f"{carries}: use one like Quantize(8) or Cast('bfloat16')"
+        )
+    if type(compressor).__hash__ is None:
+        raise ThinwireError(
+            f"{argument}={type(compressor).__name__} can't be hashed; make it a @dataclass(frozen=True)"
+        )

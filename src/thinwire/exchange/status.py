@@ -1,0 +1,29 @@
+"""The status of a step: what the headers of its messages tell all ranks alike."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from thinwire.exchange.units import Unit
+
+
+@dataclass(frozen=True)
+class StepStatus:
+    """The contents of the headers of one message, the same on all ranks; a sum counts as one sender."""
+
+    units: tuple[Unit, ...]
+    used: Tensor  # bool [senders, units]
+    nonfinite: Tensor  # bool [senders, units]
+    apart: Tensor  # bool []: whether ranks are at different steps
+
+
+def used(statuses: Iterable[StepStatus]) -> set[str]:
+    """The names of units that any rank has used; on CUDA it waits."""
+    return {status.units[i].name for status in statuses for i in status.used.any(0).nonzero().flatten()}
+
+
+def unused(statuses: Iterable[StepStatus]) -> set[str]:
+    """The names of units that no rank has used, of those that a message tells of; on CUDA it waits."""
+    idle = ((status, status.used.any(0).logical_not()) for status in statuses)
+    return {status.units[i].name for status, flags in idle for i in flags.nonzero().flatten()}
