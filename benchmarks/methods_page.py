@@ -102,7 +102,7 @@ def example(recipe: object) -> Method:
 
 
 def kind(compressor: Compressor, n: int) -> str:
-    omega, alpha = compressor.variance(n), compressor.contraction(n)
+    omega, alpha = compressor.traits.variance(n), compressor.traits.contraction(n)
     if omega == 0.0:
         return "exact"
     if omega is not None:
@@ -120,7 +120,11 @@ def recipe_row(name: str) -> str:
     bits = 8 * payload_nbytes(rule.compressor, like.to("meta")) / n
     yes = {True: "yes", False: "no"}
     cells = [f"`{name}`", f"{bits:.3g}", cell(section(recipe, "Wire")), f"{words:g}", kind(rule.compressor, n)]
-    cells += [yes[rule.compressor.summable], yes[rule.compressor.cuttable], cell(section(recipe, "Source"))]
+    cells += [
+        yes[rule.compressor.traits.summable],
+        yes[rule.compressor.traits.splittable],
+        cell(section(recipe, "Source")),
+    ]
     return f"| {' | '.join(cells)} |"
 
 

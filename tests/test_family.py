@@ -168,13 +168,13 @@ def test_an_unbiased_compressor_is_remembered_when_scaled():
 
 NEW = """
 from dataclasses import dataclass
-from thinwire.core import Compressor, Sparse, flat, register
+from thinwire.core import Compressor, Sparse, Traits, flat, register
 import torch
 
 @register("thirds")
 @dataclass(frozen=True)
 class EveryThird(Compressor):
-    summable = True
+    traits = Traits(summable=True)
 
     def compress(self, x, state, ctx):
         return (flat(x)[::3].clone(),)

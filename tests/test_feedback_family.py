@@ -1,6 +1,8 @@
 """Error feedback and its relatives: equalities between them, what they conserve, and real runs."""
 
 import math
+from dataclasses import replace
+from functools import cached_property
 
 import pytest
 import torch
@@ -439,8 +441,9 @@ class Growing(Cast):
         super().__init__()
         object.__setattr__(self, "alpha", alpha)
 
-    def contraction(self, n):
-        return self.alpha
+    @cached_property
+    def traits(self):
+        return replace(super().traits, contraction=lambda n: self.alpha)
 
 
 def test_an_unknown_option_is_an_error():

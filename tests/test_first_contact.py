@@ -28,6 +28,7 @@ from thinwire.compressors import (
     Threshold,
     TopK,
 )
+from thinwire.core.capabilities import title
 from thinwire.core.checks import seconds
 from thinwire.core.context import Context
 from thinwire.memories import EF21, EControl, ErrorFeedback, MomentumCorrection, NoMemory
@@ -274,7 +275,7 @@ EVERY = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("first", EVERY, ids=lambda one: one.title)
+@pytest.mark.parametrize("first", EVERY, ids=title)
 def test_every_chain_is_refused_or_loses_less_than_all(first):
     """``||x - C(x)||^2`` is below ``||x||^2``, and below what is declared, whatever stands on both sides of ``>>``."""
     torch.manual_seed(0)
@@ -295,9 +296,9 @@ def test_every_chain_is_refused_or_loses_less_than_all(first):
             chain.decompress(payload, x, state, ctx).write_to(out := torch.empty_like(x))
             lost.append(float((x - out).square().sum() / x.square().sum()))
         assert max(lost) < 1.0 + 1e-6, chain
-        alpha = chain.contraction(x.numel())
+        alpha = chain.traits.contraction(x.numel())
         assert alpha is None or sum(lost) / 6 <= 1.0 - alpha + 0.05, chain
-    assert bool(accepted) == (first.valued and first.contraction(2**20) != 0.0)
+    assert bool(accepted) == (first.traits.keeps_values and first.traits.contraction(2**20) != 0.0)
 
 
 def test_a_quantiser_before_a_sparsifier_is_turned_around():

@@ -19,7 +19,8 @@ from thinwire.compressors.sign import Sign
 from thinwire.compressors.sparse import TopK
 from thinwire.compressors.ternary import TernGrad
 from thinwire.compressors.threshold import Threshold
-from thinwire.core import Compressor, Context, registry
+from thinwire.core import Compressor, Context, Traits, registry
+from thinwire.core.capabilities import WarmStarted, compress_sparse
 from thinwire.core.errors import ThinwireError
 from thinwire.core.tensors import Sparse, flat
 from thinwire.engines.simulator import SimulatedWorkers
@@ -134,17 +135,17 @@ DISTRIBUTIONS = {
 def test_contracts_as_declared(compressor):
     for make in DISTRIBUTIONS.values():
         for n, repeats in ((1, 3), (40, 1 if deterministic(compressor) else 60), (700, 1)):
-            alpha = compressor.contraction(n)
+            alpha = compressor.traits.contraction(n)
             if alpha and (repeats > 1 or deterministic(compressor)):
                 lost, _ = losses(compressor, make(n), repeats)
                 assert lost.mean() <= 1.0 - alpha + bound(lost), make
 
 
-@pytest.mark.parametrize("compressor", [case for case in CASES if case.variance(40) is not None], ids=str)
+@pytest.mark.parametrize("compressor", [case for case in CASES if case.traits.variance(40) is not None], ids=str)
 def test_unbiased_as_declared(compressor):
     repeats, n = 400, 40
     x = DISTRIBUTIONS["student-3"](n)
-    omega = compressor.variance(n)
+    omega = compressor.traits.variance(n)
     lost, mean = losses(compressor, x, repeats)
     assert (mean - x).norm() <= (5 * (omega / repeats) ** 0.5 + 1e-6) * x.norm()
     assert lost.mean() <= omega + bound(lost)
@@ -158,14 +159,14 @@ def test_what_is_not_finite_is_seen(compressor):
         assert not restored(compressor, x)[0][0].sum().isfinite()
 
 
-@pytest.mark.parametrize("compressor", [case for case in CASES if case.cuttable], ids=str)
+@pytest.mark.parametrize("compressor", [case for case in CASES if case.traits.splittable], ids=str)
 def test_a_sum_is_compressed_once_more(compressor):
     for shape in ((1,), (50, 8), (8, 4, 3, 3)):
         like = torch.empty(shape, device="meta")
         n = like.numel()
         indices = torch.arange(0, n, 3)
         for values in (torch.randn(len(indices)), torch.zeros(len(indices))):
-            payload = compressor.compress_sparse(Sparse(indices, values, 0.3), like, {}, CTX)
+            payload = compress_sparse(compressor, Sparse(indices, values, 0.3), like, {}, CTX)
             expected = compressor.compress(like, {}, CTX)
             assert [(t.shape, t.dtype) for t in payload] == [(t.shape, t.dtype) for t in expected]
             compressor.decompress(payload, like, {}, CTX).write_to(out := torch.empty(shape))
@@ -184,13 +185,13 @@ class TestBattery:
             assert torch.equal(x, before), "compress must only read"
             like = compressor.compress(x.to("meta"), {}, CTX)
             assert [(t.shape, t.dtype) for t in payload] == [(t.shape, t.dtype) for t in like]
-            steps = [restored(compressor, x, replace(CTX, step=step))[0] for step in range(compressor.period)]
+            steps = [restored(compressor, x, replace(CTX, step=step))[0] for step in range(compressor.traits.period)]
             total = sum(t.nbytes for payload in steps for t in payload)
             assert -(-total // len(steps)) == payload_nbytes(compressor, x.to("meta"))
             assert all(t.is_contiguous() for t in payload)
             assert out.isfinite().all()
             lost = (x.double() - out.double()).square().sum()
-            if deterministic(compressor) and compressor.contraction(max(x.numel(), 1)):
+            if deterministic(compressor) and compressor.traits.contraction(max(x.numel(), 1)):
                 assert lost <= x.double().square().sum()
             exact = compressor in LOSSLESS or (type(compressor) is Cast and dtype.itemsize == 2)  # bf16 fits in fp16
             if x.numel() > 100 and not exact:
@@ -203,7 +204,7 @@ class TestBattery:
         x = torch.randn(8, 4, 3, 3).to(dtype).to(memory_format=torch.channels_last)
         _, out = restored(compressor, x)
         assert out.stride() == x.stride()
-        in_order = flat(x).clone().view((8, -1) if compressor.min_ndim == 2 else (-1,))
+        in_order = flat(x).clone().view((8, -1) if compressor.traits.min_ndim == 2 else (-1,))
         contiguous = restored(compressor, in_order)[1]
         assert torch.equal(flat(out), flat(contiguous)), "in the order of memory, whatever the layout"
 
@@ -226,7 +227,7 @@ class TestBattery:
         assert all(torch.equal(a, b) for a, b in zip(*again, strict=True))
 
     def test_summable_is_linear(self, compressor, dtype):
-        if not compressor.summable:
+        if not compressor.traits.summable:
             return
         x, y = torch.randn(2, 30, 10).to(dtype)
         summed = tuple(a + b for a, b in zip(restored(compressor, x)[0], restored(compressor, y)[0], strict=True))
@@ -347,7 +348,7 @@ def test_a_chain_codes_the_values():
     assert sum(t.nbytes for t in plain) - sum(t.nbytes for t in coded) == 2 * 100
     out = restored(chain, x)[1]
     assert torch.equal(out, restored(TopK(0.1), x)[1].half().float())
-    assert chain.denser(2.0) == TopK(0.2) >> Cast("float16")
+    assert chain.scaled_density(2.0) == TopK(0.2) >> Cast("float16")
     with pytest.raises(ThinwireError, match="codes a vector"):
         Cast() >> Halves()
 
@@ -358,11 +359,10 @@ def test_a_biased_compressor_needs_a_memory():
 
 
 @dataclass(frozen=True)
-class Halves(Compressor):
+class Halves(Compressor, WarmStarted):
     """Sends the first half at even steps and the second at odd ones, and remembers the last mean that it was told."""
 
-    summable = True
-    period = 2
+    traits = Traits(summable=True, period=2, warm_started=True)
 
     def init(self, like, ctx):
         return {"last": like.new_zeros(7)}

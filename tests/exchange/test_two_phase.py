@@ -10,6 +10,7 @@ from thinwire.comm.simulated import Local
 from thinwire.compressors.sparse import TopK
 from thinwire.core import Context
 from thinwire.core.absorbed import Absorbed
+from thinwire.core.capabilities import compress_sparse
 from thinwire.core.tensors import Sparse
 from thinwire.exchange import pipeline
 from thinwire.exchange.adding import added
@@ -113,8 +114,8 @@ def test_the_second_selection_is_exact(world):
     dense = torch.full_like(total, torch.nan)
     mean.write_to(dense)
     assert torch.equal(dense, total)
-    again = one.denser(0.5)
-    sent = again.decompress(again.compress_sparse(mean, x[0], {}, CTX), x[0], {}, CTX)
+    again = one.scaled_density(0.5)
+    sent = again.decompress(compress_sparse(again, mean, x[0], {}, CTX), x[0], {}, CTX)
     direct = again.decompress(again.compress(total, {}, CTX), total, {}, CTX)
     assert torch.equal(sent.entries()[0], direct.entries()[0])
     rest = torch.full_like(total, torch.nan)

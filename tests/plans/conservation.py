@@ -185,6 +185,6 @@ def _rounding(memory: Memory, stage: Compressor, dtype: torch.dtype, param: Tens
     """Relative to the largest of what takes part; what is summed in a short dtype is rounded in that."""
     works = memory.dtype(dtype)
     taking_part = [dtype, works]
-    if stage.summable or stage.led:
+    if stage.traits.summable or stage.traits.leader_selected:
         taking_part.append(payload_like(stage, torch.empty_like(param, device="meta", dtype=works))[0].dtype)
     return ROUNDINGS * max(torch.finfo(one).eps for one in taking_part)

@@ -81,7 +81,7 @@ def _workers(plan: Plan, method: Spec, model: Model, optimizer: torch.optim.Opti
 def summed(steps: list[Step]) -> bool:
     """Whether anything went by an all-reduce, whose order of more than two is its own."""
     return any(
-        stage.led or (stage.summable and not gathered)
+        stage.traits.leader_selected or (stage.traits.summable and not gathered)
         for step in steps
         for _, _, stage, gathered in step.units.values()
     )

@@ -2,16 +2,17 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from thinwire.compressors import chunked_indices
 from thinwire.compressors.sampling import largest_of_each
+from thinwire.core.capabilities import Adjustable
 from thinwire.core.checks import settle, share, whole
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, Sparse, flat
 from thinwire.kernels.reference import REFERENCE
@@ -19,7 +20,7 @@ from thinwire.kernels.reference import REFERENCE
 
 @register("block_topk")
 @dataclass(frozen=True)
-class BlockTopK(Compressor):
+class BlockTopK(Compressor, Adjustable):
     """Sends the ``ceil(density * B)`` elements of largest magnitude of each block of B.
 
     ``||x - C(x)||^2 <= (1 - density) ||x||^2``, as for Top-k; how much is lost beyond Top-k depends on how the blocks
@@ -47,8 +48,6 @@ class BlockTopK(Compressor):
     Departures: equal blocks, not layers.
     """
 
-    cuttable: ClassVar[bool] = True
-
     density: float
     block: int = 4096
 
@@ -58,18 +57,16 @@ class BlockTopK(Compressor):
     def with_density(self, density: float) -> "BlockTopK":
         return replace(self, density=max(density, self.density))
 
-    def denser(self, factor: float) -> "BlockTopK":
+    def scaled_density(self, factor: float) -> "BlockTopK":
         return replace(self, density=min(1.0, factor * self.density))
 
-    @property
-    def valued(self) -> bool:
-        return True
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(
+            splittable=True, needs_feedback=self.density < 1.0, keeps_values=True, contraction=self._contraction
+        )
 
-    @property
-    def needs_feedback(self) -> bool:
-        return self.density < 1.0
-
-    def contraction(self, n: int) -> float:
+    def _contraction(self, n: int) -> float:
         return self.density
 
     def sizes(self, n: int) -> tuple[int, int]:
@@ -89,9 +86,6 @@ class BlockTopK(Compressor):
         tail = REFERENCE.largest(magnitude[whole:], math.ceil(self.density * (n - whole))) + whole
         chosen = torch.cat([rows, tail])
         return flattened[chosen], chunked_indices.encode(chosen, n, size, ctx)
-
-    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        return self.compress(x.dense(like), state, ctx)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         n = like.numel()

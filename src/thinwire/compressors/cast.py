@@ -1,16 +1,16 @@
 """Cast: send every element, in the dtype it has or a shorter one."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from thinwire.core.checks import dtype, optional, settle
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Dense, Sparse, flat, shortened
+from thinwire.core.tensors import Decompressed, Dense, flat, shortened
 
 DTYPES = {
     "float64": torch.float64,
@@ -46,23 +46,26 @@ class Cast(Compressor):
     rounds; the rest stays in the residual.
     """
 
-    summable: ClassVar[bool] = True
-    cuttable: ClassVar[bool] = True
-    linear: ClassVar[bool] = True
-
     dtype: str | None = None
 
     def __post_init__(self) -> None:
         settle(self, dtype=optional(dtype(tuple(DTYPES), OWN)))
 
-    @property
-    def valued(self) -> bool:
-        return True
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(
+            summable=True,
+            splittable=True,
+            linear=True,
+            keeps_values=True,
+            contraction=self._contraction,
+            variance=self._variance,
+        )
 
-    def contraction(self, n: int) -> float | None:
+    def _contraction(self, n: int) -> float | None:
         return 1.0 if self.dtype is None else 0.999
 
-    def variance(self, n: int) -> float | None:
+    def _variance(self, n: int) -> float | None:
         return 0.0 if self.dtype is None else None
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
@@ -74,6 +77,3 @@ class Cast(Compressor):
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         return Dense(payload[0])
-
-    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        return self.compress(x.dense(like), state, ctx)

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
 
 from torch import Tensor
 
 from thinwire.compressors.sampling import Sampling
 from thinwire.compressors.sparse import TopK
+from thinwire.core.capabilities import Adjustable, LeaderSelected, Thresholded
 from thinwire.core.checks import settle, share
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, flat
 from thinwire.kernels.reference import REFERENCE
@@ -19,7 +19,7 @@ from thinwire.kernels.reference import REFERENCE
 
 @register("cltk")
 @dataclass(frozen=True)
-class CLTK(Compressor):
+class CLTK(Compressor, Adjustable, Thresholded, LeaderSelected):
     """Cyclic local Top-k: all workers send the elements that are largest at the leader, worker ``step mod N``.
 
     With ``I`` the k largest ``|x_leader|``, ``C(x_i)_j = x_i_j`` for j in ``I``, 0 elsewhere. So the sum has k
@@ -45,8 +45,6 @@ class CLTK(Compressor):
     Departures: the largest of the whole tensor, where the paper's implementation takes the largest of each chunk.
     """
 
-    led: ClassVar[bool] = True
-
     density: float
 
     def __post_init__(self) -> None:
@@ -59,22 +57,21 @@ class CLTK(Compressor):
     def with_density(self, density: float) -> "CLTK":
         return replace(self, density=max(density, self.density))
 
-    def denser(self, factor: float) -> "CLTK":
+    def scaled_density(self, factor: float) -> "CLTK":
         return replace(self, density=min(1.0, factor * self.density))
 
-    @property
-    def valued(self) -> bool:
-        return True
-
-    @property
-    def needs_feedback(self) -> bool:
-        return self._own.needs_feedback
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(leader_selected=True, needs_feedback=self.density < 1.0, keeps_values=True)
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         return self._own.compress(x, state, ctx)
 
     def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
         return self._own.encode(chosen, values, n, ctx)
+
+    def own(self, payload: Payload, chosen: Tensor, like: Tensor, state: State, ctx: Context) -> Decompressed:
+        return self.decompress(payload, like, state, ctx)
 
     def sampling(self, shape: Sequence[int], ctx: Context) -> Sampling | None:
         return self._own.sampling(shape, ctx)

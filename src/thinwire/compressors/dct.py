@@ -2,8 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import ClassVar
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -11,11 +10,12 @@ from torch import Tensor
 from thinwire.compressors import chunked_indices
 from thinwire.compressors.sampling import largest_of_each
 from thinwire.core.ambient import full_precision
+from thinwire.core.capabilities import Adjustable
 from thinwire.core.checks import settle, share, whole
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Dense, Sparse, flat, float_at_least_32, shortened
+from thinwire.core.tensors import Decompressed, Dense, flat, float_at_least_32, shortened
 
 
 def chunk_of(n: int, largest: int) -> int:
@@ -84,7 +84,7 @@ class Grid:
 
 @register("dct_topk")
 @dataclass(frozen=True)
-class DctTopK(Compressor):
+class DctTopK(Compressor, Adjustable):
     """Sends the largest coefficients of an orthonormal cosine transform (DCT-II) of each chunk.
 
     ``T = D X D^T`` in chunks of 64 x 64 (of a tensor that is no matrix: 64 in the order of memory), the
@@ -114,8 +114,6 @@ class DctTopK(Compressor):
     bit-equal where their matrix products are: on machines of one kind.
     """
 
-    cuttable: ClassVar[bool] = True
-
     density: float = 32 / 4096
     chunk: int = 64
 
@@ -125,18 +123,16 @@ class DctTopK(Compressor):
     def with_density(self, density: float) -> "DctTopK":
         return replace(self, density=max(density, self.density))
 
-    def denser(self, factor: float) -> "DctTopK":
+    def scaled_density(self, factor: float) -> "DctTopK":
         return replace(self, density=min(1.0, factor * self.density))
 
-    @property
-    def valued(self) -> bool:
-        return True
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(
+            splittable=True, needs_feedback=self.density < 1.0, keeps_values=True, contraction=self._contraction
+        )
 
-    @property
-    def needs_feedback(self) -> bool:
-        return self.density < 1.0
-
-    def contraction(self, n: int) -> float:
+    def _contraction(self, n: int) -> float:
         return min(self.density, 1.0 - 1e-6)  # a transform rounds
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
@@ -149,9 +145,6 @@ class DctTopK(Compressor):
         chosen = largest_of_each(coefficients.abs(), each)
         values = shortened(coefficients.view(-1)[chosen], x.dtype, torch.finfo(x.dtype).max)
         return values, chunked_indices.encode(chosen, n, grid.size, ctx)
-
-    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        return self.compress(x.dense(like), state, ctx)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         grid = Grid.of(like, self.chunk)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from torch import Tensor
 from thinwire.coding.bitpack import pack_bits, unpack_bits
 from thinwire.compressors.block_scales import as_float32
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Dense, Sparse, flat
+from thinwire.core.tensors import Decompressed, Dense, flat
 
 MANTISSA = 23
 """Bits of a float32 below its exponent."""
@@ -40,12 +40,14 @@ class Natural(Compressor):
     of two of its dtype becomes that, and below 2^-126 the neighbours are 0 and 2^-126.
     """
 
-    cuttable: ClassVar[bool] = True
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(splittable=True, contraction=self._contraction, variance=self._variance)
 
-    def variance(self, n: int) -> float:
+    def _variance(self, n: int) -> float:
         return 0.125
 
-    def contraction(self, n: int) -> float:
+    def _contraction(self, n: int) -> float:
         return 0.875
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
@@ -67,6 +69,3 @@ class Natural(Compressor):
         powers = (exponents.int() << MANTISSA).view(torch.float32)
         negative = unpack_bits(signs)[: like.numel()] > 0
         return Dense(torch.where(negative, -powers, powers).add_(finite))
-
-    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        return self.compress(x.dense(like), state, ctx)

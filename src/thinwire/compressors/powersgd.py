@@ -6,15 +6,17 @@ Optimization", 2019, arXiv:1905.13727.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from thinwire.core.ambient import full_precision
+from thinwire.core.capabilities import ErrorTable, WarmStarted
 from thinwire.core.checks import real, settle, whole
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, Dense, flat, float_at_least_32
 
@@ -79,7 +81,7 @@ class LowRank(Decompressed):
 
 @register("powersgd")
 @dataclass(frozen=True)
-class PowerSGD(Compressor):
+class PowerSGD(Compressor, WarmStarted, ErrorTable):
     """Sends a matrix projected on ``rank`` directions, which follow the mean of what all ranks send.
 
     ``P_i = M_i R`` at even steps, received as ``mean(P) R^T``, and then ``L = orth(mean(P))``;
@@ -114,11 +116,6 @@ class PowerSGD(Compressor):
     more than ``rank`` arrives whole at every second step, not at every one.
     """
 
-    summable: ClassVar[bool] = True
-    learns: ClassVar[bool] = True
-    min_ndim: ClassVar[int] = 2
-    period: ClassVar[int] = 2
-
     rank: int
     min_rate: float = 0.0
 
@@ -129,17 +126,14 @@ class PowerSGD(Compressor):
             min_rate=real(0.0, hint=", which takes every matrix"),
         )
 
-    @property
-    def valued(self) -> bool:
-        return True
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(
+            summable=True, min_ndim=2, period=2, needs_feedback=True, keeps_values=True, warm_started=True,
+            declines=self._declines,
+        )  # fmt: skip
 
-    @property
-    def needs_feedback(self) -> bool:
-        return True
-
-    def declines(self, shape: Sequence[int]) -> str | None:
-        if (fewer := super().declines(shape)) is not None:
-            return fewer
+    def _declines(self, shape: Sequence[int]) -> str | None:
         n, m = shape[0], torch.Size(shape[1:]).numel()
         if n * m >= self.min_rate * self.rank * (n + m):
             return None

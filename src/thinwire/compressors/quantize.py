@@ -3,18 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from functools import cached_property
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from thinwire.coding.bitpack import pack_fields, unpack_fields
 from thinwire.compressors.block_scales import as_float32, count, in_blocks, l2, scale_of
+from thinwire.core.capabilities import ErrorTable
 from thinwire.core.checks import one_of, settle, whole
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Dense, Sparse, flat
+from thinwire.core.tensors import Decompressed, Dense, flat
 
 
 def lost_in_rounding(levels: Tensor, *, randomly: bool) -> Tensor:
@@ -33,7 +35,7 @@ def rounded_randomly(levels: Tensor, ctx: Context) -> Tensor:
 
 @register("qsgd")
 @dataclass(frozen=True)
-class QSGD(Compressor):
+class QSGD(Compressor, ErrorTable):
     """Rounds every element at random to one of ``s = 2^(bits-1) - 1`` magnitudes and a sign; unbiased.
 
     ``r = ||x_B||`` of each block, ``a = s |x| / r``, ``level = floor(a) + Bernoulli(a - floor(a))``, sent as
@@ -63,8 +65,6 @@ class QSGD(Compressor):
     ``B / 4 s^2`` instead of the paper's ``B / s^2``, since a Bernoulli variable has a variance of at most 1/4.
     """
 
-    cuttable: ClassVar[bool] = True
-
     bits: int
     block: int = 512
     norm: Literal["l2", "max"] = "l2"
@@ -81,12 +81,16 @@ class QSGD(Compressor):
         """``s``: magnitudes above 0."""
         return 2 ** (self.bits - 1) - 1
 
-    def variance(self, n: int) -> float:
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(splittable=True, contraction=self._contraction, variance=self._variance)
+
+    def _variance(self, n: int) -> float:
         size, s = min(n, self.block), self.levels
         return min(size / (4 * s * s), math.sqrt(size) / s)
 
-    def contraction(self, n: int) -> float:
-        return max(0.0, 1.0 - self.variance(n))
+    def _contraction(self, n: int) -> float:
+        return max(0.0, 1.0 - self._variance(n))
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         n, blocks = x.numel(), count(x.numel(), self.block)
@@ -119,13 +123,10 @@ class QSGD(Compressor):
         shares = torch.cat([table, -table])[rows.int()]
         return Dense(shares.mul_(scales.unsqueeze(1)).view(-1)[:n])
 
-    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        return self.compress(x.dense(like), state, ctx)
-
 
 @register("quantize")
 @dataclass(frozen=True)
-class Quantize(Compressor):
+class Quantize(Compressor, ErrorTable):
     """Rounds every element to one of ``2^bits`` levels, evenly spaced from the minimum of its block to the maximum.
 
     ``u = (max - min) / (2^bits - 1)``, ``level = floor((x - min) / u + r)`` with ``r = 1/2`` (nearest) or uniform in
@@ -157,8 +158,6 @@ class Quantize(Compressor):
     float32's range saturates at it.
     """
 
-    cuttable: ClassVar[bool] = True
-
     bits: int
     block: int = 256
     rounding: Literal["nearest", "stochastic"] = "nearest"
@@ -167,14 +166,15 @@ class Quantize(Compressor):
         bits = whole(1, 8, says="Quantize takes 1 to 8, whole; beyond, use Cast('float16')")
         settle(self, bits=bits, block=whole(1), rounding=one_of("nearest", "stochastic"))
 
-    @property
-    def needs_feedback(self) -> bool:
-        return self.rounding == "nearest" and self.bits < 4
+    @cached_property
+    def traits(self) -> Traits:
+        coarse = self.rounding == "nearest" and self.bits < 4
+        return Traits(splittable=True, needs_feedback=coarse, contraction=self._contraction, variance=self._variance)
 
-    def contraction(self, n: int) -> float:
+    def _contraction(self, n: int) -> float:
         return max(0.0, 1.0 - self._worst(n))
 
-    def variance(self, n: int) -> float | None:
+    def _variance(self, n: int) -> float | None:
         return self._worst(n) if self.rounding == "stochastic" else None
 
     def _worst(self, n: int) -> float:
@@ -220,6 +220,3 @@ class Quantize(Compressor):
         rows = in_blocks(unpack_fields(packed, self.bits)[:n], self.block)
         up = (torch.arange(top + 1, dtype=torch.float32, device=packed.device) / top)[rows.int()]
         return Dense(((1.0 - up) * ends[:, :1] + up * ends[:, 1:]).view(-1)[:n])
-
-    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        return self.compress(x.dense(like), state, ctx)

@@ -2,15 +2,17 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from thinwire.coding.header import is_nonfinite
+from thinwire.core.capabilities import Adjustable
 from thinwire.core.checks import flag, settle, share
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, Sparse, flat
 
@@ -38,7 +40,7 @@ def distinct(n: int, k: int, generator: torch.Generator) -> Tensor:
 
 @register("randk")
 @dataclass(frozen=True)
-class RandK(Compressor):
+class RandK(Compressor, Adjustable):
     """Sends ``k = ceil(density * n)`` elements at positions that are drawn by seed, without replacement.
 
     ``scaled``: times n/k, unbiased with ``omega = n/k - 1``. Else, for error feedback, as they are:
@@ -69,31 +71,31 @@ class RandK(Compressor):
     density: float
     shared: bool = True
     scaled: bool = True
-    summable: ClassVar[bool]
 
     def __post_init__(self) -> None:
         settle(self, density=share("0.01"), shared=flag, scaled=flag)
-        object.__setattr__(self, "summable", self.shared)
 
     def with_density(self, density: float) -> "RandK":
         return replace(self, density=max(density, self.density))
 
-    def denser(self, factor: float) -> "RandK":
+    def scaled_density(self, factor: float) -> "RandK":
         return replace(self, density=min(1.0, factor * self.density))
 
-    @property
-    def valued(self) -> bool:
-        return True
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(
+            summable=self.shared,
+            needs_feedback=not self.scaled and self.density < 1.0,
+            keeps_values=True,
+            contraction=self._contraction,
+            variance=self._variance,
+        )
 
-    @property
-    def needs_feedback(self) -> bool:
-        return not self.scaled and self.density < 1.0
-
-    def contraction(self, n: int) -> float:
+    def _contraction(self, n: int) -> float:
         kept = self.k(n) / max(n, 1)
         return kept if not self.scaled else max(0.0, 2.0 - max(n, 1) / max(self.k(n), 1))
 
-    def variance(self, n: int) -> float | None:
+    def _variance(self, n: int) -> float | None:
         return max(n, 1) / max(self.k(n), 1) - 1.0 if self.scaled or self.density == 1.0 else None
 
     def k(self, n: int) -> int:

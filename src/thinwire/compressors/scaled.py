@@ -1,13 +1,26 @@
 """Scaled: what an unbiased compressor sends, made small enough to be remembered."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
+from thinwire.core.capabilities import (
+    Adjustable,
+    TakesSparse,
+    WarmStarted,
+    commit,
+    compress_sparse,
+    inherit,
+    moved,
+    scaled_density,
+    title,
+    with_density,
+)
 from thinwire.core.checks import of_type, settle
 from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, Sparse
 
@@ -39,7 +52,7 @@ class Times(Decompressed):
 
 @register("scaled")
 @dataclass(frozen=True)
-class Scaled(Compressor):
+class Scaled(Compressor, WarmStarted, Adjustable, TakesSparse):
     """An unbiased compressor for error feedback: ``C / (1 + omega)`` contracts where C alone may not.
 
     ``E||x - C(x) / (1 + omega)||^2 <= (1 - 1 / (1 + omega)) ||x||^2``.
@@ -53,7 +66,7 @@ class Scaled(Compressor):
     **Wire**: that of the compressor; the factor is known to all.
 
     Example:
-        >>> Scaled(RandK(0.25)).contraction(1000)
+        >>> Scaled(RandK(0.25)).traits.contraction(1000)
         0.25
 
     Source: P. Richtarik, I. Sokolov, I. Fatkhullin, "EF21: A New, Simpler, Theoretically Better, and Practically Faster
@@ -68,55 +81,47 @@ class Scaled(Compressor):
         settle(
             self, compressor=of_type(Compressor, "Scaled takes an unbiased compressor, such as QSGD(2) or RandK(0.01)")
         )
-        if self.compressor.variance(2**20) is None:
+        if self.compressor.traits.variance(2**20) is None:
             raise ThinwireError(
                 f"{type(self.compressor).__name__} is biased, and so has no variance to scale by; "
                 "Scaled takes an unbiased compressor, such as QSGD or RandK"
             )
-        for name in ("summable", "min_ndim", "cuttable", "period"):
-            object.__setattr__(self, name, getattr(self.compressor, name))
 
-    @property
-    def title(self) -> str:
-        return f"Scaled({self.compressor.title})"
-
-    @property
-    def valued(self) -> bool:
-        return self.compressor.valued
-
-    @property
-    def needs_feedback(self) -> bool:
-        return True
-
-    def contraction(self, n: int) -> float:
-        return self._factor(n)
+    @cached_property
+    def traits(self) -> Traits:
+        inner = self.compressor.traits
+        return Traits(
+            summable=inner.summable, splittable=inner.splittable, min_ndim=inner.min_ndim, period=inner.period,
+            keeps_values=inner.keeps_values, declines=inner.declines, warm_started=inner.warm_started,
+            needs_feedback=True, contraction=self._factor, title=f"Scaled({title(self.compressor)})",
+        )  # fmt: skip
 
     def _factor(self, n: int) -> float:
-        return 1.0 / (1.0 + (self.compressor.variance(n) or 0.0))
+        return 1.0 / (1.0 + (self.compressor.traits.variance(n) or 0.0))
 
     def init(self, like: Tensor, ctx: Context) -> State:
         return self.compressor.init(like, ctx)
 
     def commit(self, payload: Payload, like: Tensor, old: State, new: State, ctx: Context) -> None:
-        self.compressor.commit(payload, like, old, new, ctx)
+        commit(self.compressor, payload, like, old, new, ctx)
 
     def inherit(self, old: State, fresh: State) -> State:
-        return self.compressor.inherit(old, fresh)
+        return inherit(self.compressor, old, fresh)
 
     def moved(self, old: State, fresh: State, order: Tensor) -> State:
-        return self.compressor.moved(old, fresh, order)
+        return moved(self.compressor, old, fresh, order)
 
     def with_density(self, density: float) -> "Scaled":
-        return replace(self, compressor=self.compressor.with_density(density))
+        return replace(self, compressor=with_density(self.compressor, density))
 
-    def denser(self, factor: float) -> "Scaled":
-        return replace(self, compressor=self.compressor.denser(factor))
+    def scaled_density(self, factor: float) -> "Scaled":
+        return replace(self, compressor=scaled_density(self.compressor, factor))
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         return self.compressor.compress(x, state, ctx)
 
     def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        return self.compressor.compress_sparse(x, like, state, ctx)
+        return compress_sparse(self.compressor, x, like, state, ctx)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         return Times(self.compressor.decompress(payload, like, state, ctx), self._factor(like.numel()))

@@ -3,16 +3,18 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, cast
+from functools import cached_property
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from thinwire.compressors.sparse import VALUES, TopK
 from thinwire.compressors.threshold import bounded
+from thinwire.core.capabilities import Adjustable, TakesSparse
 from thinwire.core.checks import one_of, optional, settle, share, whole
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, Sparse, flat
 
@@ -80,7 +82,7 @@ def peeled(head: Tensor, floor: float, q: float, stages: int, fit: Callable[[Ten
 
 @register("sidco")
 @dataclass(frozen=True)
-class SIDCo(Compressor):
+class SIDCo(Compressor, Adjustable, TakesSparse):
     """About the ``k = ceil(density * n)`` largest magnitudes, by a threshold that is fitted to them, in O(n).
 
     Exponential: ``tau = -mean ln p``. For small p the fit is repeated on the tail: a first stage at 1/4, then
@@ -109,8 +111,6 @@ class SIDCo(Compressor):
     five calls; so nothing is remembered. Zeros are left out of the logarithms. The capacity, of k.
     """
 
-    cuttable: ClassVar[bool] = True
-
     density: float
     stages: int | None = None
     fit: Literal["exponential", "gamma", "pareto"] = "exponential"
@@ -127,18 +127,19 @@ class SIDCo(Compressor):
     def with_density(self, density: float) -> "SIDCo":
         return replace(self, density=max(density, self.density))
 
-    def denser(self, factor: float) -> "SIDCo":
+    def scaled_density(self, factor: float) -> "SIDCo":
         return replace(self, density=min(1.0, factor * self.density))
 
-    @property
-    def valued(self) -> bool:
-        return self.packer().valued
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(
+            splittable=True,
+            needs_feedback=self.density < 1.0,
+            keeps_values=self.packer().traits.keeps_values,
+            contraction=self._contraction,
+        )
 
-    @property
-    def needs_feedback(self) -> bool:
-        return self.density < 1.0
-
-    def contraction(self, n: int) -> float:
+    def _contraction(self, n: int) -> float:
         return 1.0 / (2 * max(n, 1))  # the largest is sent
 
     def threshold(self, magnitude: Tensor, p: float) -> float:

@@ -1,7 +1,8 @@
 """Scaled signs: one bit an element, and a scale for each block."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,9 +11,9 @@ from thinwire.coding.bitpack import pack_bits, unpack_bits
 from thinwire.compressors.block_scales import as_float32, count, in_blocks, l2, scale_of
 from thinwire.core.checks import one_of, settle, whole
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Dense, Sparse, flat
+from thinwire.core.tensors import Decompressed, Dense, flat
 
 
 @register("sign")
@@ -49,23 +50,17 @@ class Sign(Compressor):
     votes for nothing.
     """
 
-    cuttable: ClassVar[bool] = True
-
     block: int = 4096
     scale: Literal["l1", "l2", "none"] = "l1"
 
     def __post_init__(self) -> None:
         settle(self, block=whole(1), scale=one_of("l1", "l2", "none"))
 
-    @property
-    def needs_feedback(self) -> bool:
-        return True
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(splittable=True, needs_feedback=True, votes=self.scale == "none", contraction=self._contraction)
 
-    @property
-    def votes(self) -> bool:
-        return self.scale == "none"
-
-    def contraction(self, n: int) -> float:
+    def _contraction(self, n: int) -> float:
         return 1.0 / max(1, min(n, self.block)) if self.scale == "l1" else 0.0
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
@@ -98,6 +93,3 @@ class Sign(Compressor):
         size = max(n, 1) if self.scale == "none" else self.block
         negative = in_blocks(unpack_bits(packed)[:n], size) > 0
         return Dense(torch.where(negative, -scales.unsqueeze(1), scales.unsqueeze(1)).reshape(-1)[:n])
-
-    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        return self.compress(x.dense(like), state, ctx)

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, cast
+from functools import cached_property
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from thinwire.coding import elias_fano
 from thinwire.coding import values as codes
 from thinwire.compressors.cast import DTYPES, OWN, dtype_named
 from thinwire.compressors.sampling import EXACT_BELOW, Sampling, sample_size
+from thinwire.core.capabilities import Adjustable, ErrorTable, SumsSparsely, TakesSparse, Thresholded
 from thinwire.core.checks import dtype, one_of, optional, real, settle, share, whole
 from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.loops import Found
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, Sparse, flat, float_at_least_32, shortened
@@ -27,7 +29,7 @@ VALUES = optional(dtype((*codes.CODES, *DTYPES), OWN))
 
 @register("topk")
 @dataclass(frozen=True)
-class TopK(Compressor):
+class TopK(Compressor, Adjustable, Thresholded, SumsSparsely, TakesSparse, ErrorTable):
     """Sends the ``k = ceil(density * n)`` elements of largest magnitude of each tensor.
 
     ``decompress(compress(x))_j = x_j`` for the k largest ``|x_j|``, 0 elsewhere; so
@@ -61,8 +63,6 @@ class TopK(Compressor):
         tensor([ 0., -3.,  0.,  2.])
     """
 
-    cuttable: ClassVar[bool] = True
-
     density: float
     values: str | None = None
     selection: Literal["auto", "exact", "sampled"] = "auto"
@@ -84,18 +84,19 @@ class TopK(Compressor):
     def with_density(self, density: float) -> "TopK":
         return replace(self, density=max(density, self.density))
 
-    def denser(self, factor: float) -> "TopK":
+    def scaled_density(self, factor: float) -> "TopK":
         return replace(self, density=min(1.0, factor * self.density))
 
-    @property
-    def valued(self) -> bool:
-        return self.values not in codes.CODES
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(
+            splittable=True,
+            needs_feedback=self.density < 1.0,
+            keeps_values=self.values not in codes.CODES,
+            contraction=self._contraction,
+        )
 
-    @property
-    def needs_feedback(self) -> bool:
-        return self.density < 1.0
-
-    def contraction(self, n: int) -> float | None:
+    def _contraction(self, n: int) -> float | None:
         return 1.0 / (2 * n) if self.values in codes.CODES else self.k(n) / n
 
     def k(self, n: int) -> int:

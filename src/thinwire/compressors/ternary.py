@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ from thinwire.coding.bitpack import pack_trits, unpack_trits
 from thinwire.compressors.block_scales import as_float32, l2, scale_of
 from thinwire.core.checks import optional, real, settle
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Dense, Sparse, flat
+from thinwire.core.tensors import Decompressed, Dense, flat
 
 
 @register("terngrad")
@@ -46,18 +46,20 @@ class TernGrad(Compressor):
     even) is not clipped to nothing. Scales are not shared between workers, which would take another collective.
     """
 
-    cuttable: ClassVar[bool] = True
-
     clip_rms: float | None = 2.5
 
     def __post_init__(self) -> None:
         settle(self, clip_rms=optional(real(0.0, above=True, hint=", in root mean squares, or None for no clipping")))
 
-    def variance(self, n: int) -> float | None:
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(splittable=True, contraction=self._contraction, variance=self._variance)
+
+    def _variance(self, n: int) -> float | None:
         return (math.sqrt(max(n, 1)) - 1.0) / 2.0 + 1e-6 if self.clip_rms is None else None
 
-    def contraction(self, n: int) -> float:
-        return 0.0 if (omega := self.variance(n)) is None else max(0.0, 1.0 - omega)
+    def _contraction(self, n: int) -> float:
+        return 0.0 if (omega := self._variance(n)) is None else max(0.0, 1.0 - omega)
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         n = x.numel()
@@ -78,6 +80,3 @@ class TernGrad(Compressor):
         scale, packed = payload
         table = torch.cat([torch.zeros_like(scale), scale, -scale])
         return Dense(table[unpack_trits(packed)[: like.numel()].int()])
-
-    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        return self.compress(x.dense(like), state, ctx)

@@ -1,15 +1,16 @@
 """What is not below a threshold: hard thresholds, with a capacity that fixes the size of a message."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from thinwire.compressors.sparse import VALUES, TopK
+from thinwire.core.capabilities import Adjustable, TakesSparse
 from thinwire.core.checks import real, settle, share
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, Sparse, flat
 from thinwire.kernels.reference import REFERENCE, at_least
@@ -25,7 +26,7 @@ def bounded(magnitude: Tensor, threshold: float, k: int) -> Tensor:
 
 @register("threshold")
 @dataclass(frozen=True)
-class Threshold(Compressor):
+class Threshold(Compressor, Adjustable, TakesSparse):
     """Sends the elements whose magnitude is not below a threshold: at least one, and at most a capacity.
 
     ``decompress(compress(x))_j = x_j`` where ``|x_j| >= threshold``, 0 elsewhere; so
@@ -55,8 +56,6 @@ class Threshold(Compressor):
     Departures: the capacity, since a collective needs one size on all ranks.
     """
 
-    cuttable: ClassVar[bool] = True
-
     threshold: float
     capacity: float
     values: str | None = None
@@ -72,18 +71,19 @@ class Threshold(Compressor):
     def with_density(self, density: float) -> "Threshold":
         return replace(self, capacity=max(density, self.capacity))
 
-    def denser(self, factor: float) -> "Threshold":
+    def scaled_density(self, factor: float) -> "Threshold":
         return replace(self, capacity=min(1.0, factor * self.capacity))
 
-    @property
-    def valued(self) -> bool:
-        return self.packer().valued
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(
+            splittable=True,
+            needs_feedback=True,
+            keeps_values=self.packer().traits.keeps_values,
+            contraction=self._contraction,
+        )
 
-    @property
-    def needs_feedback(self) -> bool:
-        return True
-
-    def contraction(self, n: int) -> float:
+    def _contraction(self, n: int) -> float:
         return 1.0 / (2 * max(n, 1))  # the largest is sent
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:

@@ -2,14 +2,33 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from thinwire.core.capabilities import (
+    Adjustable,
+    LeaderSelected,
+    SumsSparsely,
+    TakesSparse,
+    Thresholded,
+    WarmStarted,
+    commit,
+    compress_sparse,
+    inherit,
+    moved,
+    sampling,
+    scaled_density,
+    title,
+    together,
+    with_density,
+)
 from thinwire.core.checks import of_type, settle
 from thinwire.core.context import NOWHERE, NUMBER, Context
 from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.loops import Found, Selection
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, Sparse
@@ -17,7 +36,7 @@ from thinwire.core.tensors import Decompressed, Sparse
 
 @register("chain")
 @dataclass(frozen=True)
-class Chain(Compressor):
+class Chain(Compressor, WarmStarted, Adjustable, Thresholded, SumsSparsely, TakesSparse, LeaderSelected):
     """``first``, and the first tensor of its payload (values, factors) by ``then``.
 
     What either loses stays in the residual of an error feedback: where ``first`` keeps a part ``s`` of ``x`` that is
@@ -44,78 +63,78 @@ class Chain(Compressor):
     def __post_init__(self) -> None:
         beside = of_type(Compressor, "what stands beside >> is a compressor, as in TopK(0.01) >> Quantize(4)")
         settle(self, first=beside, then=beside)
-        first, then = self.first.title, self.then.title
-        if self.then.period != 1 or self.then.min_ndim or self.then.init(NUMBER, NOWHERE):
+        first, then = title(self.first), title(self.then)
+        kept, coder = self.first.traits, self.then.traits
+        if coder.period != 1 or coder.min_ndim or self.then.init(NUMBER, NOWHERE):
             raise ThinwireError(f"{then} needs matrices or keeps a state; what stands after >> codes a vector")
-        if self.then.led:
+        if coder.leader_selected:
             raise ThinwireError(f"{then} sends what one rank has chosen for all; it can't stand after >>, only before")
-        if not self.first.valued:
-            turned = f": {then} >> {first}" if self.then.valued else ""
+        if not kept.keeps_values:
+            turned = f": {then} >> {first}" if coder.keeps_values else ""
             raise ThinwireError(
                 f"{first} >> {then} would code the scales of {first} instead of values, and may lose more than sending "
                 f"nothing; a compressor that keeps values stands first{turned}, as in TopK(0.01) >> Quantize(4)"
             )
-        if (self.first.learns or self.first.led) and not self.then.summable:
+        if (kept.warm_started or kept.leader_selected) and not coder.summable:
             raise ThinwireError(f"{first} needs the sum of what is sent, which {then} prevents; use Cast('float16')")
-        # what is said of a class elsewhere depends on the parts here
-        for name in ("min_ndim", "period", "cuttable", "learns", "led"):
-            object.__setattr__(self, name, getattr(self.first, name))
-        object.__setattr__(self, "summable", self.first.summable and self.then.summable)
 
-    @property
-    def title(self) -> str:
-        return f"{self.first.title} >> {self.then.title}"
+    @cached_property
+    def traits(self) -> Traits:
+        kept, coder = self.first.traits, self.then.traits
+        return replace(
+            kept,
+            summable=kept.summable and coder.summable,
+            keeps_values=coder.keeps_values,
+            needs_feedback=kept.needs_feedback or coder.needs_feedback,
+            linear=False,
+            votes=False,
+            contraction=self._contraction,
+            variance=self._variance,
+            title=f"{title(self.first)} >> {title(self.then)}",
+        )
 
-    @property
-    def valued(self) -> bool:
-        return self.then.valued
-
-    @property
-    def needs_feedback(self) -> bool:
-        return self.first.needs_feedback or self.then.needs_feedback
-
-    def contraction(self, n: int) -> float | None:
-        kept, coded = self.first.contraction(n), self.then.contraction(n)
+    def _contraction(self, n: int) -> float | None:
+        kept, coded = self.first.traits.contraction(n), self.then.traits.contraction(n)
         if 0.0 in (kept, coded):  # whatever is known of the other
             return 0.0
         return None if kept is None or coded is None else kept * coded
 
-    def variance(self, n: int) -> float | None:
-        kept, coded = self.first.variance(n), self.then.variance(n)
+    def _variance(self, n: int) -> float | None:
+        kept, coded = self.first.traits.variance(n), self.then.traits.variance(n)
         return None if kept is None or coded is None else (1.0 + kept) * (1.0 + coded) - 1.0
-
-    def declines(self, shape: Sequence[int]) -> str | None:
-        return self.first.declines(shape)
 
     def init(self, like: Tensor, ctx: Context) -> State:
         return self.first.init(like, ctx)
 
     def inherit(self, old: State, fresh: State) -> State:
-        return self.first.inherit(old, fresh)
+        return inherit(self.first, old, fresh)
 
     def moved(self, old: State, fresh: State, order: Tensor) -> State:
-        return self.first.moved(old, fresh, order)
+        return moved(self.first, old, fresh, order)
 
     def with_density(self, density: float) -> "Chain":
-        return replace(self, first=self.first.with_density(density))
+        return replace(self, first=with_density(self.first, density))
 
-    def denser(self, factor: float) -> "Chain":
-        return replace(self, first=self.first.denser(factor))
+    def scaled_density(self, factor: float) -> "Chain":
+        return replace(self, first=scaled_density(self.first, factor))
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         return self._code(self.first.compress(x, state, ctx), ctx)
 
     def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        return self._code(self.first.compress_sparse(x, like, state, ctx), ctx)
+        return self._code(compress_sparse(self.first, x, like, state, ctx), ctx)
 
     def follow(self, x: Tensor, choice: Payload, state: State, ctx: Context) -> Payload:
-        return self._code(self.first.follow(x, choice, state, ctx), ctx)
+        return self._code(cast(LeaderSelected, self.first).follow(x, choice, state, ctx), ctx)
 
     def sampling(self, shape: Sequence[int], ctx: Context) -> Selection | None:
-        return self.first.sampling(shape, ctx)
+        return sampling(self.first, shape, ctx)
 
     def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
-        return self._code(self.first.encode(chosen, values, n, ctx), ctx)
+        return self._code(cast(Thresholded, self.first).encode(chosen, values, n, ctx), ctx)
+
+    def own(self, payload: Payload, chosen: Tensor, like: Tensor, state: State, ctx: Context) -> Decompressed:
+        return self.decompress(payload, like, state, ctx)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         return self.first.decompress(self._decode(payload, like, ctx), like, state, ctx)
@@ -124,10 +143,10 @@ class Chain(Compressor):
         self, payloads: Sequence[tuple[int, Payload]], like: Tensor, ctx: Context, alpha: float, most: float
     ) -> Found | None:
         decoded = [(rank, self._decode(one, like, replace(ctx, rank=rank))) for rank, one in payloads]
-        return self.first.together(decoded, like, ctx, alpha, most)
+        return together(self.first, decoded, like, ctx, alpha, most)
 
     def commit(self, payload: Payload, like: Tensor, old: State, new: State, ctx: Context) -> None:
-        self.first.commit(self._decode(payload, like, ctx), like, old, new, ctx)
+        commit(self.first, self._decode(payload, like, ctx), like, old, new, ctx)
 
     def _code(self, payload: Payload, ctx: Context) -> Payload:
         values, *rest = payload

@@ -7,7 +7,9 @@ is what a receiver reconstructs from one payload, in a form that can be added wi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
 
 import torch
@@ -15,9 +17,8 @@ from torch import Tensor
 
 from thinwire.core.absorbed import Absorbed, Absorbing
 from thinwire.core.context import NOWHERE, Context
-from thinwire.core.errors import ThinwireError
-from thinwire.core.loops import Accumulation, Found, Selection
-from thinwire.core.tensors import Decompressed, Sparse
+from thinwire.core.loops import Accumulation
+from thinwire.core.tensors import Decompressed
 
 if TYPE_CHECKING:
     from thinwire.core.chain import Chain
@@ -29,89 +30,62 @@ State: TypeAlias = dict[str, Tensor]
 """What is remembered of one unit; a checkpoint is a copy of it. ``residual`` is always "asked, not yet sent"."""
 
 
-class Compressor(ABC):
-    """Pure tensor maths with frozen hyper-parameters; ``compress`` and ``decompress`` only read ``state``.
+def unknown(n: int) -> float | None:
+    """Nothing is known of tensors of n elements."""
+    return None
 
-    The state of a compressor, if it has one, is equal on all ranks, and ``commit`` alone writes it.
+
+@dataclass(frozen=True)
+class Traits:
+    """Facts of a compressor, all with a safe default; a wrapper answers ``replace(inner.traits, ...)``."""
+
+    summable: bool = False
+    """The sum of payloads decompresses to the sum of tensors, so that an all-reduce may carry them."""
+    splittable: bool = False
+    """Any run of a tensor's elements can be compressed on its own, and a sum of such runs once more."""
+    min_ndim: int = 0
+    """Tensors of fewer dimensions are passed on to the plan's next rule."""
+    period: int = 1
+    """The shapes of a payload repeat after so many steps; they may depend on ``ctx.phase % period``."""
+    needs_feedback: bool = False
+    """Training need not converge with a memory that forgets what the compressor loses."""
+    linear: bool = False
+    """It treats every number by itself and a sum as a sum, so that a complex one may travel as two."""
+    keeps_values: bool = False
+    """Its payload begins with the values that it keeps, as they are or all times a factor, so ``>>`` may code them."""
+    votes: bool = False
+    """All that it sends of an element is on which side of 0 it is."""
+    warm_started: bool = False
+    """Its state follows the mean of all payloads, which only a sum gives: see ``WarmStarted``."""
+    leader_selected: bool = False
+    """All ranks send the elements that one of them has chosen: see ``LeaderSelected``."""
+    contraction: Callable[[int], float | None] = unknown
+    """``alpha`` in (0, 1] with ``E||x - C(x)||^2 <= (1 - alpha) ||x||^2`` for n elements.
+
+    0 if it may lose more than it is given, None if nothing is known.
+    """
+    variance: Callable[[int], float | None] = unknown
+    """``omega`` with ``E C(x) = x``, ``E||x - C(x)||^2 <= omega ||x||^2`` for n elements; None if it is biased."""
+    declines: Callable[[Sequence[int]], str | None] | None = None
+    """The reason why tensors of a shape are passed on to the plan's next rule; None if they are taken."""
+    title: str = ""
+    """The name in errors, where that of the class does not say enough."""
+
+
+class Compressor(ABC):
+    """Pure tensor maths with frozen hyper-parameters: a dataclass with ``compress`` and ``decompress``.
+
+    Both only read ``state``, which is equal on all ranks. ``thinwire.core.capabilities`` has what it may offer besides.
     """
 
-    summable: ClassVar[bool] = False
-    """Whether the sum of payloads decompresses to the sum of tensors, so that an all-reduce may carry them."""
-    min_ndim: ClassVar[int] = 0
-    """Tensors of fewer dimensions are passed on to the plan's next rule."""
-    cuttable: ClassVar[bool] = False
-    """Whether any run of a tensor's elements can be compressed on its own, and a sum of such runs once more."""
-    period: ClassVar[int] = 1
-    """After how many steps the shapes of a payload repeat; they may depend on ``ctx.phase % period``."""
-    learns: ClassVar[bool] = False
-    """Whether its state follows the mean of all payloads, which only a sum gives."""
-    linear: ClassVar[bool] = False
-    """Whether it treats every number by itself and a sum as a sum, so that a complex one may go as two."""
-    led: ClassVar[bool] = False
-    """Whether all ranks send the elements that one of them, the leader of the step, has chosen: see ``follow``."""
-
-    @property
-    def title(self) -> str:
-        """How errors call it."""
-        return type(self).__name__
-
-    @property
-    def valued(self) -> bool:
-        """Whether its payload begins with the values that it keeps, as they are or all times a factor.
-
-        Then what stands after ``>>`` may code them, and what that loses of them is lost of the whole.
-        """
-        return False
-
-    @property
-    def needs_feedback(self) -> bool:
-        """Whether what it loses must be remembered: with a memory that forgets, training need not converge."""
-        return False
-
-    @property
-    def votes(self) -> bool:
-        """Whether all that it sends is on which side of 0 an element is."""
-        return False
-
-    def contraction(self, n: int) -> float | None:
-        """``alpha`` in (0, 1] with ``E||x - C(x)||^2 <= (1 - alpha) ||x||^2`` for n elements.
-
-        0 where it may lose more than it is given, None where nothing is known.
-        """
-        return None
-
-    def variance(self, n: int) -> float | None:
-        """``omega`` with ``E C(x) = x``, ``E||x - C(x)||^2 <= omega ||x||^2`` for n elements; None if it is biased."""
-        return None
-
-    def declines(self, shape: Sequence[int]) -> str | None:
-        """Why tensors of this shape are passed on to the plan's next rule; None where they are taken."""
-        return None if len(shape) >= self.min_ndim else f"fewer than {self.min_ndim} dimensions"
-
-    def losses(self, x: Tensor, family: Sequence["Compressor"]) -> list[float] | None:
-        """``||x - C(x)||^2`` for each C that differs from this in hyper-parameters alone; None if only trying tells."""
-        return None
-
-    def __rshift__(self, then: "Compressor") -> "Chain":
-        """This compressor, with the values of its payload sent as ``then`` codes them."""
-        from thinwire.core.chain import Chain  # which is written in these words
-
-        return Chain(self, then)
+    @cached_property
+    def traits(self) -> Traits:
+        """Facts that routes, rules and memories ask for."""
+        return Traits()
 
     def init(self, like: Tensor, ctx: Context) -> State:
         """The state of a fresh unit; ``ctx.rank`` is 0 on every rank."""
         return {}
-
-    def commit(self, payload: Payload, like: Tensor, old: State, new: State, ctx: Context) -> None:  # noqa: B027
-        """Fill ``new``, from ``old`` and the mean of all ranks' payloads; asked of a summable one alone."""
-
-    def inherit(self, old: State, fresh: State) -> State:
-        """The state to begin with where another compressor left ``old``: what has the same name and shape."""
-        return {key: old[key] if key in old and old[key].shape == x.shape else x for key, x in fresh.items()}
-
-    def moved(self, old: State, fresh: State, order: Tensor) -> State:
-        """The state to go on with where element j in memory was element ``order[j]`` before; ``fresh`` is a new one."""
-        return {key: value.clone() for key, value in fresh.items()}
 
     @abstractmethod
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
@@ -119,56 +93,13 @@ class Compressor(ABC):
 
     @abstractmethod
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        """What any receiver gets from ``payload``; ``like`` gives shape and dtype, never values."""
+        """Decode ``payload`` as any receiver does; ``like`` gives shape and dtype, never values."""
 
-    def together(
-        self, payloads: Sequence[tuple[int, Payload]], like: Tensor, ctx: Context, alpha: float, most: float
-    ) -> Found | None:
-        """What ranks sent, at once: ascending indices, and the sum of ``alpha`` times the values at each.
+    def __rshift__(self, then: "Compressor") -> "Chain":
+        """Chain: this compressor, with the values of its payload sent as ``then`` codes them."""
+        from thinwire.core.chain import Chain  # which is written in these words
 
-        None where only ``decompress`` knows, or where more than a share ``most`` of the elements can be among them.
-        """
-        return None
-
-    def sampling(self, shape: Sequence[int], ctx: Context) -> Selection | None:
-        """How this step's elements are chosen by a threshold, so that a kernel may do it; None where they are not."""
-        return None
-
-    def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
-        """The payload of a selection: ascending int64 indices into ``n`` elements, and the values there."""
-        raise ThinwireError(f"{type(self).__name__} answers a sampling() and so must have an encode() of its own")
-
-    def own(self, payload: Payload, chosen: Tensor, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        """``decompress`` of what ``encode`` has just made of the elements ``chosen``."""
-        return self.decompress(payload, like, state, ctx)
-
-    def with_density(self, density: float) -> "Compressor":
-        """The same compressor at a density no lower than this, for a warm-up; one without a density answers itself.
-
-        At a density of 1 a warm-up sends dense, whatever the compressor.
-        """
-        return self
-
-    def denser(self, factor: float) -> "Compressor":
-        """The same compressor at ``factor`` times its density, at most 1; one without a density answers itself."""
-        return self
-
-    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        """Encode the flat tensor that is 0 but where ``x`` (ascending, no index twice) says; asked of a cuttable one.
-
-        ``like`` gives shape and dtype, never values. The payload is of the shapes of ``compress(like)``.
-        """
-        raise ThinwireError(
-            f"{type(self).__name__} says it is cuttable and so must have a compress_sparse() of its own"
-        )
-
-    def follow(self, x: Tensor, choice: Payload, state: State, ctx: Context) -> Payload:
-        """Encode ``x`` at the elements that the leader chose; asked of a led one.
-
-        ``choice`` is the leader's payload without its first tensor. The result ends with it, and of payloads with one
-        choice the first tensors may be summed.
-        """
-        raise ThinwireError(f"{type(self).__name__} says it is led and so must have a follow() of its own")
+        return Chain(self, then)
 
 
 class Memory(Absorbing, ABC):

@@ -66,7 +66,7 @@ def check_complex(name: str, param: Tensor, method: str, compressor: Compressor,
     Raises:
         ThinwireError: its rule does not.
     """
-    if param.is_complex() and not (compressor.linear and memory.linear):
+    if param.is_complex() and not (compressor.traits.linear and memory.linear):
         pair = f"{type(compressor).__name__} with {type(memory).__name__}"
         raise ThinwireError(
             f"parameter {name!r} is {said(param.dtype)}, and {method} has {pair} for it, which is for real numbers; "

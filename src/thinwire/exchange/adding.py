@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from thinwire.core.capabilities import together
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State
 from thinwire.core.loops import Found
@@ -33,7 +34,7 @@ def added(
         state: the compressor's.
         ctx: of the piece, on any rank.
     """
-    if (found := compressor.together(payloads, like, ctx, alpha, most)) is not None:
+    if (found := together(compressor, payloads, like, ctx, alpha, most)) is not None:
         return found
     parts: list[Decompressed] = []
     for rank, payload in payloads:

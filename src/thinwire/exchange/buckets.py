@@ -85,9 +85,9 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
     led: dict[torch.dtype, list[int]] = {}
     gathered: list[int] = []
     for i, unit in enumerate(units):
-        if unit.compressor.led:
+        if unit.compressor.traits.leader_selected:
             led.setdefault(payloads[i][0].dtype, []).append(i)
-        elif unit.compressor.summable and not unit.gathered:
+        elif unit.compressor.traits.summable and not unit.gathered:
             summed.setdefault(payloads[i][0].dtype, []).append(i)
         else:
             gathered.append(i)
@@ -111,7 +111,7 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
         return two_phase(units, chosen, header_of(chosen, torch.uint8), routing.second, world)
 
     gathering: list[Route] = [whole("all_gather", gathered, torch.uint8)] if gathered else []
-    cuttable = [i for i in gathered if units[i].compressor.cuttable]
+    cuttable = [i for i in gathered if units[i].compressor.traits.splittable]
     if routing.route != "all_gather" and any(units[i].own.numel() for i in cuttable):
         rest = [i for i in gathered if i not in cuttable]
         owned = [in_pieces(cuttable), *([whole("all_gather", rest, torch.uint8)] if rest else [])]

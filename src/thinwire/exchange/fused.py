@@ -1,10 +1,12 @@
 """Compensation and compression of each piece: in one pass over memory where a threshold chooses the elements."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from thinwire.core.capabilities import Thresholded, sampling
 from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Payload
@@ -38,7 +40,7 @@ def select(
     selections: dict[int, Selection] = {}
     for j, (piece, ctx) in enumerate(zip(pieces, contexts, strict=True)):
         unit = units[piece.unit]
-        selection = unit.compressor.sampling(piece.of(unit.own).shape, ctx)
+        selection = sampling(unit.compressor, piece.of(unit.own).shape, ctx)
         work = None if selection is None else _pass(unit, piece, grads[piece.unit], worker, scale, clear)
         if selection is not None and work is not None and worker.kernels.runs(work):
             works[j], selections[j] = work, selection
@@ -104,8 +106,9 @@ def compress(
     now, new, known = (piece.of_state(state) for state in (local.now, local.next, unit.shared.now))
     if chosen is not None:
         x = new["residual"]
-        payload = unit.compressor.encode(chosen[0], unit.held(chosen[1], loss_scale), x.numel(), ctx)
-        own = unit.compressor.own(payload, chosen[0], x, known, ctx)
+        selector = cast(Thresholded, unit.compressor)  # which has answered a sampling
+        payload = selector.encode(chosen[0], unit.held(chosen[1], loss_scale), x.numel(), ctx)
+        own = selector.own(payload, chosen[0], x, known, ctx)
     else:
         x = unit.memory.compensate(piece.of(grad), piece.of(unit.own), known | now, new, 1.0 / loss_scale, ctx)
         if (carried := now.get("carried")) is not None:  # the residual that an earlier method left

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from thinwire.core.capabilities import commit
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload
 from thinwire.core.loops import Found, Kernels
@@ -41,7 +42,7 @@ def mean_of(
     wide, share = float_at_least_32(out.dtype), 1.0 / len(senders)
     mean = out if out.dtype == wide else torch.empty_like(out, dtype=wide)  # short dtypes are summed in float32
     whole = sparse and mean is out and out.ndim > 0 and out.is_contiguous()
-    if whole and unit.memory.passes_on and not decoder.learns and "carried" not in unit.shared.now:
+    if whole and unit.memory.passes_on and not decoder.traits.warm_started and "carried" not in unit.shared.now:
         found: list[Found] = []
         for j, piece in pieces:
             theirs, known = [(rank, payloads[j]) for rank, payloads in senders], piece.of_state(unit.shared.now)
@@ -59,9 +60,9 @@ def mean_of(
         for later, (rank, payloads) in enumerate(senders):
             got = decoder.decompress(payloads[j], part, known, _of(ctx, unit, piece, rank, ctx.kernels))
             got.add_to(part, share) if later or (zero and mean is out) else got.write_to(part, share)
-        if unit.compressor.summable and not unit.gathered:  # the only sender is the mean
+        if unit.compressor.traits.summable and not unit.gathered:  # the only sender is the mean
             new = piece.of_state(unit.shared.next)
-            decoder.commit(senders[0][1][j], part, known, new, _of(ctx, unit, piece, 0, None))
+            commit(decoder, senders[0][1][j], part, known, new, _of(ctx, unit, piece, 0, None))
     return mean
 
 

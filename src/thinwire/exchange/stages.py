@@ -31,7 +31,7 @@ class Stages:
         """A stage of this density begins, None for the method's own."""
         self.by_param = {id(unit.param): unit for unit in units}
         self.buckets.clear()
-        self._period = math.lcm(*(unit.method_compressor.period for unit in units))
+        self._period = math.lcm(*(unit.method_compressor.traits.period for unit in units))
         self.routing = Routing(method.route, method.second_stage_density_ratio, link)
         # one turn after the other takes its time also on a link without latency
         settings = (method.route, method.second_stage_density_ratio, turn_bytes or TURN_BYTES)

@@ -15,6 +15,7 @@ from thinwire.comm.link import wire_bytes
 from thinwire.compressors.cast import Cast
 from thinwire.core import registry
 from thinwire.core.absorbed import Absorbed
+from thinwire.core.capabilities import scaled_density, with_density
 from thinwire.core.context import NOWHERE, Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Memory, Payload, State
@@ -89,7 +90,7 @@ class Unit:
     @property
     def saturates(self) -> float:
         """See ``Context``; half of the range where it is summed on the way, since rounded parts may be more."""
-        summed = self.compressor.led or (self.compressor.summable and not self.gathered)
+        summed = self.compressor.traits.leader_selected or (self.compressor.traits.summable and not self.gathered)
         return (0.5 if summed else 1.0) if self.memory.feeds_back else 0.0
 
     def held(self, x: Tensor, loss_scale: float) -> Tensor:
@@ -253,8 +254,8 @@ def payload_like(compressor: Compressor, like: Tensor, step: int = 0) -> Payload
 
 def payload_nbytes(compressor: Compressor, like: Tensor) -> int:
     """Bytes of a payload, the mean where they change from step to step, rounded up."""
-    steps = range(compressor.period)
-    return -(-sum(t.nbytes for step in steps for t in payload_like(compressor, like, step)) // compressor.period)
+    steps = range(compressor.traits.period)
+    return -(-sum(t.nbytes for step in steps for t in payload_like(compressor, like, step)) // compressor.traits.period)
 
 
 def resolve(
@@ -285,7 +286,7 @@ def resolve(
 def check_sum(unit: Unit) -> None:
     """What keeps count of what it sent, as every rank does of the mean, must be summed as it was sent."""
     compressor = unit.method_compressor
-    if unit.mirrored and (compressor.summable or compressor.led):
+    if unit.mirrored and (compressor.traits.summable or compressor.traits.leader_selected):
         dtype = payload_like(compressor, unit.like)[0].dtype
         if dtype.itemsize < 4:
             raise ThinwireError(
@@ -308,17 +309,17 @@ def overflows(units: Sequence[Unit]) -> list[str]:
 
 def bytes_alone(compressor: Compressor, like: Tensor, world: int, route: RouteName, second: float) -> float:
     """Bytes a worker sends for a unit alone, on the route that takes the fewest of those allowed."""
-    if compressor.summable:
+    if compressor.traits.summable:
         return wire_bytes("all_reduce", payload_nbytes(compressor, like), world)
-    if compressor.led:
+    if compressor.traits.leader_selected:
         values, *choice = payload_like(compressor, like)
         chosen = sum(t.nbytes for t in choice)
         return wire_bytes("broadcast", chosen, world) + wire_bytes("all_reduce", values.nbytes, world)
     nbytes = payload_nbytes(compressor, like)
     gathered = wire_bytes("all_gather", nbytes, world)
-    if route == "all_gather" or not compressor.cuttable:
+    if route == "all_gather" or not compressor.traits.splittable:
         return gathered
-    owned = wire_bytes("all_to_all", nbytes + payload_nbytes(compressor.denser(second), like), world)
+    owned = wire_bytes("all_to_all", nbytes + payload_nbytes(scaled_density(compressor, second), like), world)
     return owned if route == "two_phase" else min(gathered, owned)
 
 
@@ -349,17 +350,19 @@ def set_stage(
     plain_nbytes = sum(payload_nbytes(unit.method_compressor, unit.like) for unit in units if not unit.compressed)
     extra = wire_bytes("all_gather", plain_nbytes, world) - wire_bytes("all_reduce", plain_nbytes, world)
     small = plain_nbytes <= GATHER_BYTES and (route == "two_phase" or extra <= 2 * (world - 1) * turn_bytes)
-    compresses = any(not (unit.method_compressor.summable or unit.method_compressor.led) for unit in units)
+    compresses = any(
+        not (unit.method_compressor.traits.summable or unit.method_compressor.traits.leader_selected) for unit in units
+    )
     unchanged: list[str] = []
     for unit in units:
         unit.gathered = compresses and small and not unit.compressed
-        asked = unit.method_compressor if density is None else unit.method_compressor.with_density(density)
+        asked = unit.method_compressor if density is None else with_density(unit.method_compressor, density)
         if (density == 1.0 or unit.kept) and unit.compressed:
             asked = DENSE
         elif density is not None and unit.compressed and asked == unit.method_compressor:
             unchanged.append(unit.name)
         unit.compressor = asked
-        if asked.summable:
+        if asked.traits.summable:
             continue
         like = unit.like
         compressed = bytes_alone(asked, like, world, route, second)
@@ -371,7 +374,7 @@ def set_stage(
                 f"{unit.name} is sent dense{at}: compressed it would be {compressed:,.0f} bytes a worker and step, "
                 f"dense {plain:,.0f}, with {world} workers"
             )
-        elif route != "all_gather" and not (asked.cuttable or asked.led):
+        elif route != "all_gather" and not (asked.traits.splittable or asked.traits.leader_selected):
             notes.append(f"{unit.name} takes an all-gather: {type(asked).__name__} can't be cut into pieces")
     if unchanged:
         notes.append(f"{_listed(unchanged)}: a warm-up density of {density:g} changes nothing")

@@ -50,7 +50,7 @@ class MajorityVote(Memory):
         settle(self, momentum=real(0.0, 1.0, below=True, hint=", e.g. 0.9"))
 
     def makes_up_for(self, compressor: Compressor) -> bool:
-        return compressor.votes
+        return compressor.traits.votes
 
     @property
     def uncompressed(self) -> "MajorityVote":

@@ -200,8 +200,8 @@ class EControl(Memory):
 def check_downlink(downlink: Compressor) -> None:
     """It is applied to the mean of any tensor, outside of any message."""
     kind = type(downlink).__name__
-    if downlink.min_ndim or downlink.init(NUMBER, NOWHERE):
+    if downlink.traits.min_ndim or downlink.init(NUMBER, NOWHERE):
         raise ThinwireError(f"{kind} needs matrices or keeps a state, which a downlink can't; use e.g. TopK(0.05)")
-    alpha = downlink.contraction(2**20)
+    alpha = downlink.traits.contraction(2**20)
     if alpha is not None and alpha <= 0.0:
         raise ThinwireError(f"{kind} may lose more than it is given, so a downlink would diverge; use e.g. TopK(0.05)")

@@ -189,7 +189,7 @@ def econtrol(compressor: float | Compressor, *, eta: float | None = None, **opti
     """
     chosen = _compressor(compressor)
     if eta is None:
-        eta = chosen.contraction(TYPICAL) if isinstance(compressor, Compressor) else compressor
+        eta = chosen.traits.contraction(TYPICAL) if isinstance(compressor, Compressor) else compressor
         if eta is None:
             raise ThinwireError(f"nothing is known of the contraction of {compressor}; give econtrol an eta, e.g. 0.01")
     return recipe("econtrol", chosen, EControl(eta), options)

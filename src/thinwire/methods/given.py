@@ -10,6 +10,7 @@ from torch import nn
 from thinwire import methods
 from thinwire.compressors.cast import Cast
 from thinwire.core import registry
+from thinwire.core.capabilities import title
 from thinwire.core.checks import shown
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Memory
@@ -35,7 +36,7 @@ def method_of(given: Any) -> Method:
         return given
     if isinstance(given, Compressor):
         registry.to_json(given)  # says what is missing of one that ranks could not compare
-        memory = ErrorFeedback() if given.needs_feedback else NoMemory()
+        memory = ErrorFeedback() if given.traits.needs_feedback else NoMemory()
         return _with_rest(Rule(given, memory, min_ndim=2))
     if isinstance(given, Rule):
         return _with_rest(given)
@@ -44,7 +45,7 @@ def method_of(given: Any) -> Method:
 
 def _with_rest(rule: Rule) -> Method:
     """A rule, and what is right beside it for parameters that it is not for."""
-    return Method(rule.compressor.title, (rule, Rule(Cast(), rule.memory.uncompressed or NoMemory())))
+    return Method(title(rule.compressor), (rule, Rule(Cast(), rule.memory.uncompressed or NoMemory())))
 
 
 def _wrong(given: Any) -> str:

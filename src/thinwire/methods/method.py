@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 from thinwire.core import registry
+from thinwire.core.capabilities import declines, title
 from thinwire.core.checks import of_type, one_of, optional, real, settle, shown, whole
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Memory
@@ -41,15 +42,15 @@ class Rule:
             min_ndim=whole(0),
             min_numel=whole(0),
         )
-        kind = self.compressor.title
-        if self.compressor.needs_feedback and not self.memory.makes_up_for(self.compressor):
+        kind, traits = title(self.compressor), self.compressor.traits
+        if traits.needs_feedback and not self.memory.makes_up_for(self.compressor):
             raise ThinwireError(
                 f"{kind} is biased, and {type(self.memory).__name__} forgets what it does not send: training need not "
                 "converge; use a memory like ErrorFeedback(), or an unbiased compressor such as RandK or QSGD"
             )
-        alpha = self.compressor.contraction(TYPICAL)
+        alpha = traits.contraction(TYPICAL)
         if self.memory.feeds_back and alpha is not None and alpha <= 0.0:
-            scaled = "" if self.compressor.variance(TYPICAL) is None else f"Scaled({kind}(...)), "
+            scaled = "" if traits.variance(TYPICAL) is None else f"Scaled({kind}(...)), "
             raise ThinwireError(
                 f"{kind} may lose more than it is given, so what {type(self.memory).__name__} remembers could grow "
                 f"without bound; use {scaled}more bits, smaller blocks, or NoMemory()"
@@ -118,7 +119,7 @@ class Method:
         reason: str | None = None
         for rule in self.rules:
             if rule.means(name, shape, numel):
-                why = rule.compressor.declines(shape)
+                why = declines(rule.compressor, shape)
                 if why is None:
                     return rule, reason
                 reason = f"{type(rule.compressor).__name__} left it: {why}"

@@ -39,7 +39,7 @@ def randk(
     **Wire**: ``2 (N-1)/N * density * 32`` bits an element, by all-reduce.
 
     Example:
-        >>> randk(0.01).rules[0].compressor.summable
+        >>> randk(0.01).rules[0].compressor.traits.summable
         True
 
     Source: S. Stich, J.-B. Cordonnier, M. Jaggi, "Sparsified SGD with Memory", 2018, arXiv:1809.07599.
@@ -101,7 +101,7 @@ def scalecom(
     world size.
 
     Example:
-        >>> scalecom(0.01).rules[0].compressor.led
+        >>> scalecom(0.01).rules[0].compressor.traits.leader_selected
         True
 
     Source: C. Chen et al., "ScaleCom: Scalable Sparsified Gradient Compression for Communication-Efficient Distributed

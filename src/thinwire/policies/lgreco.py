@@ -19,6 +19,8 @@ from thinwire.comm.link import Link
 from thinwire.comm.link_speed import measure
 from thinwire.comm.texts import heard
 from thinwire.core.ambient import undisturbed
+from thinwire.core.capabilities import declines
+from thinwire.core.capabilities import losses as losses_of
 from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
@@ -211,7 +213,7 @@ class LGreCo:
         """The candidates of one unit, each once; its own and dense among them."""
         own = self._rule(unit).compressor
         offered = family(own) if self.candidates is None else self.candidates
-        fitting = [one for one in offered if one.declines(unit.param.shape) is None and allowed(one, self._rule(unit))]
+        fitting = [one for one in offered if declines(one, unit.param.shape) is None and allowed(one, self._rule(unit))]
         return list(dict.fromkeys([own, *fitting, DENSE]))
 
     def _table(
@@ -230,7 +232,11 @@ class LGreCo:
         if self.objective == "bytes" and world == 1:
             return nbytes
         sent, messages = bytes_alone(option, unit.like, world, base.route, base.second_stage_density_ratio), world - 1
-        if option.summable or option.led or (base.route != "all_gather" and option.cuttable):
+        if (
+            option.traits.summable
+            or option.traits.leader_selected
+            or (base.route != "all_gather" and option.traits.splittable)
+        ):
             messages *= 2
         if self.objective == "bytes":
             return sent
@@ -274,7 +280,7 @@ def losses(x: Tensor, options: Sequence[Compressor], ctx: Context) -> list[float
         kinds.setdefault(type(option), []).append(j)
     for members in kinds.values():
         alike = [options[j] for j in members]
-        known = alike[0].losses(x, alike)
+        known = losses_of(alike[0], x, alike)
         found |= zip(members, known if known is not None else [tried(one, x, ctx) for one in alike], strict=True)
     return [found[j] for j in range(len(options))]
 

@@ -7,6 +7,7 @@ from thinwire._version import __version__
 from thinwire.comm.control import Together
 from thinwire.comm.process_group import Collective, Talk
 from thinwire.comm.texts import known_to_all
+from thinwire.core.capabilities import inherit
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import State
 from thinwire.exchange.units import TwoCopies, Unit, Worker
@@ -86,7 +87,7 @@ def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: 
     if carried:
         mean = averaged(carried, collective, timeout)
         new.shared.now["carried"] = new.shared.now["carried"] + mean if "carried" in new.shared.now else mean
-    for key, value in new.method_compressor.inherit(old.shared.now, packed).items():
+    for key, value in inherit(new.method_compressor, old.shared.now, packed).items():
         new.shared.now[key], new.shared.next[key] = value.clone(), value.clone()
     same = set(old.shared.now) == set(new.shared.now) and set(was[0].now) == set(workers[0].local[new.name].now)
     if same or not (old.memory.absorbs and new.memory.absorbs):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thinwire.core.capabilities import moved
 from thinwire.core.tensors import flat
 from thinwire.exchange.units import Unit, Worker
 
@@ -42,7 +43,7 @@ def _follow(unit: Unit, workers: Sequence[Worker], strides: tuple[int, ...], opt
         order = flat(_laid(places, like))
         for state in (unit.shared.now, unit.shared.next):
             before = {key: state[key] for key in packed}
-            state.update(unit.method_compressor.moved(before, packed, order))
+            state.update(moved(unit.method_compressor, before, packed, order))
 
 
 def _laid(value: Tensor, like: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ class Fsdp2:
     def _check_gather(self, compressor: Compressor) -> None:
         check_flat("all_gather", "all-gather carries flat weights", compressor)
         Rule(compressor, NoMemory())  # refuses what leaves elements out
-        if (omega := compressor.variance(2**20)) is not None and omega > 1.0:
+        if (omega := compressor.traits.variance(2**20)) is not None and omega > 1.0:
             raise ThinwireError(
                 f"all_gather={type(compressor).__name__} adds noise of {omega:.2g} times the energy of the weights; "
                 "the limit is 1: use thinwire.compressors.Quantize(8), or more bits"

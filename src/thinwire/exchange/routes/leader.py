@@ -20,6 +20,7 @@ from torch import Tensor
 from thinwire.coding.layout import Layout
 from thinwire.comm.link import Kind
 from thinwire.comm.process_group import Carrier, InFlight
+from thinwire.core.capabilities import LeaderSelected
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Payload
 from thinwire.core.tensors import Decompressed
@@ -65,7 +66,7 @@ class Led(Route):
             unit = units[piece.unit]
             x, known = worker.held.pop(unit.name), unit.shared.now
             ctx = Context(worker.seed, step, unit.name, worker.rank, worker.kernels, unit.exact, unit.saturates)
-            payload = unit.compressor.follow(x, choice, known, ctx)
+            payload = cast(LeaderSelected, unit.compressor).follow(x, choice, known, ctx)
             sending.append(payload[:1])
             update_residual(unit, piece, x, unit.compressor.decompress(payload, x, known, ctx), worker)
         if self.has_header:

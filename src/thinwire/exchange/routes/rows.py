@@ -204,7 +204,7 @@ def check_flat(argument: str, carries: str, compressor: Compressor) -> None:
     Raises:
         ThinwireError: it is such a one.
     """
-    if compressor.min_ndim or compressor.period != 1 or compressor.init(NUMBER, NOWHERE):
+    if compressor.traits.min_ndim or compressor.traits.period != 1 or compressor.init(NUMBER, NOWHERE):
         raise ThinwireError(
             f"{argument}={type(compressor).__name__} needs matrices, keeps a state or changes its shapes; the "
             f"{carries}: use one like Quantize(8) or Cast('bfloat16')"

@@ -27,6 +27,7 @@ from torch import Tensor
 from thinwire.coding.layout import Layout
 from thinwire.comm.link import Kind, wire_bytes
 from thinwire.comm.process_group import Carrier, InFlight
+from thinwire.core.capabilities import compress_sparse, scaled_density
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload
 from thinwire.core.loops import Found
@@ -125,14 +126,14 @@ class TwoPhase(Route):
         mean = Sparse(there, total, there.numel() / like.numel())
         mean.values.mul_(1.0 / world)
         again = self.decoder(unit)
-        payload = again.compress_sparse(mean, like, known, ctx)
+        payload = compress_sparse(again, mean, like, known, ctx)
         rest = without(mean, again.decompress(payload, like, known, ctx))
         rest.values.mul_(world)
         unit.memory.returned(rest, piece.of_state(worker.local[unit.name].next))
         return payload
 
     def decoder(self, unit: Unit) -> Compressor:
-        return unit.compressor.denser(self.budget)
+        return scaled_density(unit.compressor, self.budget)
 
     def opened(self, arrived: InFlight) -> tuple[Senders, Tensor | None]:
         rows = zip(self.second.layouts, arrived.answer(), strict=True)
@@ -161,7 +162,10 @@ def two_phase(
 
     def rows(factor: float, header: Sequence[Payload]) -> Rows:
         parts = [
-            [*(payload_like(unit.compressor.denser(factor), piece.of(unit.like)) for piece, unit in own), *header]
+            [
+                *(payload_like(scaled_density(unit.compressor, factor), piece.of(unit.like)) for piece, unit in own),
+                *header,
+            ]
             for own in ([(piece, units[piece.unit]) for piece in pieces] for pieces in owned)
         ]
         alignment = max(t.itemsize for payloads in parts for payload in payloads for t in payload)
