@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test together alone gpu lint format clean
+.PHONY: setup demo test together alone gpu docs lint format clean
 
 setup: .venv/ready
 
@@ -9,7 +9,7 @@ setup: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[cli,cpu,dev,frameworks]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[cli,cpu,dev,docs,frameworks]'
 	touch $@
 
 demo: setup
@@ -35,9 +35,13 @@ alone: setup
 gpu:
 	@PYTHONPATH="$(CURDIR)/src:$(CURDIR)" $(PYTHON) -m benchmarks.gpu $(ARGS)
 
+# into docs/_build; a warning is an error
+docs: setup
+	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/_build
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo .pytest_cache .ruff_cache
+	rm -rf .venv demo docs/_build .pytest_cache .ruff_cache
