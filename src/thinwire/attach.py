@@ -149,7 +149,7 @@ def attach(
         seed: of all randomness; equal on all ranks.
 
     Returns:
-        The session: ``report()``, ``set_method()``, ``detach()``, and ``ledger``.
+        The session, with ``report()``, ``set_method()``, ``detach()``, and ``ledger``.
 
     Raises:
         ThinwireError: the model is none of these, its hook slot is taken, its optimizer does not fit the method, ranks
