@@ -144,7 +144,6 @@ def test_messages_that_troubleshooting_quotes_are_in_the_sources():
     assert missing == []
 
 
-@pytest.mark.alone
 def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html", "docs", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
