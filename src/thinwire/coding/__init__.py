@@ -1,1 +1,1 @@
-"""Bytes: bits, indices and values as bytes, where they lie in a message, and frames for files and uploads."""
+"""Bytes: codes for bits, indices and values, the layout of messages, and frames for files and uploads."""

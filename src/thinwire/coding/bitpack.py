@@ -1,16 +1,16 @@
-"""Bits to bytes and back, in plain PyTorch: bit ``j`` of the stream is bit ``j % 8`` of byte ``j // 8``."""
+"""Packing of bits into bytes in plain PyTorch: bit ``j`` of the stream is bit ``j % 8`` of byte ``j // 8``."""
 
 import torch
 from torch import Tensor
 
 BESIDE = sum(1 << (56 - 7 * j) for j in range(8))
-"""Moves bit ``8 j`` of a word to bit ``56 + j``."""
+"""Multiplier that moves bit ``8 j`` of a 64-bit word to bit ``56 + j``."""
 
 
 def pack_fields(fields: Tensor, width: int) -> Tensor:
     """Pack uint8 ``[m]`` below ``2**width``, ``width`` from 1 to 8, into uint8 ``[ceil(m * width / 8)]``.
 
-    The first field stands in the lowest bits, and fields follow each other without gaps; zeros fill the last byte.
+    The first field is in the lowest bits. Fields follow each other without gaps, and zeros fill the last byte.
     """
     if 8 % width:
         shifts = torch.arange(width, dtype=torch.uint8, device=fields.device)
@@ -29,7 +29,7 @@ def pack_fields(fields: Tensor, width: int) -> Tensor:
 
 
 def unpack_fields(packed: Tensor, width: int) -> Tensor:
-    """The inverse of ``pack_fields``: uint8 ``[b]`` to uint8 ``[floor(b * 8 / width)]``."""
+    """Undo ``pack_fields``: uint8 ``[b]`` to uint8 ``[floor(b * 8 / width)]``."""
     if width == 8:
         return packed
     if 8 % width:
@@ -44,7 +44,7 @@ def unpack_fields(packed: Tensor, width: int) -> Tensor:
 
 
 def pack_trits(trits: Tensor) -> Tensor:
-    """Pack uint8 ``[m]`` of 0, 1 and 2, five a byte, into ``[ceil(m / 5)]``; the first is worth 1, the next 3."""
+    """Pack uint8 ``[m]`` of 0, 1 and 2, five per byte, into ``[ceil(m / 5)]``: the first has weight 1, the next 3."""
     padded = torch.nn.functional.pad(trits, (0, -trits.numel() % 5)).view(-1, 5)
     packed = padded[:, 4].clone()
     for j in (3, 2, 1, 0):
@@ -53,7 +53,7 @@ def pack_trits(trits: Tensor) -> Tensor:
 
 
 def unpack_trits(packed: Tensor) -> Tensor:
-    """The inverse of ``pack_trits``: uint8 ``[b]`` to uint8 ``[5 b]``."""
+    """Undo ``pack_trits``: uint8 ``[b]`` to uint8 ``[5 b]``."""
     powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=packed.device)
     return (torch.div(packed.unsqueeze(1), powers, rounding_mode="floor") % 3).view(-1)
 
@@ -64,7 +64,7 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor) -> Tensor:
-    """The inverse of ``pack_bits``: uint8 ``[b]`` to 0/1 bytes ``[8 b]``."""
+    """Undo ``pack_bits``: uint8 ``[b]`` to 0/1 bytes ``[8 b]``."""
     return unpack_fields(packed, 1)
 
 
@@ -81,7 +81,7 @@ def pack_words(words: Tensor, width: int) -> Tensor:
 
 
 def unpack_words(packed: Tensor, count: int, width: int) -> Tensor:
-    """The inverse of ``pack_words``: int64 ``[count]``."""
+    """Undo ``pack_words``; returns int64 ``[count]``."""
     if width <= 8:
         return unpack_fields(packed, width)[:count].long() if width else packed.new_zeros(count).long()
     groups = torch.nn.functional.pad(packed.long(), (0, -packed.numel() % width)).view(-1, width)

@@ -1,8 +1,8 @@
-"""Elias-Fano: sorted indices in a number of bytes that depends only on how many there are and below what.
+"""Elias-Fano code: sorted indices in a number of bytes that depends only on their count and their bound.
 
-``k`` indices below ``n``, ``l = floor(log2(n / k))``: the low ``l`` bits of each stand in a fixed-width array;
-the rest, ``index >> l``, in unary: bit ``(index_j >> l) + j`` of a bitmap is set. Together
-``k l + k + floor((n - 1) / 2^l)`` bits: 11.95 an index at density 0.1 %, where the entropy is 11.41 and int32 has 32.
+Take ``k`` indices below ``n`` and ``l = floor(log2(n / k))``. The low ``l`` bits of each are in a fixed-width array.
+The rest, ``index >> l``, is in unary: bit ``(index_j >> l) + j`` of a bitmap is set. Both parts take
+``k l + k + floor((n - 1) / 2^l)`` bits: 11.95 per index at density 0.1 %; the entropy is 11.41, and int32 takes 32.
 
 Format: ``ceil(k l / 8)`` bytes of low bits, then ``ceil((k + floor((n - 1) / 2^l)) / 8)`` bytes of bitmap, both as in
 ``bitpack``. No header: every receiver knows ``k`` and ``n``.
@@ -24,7 +24,7 @@ def low_width(k: int, n: int) -> int:
 
 
 def sizes(k: int, n: int) -> tuple[int, int]:
-    """Bytes of the low bits, and of the bitmap."""
+    """Return the bytes of the low bits and of the bitmap."""
     if k == 0:
         return 0, 0
     width = low_width(k, n)
@@ -43,7 +43,7 @@ def encode(indices: Tensor, n: int) -> Tensor:
 
 
 def decode(packed: Tensor, k: int, n: int) -> Tensor:
-    """The inverse of ``encode``: int64 ``[k]``."""
+    """Undo ``encode``; returns int64 ``[k]``."""
     if k == 0:
         return torch.empty(0, dtype=torch.int64, device=packed.device)
     width = low_width(k, n)
@@ -51,17 +51,17 @@ def decode(packed: Tensor, k: int, n: int) -> Tensor:
     ones = torch.nonzero_static(unpack_bits(packed[low_bytes:]), size=k).view(-1)  # the count is known: no sync
     high = ones - torch.arange(k, device=packed.device)
     indices = (high << width) | unpack_words(packed[:low_bytes], k, width)
-    return indices.masked_fill_(ones < 0, 0)  # of bytes that are damaged
+    return indices.masked_fill_(ones < 0, 0)  # damaged bytes can have fewer than k ones
 
 
 def decode_checked(packed: Tensor, k: int, n: int, step: int = STEP) -> Tensor:
-    """``decode`` for bytes that come from anywhere; they must be what ``encode`` writes, to the bit.
+    """Decode untrusted bytes; every bit must be as ``encode`` writes it.
 
     Args:
-        step: bits or indices that are decoded at once, a multiple of 8; some 150 bytes each, beside the indices.
+        step: bits or indices decoded at once, a multiple of 8; each takes about 150 bytes besides the indices.
 
     Raises:
-        ThinwireError: they are not.
+        ThinwireError: the bytes are not as ``encode`` writes them.
     """
     width = low_width(k, n)
     low, bitmap = packed[: sizes(k, n)[0]], packed[sizes(k, n)[0] :]

@@ -1,22 +1,22 @@
-"""Frames: self-describing bytes for what leaves the process, in files and between federated clients.
+"""Frames: a self-describing byte format for files and for messages between federated clients.
 
-A frame is decoded without trust: every length is checked against what is there before anything is allocated, all memory
-that it takes is at most 8 times ``max_content``, and whatever is wrong is a ``FrameError`` that says what, and at which
+Decoding does not trust the bytes. It checks every length against the bytes that are left before it allocates, and
+it takes at most 8 times ``max_content`` of memory (at least 64 KiB). A ``FrameError`` names what is wrong and at which
 byte.
 
 Format, version 1, all numbers little-endian::
 
-    head     magic "THWR" | version u16 | stage u16 | length u64 of all bytes | crc32 u32 of what follows
-             stage 0: notes and entries follow; 1: their length u64, and they as one zstd frame
+    header   magic "THWR" | version u16 | stage u16 | length u64 of all bytes | crc32 u32 of what follows
+             stage 0: notes and entries follow; 1: their length u64, then both as one zstd frame
     notes    count u16, each: key u8 length + UTF-8 | kind u8: 0 int64, 1 text u32 length + UTF-8
     entries  count u32, each: name u16 length + UTF-8 | kind u8 | dtype u8 | ndim u8 | ndim x u64, and by kind
              0 dense:  the elements, in row-major order
-             1 sparse: k u64 | k values | k indices into the flat tensor in Elias-Fano code (``wire.elias_fano``)
-             2 sparse: k u64 | k values | b u8 | length u64 | k indices in Golomb-Rice code (``wire.rice``)
+             1 sparse: k u64 | k values | k indices into the flat tensor in Elias-Fano code (``coding.elias_fano``)
+             2 sparse: k u64 | k values | b u8 | length u64 | k indices in Golomb-Rice code (``coding.rice``)
 
-dtype: 0 float32, 1 float64, 2 float16, 3 bfloat16, 4 int64, 5 int32, 6 uint8; where sparse also 7 sign, 8 int2, 9 int4,
-10 int8 (``wire.values``): the scales, then the packed values. Values of floating dtypes are finite, names differ,
-indices ascend (equal ones add; in Golomb-Rice code there are none), and nothing follows the last entry.
+dtype: 0 float32, 1 float64, 2 float16, 3 bfloat16, 4 int64, 5 int32, 6 uint8; sparse entries also 7 sign, 8 int2,
+9 int4, 10 int8 (``coding.values``): the scales, then the packed values. Floating-point values are finite. Names differ.
+Indices ascend (equal ones add; Golomb-Rice code allows none), and nothing follows the last entry.
 """
 
 import math
@@ -47,27 +47,27 @@ ENTRY_BYTES = 900
 TENSOR_BYTES = 800
 DIMENSION_BYTES = 48
 NOTE_BYTES = 300
-"""What an entry with its name, each of its tensors and dimensions, or a note takes in memory beside its values."""
+"""Bytes of memory besides the values: for an entry with its name, each of its tensors, each dimension, and a note."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its shape, and what of it was sent: all values, or those at ``indices``, which ascend."""
+    """One tensor: its shape and the values that were sent, all of them or those at the ascending ``indices``."""
 
     shape: tuple[int, ...]
     values: Tensor  # [numel], or [k]
     indices: Tensor | None = None  # int64 [k]
     coded: tuple[str, Tensor, Tensor] | None = None
-    """A code of ``wire.values``, scales and packed bytes: how ``values`` are written, where not as they are."""
+    """Code name, scales and packed bytes of ``coding.values``; None if ``values`` are written in their dtype."""
     allowance: Allowance | None = field(default=None, compare=False, repr=False)
-    """Of the frame that it was decoded from."""
+    """Memory limit of the frame that this entry was decoded from."""
 
     @staticmethod
     def quantised(shape: tuple[int, ...], values: Tensor, indices: Tensor, code: str) -> "Entry":
-        """A sparse entry with values in a code of ``wire.values``; its ``values`` are what arrives. Zeros are left out.
+        """Make a sparse entry in a code of ``coding.values``; its ``values`` are the decoded ones, without zeros.
 
         Raises:
-            ThinwireError: no such code.
+            ThinwireError: there is no such code.
         """
         if code not in codes.CODES:
             raise ThinwireError(f"code is {code!r}; choose {', '.join(codes.CODES)}")
@@ -80,11 +80,11 @@ class Entry:
         return math.prod(self.shape)
 
     def to_dense(self, max_numel: int | None = None) -> Tensor:
-        """The tensor, with zeros where nothing was sent; this is what allocates ``numel`` elements.
+        """Return the whole tensor, with zeros for elements that were not sent; this allocates ``numel`` elements.
 
         Args:
-            max_numel: how many they may be; without it, as many as fit into the memory that ``decode`` has left of 8
-                times its ``max_content``, and 2^31 where this was not decoded.
+            max_numel: the most elements allowed. By default as many as fit into what ``decode`` left of its memory
+                limit, 8 times ``max_content``; 2^31 for an entry that was not decoded.
 
         Raises:
             ThinwireError: more than ``max_numel`` elements were declared.
@@ -104,7 +104,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Frame:
-    """Named tensors, and notes about them."""
+    """Named tensors, with notes."""
 
     entries: Mapping[str, Entry] = field(default_factory=dict[str, Entry])
     notes: Mapping[str, int | str] = field(default_factory=dict[str, int | str])
@@ -113,15 +113,15 @@ class Frame:
 def encode(
     frame: Frame, *, indices: Literal["elias_fano", "rice"] = "elias_fano", compress: Literal["zstd"] | None = None
 ) -> bytes:
-    """The bytes of a frame.
+    """Return the bytes of a frame.
 
     Args:
-        indices: the code of sparse indices: Golomb-Rice is 4 % shorter, and slower to read.
-        compress: ``"zstd"`` as a last stage, which needs ``thinwire[zstd]``: a tenth of sparse float32 values, a few
-            percent of 4-bit ones, nothing of 1 or 2 bits.
+        indices: the code of sparse indices: Golomb-Rice is 4 % shorter and slower to read.
+        compress: ``"zstd"`` as a last stage, which needs ``thinwire[zstd]``. It saves a tenth of sparse float32
+            values, a few percent of 4-bit values, and nothing of 1- or 2-bit values.
 
     Raises:
-        ThinwireError: a name too long, a dtype or a value that a frame can't hold, an option that is not there.
+        ThinwireError: a name is too long, a frame can't hold a dtype or a value, or an option is unknown.
     """
     if indices not in ("elias_fano", "rice") or compress not in (None, "zstd"):
         raise ThinwireError(
@@ -147,17 +147,17 @@ def encode(
 
 
 def decode(data: bytes, *, max_content: int = 2**28) -> Frame:
-    """The frame in these bytes, which may come from anywhere.
+    """Decode a frame from untrusted bytes.
 
     Args:
-        max_content: bytes that a compressed frame may have when it is decompressed. Decoding any frame allocates at
-            most 8 times as much, decompressed content, tensors and names included, or 64 KiB where that is more; so
-            does ``Entry.to_dense`` on one entry of it, with what the frame takes. A sparse entry takes 8 bytes an index
-            and up to 8 a value, wherever it has less on the wire.
+        max_content: the most bytes a compressed frame may have after decompression. Decoding any frame allocates at
+            most 8 times this (or 64 KiB if that is more), including decompressed content, tensors and names.
+            ``Entry.to_dense`` on one entry stays within the same limit. In memory a sparse entry takes 8 bytes per
+            index and up to 8 per value, even if it has fewer on the wire.
 
     Raises:
-        FrameError: whatever is wrong with them, or they take more memory.
-        ThinwireError: the frame is compressed, and the package for it is not there.
+        FrameError: the bytes are not a valid frame, or they need more memory.
+        ThinwireError: the frame is compressed, and the package zstandard is not installed.
     """
     if not isinstance(data, bytes):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise FrameError(0, f"a frame is bytes, not {type(data).__name__}")
@@ -292,7 +292,7 @@ def _entry(reader: Reader, name: str) -> Entry:
 
 
 def _coded(reader: Reader, code: str, k: int, name: str) -> tuple[tuple[str, Tensor, Tensor], Tensor]:
-    """How the values are written, and what they are."""
+    """Read coded values; returns them as written (code, scales, packed bytes) and decoded."""
     at = reader.at
     num_scales, nbytes = codes.sizes(code, k)
     scales = reader.values(num_scales, torch.float32, name)
@@ -308,7 +308,7 @@ def _coded(reader: Reader, code: str, k: int, name: str) -> tuple[tuple[str, Ten
 
 
 def _spare_bits(packed: Tensor, bits: int) -> bool:
-    """Whether the last byte has more than the lowest ``bits % 8`` bits set, where it is not full."""
+    """Return True if a bit after the last of ``bits`` bits is set."""
     return bool(bits % 8) and bool(packed[-1] >> bits % 8)
 
 

@@ -17,13 +17,13 @@ from thinwire.core.tensors import float_at_least_32
 CLOCK = 256
 """Steps until the clock of a gathered header begins again."""
 SLOTS = 4
-"""Steps until that of a summed one does. Ranks part by one step at a time, and each exchange would tell."""
+"""Steps until the clock of a summed header wraps around. Few suffice: the first exchange shows a gap of one step."""
 
 
 def total(values: Tensor) -> Tensor:
-    """Is not finite where any value is not: a sum finds it in one read, without a temporary.
+    """Sum all values: the sum is nonfinite if any value is. It takes one read and no temporary.
 
-    It may overflow, so on CPUs whoever asks looks again; on CUDA it is in float64, which costs nothing there.
+    On CPUs the sum of finite values may overflow, so the caller checks again; on CUDA it is in float64, at no cost.
     """
     return values.sum(dtype=torch.float64 if values.is_cuda else float_at_least_32(values.dtype))
 
@@ -45,7 +45,7 @@ def encode(used: Sequence[bool], nonfinite: Tensor, dtype: torch.dtype, step: in
     parts = [torch.ones(len(used), dtype=torch.uint8, device=nonfinite.device), nonfinite.to(torch.uint8)]
     flags = torch.cat(parts if gathered else [*parts, parts[0].new_zeros(SLOTS)])
     for i, one in enumerate(used):
-        if not one:  # by hand, since on CUDA a copy from the host waits
+        if not one:  # one write per flag, since on CUDA a copy from the host would wait
             flags[i] = 0
     if not gathered:
         flags[step % SLOTS - SLOTS] = 1

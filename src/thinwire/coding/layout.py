@@ -1,8 +1,8 @@
-"""Where each payload lies in a message: without a header, since every rank can compute it.
+"""Layout of the payloads in a message. Every rank computes it, so a message does not describe it.
 
-A message is one uint8 buffer. The tensors of all payloads stand in it by falling element size, each size in the
-order of the units, so every tensor is aligned and nothing is padded but the end of a message that is gathered (to
-8 bytes, so that the rows of the result are aligned too).
+A message is one uint8 buffer. It holds the tensors of all payloads by falling element size, and in the order of the
+units within a size. So every tensor is aligned without padding between them. Only the end of a gathered message is
+padded, to 8 bytes, so that the rows of the result are aligned too.
 """
 
 import math
@@ -18,7 +18,7 @@ from thinwire.core.interfaces import Payload
 from thinwire.core.tensors import flat
 
 WIDEST = 16
-"""Bytes of the longest number."""
+"""Bytes of the longest element: complex128."""
 ROW_ALIGNMENT = 8
 
 
@@ -37,7 +37,7 @@ class Part:
 
 
 class Layout:
-    """The layout of the message that carries these payloads; only their shapes and dtypes are read."""
+    """The layout of a message for these payloads; only their shapes and dtypes are read."""
 
     def __init__(self, payloads: Sequence[Payload], alignment: int = ROW_ALIGNMENT) -> None:
         tensors = [(u, t) for u, payload in enumerate(payloads) for t in payload]
@@ -55,14 +55,14 @@ class Layout:
 
     @cached_property
     def unit_nbytes(self) -> list[int]:
-        """Bytes of each unit's payload, padding left out."""
+        """Bytes of each unit's payload, without padding."""
         sums = [0] * self.num_units
         for part in self.parts:
             sums[part.unit] += part.nbytes
         return sums
 
     def pack(self, payloads: Sequence[Payload], *, in_place: bool = False) -> Tensor:
-        """The message, uint8 ``[nbytes]``; ``in_place`` allows a view of payloads that already lie so in memory."""
+        """Build the message, uint8 ``[nbytes]``; ``in_place`` allows a view if the payloads lie like this."""
         tensors = [t for payload in payloads for t in payload]
         ordered = [flat(tensors[j]).view(torch.uint8) for j in self.order]
         if in_place and not self.padding and _adjacent(ordered):
@@ -72,13 +72,13 @@ class Layout:
         return torch.cat(ordered)
 
     def unpack(self, message: Tensor) -> list[Payload]:
-        """The payloads in a message, as views of it."""
+        """Return the payloads in a message, as views of it."""
         return self.unpack_all(message[: self.nbytes].unsqueeze(0))[0][0]
 
     def unpack_all(self, messages: Tensor) -> tuple[list[list[Payload]], list[Tensor]]:
-        """Those in each of ``messages`` ``[senders, n]``, n at least ``nbytes`` and a multiple of the largest itemsize.
+        """Return the payloads of all senders, and each payload tensor stacked over senders ``[senders, *shape]``.
 
-        Also each of their tensors, in their order, for all senders, ``[senders, *shape]``; all are views.
+        ``messages`` is ``[senders, n]``, n at least ``nbytes`` and a multiple of the largest itemsize. All are views.
         """
         payloads: list[list[list[Tensor]]] = [[[] for _ in range(self.num_units)] for _ in range(len(messages))]
         columns = self._columns(messages)
@@ -88,7 +88,7 @@ class Layout:
         return [[tuple(payload) for payload in own] for own in payloads], columns
 
     def _columns(self, messages: Tensor) -> list[Tensor]:
-        if not self.nbytes:  # rows of nothing have strides that no dtype but bytes can be seen in
+        if not self.nbytes:  # the strides of empty rows don't allow a view in a wider dtype
             messages = messages.new_empty(len(messages), WIDEST)
         pieces = cast("tuple[Tensor, ...]", cast(Any, messages[:, : self.nbytes]).split(self._sizes, 1))
         columns = [pieces[place].view(self.parts[place].dtype) for place in self.places]
@@ -108,7 +108,7 @@ class Layout:
 
 
 def _adjacent(pieces: Sequence[Tensor]) -> bool:
-    """Whether the pieces follow each other in one storage."""
+    """Return True if the pieces follow each other in one storage."""
     storage = pieces[0].untyped_storage().data_ptr()
     end = pieces[0].data_ptr()
     for piece in pieces:

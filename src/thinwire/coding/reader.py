@@ -1,4 +1,4 @@
-"""Reads bytes that come from anywhere: never beyond their end, and never into more memory than is allowed."""
+"""Reader of untrusted bytes: never reads past their end and never allocates more memory than allowed."""
 
 import struct
 from typing import Any
@@ -9,15 +9,15 @@ from torch import Tensor
 from thinwire.core.errors import ThinwireError
 
 MULTIPLE = 8
-"""Memory that decoding may take, in ``max_content``."""
+"""Memory that decoding may take, as a multiple of ``max_content``."""
 LEAST = 2**16
-"""Bytes that it may take in any case."""
+"""Bytes of memory that decoding may always take."""
 BESIDE = 200
-"""Bytes that the arithmetic takes for each element of a piece, at most."""
+"""Most bytes of temporaries for each element of a piece."""
 
 
 class FrameError(ThinwireError):
-    """These bytes are no frame, or not one that can be trusted; once decompressed, ``at`` counts in the content."""
+    """Error: the bytes are not a valid frame. ``at`` is a byte offset; in compressed frames, in the content."""
 
     def __init__(self, at: int, what: str) -> None:
         super().__init__(f"bad frame at byte {at}: {what}")
@@ -25,7 +25,7 @@ class FrameError(ThinwireError):
 
 
 class Allowance:
-    """The memory of one frame: an eighth for the arithmetic, in pieces of ``step`` elements, the rest for results."""
+    """Memory limit of one frame: an eighth for temporaries, in pieces of ``step`` elements; the rest for results."""
 
     def __init__(self, max_content: int) -> None:
         self.limit = max(MULTIPLE * max_content, LEAST)
@@ -33,10 +33,10 @@ class Allowance:
         self.kept = 0
 
     def keep(self, nbytes: int, at: int, what: str) -> None:
-        """Before so many bytes are allocated.
+        """Count ``nbytes`` that are about to be allocated.
 
         Raises:
-            FrameError: they are more than there may be.
+            FrameError: they exceed the limit.
         """
         if self.kept + nbytes > self.limit - self.limit // 8:
             raise FrameError(
@@ -55,7 +55,7 @@ class Allowance:
 
 
 class Reader:
-    """Reads forward, and knows where it is."""
+    """A forward reader; ``at`` is the offset of the next byte."""
 
     def __init__(self, data: bytes, allowance: Allowance) -> None:
         self.data = memoryview(data)
@@ -80,7 +80,7 @@ class Reader:
     def text(self, length: str, what: str) -> str:
         at = self.at
         data = self.take(self.number(length, what), what)
-        self.allowance.keep(5 * len(data), at, what)  # one character may make all others take four bytes
+        self.allowance.keep(5 * len(data), at, what)  # one wide character makes Python store 4 bytes for each
         try:
             return str(data, "utf-8")
         except UnicodeDecodeError as error:

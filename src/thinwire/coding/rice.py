@@ -1,8 +1,8 @@
-"""Golomb-Rice: the gaps between ascending indices in almost as few bits as there can be, for files and uploads.
+"""Golomb-Rice code: the gaps between ascending indices, close to the entropy, for files and uploads.
 
 ``gap_0 = index_0``, ``gap_j = index_j - index_(j-1) - 1``; each is written as ``gap >> b`` ones, a zero, and the low
-``b`` bits of the gap, highest first. In all ``k (b + 1) + sum(gap >> b)`` bits: 11.50 an index at density 0.1 %, where
-the entropy is 11.41. The length depends on the indices, so it is not for messages whose size all ranks must know.
+``b`` bits of the gap, highest first. This takes ``k (b + 1) + sum(gap >> b)`` bits: 11.50 per index at density 0.1 %;
+the entropy is 11.41. The length depends on the indices, so collectives, which need a fixed size, can't use it.
 
 Format: the bits in that order, the first in the highest bit of the first byte; zeros fill the last byte.
 
@@ -19,11 +19,11 @@ from torch import Tensor
 from thinwire.core.errors import ThinwireError
 
 WINDOW = 2**20
-"""Bits that are decoded at once: decoding takes some 40 bytes for each."""
+"""Bits that are decoded at once; each takes about 40 bytes of memory."""
 
 
 def parameter(k: int, n: int) -> int:
-    """``b`` of the fewest bits for k indices spread evenly over n."""
+    """Return the ``b`` that needs the fewest bits for k indices spread evenly over n."""
     if k == 0:
         return 0
     p = min(k / n, 1.0 - 1e-12)
@@ -32,7 +32,7 @@ def parameter(k: int, n: int) -> int:
 
 
 def num_bits(indices: Tensor, b: int) -> int:
-    """The exact length of the code, before the last byte is filled."""
+    """Return the exact length of the code in bits, before the last byte is filled."""
     gaps = _gaps(indices.cpu().numpy())
     return len(gaps) * (b + 1) + int((gaps >> b).sum())
 
@@ -41,7 +41,7 @@ def encode(indices: Tensor, b: int) -> bytes:
     """Encode int64 indices ``[k]``, strictly ascending from 0 on.
 
     Raises:
-        ThinwireError: they do not ascend.
+        ThinwireError: the indices do not strictly ascend.
     """
     gaps = _gaps(indices.cpu().numpy())
     if (gaps < 0).any():
@@ -56,13 +56,13 @@ def encode(indices: Tensor, b: int) -> bytes:
 
 
 def decode_checked(data: bytes | memoryview, k: int, n: int, b: int, step: int | None = None) -> Tensor:
-    """int64 indices ``[k]`` from bytes that come from anywhere; they must be what ``encode`` writes, to the bit.
+    """Decode int64 indices ``[k]`` from untrusted bytes; every bit must be as ``encode`` writes it.
 
     Args:
-        step: bits that are decoded at once, at least 64; ``WINDOW`` at most.
+        step: bits decoded at once, at least 64 and at most ``WINDOW``.
 
     Raises:
-        ThinwireError: they are not k indices that ascend below n, and nothing else.
+        ThinwireError: the bytes are not exactly k strictly ascending indices below n.
     """
     if not 0 <= b < 63 or not 0 <= n < 2**62 or not k * (b + 1) <= 8 * len(data) <= k * (b + 1) + (n >> b) + 7:
         raise ThinwireError(f"{len(data)} bytes are not those of {k} indices below {n} with b = {b}")
@@ -73,7 +73,7 @@ def decode_checked(data: bytes | memoryview, k: int, n: int, b: int, step: int |
     while done < k:
         bits = np.unpackbits(packed[at // 8 : (at + max(window, 64 + b)) // 8 + 1])[at % 8 :]
         starts, stops = _codewords(bits, b, k - done)
-        if not len(starts):  # as many ones of a codeword as there are, and the next time the rest of it
+        if not len(starts):  # a codeword longer than the window: count its ones and go on in the next window
             begun = len(bits) if bits.all() else int(bits.argmin())
             at, ones = at + begun, ones + begun
             if not begun or at >= 8 * len(data):
@@ -86,7 +86,7 @@ def decode_checked(data: bytes | memoryview, k: int, n: int, b: int, step: int |
         for j in range(b):
             gaps = gaps << 1 | bits[stops + (j + 1)]
         found = previous + np.cumsum(gaps + 1)
-        if int(found.min()) < 0 or int(found[-1]) >= n:  # a sum that overflows is negative first: no gap reaches 2^63
+        if int(found.min()) < 0 or int(found[-1]) >= n:  # an overflowing sum turns negative first: no gap reaches 2^63
             raise ThinwireError(f"indices reach beyond {n} elements")
         indices[done : done + len(found)] = found
         done, at, previous, ones = done + len(found), at + int(stops[-1]) + b + 1, int(found[-1]), 0
@@ -100,17 +100,17 @@ def _gaps(indices: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _codewords(bits: NDArray[np.uint8], b: int, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where the first codewords start, and where the zero of each stands; those that the bits cut off are left out.
+    """Return the starts of up to ``most`` codewords and the position of each one's zero, without a cut-off last one.
 
-    Each codeword says only where the next one starts. So the bits are cut into blocks. From the back, and in all blocks
-    side by side, it is found where a codeword that starts at any bit leads out of its block. Then only one step a block
-    is in sequence, and the codewords between are followed in all blocks side by side again.
+    A codeword tells only where the next one starts, so a plain scan is sequential. So the bits are cut into blocks.
+    From the back, in all blocks at once, compute for every bit where a chain of codewords from it leaves its block.
+    One sequential step per block then finds its first codeword, and a parallel pass follows those within all blocks.
     """
     zeros = np.flatnonzero(bits == 0)
     zeros = zeros[zeros < len(bits) - b]
     if not len(zeros):
         return zeros, zeros
-    stop = np.repeat(zeros, np.diff(zeros, prepend=-1))  # of a codeword that starts here
+    stop = np.repeat(zeros, np.diff(zeros, prepend=-1))  # the zero of a codeword that starts here
     side = math.isqrt(len(stop) - 1) + 1
     end = side * side
     after = np.full(end, end)

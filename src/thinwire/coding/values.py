@@ -1,19 +1,19 @@
-"""Values in 1, 2, 4 or 8 bits: what stands beside the indices of a sparse message.
+"""Codes for the values of a sparse message in 1, 2, 4 or 8 bits.
 
-What a selection sends clusters just above its threshold and has a long tail, so the levels are spaced by a constant
-ratio, from the smallest magnitude that is there to the largest, and none is spent on zero. With ``m = |v|``:
+Selected values cluster just above the threshold and have a long tail. So the levels are spaced by a constant ratio,
+from the smallest magnitude to the largest, and none stands for zero. With ``m = |v|``:
 
 ``sign``    ``v -> sign(v) mean(m)``, which keeps the l1 norm
 ``int<b>``  ``v -> sign(v) lo ratio^level``, the nearest of ``2^(b-1)`` levels. ``int4``, ``int8``: ``lo = min m``, at
             least ``mean(m) / 2^b``; the last level is ``max m``. ``int2``: the means of those below and above the mean
 
-Each contracts: ``||v - v^||^2 <= (1 - 1/(2k)) ||v||^2`` for k values, without the 2 for a sign. Measured on the 1 % of
-largest magnitude, normal and Student-3: 0.010 and 0.23 for sign, 0.004 and 0.14 for int2, 0.0008 and 0.02 for int4
-(``benchmarks.codec``). Evenly spaced levels lose up to 20 times as much, and with 2 bits more than a sign does.
+Each is a contraction: ``||v - v^||^2 <= (1 - 1/(2k)) ||v||^2`` for k values, ``1 - 1/k`` for ``sign``. Measured on the
+1 % of largest magnitude, normal and Student-3: 0.010 and 0.23 for sign, 0.004 and 0.14 for int2, 0.0008 and 0.02 for
+int4 (``benchmarks.codec``). Evenly spaced levels lose up to 20 times as much; with 2 bits they lose more than ``sign``.
 
 Format: float32 scales, ``mean`` or ``lo, ratio``, then ``ceil(k b / 8)`` bytes of b-bit fields as in ``bitpack``, each
-``sign << (b - 1) | level``. The scales are NaN when a value is not finite, so whoever sums them sees it; what lies
-beyond float32 saturates. A code has no zero to fill a message with: the caller marks what only fills it.
+``sign << (b - 1) | level``. The scales are NaN if a value is nonfinite, so the receiver sees it. Values beyond float32
+saturate. A code has no zero, so the caller marks padding.
 
 Source: F. Sattler et al., "Sparse Binary Compression", 2018, arXiv:1805.08768, for the sign with a mean magnitude.
 """
@@ -25,23 +25,23 @@ from thinwire.coding.bitpack import pack_fields, unpack_fields
 from thinwire.core.tensors import float_at_least_32
 
 CODES = {"sign": 1, "int2": 2, "int4": 4, "int8": 8}
-"""The name of each code, and its bits a value."""
+"""Bits per value of each code."""
 
 LARGEST = torch.finfo(torch.float32).max
 
 
 def sizes(code: str, k: int) -> tuple[int, int]:
-    """Scales (float32), and bytes of k values."""
+    """Return the number of float32 scales and the bytes of k values."""
     return 1 if code == "sign" else 2, -(-k * CODES[code] // 8)
 
 
 def encode(values: Tensor, code: str) -> tuple[Tensor, Tensor]:
-    """Encode floats ``[k]`` to (scales, uint8), of the ``sizes`` of k. What is 0 only fills it, and is 0 bits."""
+    """Encode floats ``[k]`` to (scales, uint8), of the ``sizes`` of k. A value of 0 is padding and becomes 0 bits."""
     bits = CODES[code]
     fields = values.lt(0).to(torch.uint8)
     if values.numel():
         magnitude = values.abs().to(float_at_least_32(values.dtype)).clamp_(max=LARGEST)
-        there = values != 0  # NaN is
+        there = values != 0  # True for NaN
         scales = _scales(magnitude, there, code).float()
         if code != "sign":
             levels = _levels(scales, bits)
@@ -54,7 +54,7 @@ def encode(values: Tensor, code: str) -> tuple[Tensor, Tensor]:
 
 
 def decode(scales: Tensor, packed: Tensor, code: str, k: int) -> Tensor:
-    """The inverse of ``encode``, as far as there is one: float32 ``[k]``."""
+    """Decode float32 ``[k]``, the levels nearest to the encoded values."""
     bits = CODES[code]
     fields = unpack_fields(packed, bits)[:k]
     if code == "sign":
@@ -64,7 +64,7 @@ def decode(scales: Tensor, packed: Tensor, code: str, k: int) -> Tensor:
 
 
 def _scales(magnitude: Tensor, there: Tensor, code: str) -> Tensor:
-    """float64, so that their rounding to float32 seldom depends on the order of a sum."""
+    """Return float64 scales, so that their rounding to float32 seldom depends on the order of a sum."""
     magnitude = magnitude.double()
     mean = magnitude.sum() / there.sum().clamp(min=1)
     if code == "sign":
@@ -82,7 +82,7 @@ def _scales(magnitude: Tensor, there: Tensor, code: str) -> Tensor:
 
 
 def _levels(scales: Tensor, bits: int) -> Tensor:
-    """float64 ``[2^(bits - 1)]``, by multiplications of two numbers alone: every machine gets the same."""
+    """Return float64 ``[2^(bits - 1)]``, computed by multiplication only, so that every machine gets the same bits."""
     wide = scales.double()
     levels, ratio = wide[:1], wide[1]
     for _ in range(bits - 1):

@@ -1,4 +1,4 @@
-"""zstd as the last stage of a frame: ``pip install 'thinwire[zstd]'``."""
+"""The zstd stage of a frame; needs ``pip install 'thinwire[zstd]'``."""
 
 from typing import Any
 
@@ -8,24 +8,24 @@ LEVEL = 3
 
 
 class BadContent(ThinwireError):
-    """These bytes are not what they were said to be."""
+    """Error: the bytes are not the declared zstd frame."""
 
 
 def compress(data: bytes) -> bytes:
-    """One zstd frame that says how long its content is.
+    """Compress to one zstd frame that declares the length of its content.
 
     Raises:
-        ThinwireError: the package is not there.
+        ThinwireError: the package zstandard is not installed.
     """
     return _package().ZstdCompressor(level=LEVEL).compress(data)
 
 
 def decompress(data: bytes | memoryview, size: int) -> bytes:
-    """The content of one zstd frame, which must be ``size`` bytes; no more are ever allocated.
+    """Return the content of one zstd frame, which must be ``size`` bytes; it never allocates more.
 
     Raises:
-        BadContent: it is not such a frame.
-        ThinwireError: the package is not there.
+        BadContent: the data is not such a frame.
+        ThinwireError: the package zstandard is not installed.
     """
     zstandard = _package()
     try:

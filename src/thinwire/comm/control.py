@@ -1,7 +1,7 @@
-"""What all ranks do together between steps: attach, a change of method, a load, detach. They end alike, or all say why.
+"""Collective calls between steps: attach, a change of method, a load, detach. All ranks succeed or all raise.
 
-What one rank does by itself is followed by a word to all, so an error there is one of all ranks and the group lives on.
-An error in the middle of an exchange can't be told by another one: there the rank leaves, with a word in the store.
+After a part that each rank does alone, the ranks exchange a text, so an error on one rank is raised on all and the
+group stays usable. After an error in the middle of an exchange the rank leaves, with a message in the store.
 """
 
 import contextlib
@@ -15,18 +15,18 @@ from thinwire.core.errors import ThinwireError
 
 ATTACH = ("attach()", "attach() is called by all ranks of a model, alike")
 GRACE = 2.0
-"""Seconds for the others to hear of an interrupt, which nobody wants to wait for."""
+"""Seconds to wait for the other ranks when this one was interrupted (Ctrl-C)."""
 TOLD = 1000
-"""Characters of an error that the others are told."""
+"""Characters of an error that are sent to the other ranks."""
 
 
 class Together:
-    """One such call; whatever leaves the ``with`` block is known to all ranks.
+    """One such call: every rank learns of an error that leaves the ``with`` block.
 
     Args:
-        talk: the ranks; a collective, where there is one already.
-        what: the call, for errors.
-        way_out: what to do where a rank did not come, for errors.
+        talk: the control channel; a collective if there is one already.
+        what: the name of the call, for errors.
+        way_out: advice for errors when a rank did not answer.
     """
 
     def __init__(self, talk: Talk, what: str, way_out: str = "Restart from the last checkpoint") -> None:
@@ -47,10 +47,10 @@ class Together:
 
     @contextlib.contextmanager
     def alone(self) -> Generator[None]:
-        """Inside it this rank exchanges nothing; at its end all hear whether any of them raised something.
+        """Run a part in which this rank exchanges nothing; afterwards all ranks learn of errors on any rank.
 
         Raises:
-            ThinwireError: another rank did.
+            ThinwireError: another rank raised an error.
         """
         try:
             yield
@@ -67,7 +67,7 @@ class Together:
         text = self._told(error)
         try:
             self.talk.everyone.exchange_text(text, patience)
-        except (NoAnswer, ThinwireError) as reason:  # whoever ends the call leaves a word
+        except (NoAnswer, ThinwireError) as reason:  # ``__exit__`` leaves the message in the store
             error.add_note(f"The other ranks could not be told: {reason}")
         else:
             known_to_all(error)

@@ -1,4 +1,4 @@
-"""An emulated link: a real exchange that takes as long as it would on a thin one."""
+"""An emulated link: a real exchange is delayed until a link of the given speed would have finished it."""
 
 import time
 from dataclasses import replace
@@ -13,21 +13,21 @@ from thinwire.comm.liveness import Lost
 from thinwire.comm.process_group import Collective, Future, InFlight, OneLevel, in_future
 
 GRACE = 5.0
-"""Seconds for what is under way when the link is let go of: an exchange that nobody answers must not keep a process."""
+"""Seconds for exchanges in progress when the link is closed, so that an unanswered one can't keep the process alive."""
 
 
 class Time(Protocol):
-    """Seconds, and a way to let them pass: the module ``time``, or a test's own."""
+    """A clock with ``sleep``: the module ``time``, or a test's own."""
 
     def monotonic(self) -> float: ...
     def sleep(self, seconds: float, /) -> None: ...
 
 
 class Paced(OneLevel):
-    """Makes a real exchange take as long as it would on a thin link: an emulation, and labelled as one.
+    """A collective over an emulated link. Its label says that the link is emulated.
 
-    The link is busy until one message is through before it takes the next. An exchange ends when the emulated
-    link has carried it, or when the real one has ended, whichever is later.
+    The link carries one message at a time. An exchange ends when the emulated link has carried it or when the real
+    exchange has ended, whichever is later.
     """
 
     def __init__(self, inner: Collective, link: Link, clock: Time = time) -> None:

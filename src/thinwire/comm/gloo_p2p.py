@@ -1,8 +1,8 @@
-"""Messages straight to whom they are for, between CPU tensors on gloo.
+"""Point-to-point exchange of CPU tensors on gloo, each message sent directly to its receiver.
 
-gloo tells a sender that its message is awaited, over the connection that also carries what goes the other way, and its
-own collectives send before they receive: that word then stands behind a whole message, and the two directions take
-turns. Here a rank announces all that it awaits before it sends anything, and both directions are full.
+A gloo receiver announces each receive to the sender, over the same connection that carries data the other way. gloo's
+own collectives send before they receive, so the announcement queues behind a whole message and the two directions
+take turns. Here a rank posts all its receives before it sends anything, so both directions are busy at once.
 """
 
 import atexit
@@ -22,25 +22,25 @@ from torch import Tensor
 Future: TypeAlias = torch.futures.Future[Any]
 
 WORLD = 4
-"""Up to how many ranks: with more, little of what a connection carries stands in the other direction's way."""
+"""Most ranks for this path: with more, the two directions of a connection seldom block each other."""
 LEAST = 2**16
-"""Bytes to a rank from which on it pays: this takes a thread of Python's, and gloo's own are cheaper to wake."""
+"""Fewest bytes to each rank for this path: it wakes a Python thread, which costs more than waking one of gloo's."""
 FEW = 16
-"""Up to how many ranks a short message goes from each to all others at once: gloo's all-gather is a ring, in which each
-waits N - 1 times for the one before."""
-TAGS = range(2**20, 2**21)  # away from those that people take
+"""Most ranks for which a short all-gather is sent as one all-to-all. gloo's all-gather is a ring: every rank waits
+N - 1 times for the rank before it."""
+TAGS = range(2**20, 2**21)  # users rarely take these
 NOBODY = TAGS.stop
 GRACE = 2.0
-"""Seconds for what is under way when a group is let go of."""
+"""Seconds for exchanges in progress when a group is closed."""
 
 
 def pays(group: dist.ProcessGroup, row: Tensor) -> bool:
-    """Whether a message of which each other rank gets such a row should go straight to them."""
+    """Return True if the direct path is faster for an exchange that sends such a row to each other rank."""
     return row.nbytes >= LEAST and _among(WORLD, group, row)
 
 
 def at_once(group: dist.ProcessGroup, message: Tensor) -> bool:
-    """Whether what all are to get should be sent as an all-to-all: in one stage."""
+    """Return True if an all-gather of this message should be sent as an all-to-all, which takes one stage."""
     return message.nbytes < LEAST and _among(FEW, group, message)
 
 
@@ -50,7 +50,7 @@ def _among(most: int, group: dist.ProcessGroup, row: Tensor) -> bool:
 
 
 class Sent:
-    """An exchange under way: what ``torch.distributed`` calls a work, with a future besides."""
+    """An exchange in progress: like a ``torch.distributed`` work, plus a future."""
 
     def __init__(self, direct: "Direct", received: Tensor) -> None:
         self.future: Future = torch.futures.Future[Any]()
@@ -60,7 +60,7 @@ class Sent:
         self._over = Event()
 
     def finish(self) -> None:
-        """Wait for the network, and complete the future, which runs its callbacks here."""
+        """Wait for the network and complete the future; its callbacks run in this thread."""
         try:
             for work in self.works if self.error is None else ():
                 work.wait()
@@ -74,10 +74,10 @@ class Sent:
             self.future.set_result(self._received)
 
     def wait(self, timeout: timedelta) -> None:
-        """Wait for the network, and for what the exchanges before have called back.
+        """Wait for this exchange, which includes the callbacks of earlier exchanges.
 
         Raises:
-            RuntimeError: what gloo raises, or it took longer; then all connections are closed.
+            RuntimeError: gloo failed, or the wait timed out, which closes all connections of the group.
         """
         if not self._over.wait(timeout.total_seconds()):
             self._direct.hang_up()
@@ -88,7 +88,7 @@ class Sent:
 
 
 class Direct:
-    """The exchanges of one group, awaited by a thread in the order in which they were started."""
+    """The exchanges of one group; a thread waits for them in the order of their start."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group, self._rank, self._world = group, dist.get_rank(group), dist.get_world_size(group)
@@ -97,9 +97,9 @@ class Direct:
         self._thread: Thread | None = None
 
     def start(self, rows: Sequence[Tensor], received: Tensor) -> Sent:
-        """Row r of ``rows`` goes to rank r, and row r of ``received`` comes from it; all ranks call this in turn.
+        """Send row r of ``rows`` to rank r and receive row r of ``received`` from it; all ranks call in one order.
 
-        Where a connection is gone, waiting says so.
+        If a connection is closed, the wait raises the error.
         """
         if self._thread is None:
             self._thread = Thread(target=_finish_all, args=(self._queue,), name="thinwire-direct", daemon=True)
@@ -122,18 +122,18 @@ class Direct:
         return sent
 
     def hang_up(self) -> None:
-        """Close all connections of the group, so that nobody waits any longer: gloo does so where a wait times out."""
+        """Close all connections of the group so that no rank waits any longer: gloo does so when a wait times out."""
         if self._world == 1 or "cpu:gloo" not in dist.get_backend_config(self._group):
             return
         other = (self._rank + 1) % self._world
-        for i in range(len(os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))):  # tags take interfaces in turn
+        for i in range(len(os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))):  # tags take turns on interfaces
             with contextlib.suppress(RuntimeError):
                 nothing = torch.empty(1, dtype=torch.float32, device="cpu")
                 work: Any = dist.irecv(nothing, group=self._group, tag=NOBODY + i, group_src=other)
                 work.wait(timedelta(milliseconds=1))
 
     def close(self) -> None:
-        """Let go of the thread. What is under way has some time to end; then the group's connections are closed."""
+        """Stop the thread. Exchanges in progress have ``GRACE`` seconds to end; then the connections are closed."""
         thread, self._thread = self._thread, None
         if thread is None or not thread.is_alive():  # as in a child that was forked
             return
@@ -147,7 +147,7 @@ class Direct:
 def _finish_all(queue: "SimpleQueue[Sent | None]") -> None:
     while (sent := queue.get()) is not None:
         sent.finish()
-        del sent  # and its messages, while this waits for the next
+        del sent  # frees its messages before the next wait
 
 
 _open: WeakSet[Direct] = WeakSet()
@@ -155,6 +155,6 @@ _open: WeakSet[Direct] = WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """A thread that comes back from gloo when the interpreter is shutting down would end the process."""
+    """Stop all threads at exit: one that returns from gloo during interpreter shutdown would abort the process."""
     for direct in [*_open]:
         direct.close()

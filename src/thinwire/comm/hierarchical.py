@@ -1,12 +1,12 @@
-"""Two levels: dense inside a node, where links are fast, and compressed between nodes.
+"""Two-level exchange: dense within a node, where links are fast, and compressed between nodes.
 
-A node is one worker. Its ranks average their gradients, hold the same state, and so compress to the same message, of
-which each sends its own part to its counterparts in the other nodes; what they receive they put together inside.
-So a message between nodes crosses each node's link once, spread over the ranks, and what compression loses is that
-of as many workers as there are nodes.
+A node is one worker. Its ranks average their gradients and hold the same state, so they compress to the same message.
+Each rank sends its own part of it to its counterparts in the other nodes, and the ranks of a node all-gather the parts
+they receive. So a message crosses each node's link once, spread over its ranks. Compression loses as much as with one
+worker per node.
 
-A message has one head, which is in the part of one rank of a node. So every part ends with the step of the rank that
-sends it; all ranks receive all parts, and learn whether any of them is at another step.
+A message has one header, which is in the part of one rank of a node. So every part also ends with the step of the
+rank that sends it. All ranks receive all parts and see if any rank is at another step.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,13 +30,13 @@ from thinwire.core.errors import ThinwireError
 
 
 def check_nodes(everyone: ProcessGroup, nodes: int | DeviceMesh | None) -> None:
-    """Look whether the ranks can be put into such nodes, before anything is made.
+    """Check that the ranks can be divided into such nodes, before any group is made.
 
     Args:
         nodes: as for ``groups_of``; None for no nodes.
 
     Raises:
-        ThinwireError: they do not make whole nodes of all ranks.
+        ThinwireError: ``nodes`` does not divide all ranks into whole nodes.
     """
     if nodes is None:
         return
@@ -57,16 +57,16 @@ def check_nodes(everyone: ProcessGroup, nodes: int | DeviceMesh | None) -> None:
 def groups_of(
     everyone: ProcessGroup, nodes: int | DeviceMesh
 ) -> tuple[ProcessGroup, ProcessGroup, list[dist.ProcessGroup]]:
-    """The groups inside this rank's node and between its counterparts, and those that were made for it.
+    """Return this rank's group within the node, its group between nodes, and the new process groups to destroy later.
 
     Args:
-        nodes: ranks in a node, which follow each other; or a mesh of two dimensions, between nodes and inside.
+        nodes: the number of consecutive ranks in a node, or a mesh of two dimensions (between nodes, within the node).
     """
     if not isinstance(nodes, int):
         inside, between = (ProcessGroup(nodes.get_group(dim), everyone.timeout) for dim in (1, 0))
         return inside, between, []
     ranks = dist.get_process_group_ranks(everyone.group)
-    # every rank makes every group, in this order: groups of their own choosing would find stale addresses
+    # every rank makes every group in one order: making only its own would find stale addresses in the store
     inside = [_group(ranks[i : i + nodes], everyone.timeout) for i in range(0, len(ranks), nodes)]
     between = [_group(ranks[lane::nodes], everyone.timeout) for lane in range(nodes)]
     node, lane = divmod(everyone.rank, nodes)
@@ -75,7 +75,7 @@ def groups_of(
 
 
 class Nodes:
-    """Shows the pipeline one worker a node; each exchange has a stage between nodes and one inside."""
+    """A collective with one worker per node; each exchange has a stage between nodes and one within the node."""
 
     def __init__(
         self, everyone: ProcessGroup, inside: Collective, between: Collective, made: Sequence[dist.ProcessGroup] = ()
@@ -88,7 +88,7 @@ class Nodes:
         link = between.link
         self.link = link and Link(link.bandwidth * self.lanes, link.latency)
         self._step = 0
-        self._parted: list[Tensor] = []  # of each exchange since ``at``, whether the steps in it differ
+        self._parted: list[Tensor] = []  # for each exchange since ``at``: True if its steps differ
 
     @property
     def keepers(self) -> Collective:
@@ -146,7 +146,7 @@ class Nodes:
         return self._gathered(self.between.broadcast(part, source), 1, lambda rows: rows[0, :nbytes])
 
     def _part(self, rows: Tensor, more: int) -> Tensor:
-        """This rank's columns of uint8 ``[rows, nbytes]``, padded, and ``more`` columns of zeros."""
+        """Return this rank's columns of uint8 ``[rows, nbytes]``, padded, plus ``more`` columns of zeros."""
         width = -(-rows.shape[1] // (self.lanes * ROW_ALIGNMENT)) * ROW_ALIGNMENT
         mine = rows[:, self._lane * width : (self._lane + 1) * width]
         return torch.nn.functional.pad(mine, (0, width - mine.shape[1] + more))
@@ -167,12 +167,12 @@ class Nodes:
         parted: Callable[[Tensor], Tensor],
         whole: Callable[[Tensor], Tensor],
     ) -> InFlight:
-        """The second stage of an exchange.
+        """Add the second stage to an exchange: an all-gather within the node.
 
         Args:
-            more: columns of a part that tell steps.
-            parted: from these columns, ``[lanes, rows, more]``, whether the steps differ; bool ``[]``.
-            whole: from the rows to the answer.
+            more: columns of a part that hold the step.
+            parted: computes from these columns, ``[local ranks, rows, more]``, True if the steps differ; bool ``[]``.
+            whole: computes the answer from the rows.
         """
         lanes = self.lanes
 
@@ -226,7 +226,7 @@ class Nodes:
 
 
 def levels(everyone: ProcessGroup, nodes: int | DeviceMesh | None, link: Link | None) -> Collective:
-    """Who exchanges between the replicas: all of them alike, or nodes. ``link`` is emulated where it is given."""
+    """Return the collective between replicas: all ranks on one level, or nodes. A given ``link`` is emulated."""
     groups = groups_of(everyone, nodes) if nodes is not None else None
     own = everyone if groups is None else groups[1]
     collective: Collective = Paced(own, link) if link else own

@@ -1,10 +1,10 @@
-"""What an exchange costs: bytes that one worker sends, and seconds on a link of given bandwidth and latency.
+"""Cost of an exchange: bytes that one worker sends, and seconds on a link of given bandwidth and latency.
 
 All-reduce is a ring: ``2 (N-1)`` messages of ``size / N``. All-gather passes every payload to each other worker:
 ``N-1`` messages of ``size``. All-to-all sends each other worker its own part: ``N-1`` messages of ``size / N``. A
-broadcast is a chain: each worker but the last passes ``size`` on, and every worker, the source like the others, is
-counted the mean, ``(N-1)/N`` of it. The alpha-beta model charges ``latency`` for every message and ``1 / bandwidth``
-for every byte; what is passed along a chain is under way on all its links at once.
+broadcast is a chain: each worker but the last passes ``size`` on; every worker is counted the mean of these bytes,
+``(N-1)/N`` of ``size``. The alpha-beta model charges ``latency`` per message and ``8 / bandwidth`` per byte. All links
+of a chain carry data at once, so a broadcast is charged ``size`` once.
 """
 
 import math
@@ -31,11 +31,11 @@ LONG = {"kilo": "k", "mega": "m", "giga": "g", "tera": "t", "kibi": "ki", "mebi"
 
 
 def _bits(unit: str) -> float | None:
-    """Bits per second of a unit, None for one that is not known."""
+    """Return the bits per second of a unit, None if it is unknown."""
     rate = re.fullmatch(r"(.+?)(/s|/sec|ps|/second| per second)?", unit, re.IGNORECASE)
     written = rate[1] if rate else ""
     if written.isupper() and written.endswith("B") and rate and rate[2] == "PS":
-        return None  # GBPS, where capitals say nothing
+        return None  # GBPS: all capitals, so bits and bytes can't be told apart
     lower = written.lower()
     if lower.endswith("ethernet"):
         lower = lower.removesuffix("ethernet").strip()
@@ -49,7 +49,7 @@ def _bits(unit: str) -> float | None:
 
 
 def wire_bytes(kind: Kind, nbytes: float, world: int) -> float:
-    """Bytes that one of ``world`` workers sends to exchange a message of ``nbytes``; of a broadcast, the mean."""
+    """Return the bytes that one of ``world`` workers sends for a message of ``nbytes``; for a broadcast, the mean."""
     share = (world - 1) / world
     times = {"all_reduce": 2 * share, "all_gather": world - 1, "all_to_all": share, "broadcast": share}
     return times[kind] * nbytes
@@ -57,11 +57,11 @@ def wire_bytes(kind: Kind, nbytes: float, world: int) -> float:
 
 @dataclass(frozen=True)
 class Link:
-    """A link of every worker to the switch.
+    """The link from each worker to the switch.
 
     Args:
-        bandwidth: bits per second, each way.
-        latency: seconds for one message.
+        bandwidth: bits per second in each direction.
+        latency: seconds per message.
     """
 
     bandwidth: float
@@ -73,10 +73,10 @@ class Link:
 
     @staticmethod
     def read(name: str, given: Any) -> "Link | None":
-        """A link as it may be given: one, a text for ``parse``, or None.
+        """Read an argument that is a ``Link``, a text for ``parse``, or None.
 
         Raises:
-            ThinwireError: it is none of these.
+            ThinwireError: the argument is none of these.
         """
         if given is None or isinstance(given, Link):
             return given
@@ -89,12 +89,12 @@ class Link:
 
     @staticmethod
     def parse(text: str) -> "Link":
-        """A link written as ``100mbit``, ``1 Gb/s``, ``10GbE``, ``25G`` or ``100mbit,0.5ms``.
+        """Parse a link written as ``100mbit``, ``1 Gb/s``, ``10GbE``, ``25G`` or ``100mbit,0.5ms``.
 
-        A small ``b`` is bits and a capital one bytes, as in ``125 MB/s``, which is ``1 Gb/s``; ``Mi`` is 2^20.
+        A small ``b`` means bits and a capital ``B`` bytes: ``125 MB/s`` is ``1 Gb/s``. ``Mi`` is 2^20.
 
         Raises:
-            ThinwireError: anything else.
+            ThinwireError: the text is not a link.
         """
         text = of_type(str, "write it as text, e.g. '1gbit'")("link", text)
         found = WRITTEN.fullmatch(text.strip())
@@ -108,7 +108,7 @@ class Link:
         return Link(float(found["number"]) * unit, latency)
 
     def seconds(self, kind: Kind, nbytes: float, world: int) -> float:
-        """How long one exchange of a message of ``nbytes`` takes."""
+        """Return the seconds that one exchange of a message of ``nbytes`` takes."""
         messages = 2 * (world - 1) if kind == "all_reduce" else world - 1
         through = nbytes * (world > 1) if kind == "broadcast" else wire_bytes(kind, nbytes, world)
         return messages * self.latency + through * 8 / self.bandwidth

@@ -1,7 +1,7 @@
-"""How fast the links are: latency and bandwidth, fitted to a few all-gathers that are timed.
+"""Measured link speed: latency and bandwidth, fitted to a few timed all-gathers.
 
 The model is that of ``Link``: ``seconds = (N-1) (latency + nbytes * 8 / bandwidth)`` for an all-gather of ``nbytes``.
-Both are fitted by least squares to relative errors, so that small messages count as much as large ones.
+The fit minimises squared relative errors, so that small messages count as much as large ones.
 """
 
 import json
@@ -19,31 +19,31 @@ from thinwire.comm.texts import heard
 SIZES = (2**10, 2**15, 2**18, 2**20)
 REPEATS = 5
 FASTEST = 1e13
-"""Bits a second: where there is nobody to talk to."""
+"""Bits per second, assumed if there is only one rank."""
 
 
 def measure(collective: Collective, timeout: float, device: torch.device | None = None) -> Link:
-    """Time a few all-gathers, and fit a link to their medians, the mean over ranks. A collective call: all agree."""
+    """Time a few all-gathers and fit a link to the mean over ranks of their medians. A collective call: all agree."""
     if collective.world == 1:
         return Link(FASTEST)
     medians: list[float] = []
     for nbytes in SIZES:
         message = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-        _seconds(collective, message, timeout)  # connections are made at the first use
+        _seconds(collective, message, timeout)  # the first use opens the connections
         medians.append(statistics.median(_seconds(collective, message, timeout) for _ in range(REPEATS)))
     said = heard(collective.exchange_text(json.dumps(medians)), _read_times, "list of times")
     means = [statistics.fmean(times) for times in zip(*said, strict=True)]
     found = fit(list(zip(SIZES, means, strict=True)), collective.world)
-    # the last bits of a fit may differ between machines, and ranks that choose different routes wait for ever
+    # the last bits of a fit may differ between machines; ranks that then choose different routes would hang
     return heard(collective.exchange_text(json.dumps((found.bandwidth, found.latency)))[:1], _read_link, "link")[0]
 
 
 def fit(timed: list[tuple[int, float]], world: int) -> Link:
-    """The link that explains best how many seconds all-gathers of these bytes took."""
+    """Fit a link to (bytes, seconds) of timed all-gathers."""
     messages = world - 1
     rows = np.array([[messages / seconds, messages * nbytes * 8 / seconds] for nbytes, seconds in timed])
     latency, per_bit = np.linalg.lstsq(rows, np.ones(len(timed)), rcond=None)[0]
-    if per_bit <= 0 or latency < 0:  # noise: what is left of the two explains the ends
+    if per_bit <= 0 or latency < 0:  # noise: set the negative one aside and fit the other to one end
         nbytes, seconds = timed[-1]
         return Link(messages * nbytes * 8 / seconds, 0.0 if latency < 0 else timed[0][1] / messages)
     return Link(1 / float(per_bit), float(latency))

@@ -1,7 +1,7 @@
-"""After an exchange has failed: which ranks are gone, which did not answer, and what the others say of it.
+"""Diagnosis after a failed exchange: which ranks are gone, which did not answer, and what they reported.
 
-gloo tells of every connection why it was closed: by the other end, or by this one, where a wait has timed out. Those
-who live say so in the group's store, since a failure closes connections between survivors too.
+gloo tells for every connection if the other end closed it, or this end after a timed-out wait. A failure closes
+connections between survivors too, so survivors also write a key into the group's store.
 """
 
 import contextlib
@@ -15,25 +15,25 @@ import torch
 import torch.distributed as dist
 
 PROBE_SECONDS = 0.5
-"""For a connection to show that it is closed."""
+"""Time for a closed connection to show that it is closed."""
 WORD_SECONDS = 2.0
-"""For survivors to say that they live."""
+"""Time for survivors to write to the store."""
 SHORT = 300
-"""Characters of what a rank leaves in the store."""
+"""Characters of a rank's message in the store."""
 WORD = "thinwire/word"
 CLOSED = ("closed by peer", "reset by peer", "Broken pipe", "refused", "Socket closed")
-"""Of gloo's messages, those about the other end."""
+"""Parts of gloo's error messages that blame the other end."""
 
 
 class Lost(NamedTuple):
-    """What one rank can tell of the others after an exchange has failed."""
+    """The state of the other ranks after a failed exchange, as one rank sees it."""
 
     gone: Sequence[int] = ()
-    """Their connections are closed, and they don't say that they live."""
+    """Ranks whose connection is closed and that did not write to the store."""
     silent: Sequence[int] = ()
-    """They say nothing; they may live, and be late."""
+    """Ranks that did not answer; they may be alive and late."""
     raised: str = ""
-    """What a rank raised that the others could not be told otherwise."""
+    """The error that a rank left in the store."""
 
     def __str__(self) -> str:
         if self.raised:
@@ -48,28 +48,28 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 class Liveness:
-    """The ranks of one group, as this one sees them."""
+    """The liveness of the ranks of one group, as this rank sees it."""
 
     spoke: ClassVar[set[str]] = set()
-    """Groups in whose store this process has said something."""
+    """Groups in whose store this process has written."""
 
     def __init__(self, group: dist.ProcessGroup, rank: int, world: int) -> None:
         self.group, self.rank, self.world = group, rank, world
 
     def lost(self) -> Lost:
-        """Look for the others. What is under way on gloo ends here: it closes all connections of this rank."""
+        """Find out which ranks are lost. On gloo this closes all connections of this rank and ends its exchanges."""
         self.here()
         closed = self._closed()
         others = [rank for rank in range(self.world) if rank != self.rank]
         found: list[Lost] = []
-        # the store answers never where the link to its host is cut, and nothing bounds that wait
+        # if the link to the store's host is cut, the store never answers and has no timeout: ask in a thread
         asking = threading.Thread(target=lambda: found.append(self._words(others, closed)), daemon=True)
         asking.start()
         asking.join(2 * WORD_SECONDS)
         return found[0] if found else Lost(closed, [rank for rank in others if rank not in closed])
 
     def _words(self, others: Sequence[int], closed: Sequence[int]) -> Lost:
-        """Read in the store what the others say."""
+        """Read the messages of the other ranks from the store."""
         deadline = time.monotonic() + WORD_SECONDS
         try:
             while (quiet := self._quiet(others)) and time.monotonic() < deadline:
@@ -82,16 +82,16 @@ class Liveness:
         return Lost(gone, [rank for rank in quiet if rank not in gone], raised)
 
     def here(self) -> None:
-        """Say that this rank lives."""
+        """Write to the store that this rank is alive."""
         self._say(_alive(self.rank), "yes")
 
     def leave_word(self, text: str) -> None:
-        """Say why this rank will not answer."""
+        """Write to the store why this rank will not answer."""
         self._say(WORD, text[:SHORT])
         self.here()
 
     def forget(self) -> None:
-        """All ranks have answered, so nothing that was said before holds any longer."""
+        """Delete this rank's keys from the store: all ranks have answered, so the keys are out of date."""
         name = self.group.group_name
         if name in self.spoke:
             self.spoke.discard(name)
@@ -109,21 +109,21 @@ class Liveness:
             self.spoke.add(self.group.group_name)
 
     def _quiet(self, ranks: Sequence[int]) -> list[int]:
-        """Those of these ranks that do not say that they live, in few questions to the store."""
+        """Return the ranks that have not written that they are alive; halving keeps store requests few."""
         if not ranks or self._store.check([_alive(rank) for rank in ranks]):
             return []
         half = len(ranks) // 2
         return [*ranks] if half == 0 else [*self._quiet(ranks[:half]), *self._quiet(ranks[half:])]
 
     def _closed(self) -> list[int]:
-        """The ranks that have closed their connection to this one; only gloo tells."""
+        """Return the ranks that have closed their connection to this one; empty for backends other than gloo."""
         if dist.get_backend(self.group) != "gloo":
             return []
         closed: list[int] = []
         asked: dict[int, Any] = {}
         for rank in (rank for rank in range(self.world) if rank != self.rank):
             nothing = torch.zeros(1, dtype=torch.uint8, device="cpu")
-            try:  # a message that nobody awaits fails at once where the connection is closed
+            try:  # even a message that no rank receives fails at once on a closed connection
                 asked[rank] = dist.isend(nothing, dist.get_global_rank(self.group, rank), group=self.group)
             except RuntimeError as error:
                 closed += [rank] * _by_the_other(error)

@@ -1,7 +1,7 @@
-"""Two axes: a model that is sharded over one, and whose every shard has replicas along the other.
+"""A mesh of two axes: the model is sharded along one, and every shard has replicas along the other.
 
-A shard and its replicas are a world of their own: they exchange the gradients of that shard and nothing else. What
-concerns the whole model, verdicts and norms, also goes over the shards; what is said, over all ranks.
+The replicas of a shard exchange the gradients of that shard only. Step status and norms, which concern the whole model,
+also go across shards. Texts on the control channel go over all ranks.
 """
 
 import json
@@ -22,7 +22,7 @@ from thinwire.core.sharding import shape_of, shard_dim
 
 
 class BothAxes:
-    """All ranks of the mesh, the replicas of shard 0 apart by the number of shards."""
+    """The control channel of all ranks of the mesh; a rank is its replica times the number of shards plus its shard."""
 
     def __init__(self, replicas: Talk, shards: Talk) -> None:
         self.replicas, self.shards = replicas, shards
@@ -45,7 +45,7 @@ class BothAxes:
         return cast("list[str]", column)
 
     def lost(self) -> Lost:
-        self.here()  # on both axes first, since this rank's peers along the other one may look already
+        self.here()  # on both axes first, since peers along the other axis may be looking already
         along, across = self.replicas.lost(), self.shards.lost()
         return Lost(
             sorted({*map(self._of_replica, along.gone), *map(self._of_shard, across.gone)}),
@@ -69,7 +69,7 @@ class BothAxes:
 
 
 def columns_of(shards: ProcessGroup, group: dist.ProcessGroup | None) -> list[list[int]]:
-    """The ranks that hold each shard, from those that hold this rank's. A collective call of the ``shards``."""
+    """Return the ranks of each shard's replicas; ``group`` has those of this shard. A collective call of ``shards``."""
     column = dist.get_process_group_ranks(group) if group is not None else [dist.get_rank()]
     return heard(shards.exchange_text(json.dumps(column)), _read_ranks, "list of ranks")
 
@@ -82,22 +82,22 @@ def _read_ranks(said: str) -> list[int]:
 
 
 class Mesh:
-    """Shows the pipeline the replicas of this rank's shard.
+    """A collective between the replicas of this rank's shard.
 
     Args:
-        replicas: who exchanges; over an emulated link perhaps.
-        shards: the ranks that hold the other parts of the model.
-        group: of the replicas; None where there are none.
-        device: where control messages between shards are made.
-        columns: the ranks of each shard's replicas, by ``columns_of``.
+        replicas: the collective between replicas, perhaps over an emulated link.
+        shards: the process group of the ranks that hold the shards of one replica.
+        group: the process group of the replicas; None if there are none.
+        device: the device of control messages across shards.
+        columns: the ranks of each shard's replicas, from ``columns_of``.
 
     Raises:
-        ThinwireError: the two axes do not make a mesh.
+        ThinwireError: the two axes do not form a mesh.
     """
 
     lanes = 1
     sent_inside = 0.0
-    """Bytes that this rank has sent along the shard axis; who sends them adds them."""
+    """Bytes that this rank has sent along the shard axis; the sender adds them."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class Mesh:
         return self.replicas.broadcast(message, source)
 
     def at(self, step: int) -> None:
-        pass  # every message of a replica has a head
+        pass  # every message of a replica has a message header
 
     def apart(self) -> bool:
         return False
@@ -159,7 +159,7 @@ class Mesh:
         return [bool(flag) for flag in found]
 
     def any_replica(self, flag: bool, timeout: float) -> bool:
-        """Whether it is so on any replica of this shard; waits."""
+        """Return True if the flag is set on any replica of this shard; blocks."""
         found = torch.tensor([float(flag)], dtype=torch.float32, device=self.device)
         try:
             return bool(self.replicas.all_reduce(found).wait(timeout, on_host=True))

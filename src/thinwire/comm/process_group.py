@@ -1,8 +1,8 @@
-"""Who performs a collective: a process group, the simulator's workers, or either of them over an emulated link.
+"""Collectives: the interface, and its implementation over ``torch.distributed``.
 
-A collective only carries bytes. It is started by ``all_reduce``, ``all_gather``, ``all_to_all`` or ``broadcast`` and
-answers at once with an ``InFlight``; nothing is ever started from the callback of another, since gloo runs callbacks
-in an order that differs between ranks.
+A collective only carries bytes. ``all_reduce``, ``all_gather``, ``all_to_all`` and ``broadcast`` start it and return
+an ``InFlight`` at once. No collective is ever started from the callback of another, since gloo runs callbacks in an
+order that differs between ranks.
 """
 
 import atexit
@@ -33,21 +33,21 @@ _all_gather: Callable[..., Any] = getattr(dist, _name)
 
 
 def in_future(tensor: Tensor) -> Future:
-    """A future to be completed by hand, for a value on the device of ``tensor``."""
+    """Make a future for a value on the device of ``tensor``; the caller completes it."""
     return torch.futures.Future[Any](devices=[tensor.device] if tensor.is_cuda else None)
 
 
 TIMEOUT = 300.0
-"""Seconds to wait for the others: longer than one rank usually evaluates, and far below gloo's 30 minutes."""
+"""Seconds to wait for other ranks: longer than an evaluation on one rank usually takes, far below gloo's 30 minutes."""
 
 
 class NoAnswer(RuntimeError):
-    """The network has failed, or a rank did not come in time; nothing can be said to the others any longer."""
+    """Error: the network failed or a rank did not answer in time. No exchange is possible afterwards."""
 
 
 @contextlib.contextmanager
 def network(timeout: float) -> Generator[None]:
-    """Inside it, whatever the backend raises is a ``NoAnswer``."""
+    """Turn every ``RuntimeError`` of the backend into a ``NoAnswer``."""
     try:
         yield
     except NoAnswer:
@@ -60,10 +60,10 @@ def network(timeout: float) -> Generator[None]:
 
 @dataclass(frozen=True)
 class InFlight:
-    """A started collective: ``result`` holds the answer once ``future`` has completed.
+    """A collective in progress: ``result`` holds the answer once ``future`` has completed.
 
-    An all-reduce answers the sum, like the message; an all-gather uint8 ``[world, nbytes]``, an all-to-all the same
-    with a row for this rank from each; a broadcast the source's message.
+    All-reduce gives the sum, shaped like the message; all-gather uint8 ``[world, nbytes]``; all-to-all the same, with
+    the row that each rank sent to this one; broadcast the source's message.
     """
 
     future: Future
@@ -72,14 +72,14 @@ class InFlight:
     side_data: Tensor | None = None
     """What the stages before have left for the one after, or for whoever opens the answer."""
     columns: tuple[int, int] | None = None
-    """Which part of the rows, where several messages travelled together."""
+    """The columns of this message, if several messages were sent as one."""
     then: "Callable[[], InFlight] | None" = None
-    """Starts the next stage once this has ended; never from a callback, and again it answers the same."""
+    """Function that starts the next stage; never call it from a callback. Later calls return the same."""
     arrange: Callable[[Tensor], Tensor] | None = None
-    """From the buffer that the last stage filled to the answer."""
+    """Function from the buffer of the last stage to the answer."""
 
     def answer(self) -> Tensor:
-        """The result, once the last stage has ended."""
+        """Return the result; call it after the last stage has ended."""
         result = self.result if self.arrange is None else self.arrange(self.result)
         return result if self.columns is None else result[:, slice(*self.columns)]
 
@@ -135,7 +135,7 @@ class Carrier(Protocol):
 
 
 class Talk(Protocol):
-    """Some ranks that say things to each other."""
+    """A control channel between ranks."""
 
     @property
     def rank(self) -> int: ...
@@ -143,31 +143,31 @@ class Talk(Protocol):
     def world(self) -> int: ...
     @property
     def everyone(self) -> "Talk":
-        """All ranks of the model, one by one."""
+        """The control channel of all ranks of the model, one member per rank."""
         ...
 
     def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
-        """The text of every rank, for control traffic; it waits, and is not counted.
+        """Return the texts of all ranks, for control. Blocks; its bytes are not counted in ``sent``.
 
         Args:
-            timeout: seconds; None for those that ``attach`` was given.
+            timeout: seconds; None for the timeout given to ``attach``.
 
         Raises:
-            NoAnswer: a rank did not come in time, or is gone.
-            ThinwireError: a rank's text is too long, or is none.
+            NoAnswer: a rank did not answer in time, or is gone.
+            ThinwireError: a rank's text is too long, or is not a text.
         """
         ...
 
     def lost(self) -> Lost:
-        """After an exchange has failed: what can be told of the others. Nothing can be exchanged afterwards."""
+        """Find out which ranks are lost after a failed exchange. No exchange is possible afterwards."""
         ...
 
     def here(self) -> None:
-        """Say in the store that this rank lives."""
+        """Write to the store that this rank is alive."""
         ...
 
     def leave(self, word: str) -> None:
-        """Leave the others in the middle of an exchange: nobody waits for this rank, and they can read the word."""
+        """Leave in the middle of an exchange: close the connections and leave ``word`` in the store for the others."""
         ...
 
 
@@ -180,38 +180,38 @@ class Collective(Talk, Carrier, Protocol):
     def sent(self) -> float: ...
     @property
     def link(self) -> Link | None:
-        """The speed of the link, where it is emulated or assumed."""
+        """The speed of the link if it is emulated or assumed, else None."""
         ...
 
     @property
     def keepers(self) -> "Collective":
-        """Of those that have a row of their own in a checkpoint."""
+        """The checkpoint group: the ranks that each have a row in a checkpoint."""
         ...
 
     @property
     def lanes(self) -> int:
-        """Ranks that share one worker's message, each of which sends a part of it."""
+        """Number of local ranks: the ranks of one worker, each of which sends a part of its message."""
         ...
 
     @property
     def sent_inside(self) -> float:
-        """Bytes that this rank has sent to those it shares messages with."""
+        """Bytes that this rank has sent within the node."""
         ...
 
     def at(self, step: int) -> None:
-        """The step that this rank is at, for those that share its messages: a head is in the part of one of them."""
+        """Set this rank's step. Local ranks send it in every part, since only one part has the message header."""
         ...
 
     def apart(self) -> bool:
-        """Whether what has arrived since says that ranks which share messages are at different steps; waits."""
+        """Return True if messages since ``at`` show that local ranks are at different steps; blocks."""
         ...
 
     def mean_inside(self, gradients: Tensor, timeout: float) -> None:
-        """Average over the ranks that share messages, in place; waits."""
+        """Average over the local ranks in place; blocks."""
         ...
 
     def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
-        """Whether any rank that shares messages has used each; waits."""
+        """Return for each unit True if any local rank used it; blocks."""
         ...
 
     def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:
@@ -223,24 +223,24 @@ class Collective(Talk, Carrier, Protocol):
         ...
 
     def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
-        """The tensor of shape ``[world, *shape]`` of which this rank's is a row; ``like`` tells how it is sharded."""
+        """Return a DTensor ``[world, *shape]``, this rank's ``tensor`` as a row; ``like`` tells how it is sharded."""
         ...
 
     def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
-        """What is equal on all ranks, but where ``like`` is sharded; without ``like`` every part has one of its own."""
+        """Return replicated state for a checkpoint, sharded like ``like``; without ``like``, one row for each shard."""
         ...
 
     def hang_up(self) -> None:
-        """Close all connections, where that can be done, so that nothing that is under way keeps a process alive."""
+        """Close all connections if the backend can, so that no exchange in progress keeps the process alive."""
         ...
 
     def close(self) -> None:
-        """Let go of threads; nothing may be started afterwards."""
+        """Stop threads; no collective may be started afterwards."""
         ...
 
 
 class OneLevel:
-    """A collective in which every rank is a worker of its own."""
+    """A base for collectives in which every rank is a worker."""
 
     lanes = 1
     sent_inside = 0.0
@@ -277,10 +277,10 @@ class OneLevel:
 
 @atexit.register
 def _let_go() -> None:
-    """Give gloo's threads the time to put down the last tensors they held.
+    """Give gloo's threads time to release the last tensors they hold.
 
-    They need the interpreter for it, without the main thread's waiting for them; once it is shutting down, asking
-    for it ends the process in ``std::terminate``. That is so with any Python hook on gloo, thinwire or not.
+    To release a tensor they take the GIL, and the main thread does not wait for them. During interpreter shutdown,
+    taking the GIL ends the process in ``std::terminate``. This happens with any Python hook on gloo.
     """
     if ProcessGroup.used:
         time.sleep(0.05)
@@ -385,13 +385,13 @@ class ProcessGroup(OneLevel):
 
 
 def exchange_failed(collective: Collective, step: int, names: Sequence[str], error: Exception) -> ThinwireError:
-    """What to raise when the exchange of these units has failed: who did not answer, and the way out."""
+    """Make the error for a failed exchange of these units: it names the ranks that did not answer and the way out."""
     what = names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
     return failed(collective, f"step {step}: the exchange of {what}", error, "Restart from the last checkpoint")
 
 
 def failed(talk: Talk, what: str, error: Exception, way_out: str) -> ThinwireError:
-    """What to raise when something that all ranks do together has failed."""
+    """Make the error for a failed collective call."""
     lost = talk.lost() if isinstance(error, NoAnswer) else Lost()
     if lost.raised:
         return ThinwireError(f"{lost.raised}. {way_out}.")

@@ -1,4 +1,4 @@
-"""The simulator's collectives: N workers in one process, who meet in rank order."""
+"""Collectives of the simulator: N workers in one process that take turns in rank order."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,12 +13,12 @@ from thinwire.comm.process_group import Future, InFlight, OneLevel
 from thinwire.core.errors import ThinwireError
 
 ASSUMED = Link(1e9, 1e-4)
-"""What a simulation takes for its link, where a route is chosen by it."""
+"""The link of a simulation, for methods whose route depends on the link."""
 
 
 @dataclass
 class _Meeting:
-    """One collective of the simulator, until its last worker has come; all of them share the result."""
+    """One collective of the simulator, until its last worker has joined; all workers share the result."""
 
     result: Tensor
     messages: list[Tensor] = field(default_factory=list[Tensor])
@@ -26,10 +26,10 @@ class _Meeting:
 
 
 class Local(OneLevel):
-    """Collectives of N workers in one process: each worker talks through its own ``Local``, in rank order.
+    """The collectives of one worker of N in one process; the workers call them in rank order.
 
     Sums are taken in rank order, so they are bit-equal to any real exchange that gathers, and to a real all-reduce
-    of two. All workers are handed the same result, which they must not write to.
+    of two workers. All workers get the same result tensor and must not write to it.
     """
 
     def __init__(self, rank: int, world: int, meetings: dict[int, _Meeting]) -> None:
@@ -43,7 +43,7 @@ class Local(OneLevel):
 
     @staticmethod
     def of(world: int) -> "list[Local]":
-        """The collectives of a world, one for each rank."""
+        """Make the collectives of ``world`` workers, one for each rank."""
         meetings: dict[int, _Meeting] = {}
         return [Local(rank, world, meetings) for rank in range(world)]
 

@@ -1,7 +1,7 @@
-"""Texts between ranks, for control: UTF-8 bytes with their length in front, read without trust.
+"""Texts between ranks on the control channel: UTF-8 bytes after their length, read without trust.
 
-Nothing that arrives is run. A length is looked at before room is made for it, and what is wrong is an error that names
-the rank; where a rank says the same to all, all of them raise it.
+Received bytes are never executed. A length is checked before memory is allocated for it. An error names the rank that
+sent the bad text; if it sent the same to all ranks, all of them raise the error.
 """
 
 import struct
@@ -11,7 +11,7 @@ from typing import TypeAlias, TypeVar
 from thinwire.core.errors import ThinwireError
 
 Gather: TypeAlias = Callable[[bytes], Sequence[bytes]]
-"""From this rank's bytes to those of all, which are as many."""
+"""Function from this rank's bytes to the bytes of all ranks; each rank sends equally many."""
 T = TypeVar("T")
 R = TypeVar("R")
 E = TypeVar("E", bound=BaseException)
@@ -19,20 +19,20 @@ E = TypeVar("E", bound=BaseException)
 HEAD = struct.Struct("<4sq")
 MAGIC = b"THWT"
 FIRST = 128
-"""Bytes of the first message, which holds the head and as much of the text as there is room for."""
+"""Bytes of the first message: the header and as much of the text as fits."""
 CHUNK = 2**20
-"""Bytes of each further one: what ranks with short texts send and get along with the longest."""
+"""Most bytes of each further message; ranks with shorter texts pad it."""
 LIMIT = 2**24
-"""Bytes of a text."""
+"""Most bytes of a text."""
 
 
 def exchange(text: str, gather: Gather) -> list[str]:
-    """The texts of all ranks, from the text of this one.
+    """Exchange texts: returns the texts of all ranks.
 
     Raises:
-        ThinwireError: one of them is too long, or is no text.
+        ThinwireError: one of them is too long, or is not a text.
     """
-    mine = text.encode("utf-8", "backslashreplace")  # a path may hold what is no UTF-8
+    mine = text.encode("utf-8", "backslashreplace")  # a path may hold bytes that are not UTF-8
     room = FIRST - HEAD.size
     rows = gather((HEAD.pack(MAGIC, len(mine)) + mine[:room]).ljust(FIRST, b"\0"))
     lengths = [_length(row, rank) for rank, row in enumerate(rows)]
@@ -46,13 +46,13 @@ def exchange(text: str, gather: Gather) -> list[str]:
 
 
 def heard(said: Sequence[T], read: Callable[[T], R], what: str) -> list[R]:
-    """Read what every rank said.
+    """Parse the message of every rank.
 
     Args:
-        read: raises whatever it likes where that is not ``what``.
+        read: the parser; raises if a message is not ``what``.
 
     Raises:
-        ThinwireError: a rank said something else.
+        ThinwireError: a rank sent something else.
     """
     found: list[R] = []
     for rank, one in enumerate(said):
@@ -69,13 +69,13 @@ def heard(said: Sequence[T], read: Callable[[T], R], what: str) -> list[R]:
 
 
 def known_to_all(error: E) -> E:
-    """Mark an error that every rank raises, or has heard of."""
+    """Mark an error that every rank raises or has been told of."""
     setattr(error, _KNOWN, True)
     return error
 
 
 def is_known(error: BaseException) -> bool:
-    """Whether every rank knows of it, so that nobody need be told."""
+    """Return True if every rank knows of this error, so that no rank needs to be told."""
     return getattr(error, _KNOWN, False)
 
 

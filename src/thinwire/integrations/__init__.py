@@ -1,1 +1,1 @@
-"""Frameworks that wrap a model in DDP themselves: a few lines over ``attach`` each, imported only when used."""
+"""Integrations with frameworks that wrap the model in DDP themselves; each is imported only when used."""

@@ -1,10 +1,10 @@
-"""Hugging Face Accelerate: attach to what ``prepare`` answers, and follow ``save_state`` and ``load_state``.
+"""Hugging Face Accelerate: attach to what ``prepare`` returns, and follow ``save_state`` and ``load_state``.
 
-What was observed of Accelerate and shaped it:
+Facts about Accelerate that shaped this file:
 
-* ``register_for_checkpointing`` writes one file, rank 0's, and gives it to all ranks. So every rank has its own.
-* ``ddp_handler`` is called inside ``prepare``, with the model alone; a method that remembers needs the optimizer too.
-  ``kwargs_handlers`` takes no class but Accelerate's own. So one attaches after ``prepare``, or sets the handler.
+* ``register_for_checkpointing`` writes rank 0's file only and gives it to all ranks. So every rank writes its own file.
+* ``prepare`` calls ``ddp_handler`` with the model only, but a method with a memory needs the optimizer too.
+  ``kwargs_handlers`` accepts only Accelerate's own classes. So attach after ``prepare``, or set the handler.
 """
 
 from functools import partial
@@ -47,20 +47,20 @@ def attach(
     ``load_state`` reads them. A collective call.
 
     Args:
-        accelerator: whose ``scaler`` is passed on, and whose checkpoints are followed until ``detach()``.
-        model: what ``accelerator.prepare`` answered.
+        accelerator: its ``scaler`` is passed on, and its checkpoints are followed until ``detach()``.
+        model: the model that ``accelerator.prepare`` returned.
         method: as for ``thinwire.attach``.
-        optimizer: the prepared optimizer, or the one inside.
+        optimizer: the prepared optimizer, or the one that it wraps.
         on_world_change: what ``load_state`` does with a checkpoint of another number of ranks, as for
             ``Session.load_state_dict``.
-        strict: whether ``load_state`` refuses a folder that has no such files.
-        options: what else ``thinwire.attach`` takes.
+        strict: True if ``load_state`` refuses a folder that has no such files.
+        options: further options of ``thinwire.attach``.
 
     Returns:
         The session.
 
     Raises:
-        ThinwireError: there is no DDP or FSDP2 in the model, or as ``thinwire.attach``.
+        ThinwireError: the model contains no DDP or FSDP2 model, or as ``thinwire.attach``.
 
     Example::
 
@@ -84,18 +84,18 @@ def attach(
 
 
 class DdpHandler:
-    """Attaches inside ``accelerator.prepare``, as its ``ddp_handler``; for code that calls ``prepare`` itself.
+    """A ``ddp_handler`` that attaches inside ``accelerator.prepare``, for code that calls ``prepare`` itself.
 
     Args:
-        accelerator: whose handler it becomes. It attaches to the one model that is prepared next.
+        accelerator: sets itself as its handler, and attaches to the one model that is prepared next.
         method: as for ``thinwire.attach``.
-        optimizer: the one that is given to ``prepare``, before it is.
-        arguments: of DDP, where they are not the default.
-        options: what else ``attach`` of this file takes.
+        optimizer: the optimizer before it is given to ``prepare``.
+        arguments: DDP's arguments; None for the defaults.
+        options: further options of ``attach`` in this file.
 
     Raises:
-        ThinwireError: the accelerator does not wrap models in DDP, or has a handler, or DDP's arguments have a hook of
-            their own; in ``prepare``: as ``attach``, or it is the second model.
+        ThinwireError: the accelerator does not wrap models in DDP, or already has a handler, or DDP's arguments set a
+            comm hook. In ``prepare``: as ``attach``, or it is the second model.
 
     Example::
 
@@ -147,11 +147,11 @@ class DdpHandler:
         return self._wire
 
     def to_kwargs(self) -> dict[str, Any]:
-        """The arguments that Accelerate passes to DDP."""
+        """Return the arguments that Accelerate passes to DDP."""
         return self.arguments.to_kwargs()
 
     def register_comm_hook(self, model: nn.Module) -> None:
-        """Called by Accelerate with the wrapped model."""
+        """Attach to the wrapped model; Accelerate calls this."""
         if self._wire is not None:
             raise ThinwireError(
                 "a DdpHandler attaches to one model, and this is the second; prepare the others before it is made, or "

@@ -1,12 +1,12 @@
 """Lightning: a callback that attaches when training begins, and follows the checkpoints.
 
-What was observed of Lightning and shaped it:
+Facts about Lightning that shaped this file:
 
-* ``DDPStrategy(ddp_comm_hook=)`` is ignored on CPUs, without a word; a callback that attaches is not.
-* A callback's ``state_dict`` is written by rank 0 and given to all ranks; ``on_save_checkpoint`` is not told the file.
-  The strategy is, on all ranks; so its ``save_checkpoint`` is followed.
-* The optimizer steps with a closure that runs backward; a session refuses that, since it has to look at the gradients
-  before the step. So the closure is run just before.
+* ``DDPStrategy(ddp_comm_hook=)`` is silently ignored on CPUs; a callback that attaches works.
+* Rank 0 writes a callback's ``state_dict`` for all ranks, and ``on_save_checkpoint`` does not get the file's path. The
+  strategy gets it, on all ranks, so this callback wraps the strategy's ``save_checkpoint``.
+* The optimizer steps with a closure that runs backward. A session refuses that, since it checks the gradients before
+  the step. So the callback runs the closure just before the step.
 """
 
 import os
@@ -31,16 +31,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
 
 
 class Compression(Callback):
-    """Exchange the gradients of a Lightning module by ``method`` while ``fit`` trains it with DDP.
+    """A callback that exchanges the gradients of a Lightning module by ``method`` while ``fit`` trains it with DDP.
 
-    Beside ``<checkpoint>.ckpt`` every rank writes what it remembers into the folder ``<checkpoint>.ckpt.thinwire``, and
-    reads it in ``fit(ckpt_path=)``. The session stays attached after ``fit``, for ``trainer.save_checkpoint``.
+    Next to ``<checkpoint>.ckpt`` every rank writes its state into the folder ``<checkpoint>.ckpt.thinwire``, and reads
+    it in ``fit(ckpt_path=)``. The session stays attached after ``fit``, for ``trainer.save_checkpoint``.
 
     Args:
         method: as for ``thinwire.attach``.
-        on_world_change: at another number of ranks than the one that saved, as for ``Session.load_state_dict``.
-        strict: whether to refuse a checkpoint without such a folder.
-        options: what else ``thinwire.attach`` takes.
+        on_world_change: as for ``Session.load_state_dict``, if another number of ranks saved the checkpoint.
+        strict: True to refuse a checkpoint without such a folder.
+        options: further options of ``thinwire.attach``.
 
     Raises:
         ThinwireError: when training begins: as ``thinwire.attach``, or the files do not fit, or there are several
@@ -104,7 +104,7 @@ class Compression(Callback):
 
         def save_checkpoint(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
             write(checkpoint, filepath, storage_options=storage_options)
-            if self.wire is not None and "optimizer_states" in checkpoint:  # not weights alone
+            if self.wire is not None and "optimizer_states" in checkpoint:  # skip weights-only checkpoints
                 per_rank_files.save(self.wire, _folder(filepath))
 
         def remove_checkpoint(filepath: str | Path) -> None:
@@ -125,6 +125,6 @@ def _run_closure(_: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
 
 
 def _folder(checkpoint: str | Path) -> str:
-    """Beside the file itself, where the name is a link to it (``ModelCheckpoint(save_last="link")``)."""
+    """Return the folder next to the checkpoint file; follows a link, as of ``ModelCheckpoint(save_last="link")``."""
     name = str(checkpoint)
     return f"{os.path.realpath(name) if os.path.islink(name) else name}.thinwire"

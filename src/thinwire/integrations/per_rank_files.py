@@ -1,6 +1,6 @@
-"""Files of a rank's own, beside a checkpoint that a framework writes as one for all ranks.
+"""Per-rank files next to a checkpoint that a framework writes once for all ranks.
 
-A file is ``thinwire-rank<r>-of-<world>.pt``: what ``Session.state_dict`` gave that rank, as plain tensors, so that
+A file is ``thinwire-rank<r>-of-<world>.pt``. It holds that rank's ``Session.state_dict()`` as plain tensors, so that
 ``torch.load(weights_only=True)`` reads it without a process group.
 """
 
@@ -27,11 +27,11 @@ NAME = re.compile(r"thinwire-rank(\d+)-of-(\d+)\.pt")
 
 
 def save(wire: Session, folder: str | Path) -> None:
-    """Write what this rank remembers beside the checkpoint; every rank calls it, and waits for no other.
+    """Write this rank's state next to the checkpoint. Every rank calls it; no rank waits for another.
 
     Args:
-        wire: what ``attach`` returned.
-        folder: where, on a filesystem of this machine; made if it is not there.
+        wire: the session that ``attach`` returned.
+        folder: a folder on a filesystem of this machine; created if missing.
 
     Raises:
         ThinwireError: the folder is not a path of a filesystem, or the file can't be written.
@@ -43,22 +43,22 @@ def save(wire: Session, folder: str | Path) -> None:
     state = _plain(wire.state_dict())
     files.write(path, lambda file: torch.save(state, file))
     for other, world in _files(place).items():
-        if world != talk.world:  # of an earlier run, on another number of ranks, into the same folder
+        if world != talk.world:  # from an earlier run with another number of ranks
             (place / other).unlink(missing_ok=True)
 
 
 def load(wire: Session, folder: str | Path, on_world_change: OnWorldChange = "error", strict: bool = True) -> None:
-    """Continue from the files beside a checkpoint. A collective call.
+    """Load the files next to a checkpoint. A collective call.
 
     Args:
-        wire: what ``attach`` returned.
-        folder: where ``save`` wrote them.
-        on_world_change: at another number of ranks than the one that saved, as for ``Session.load_state_dict``; with
+        wire: the session that ``attach`` returned.
+        folder: the folder that ``save`` wrote to.
+        on_world_change: as for ``Session.load_state_dict``, if another number of ranks saved the files; with
             "fold" and "reset" every rank reads all files.
-        strict: whether it is an error that there are none; otherwise the session goes on as it is, and says so.
+        strict: True to raise an error if there are no files; False to keep the session as it is, with a ledger note.
 
     Raises:
-        ThinwireError: there are none, or one is missing or damaged, or as ``Session.load_state_dict``.
+        ThinwireError: there are no files, or one is missing or damaged, or as ``Session.load_state_dict``.
     """
     talk = wire.collective.everyone
     with Together(wire.collective, f"step {wire.step}: loading a checkpoint") as together:
@@ -80,12 +80,12 @@ def remove(wire: Session, folder: str | Path) -> None:
     """Remove this rank's file, and the folder if that was the last one."""
     place, talk = _local(folder), wire.collective.everyone
     (place / f"thinwire-rank{talk.rank}-of-{talk.world}.pt").unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # others are still there
+    with contextlib.suppress(OSError):  # other ranks' files are still there
         place.rmdir()
 
 
 def warn_of_clipping(method: Method, setting: str, off: str) -> None:
-    """Say that a framework's clipping comes after the exchange, where the method sends what it has held back."""
+    """Warn that a framework clips after the exchange, which loses gradient if the method sends pending residuals."""
     if any(rule.memory.stateful for rule in method.rules):
         warnings.warn(
             f"{setting} clips after the exchange, where the gradient of {method.name} is a burst of what was held "
@@ -96,7 +96,7 @@ def warn_of_clipping(method: Method, setting: str, off: str) -> None:
 
 
 def _read(folder: Path, rank: int, world: int) -> Any:
-    """The state of this rank; those of all ranks, if others than these saved them; None where there is nothing."""
+    """Read this rank's state; the states of all ranks if another number of ranks saved them; None if no files exist."""
     worlds = set(_files(folder).values())
     if not worlds:
         return None
@@ -119,13 +119,13 @@ def _open(path: Path) -> Any:
             f"{path.name} is missing in {path.parent}, where other ranks' files are; on machines that share no "
             "filesystem, every rank needs its own file where it runs, and all of them to change the number of ranks"
         ) from error
-    except Exception as error:  # whatever a damaged file makes torch raise
+    except Exception as error:  # torch raises many types for a damaged file
         raise ThinwireError(f"{path} can't be read, it is damaged: {error!r:.200}") from error
     return {**cast(dict[str, Any], state), "file": str(path)} if isinstance(state, dict) else state
 
 
 def _files(folder: Path) -> dict[str, int]:
-    """The names of all ranks' files, and of how many ranks each is."""
+    """Return the world size of each file, by the file's name."""
     names = os.listdir(folder) if folder.is_dir() else []
     found = {name: NAME.fullmatch(name) for name in names}
     return {name: int(match[2]) for name, match in found.items() if match}
@@ -141,7 +141,7 @@ def _local(folder: str | Path) -> Path:
 
 
 def _plain(state: Any) -> Any:
-    """This rank's own parts, without the mesh that a DTensor would take along."""
+    """Replace DTensors by their local tensors, so that the file does not depend on a device mesh."""
     if isinstance(state, dict):
         return {key: _plain(value) for key, value in cast(dict[str, Any], state).items()}
     return state.to_local() if isinstance(state, DTensor) else cast(Tensor | int | str, state)

@@ -1,13 +1,13 @@
 """torchft: a process group whose all-reduce is compressed, for a ``Manager``.
 
-What was observed of torchft and shaped it:
+Facts about torchft that shaped this file:
 
-* Its DDP owns the only place for a hook, and asks the manager, which asks its process group for an ``allreduce`` of
-  each bucket. That sees neither parameters nor steps: which replicas take part changes from step to step, and a step
-  that failed is thrown away. So nothing may be remembered, and the compressor must need no memory.
-* The manager divides the sum by those that take part; the others send zeros.
-* Votes, checkpoints and the state of a replica that joins go elsewhere, so all that is compressed are gradients, and
-  with ``LocalSGD`` the parameters that it averages.
+* Its DDP uses the only comm hook. The hook calls the manager, which calls ``allreduce`` of its process group for each
+  bucket. The process group sees neither parameters nor steps, the participating replicas change from step to step,
+  and a failed step is discarded. So no state can be kept between steps, and the compressor must not need a memory.
+* The manager divides the sum by the number of participating replicas; the others send zeros.
+* Votes, checkpoints and the state of a joining replica use other channels. So only gradients are compressed, and with
+  ``LocalSGD`` the parameters that it averages.
 """
 
 import json
@@ -40,19 +40,19 @@ from torchft.process_group import ProcessGroupWrapper  # noqa: E402
 
 
 class CompressedProcessGroup(ProcessGroupWrapper):
-    """Sums large floating tensors by a compressed all-reduce, and passes all else on.
+    """A process group that compresses the all-reduce of large floating-point tensors and passes all else on.
 
-    Every replica owns an equal part of the tensor, adds in float32 what the others sent of it, and sends the sum
-    compressed once more; all work with what arrives, so replicas stay equal, bit for bit.
+    Every replica owns an equal part of the tensor. It sums in float32 what the others sent of this part, and sends the
+    sum compressed again. All replicas use the decompressed sums, so they stay bit-equal.
 
     Args:
         group: the process group of torchft that carries the bytes, e.g. ``ProcessGroupGloo()``.
-        compressor: one that needs no memory, e.g. ``Quantize(8, rounding="stochastic")``; the same on all replicas,
-            which is checked whenever they change.
-        least: bytes; smaller tensors are passed on.
-        seed: of the rounding.
-        timeout: seconds for each of the two exchanges, at most; the group's own counts where it is shorter, and on
-            CUDA always.
+        compressor: one that needs no memory, e.g. ``Quantize(8, rounding="stochastic")``. It must be the same on all
+            replicas, which is checked whenever they change.
+        least: bytes; smaller tensors are sent uncompressed.
+        seed: seed of the random rounding.
+        timeout: the most seconds for each of the two exchanges; the group's own timeout applies if it is shorter, and
+            always on CUDA.
 
     Raises:
         ThinwireError: the compressor is biased, remembers, needs matrices, or is not registered.
@@ -76,12 +76,12 @@ class CompressedProcessGroup(ProcessGroupWrapper):
         self.wire_bytes = 0.0
         """Bytes that this replica has sent for all-reduces."""
         self.dense_bytes = 0.0
-        """What they would have been without compression."""
+        """The same without compression."""
         self.calls = 0
 
     @property
     def calls(self) -> int:
-        """All-reduces so far that were compressed; all randomness is a function of it. Set it as all others do."""
+        """Number of compressed all-reduces; it seeds all randomness. If you set it, set it alike on all replicas."""
         return self._calls
 
     @calls.setter
@@ -109,12 +109,12 @@ class CompressedProcessGroup(ProcessGroupWrapper):
         return self._plain(super().allreduce_coalesced, tensors, opts)
 
     def configure(self, *args: Any, **kwargs: Any) -> None:
-        """torchft 0.2 calls this when the replicas change."""
+        """Reconfigure; torchft 0.2 calls this when the replicas change."""
         self._agreed = False
         super().configure(*args, **kwargs)
 
     def reconfigure(self, *args: Any, **kwargs: Any) -> Any:
-        """And later versions this."""
+        """Reconfigure; later versions of torchft call this."""
         self._agreed = False
         return cast(Any, super()).reconfigure(*args, **kwargs)
 
@@ -122,7 +122,7 @@ class CompressedProcessGroup(ProcessGroupWrapper):
         return f"thinwire-{super().getBackendName()}"
 
     def errored(self) -> Exception | None:
-        return cast(Any, self.parent).errored()  # where NCCL says that a sum is not to be trusted
+        return cast(Any, self.parent).errored()  # NCCL reports here that a sum is invalid
 
     def abort(self, errored: bool = True) -> None:
         self.parent.abort()
@@ -155,7 +155,7 @@ class CompressedProcessGroup(ProcessGroupWrapper):
         return payload_bytes(self.compressor, x, self.size()) < x.nbytes
 
     def _agree(self, carrier: "_Carrier", device: torch.device) -> None:
-        """Among new replicas: that all compress alike, and from which call on they count."""
+        """Check that all new replicas have the same arguments, and set ``calls`` to their largest."""
         mine = torch.tensor([crc32(self._said.encode()), self.calls], device=device)
         heard = carrier.all_gather(mine.view(torch.uint8))
         theirs = heard.wait(self.patience).view(torch.int64).cpu()
@@ -196,7 +196,7 @@ class _Carrier:
 
 
 class _Done(dist.Work):
-    """Work that has ended."""
+    """A completed work."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()

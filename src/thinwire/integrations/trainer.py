@@ -1,10 +1,10 @@
 """Hugging Face Trainer: a callback that attaches when training begins, and follows the checkpoints.
 
-What was observed of the Trainer and shaped it:
+Facts about the Trainer that shaped this file:
 
-* A callback is given the model without its DDP, and no checkpoint's path; so this one is given the Trainer.
-* It wraps the model when ``train()`` begins, and loads the optimizer before ``on_train_begin``.
-* ``max_grad_norm`` is 1 and ``find_unused_parameters`` is True unless one says otherwise.
+* A callback gets the model without its DDP wrapper and no checkpoint path. So this callback takes the Trainer.
+* The Trainer wraps the model when ``train()`` begins, and loads the optimizer before ``on_train_begin``.
+* ``max_grad_norm`` defaults to 1 and ``find_unused_parameters`` to True.
 """
 
 import warnings
@@ -29,24 +29,23 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 
 class Compression(TrainerCallback):
-    """Exchange the gradients of a Trainer's model by ``method`` while it trains.
+    """A callback that exchanges the gradients of a Trainer's model by ``method`` while it trains.
 
-    It adds itself to the Trainer, attaches when training begins and detaches when it ends. Every rank writes what it
-    remembers into each ``checkpoint-<step>``, and reads it when training resumes there.
+    It adds itself to the Trainer, attaches when training begins and detaches when it ends. Every rank writes its state
+    into each ``checkpoint-<step>``, and reads it when training resumes there.
 
     Args:
         trainer: the Trainer that this callback adds itself to.
-        method: as for ``thinwire.attach``; with the Trainer's default optimizer, AdamW, one that leaves the momentum
-            where it is, e.g. ``thinwire.topk(0.01)``.
-        resume_from: the checkpoint that ``train(resume_from_checkpoint=)`` is given, where it is not in
-            ``output_dir``.
-        on_world_change: at another number of ranks than the one that saved, as for ``Session.load_state_dict``.
-        strict: whether to refuse a checkpoint without such files.
-        options: what else ``thinwire.attach`` takes.
+        method: as for ``thinwire.attach``. The Trainer's default optimizer is AdamW; with it take a method that leaves
+            momentum to the optimizer, e.g. ``thinwire.topk(0.01)``.
+        resume_from: the checkpoint given to ``train(resume_from_checkpoint=)``, if it is not in ``output_dir``.
+        on_world_change: as for ``Session.load_state_dict``, if another number of ranks saved the checkpoint.
+        strict: True to refuse a checkpoint without such files.
+        options: further options of ``thinwire.attach``.
 
     Raises:
-        ThinwireError: this is no Trainer, or no method; when training begins: as ``thinwire.attach``, or the files do
-            not fit.
+        ThinwireError: ``trainer`` is not a Trainer, or ``method`` not a method. When training begins: as
+            ``thinwire.attach``, or the files do not fit.
 
     Example::
 
@@ -77,7 +76,7 @@ class Compression(TrainerCallback):
         trainer.add_callback(self)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        if self._began is state:  # added once more by hand, it is told of each training twice
+        if self._began is state:  # if the user also adds it, each training calls it twice
             return
         if state.is_hyper_param_search:
             raise ThinwireError(
@@ -125,10 +124,10 @@ class Compression(TrainerCallback):
             per_rank_files.warn_of_clipping(self.method, f"max_grad_norm={args.max_grad_norm}", "max_grad_norm=0")
 
     def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> Path:
-        """The checkpoint that the Trainer has loaded, of which it tells nobody.
+        """Find the checkpoint that the Trainer has loaded; the Trainer does not expose its path.
 
         Raises:
-            ThinwireError: it is not the one that is looked at.
+            ThinwireError: the checkpoint in ``output_dir`` is not the loaded one.
         """
         if self.resume_from is not None:
             return Path(self.resume_from)

@@ -1,4 +1,4 @@
-"""What an integration needs of a framework that may not be there, or may be too old."""
+"""Version checks for frameworks that may be missing or too old."""
 
 import importlib
 import re
@@ -9,16 +9,16 @@ from thinwire.core.errors import ThinwireError
 
 
 def framework(module: str, extra: str, least: str) -> Any:
-    """Import a framework, or say what to install.
+    """Import a framework, or raise an error that says what to install.
 
     Args:
-        module: what is imported, e.g. ``"lightning.pytorch"``.
-        extra: the extra of thinwire that brings it, which is also the name of its distribution.
-        least: the oldest version that does what is needed here.
+        module: the module to import, e.g. ``"lightning.pytorch"``.
+        extra: the extra of thinwire that installs it; also the name of its distribution.
+        least: the oldest version that works.
 
     Raises:
-        ImportError: it is not installed.
-        ThinwireError: it is older than ``least``.
+        ImportError: the framework is not installed.
+        ThinwireError: the framework is older than ``least``.
 
     Example::
 
@@ -32,7 +32,7 @@ def framework(module: str, extra: str, least: str) -> Any:
         ) from error
     try:
         there = version(extra)
-    except PackageNotFoundError:  # a build whose distribution has another name, as a nightly one
+    except PackageNotFoundError:  # e.g. a nightly build, whose distribution has another name
         there = getattr(found, "__version__", least)
     check_version(extra, there, least)
     return found

@@ -1,1 +1,1 @@
-"""Loops: the passes over memory in plain PyTorch, compiled for CPUs, and in Triton for CUDA."""
+"""Kernels: passes over memory in plain PyTorch, in numba for CPUs and in Triton for CUDA."""

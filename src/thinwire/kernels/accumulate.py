@@ -1,4 +1,4 @@
-"""The addition of a gradient to what is remembered: the arithmetic that every pass over memory must reproduce."""
+"""Accumulation of a gradient into a memory's state: the arithmetic that every kernel must reproduce."""
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ def accumulate(
     u: Tensor | None = None,
     new_u: Tensor | None = None,
 ) -> None:
-    """``Accumulation``, in plain PyTorch: fills ``new_v`` and ``new_u``, and leaves ``grad``."""
-    if new_v.dtype.itemsize < 4:  # short states are rounded once, when they are written
+    """Compute ``Accumulation`` in plain PyTorch: fill ``new_v`` and ``new_u``, and leave ``grad`` unchanged."""
+    if new_v.dtype.itemsize < 4:  # 16-bit states are rounded once, when they are written
         wide_v, wide_u = new_v.float(), None if new_u is None else new_u.float()
         accumulate(rule, scale, grad, v.float(), wide_v, None if u is None else u.float(), wide_u)
         new_v.copy_(wide_v)

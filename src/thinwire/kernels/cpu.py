@@ -1,8 +1,8 @@
 """The kernels for CPUs, compiled by numba (``pip install thinwire[cpu]``): one pass over memory, on several threads.
 
-A pass goes over blocks of 64 elements, and keeps what reaches the threshold while the block is at hand: to read it
-later would be a wait for memory at every element. There is room for four times what is asked for; where a threshold
-lets more pass, another look finds them.
+A pass goes over blocks of 64 elements. It copies the elements that reach the threshold while the block is in the
+cache, since reading them later would be a cache miss per element. A pass has room for 4 k elements; if more reach
+the threshold, a second pass finds them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,18 +23,18 @@ from thinwire.kernels.reference import BITS, REFERENCE, above, kth_largest, sett
 
 BLOCK = cpu_blocks.BLOCK
 MIN_BLOCKS = 2**12
-"""Fewer blocks than this are not worth another thread."""
+"""Fewest blocks per thread: with fewer, another thread does not pay."""
 INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80}
-"""Its bits; those of NaN are above."""
+"""The bits of infinity; those of NaN are larger."""
 BITS_OF = {torch.float32: numpy.int32, torch.bfloat16: numpy.int16}
 ROOM = 4
-"""What a pass can keep, in k; a threshold read off a sample lets 1 to 2 k pass."""
+"""Elements a pass can keep, as a multiple of k; a sampled threshold lets 1 to 2 k pass."""
 STATES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 GRADS = STATES | {torch.float16: "float16"}
 Kept: TypeAlias = tuple[Any, Any]
-"""Indices, and the bits of the values there."""
+"""Indices, and the bits of the values at them."""
 Part: TypeAlias = Callable[[], Kept | None]
-"""A part of a pass; answers what it found, None if that was far more than asked for."""
+"""A part of a pass; returns what it found, None if that did not fit."""
 
 
 def _kind(work: Pass) -> str:
@@ -42,7 +42,7 @@ def _kind(work: Pass) -> str:
 
 
 class Cpu:
-    """Kernels by numba, on as many threads as torch may use."""
+    """Kernels in numba, on at most as many threads as torch uses."""
 
     def __init__(self) -> None:
         self.name = f"cpu (numba {numba.__version__})"
@@ -59,7 +59,7 @@ class Cpu:
         u = work.new_residual if work.old_momentum is None else work.old_momentum
         addresses = (work.grad.data_ptr(), u.data_ptr(), work.old_residual.data_ptr())
         pick(*addresses, start, stride, run, work.rule.momentum or 0.0, work.scale, out)
-        if work.new_residual.dtype == torch.bfloat16:  # which it has been rounded to
+        if work.new_residual.dtype == torch.bfloat16:  # the magnitudes are already rounded to it
             return torch.from_numpy((out.view(numpy.uint32) >> 16).astype(numpy.int16)).view(torch.bfloat16)
         return torch.from_numpy(out)
 
@@ -91,7 +91,7 @@ class Cpu:
         return REFERENCE.fill(indices, values, k)
 
     def above(self, x: Tensor, threshold: Tensor) -> Found:
-        """Where ``|x|`` of ``[n]`` is not below the threshold."""
+        """Find the elements of ``x`` ``[n]`` with ``|x|`` not below the threshold."""
         if x.dtype not in STATES:
             return above(x, threshold)
         masks = numpy.empty(-(-x.numel() // BLOCK), numpy.uint64)
@@ -119,7 +119,7 @@ class Cpu:
             out.index_add_(0, indices, values, alpha=alpha)
 
     def _run_all(self, shares: Sequence[Callable[[], dict[int, Any]]]) -> list[dict[int, Any]]:
-        """One on this thread, the others beside it."""
+        """Run the first share on this thread and the others on the pool."""
         if len(shares) > 1 and (self._pool is None or self._threads < len(shares)):
             self.close()
             self._pool, self._threads = ThreadPoolExecutor(len(shares) - 1, "thinwire-kernels"), len(shares)
@@ -143,7 +143,7 @@ class Cpu:
         every, there, total = (numpy.empty(senders * k, dtype) for dtype in (numpy.int64, numpy.int64, numpy.float32))
         width, low = elias_fano.low_width(k, n), elias_fano.sizes(k, n)[0]
         count = cpu_bits.gather(coded, width, low, every, summed, alpha, there, total)
-        if count < 0:  # of bytes that are damaged
+        if count < 0:  # the bytes are damaged
             return REFERENCE.gather(packed, values, n, alpha)
         return torch.from_numpy(there[:count]), torch.from_numpy(total[:count])
 
@@ -180,14 +180,14 @@ class Cpu:
 
 
 def _kth_largest(as_bits: Any, k: int, infinity: int) -> int:
-    """One compiled call for the threshold of a sample; what is not far below the number of elements NumPy finds."""
+    """Find the k-th largest magnitude, as bits: for small k by the compiled kernel, else by NumPy."""
     if 4 * k <= as_bits.size // BLOCK:
         return int(cpu_bits.kth_largest(as_bits, k, infinity))
     return min(int(kth_largest(as_bits & numpy.iinfo(as_bits.dtype).max, k)[0]), infinity)
 
 
 def _part(work: Pass, cut: Cut, low: int, high: int) -> Part:
-    """Blocks ``low`` to ``high`` of a pass."""
+    """Prepare blocks ``low`` to ``high`` of a pass."""
     n = work.grad.numel()
     v, new_v = work.old_residual, work.new_residual
     u = v if work.old_momentum is None else work.old_momentum
@@ -212,7 +212,7 @@ def _run(parts: Mapping[int, Part]) -> dict[int, Any]:
 
 
 def joined(parts: Sequence[Kept], dtype: torch.dtype) -> Found:
-    """What was found, part after part."""
+    """Concatenate what the parts of a pass found."""
     each = [torch.from_numpy(indices) for indices, _ in parts], [torch.from_numpy(as_bits) for _, as_bits in parts]
     indices, values = (
         some[0] if len(some) == 1 else torch.cat(some or [torch.empty(0, dtype=torch.float32, device="cpu")])

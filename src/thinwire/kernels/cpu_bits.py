@@ -1,4 +1,4 @@
-"""Bits to indices and back, compiled by numba: the words that a pass leaves, and ``wire.elias_fano``."""
+"""Conversion of bit masks to indices and back, compiled by numba; also ``coding.elias_fano``."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -15,16 +15,16 @@ _njit: Callable[..., Any] = cast(Any, numba).njit
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
-    """Compiled once a machine: numba keeps the code beside this file, or where it finds a place to write."""
+    """Compile once per machine: numba caches the code next to this file, or in another folder it can write to."""
     try:
         return _njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # it finds none
+    except RuntimeError:  # numba finds no folder for the cache
         return _njit(nogil=True)(function)
 
 
 @_intrinsic
 def lowest_bit(_: Any, word: Any) -> Any:
-    """The position of the lowest set bit of a word that is not 0."""
+    """Return the position of the lowest set bit of a nonzero word."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return b.cttz(args[0], ir.Constant(ir.IntType(1), 1))
@@ -42,7 +42,7 @@ def count_bits(_: Any, word: Any) -> Any:
 
 @_compiled
 def found(masks: Any, x: Any) -> Any:
-    """Where bits are set, ascending; and what ``x`` ``[n]`` holds there."""
+    """Return the ascending indices of set bits, and the elements of ``x`` ``[n]`` at them."""
     one = numpy.uint64(1)
     count = 0
     for word in masks:
@@ -55,16 +55,16 @@ def found(masks: Any, x: Any) -> Any:
             indices[at] = i * 64 + lowest_bit(word)
             word &= word - one
             at += 1
-    for at in range(count):  # a loop of its own, so that many of these loads are under way together
+    for at in range(count):  # a separate loop, so that many of these loads overlap
         values[at] = x[indices[at]]
     return indices, values
 
 
 @_compiled
 def kth_largest(x: Any, k: int, infinity: int) -> Any:
-    """Of magnitudes that are given as bits ``[n]``, with or without a sign; above infinity all are as large as it.
+    """Return the k-th largest of magnitudes given as bits ``[n]``, with or without a sign; NaN counts as infinity.
 
-    For k far below n / 64: none of the k is below the k-th largest of the maxima of columns.
+    Use it for k far below n / 64: no element below the k-th largest column maximum can be among the k largest.
     """
     sign, largest = x.dtype.type((1 << (8 * x.itemsize - 1)) - 1), x.dtype.type(infinity)
     magnitude = numpy.empty_like(x)
@@ -82,7 +82,7 @@ def kth_largest(x: Any, k: int, infinity: int) -> Any:
 
 @_compiled
 def coordinates(there: Any, shape: Any, out: Any) -> None:
-    """``out`` ``[dimensions, m]``: where flat indices ``[m]`` below 2^53 stand in a tensor of this shape."""
+    """Fill ``out`` ``[dimensions, m]`` with the coordinates of flat indices ``[m]`` below 2^53."""
     if not there.size:  # a dimension may be 0
         return
     for j in range(there.size):
@@ -91,7 +91,7 @@ def coordinates(there: Any, shape: Any, out: Any) -> None:
         size, share = shape[d], 1.0 / shape[d]
         for j in range(there.size):
             flat = out[0, j]
-            row = int(flat * share)  # or a neighbour of it; a division of integers takes many times as long
+            row = int(flat * share)  # off by one at most; an integer division takes many times as long
             column = flat - row * size
             row += (column >= size) - (column < 0)
             out[0, j], out[d, j] = row, flat - row * size
@@ -99,9 +99,9 @@ def coordinates(there: Any, shape: Any, out: Any) -> None:
 
 @_compiled
 def at_least(x: Any, least: int, infinity: int, out: Any) -> None:
-    """Where the magnitudes of ``kth_largest`` are above ``least``, and of those equal to it the first.
+    """Fill ``out`` with the ascending indices of magnitudes above ``least``, and of the first ones equal to it.
 
-    As far as ``out`` has room.
+    Magnitudes are as for ``kth_largest``.
     """
     sign, most = x.dtype.type((1 << (8 * x.itemsize - 1)) - 1), x.dtype.type(infinity)
     ties = out.size
@@ -118,7 +118,7 @@ def at_least(x: Any, least: int, infinity: int, out: Any) -> None:
 
 @_compiled
 def above(x: Any, least: int, masks: Any) -> None:
-    """A mask for each 64 elements of magnitudes not below ``least``; both are bits, NaN above infinity."""
+    """Fill ``masks``, one per 64 elements, with bits for magnitudes not below ``least``; all are given as bits."""
     sign = (1 << (8 * x.itemsize - 1)) - 1
     for i in range(masks.size):
         block = x[i * 64 : i * 64 + 64]
@@ -126,7 +126,7 @@ def above(x: Any, least: int, masks: Any) -> None:
         for j in range(block.size):
             hot |= (block[j] & sign) >= least
         word = numpy.uint64(0)
-        if hot:  # few are
+        if hot:  # rare
             for j in range(block.size):
                 word |= numpy.uint64((block[j] & sign) >= least) << numpy.uint64(j)
         masks[i] = word
@@ -134,7 +134,7 @@ def above(x: Any, least: int, masks: Any) -> None:
 
 @_compiled
 def add(out: Any, indices: Any, values: Any, alpha: float) -> None:
-    """``out[indices] += alpha * values``, in order."""
+    """Compute ``out[indices] += alpha * values`` in order."""
     a = numpy.float32(alpha)
     for j in range(indices.size):
         i = indices[j]
@@ -145,22 +145,22 @@ def add(out: Any, indices: Any, values: Any, alpha: float) -> None:
 
 @_compiled
 def merge(every: Any, values: Any, edges: Any, alpha: float, there: Any, total: Any) -> int:
-    """Merge runs that ascend, between each two ``edges``; answers how many differ, or -1: one does not ascend.
+    """Merge ascending runs of indices, split at ``edges``; returns the number of distinct ones, -1 if a run descends.
 
-    ``there``: those that differ, ascending; ``total``: the sum of ``alpha * values`` at each, in the order of the runs.
-    All arrays are overwritten.
+    ``there`` gets the distinct indices, ascending; ``total`` the sums of ``alpha * values`` at each, in the order of
+    the runs. All arrays are overwritten.
     """
     x, v, new_x, new_v = every, values, there, total
-    one, step = numpy.uint64(1), 1  # of indices without a sign numba does not ask whether they count from the end
-    while step < edges.size - 1:  # neighbours by pairs, so of equal ones that of the earlier run stays first
+    one, step = numpy.uint64(1), 1  # with unsigned indices numba skips the check for negative ones
+    while step < edges.size - 1:  # merge neighbours in pairs: equal indices stay in run order
         for r in range(0, edges.size - 1, 2 * step):
             i, middle = numpy.uint64(edges[r]), numpy.uint64(edges[min(r + step, edges.size - 1)])
             j, end, at = middle, numpy.uint64(edges[min(r + 2 * step, edges.size - 1)]), i
             while i < middle and j < end:
-                later = numpy.uint64(x[j] < x[i])  # a number: a branch would be foreseen half of the time
+                later = numpy.uint64(x[j] < x[i])  # a number, since a branch would be mispredicted half of the time
                 new_x[at], new_v[at] = min(x[i], x[j]), v[i + (j - i) * later]
                 i, j, at = i + one - later, j + later, at + one
-            rest = middle - i + end - j  # of one of them
+            rest = middle - i + end - j  # only one run has any left
             first = i if i < middle else j
             new_x[at : at + rest], new_v[at : at + rest] = x[first : first + rest], v[first : first + rest]
         x, v, new_x, new_v = new_x, new_v, x, v
@@ -181,7 +181,7 @@ def merge(every: Any, values: Any, edges: Any, alpha: float, there: Any, total: 
 
 @_compiled
 def repeats(indices: Any) -> int:
-    """How many are the one before."""
+    """Count the indices that equal the one before."""
     count = 0
     for j in range(1, indices.size):
         count += indices[j] == indices[j - 1]
@@ -197,7 +197,7 @@ def without_repeats(indices: Any, values: Any) -> None:
 
 @_compiled
 def encode(indices: Any, width: int, low_bytes: int, out: Any) -> None:
-    """``wire.elias_fano`` by bytes: low bits as one stream, and a bitmap."""
+    """Encode as ``coding.elias_fano``, byte by byte: the low bits as one stream, then a bitmap."""
     pending, filled, at = numpy.uint64(0), 0, 0
     mask = (numpy.int64(1) << width) - 1
     for j in range(indices.size):
@@ -219,7 +219,7 @@ def encode(indices: Any, width: int, low_bytes: int, out: Any) -> None:
 
 @_njit(nogil=True)
 def _words(packed: Any) -> Any:
-    """As words of 64 bits, and one more, of zeros."""
+    """Copy bytes to 64-bit words, with one more word of zeros."""
     words = numpy.zeros(packed.size // 8 + 2, numpy.uint64)
     words.view(numpy.uint8)[: packed.size] = packed
     return words
@@ -239,16 +239,16 @@ def decode(packed: Any, width: int, low_bytes: int, out: Any) -> None:
             count += 1
     for j in range(count if width else 0):
         i, shift = (j * width) >> 6, numpy.uint64((j * width) & 63)
-        rest = (low[i + 1] << one) << (numpy.uint64(63) - shift)  # nothing, where all of it stands in one word
+        rest = (low[i + 1] << one) << (numpy.uint64(63) - shift)  # 0 if the field lies in one word
         out[j] |= numpy.int64(low[i] >> shift | rest) & mask
-    out[count:] = 0  # of bytes that are damaged
+    out[count:] = 0  # damaged bytes can have fewer indices
 
 
 @_compiled
 def gather(
     packed: Any, width: int, low_bytes: int, every: Any, values: Any, alpha: float, there: Any, total: Any
 ) -> int:
-    """``decode`` to ``every``, ``without_repeats`` and ``merge``, of what is ``packed`` ``[senders, bytes]``."""
+    """Decode ``packed`` ``[senders, bytes]`` to ``every``, zero the repeats and ``merge``; returns as ``merge``."""
     senders = packed.shape[0]
     k = every.size // senders
     for r in range(senders):

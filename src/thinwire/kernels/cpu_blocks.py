@@ -1,8 +1,8 @@
 """A pass over memory in blocks of 64 elements: load, accumulate, compare, store past the cache.
 
-numba alone can't write past the cache, and that is what makes two copies of the state cost no more than updating in
-place: an ordinary store first reads the line that it is going to overwrite. The vectors are of 16 floats; LLVM cuts
-them to what the machine has.
+An ordinary store first reads the cache line that it will overwrite. Stores past the cache avoid that read, so two
+copies of the state cost no more than an update in place. numba can't emit such stores, so the code is LLVM IR. Vectors
+have 16 floats; LLVM splits them to the machine's width.
 """
 
 from collections.abc import Callable
@@ -25,9 +25,9 @@ BLOCK = 64
 LANES = 16
 LINE = 64
 AHEAD = 16
-"""Runs of a sample to fetch ahead."""
+"""Runs of a sample to prefetch."""
 FETCHED = 2048
-"""Bytes of the state that a pass fetches ahead."""
+"""Bytes of the state that a pass prefetches."""
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 VF, VI, VH = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -43,7 +43,7 @@ def _all(value: int, vector: Any = VI) -> Any:
 
 
 def _load(b: Any, address: Any, j: int, dtype: str) -> Any:
-    """16 elements from ``address``, as float32."""
+    """Load the ``j``-th 16 elements from ``address``, as float32."""
     size = ITEMSIZE[dtype]
     kind = {"float32": VF, "bfloat16": VH, "float16": ir.VectorType(ir.HalfType(), LANES)}[dtype]
     at = b.inttoptr(b.add(address, ir.Constant(I64, j * LANES * size)), kind.as_pointer())
@@ -54,7 +54,7 @@ def _load(b: Any, address: Any, j: int, dtype: str) -> Any:
 
 
 def _rounded(b: Any, x: Any) -> Any:
-    """float32 to the nearest bfloat16, ties to even, as 16 bits; NaN stays NaN."""
+    """Round float32 to the nearest bfloat16, ties to even, as 16 bits; NaN stays NaN."""
     bits = b.bitcast(x, VI)
     even = b.and_(b.lshr(bits, _all(16)), _all(1))
     near = b.lshr(b.add(b.add(bits, _all(0x7FFF)), even), _all(16))
@@ -63,7 +63,7 @@ def _rounded(b: Any, x: Any) -> Any:
 
 @_intrinsic
 def as_bfloat16(_: Any, x: Any) -> Any:
-    """float32 rounded to bfloat16, as float32."""
+    """Round float32 to bfloat16, returned as float32."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         wide = b.bitcast(b.shl(b.zext(_rounded(b, splat(b, args[0], VF)), VI), _all(16)), VF)
@@ -81,14 +81,14 @@ def _store(b: Any, x: Any, address: Any, j: int, past_cache: bool) -> None:
 
 
 def _fused(b: Any, x: Any, y: Any, z: Any) -> Any:
-    """``x y + z`` of scalars or vectors, rounded once."""
+    """Compute ``x y + z`` of scalars or vectors, rounded once."""
     name = "llvm.fma.v16f32" if x.type == VF else "llvm.fma.f32"
     kind = ir.FunctionType(x.type, [x.type] * 3)
     return b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), [x, y, z])
 
 
 def _fetch(b: Any, address: Any) -> None:
-    """Ask for the cache line at ``address``, which need not exist."""
+    """Prefetch the cache line at ``address``, which need not be valid memory."""
     byte = ir.IntType(8).as_pointer()
     name = "llvm.prefetch.p0"
     kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
@@ -97,7 +97,7 @@ def _fetch(b: Any, address: Any) -> None:
 
 
 def _stepped(b: Any, kind: str, g: Any, u: Any, v: Any, m: Any) -> tuple[Any, Any]:
-    """``Accumulation`` of 16 elements: the new u, None where there is none, and the new v."""
+    """Compute ``Accumulation`` of 16 elements; returns the new u (None without momentum) and the new v."""
     if kind == "plain":
         return None, b.fadd(v, g)
     if kind == "nesterov":
@@ -109,18 +109,18 @@ def _stepped(b: Any, kind: str, g: Any, u: Any, v: Any, m: Any) -> tuple[Any, An
 
 @cache
 def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, ahead: int = 0) -> Any:
-    """``f(g, u, v, new_u, new_v, kept, momentum, scale, threshold) -> mask`` for one block at these addresses.
+    """Make ``f(g, u, v, new_u, new_v, kept, momentum, scale, threshold) -> mask`` for one block at these addresses.
 
     Args:
         kind: ``"plain"`` (no momentum), ``"momentum"`` or ``"nesterov"``.
-        grad, state: dtypes; ``Accumulation`` in float32, and bfloat16 states once more when stored.
-        past_cache: states are aligned to a vector, and are not kept in the cache.
+        grad, state: dtypes. ``Accumulation`` is in float32; bfloat16 states are rounded again when stored.
+        past_cache: store states past the cache; they must be aligned to a vector.
         clear: set the gradient to zero.
-        ahead: bytes of the state to fetch ahead, into the second cache: the first one's places for lines under way are
-            few, and the stores need them.
+        ahead: bytes of the state to prefetch, into the L2 cache: the L1 cache has few line-fill buffers, and the
+            stores need them.
 
-    Bit ``i`` of the mask is set where ``|v'_i|`` is not below the threshold; ``kept`` gets another copy of v', to be
-    read at once.
+    Bit ``i`` of the mask is set if ``|v'_i|`` is not below the threshold. ``kept`` gets a second copy of v' in the
+    cache.
     """
 
     @_intrinsic
@@ -164,7 +164,7 @@ def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, 
 
 @cache
 def magnitudes(kind: str, grad: str, state: str) -> Any:
-    """``f(g, u, v, out, momentum, scale)``: ``|v'|`` of 16 elements at these addresses, as float32, to ``out``."""
+    """Make ``f(g, u, v, out, momentum, scale)``: writes ``|v'|`` of 16 elements at these addresses as float32."""
 
     @_intrinsic
     def run(_: Any, g: Any, u: Any, v: Any, out: Any, momentum: Any, scale: Any) -> Any:
@@ -184,7 +184,7 @@ def magnitudes(kind: str, grad: str, state: str) -> Any:
 
 @_intrinsic
 def fused(_: Any, x: Any, y: Any, z: Any) -> Any:
-    """``x y + z``, rounded once."""
+    """Compute ``x y + z``, rounded once."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return _fused(b, *args)
@@ -194,7 +194,7 @@ def fused(_: Any, x: Any, y: Any, z: Any) -> Any:
 
 @cache
 def load(dtype: str) -> Any:
-    """``f(address) -> float32`` of one element."""
+    """Make ``f(address) -> float32``, which loads one element."""
 
     @_intrinsic
     def one(_: Any, address: Any) -> Any:
@@ -212,7 +212,7 @@ def load(dtype: str) -> Any:
 
 @_intrinsic
 def fetch(_: Any, address: Any) -> Any:
-    """Ask for the cache line at ``address``."""
+    """Prefetch the cache line at ``address``."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         _fetch(b, args[0])
@@ -223,7 +223,7 @@ def fetch(_: Any, address: Any) -> Any:
 
 @_intrinsic
 def copy(_: Any, to: Any, source: Any, nbytes: Any) -> Any:
-    """``memcpy(to, source, nbytes)``."""
+    """Run ``memcpy(to, source, nbytes)``."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
@@ -235,7 +235,7 @@ def copy(_: Any, to: Any, source: Any, nbytes: Any) -> Any:
 
 @_njit(nogil=True)
 def _collect(word: Any, first: int, kept: Any, indices: Any, values: Any, count: int) -> int:
-    """What the bits of a mask say stands in a block from ``first`` on, as far as there is room; counts all of it."""
+    """Append the elements of a block's mask, as far as they fit; returns the count, including those that don't fit."""
     one = numpy.uint64(1)
     while word:
         if count < indices.size:
@@ -248,11 +248,11 @@ def _collect(word: Any, first: int, kept: Any, indices: Any, values: Any, count:
 
 @cache
 def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, clear: bool) -> Any:
-    """``f(g, u, v, new_u, new_v, n, momentum, scale, threshold, offset, indices, values) -> count``.
+    """Make ``f(g, u, v, new_u, new_v, n, momentum, scale, threshold, offset, indices, values) -> count``.
 
     Args:
-        g, u, v, new_u, new_v: addresses of ``n`` elements each, the first of which is number ``offset``.
-        indices, values: room for what is not below the threshold; the count may exceed it. Values are bits.
+        g, u, v, new_u, new_v: addresses of ``n`` elements each, the first of which has index ``offset``.
+        indices, values: output for elements not below the threshold; the count may exceed it. Values are bits.
     """
     block = accumulate(kind, grad, state, past_cache, clear, FETCHED)
     edge = accumulate(kind, grad, state, False, clear)
@@ -282,7 +282,7 @@ def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, clear: boo
             if word:
                 count = _collect(word, offset + i * 64, kept, indices, values, count)
         rest = n - whole * 64
-        if rest:  # the last elements go through a block of their own
+        if rest:  # copy the last elements to a full block
             room = numpy.zeros((5, 64), numpy.float32)
             r, step = room.ctypes.data, 256
             a, b = whole * wide_g, whole * wide
@@ -297,8 +297,8 @@ def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, clear: boo
             copy(new_v + b, r + 4 * step, rest_s)
             word &= (numpy.uint64(1) << numpy.uint64(rest)) - numpy.uint64(1)
             count = _collect(word, offset + whole * 64, kept, indices, values, count)
-            room[0, 0] = 0.0  # its memory is in use until here
-        kept[0] = 0  # as is this
+            room[0, 0] = 0.0  # keeps the array alive until here
+        kept[0] = 0  # likewise
         return count
 
     return run
@@ -306,7 +306,7 @@ def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, clear: boo
 
 @cache
 def compiled_sample(kind: str, grad: str, state: str) -> Any:
-    """``f(g, u, v, start, stride, run, momentum, scale, out)``: magnitudes of what a pass would leave there."""
+    """Make ``f(g, u, v, start, stride, run, momentum, scale, out)``: writes sampled ``|v'|`` of a pass to ``out``."""
     load_g, load_s, vector = load(grad), load(state), magnitudes(kind, grad, state)
     size_g, size = ITEMSIZE[grad], ITEMSIZE[state]
     plain, nesterov, short = kind == "plain", kind == "nesterov", state == "bfloat16"

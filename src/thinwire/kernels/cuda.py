@@ -1,8 +1,8 @@
-"""The kernels for CUDA, in Triton: one pass that reads g, u, v and writes u, v: 20 bytes an element.
+"""The kernels for CUDA, in Triton: one pass that reads g, u, v and writes u, v: 20 bytes per element in float32.
 
-The host waits for no count: what is found has a fixed shape (``fixed.py``), as the message has.
+The host never waits for a count: the selection has a fixed shape (``fixed_shapes.py``), as the message has.
 
-``TRITON_INTERPRET=1`` runs them on CPU tensors, slowly, which is how they are tested where there is no GPU.
+``TRITON_INTERPRET=1`` runs them on CPU tensors, slowly; tests use it on machines without a GPU.
 """
 
 import os
@@ -24,14 +24,14 @@ _cdiv: Any = cast(Any, triton).cdiv
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EXACT: Any = _tl.constexpr(INTERPRETED)
 ROWS = 256 if INTERPRETED else 16
-"""Blocks that one program takes; the interpreter is slow by the program, not by the element."""
+"""Blocks per program; the interpreter's time depends on the number of programs, not of elements."""
 STATES = (torch.float32, torch.bfloat16)
 GRADS = (*STATES, torch.float16)
 
 
 @_jit
 def _short(x: Any) -> Any:
-    """float32 rounded to bfloat16, ties to even, by hand: the interpreter would cut it off."""
+    """Round float32 to bfloat16, ties to even, by hand: the interpreter would truncate."""
     bits = x.to(_tl.int32, bitcast=True)
     near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
     return _tl.where(x != x, x, near.to(_tl.float32, bitcast=True))
@@ -39,7 +39,7 @@ def _short(x: Any) -> Any:
 
 @_jit
 def _fused(a: Any, b: Any, c: Any) -> Any:
-    """``a b + c``, rounded once. The interpreter's own rounds twice, so there it is done in float64, rounded to odd."""
+    """Compute ``a b + c``, rounded once. The interpreter's fma rounds twice, so there use float64, rounded to odd."""
     if not EXACT:
         return _tl.fma(a, b, c)
     product, wide = a.to(_tl.float64) * b.to(_tl.float64), c.to(_tl.float64)
@@ -70,7 +70,7 @@ def _accumulate(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Kind 0: no momentum; 1: momentum; 2: Nesterov. ``maxima``: bits of the largest magnitude of each block, int32."""
+    """Accumulate (kind 0: no momentum, 1: momentum, 2: Nesterov); ``maxima`` gets block maxima of ``|v'|``, as bits."""
     row = _tl.program_id(0) * ROWS + _tl.arange(0, ROWS)
     at = row.to(_tl.int64)[:, None] * BLOCK + _tl.arange(0, BLOCK)[None, :]
     there = at < n
@@ -100,9 +100,9 @@ def _accumulate(
 
 
 class Cuda(Reference):
-    """Kernels by Triton; what is small (the sample, what is found) is plain PyTorch on the device.
+    """Kernels in Triton; small steps (the sample, the selected elements) are plain PyTorch on the device.
 
-    Only ``merge`` waits, since the shape of a sum is a count: for sparse gradients, and between two phases.
+    Only ``merge`` makes the host wait, since its output size is a count. Sparse gradients and two-phase routes use it.
     """
 
     name = f"cuda (triton {cast(Any, triton).__version__}{', interpreted' if INTERPRETED else ''})"

@@ -1,8 +1,8 @@
-"""Selection in fixed shapes: no size depends on a value, so on CUDA the host never waits to learn one.
+"""Selection in fixed shapes: no size depends on a value, so on CUDA the host never waits for a size.
 
-The k largest of a tensor stand in the k blocks of largest maximum, so two exact selections of a size that is known
-find them: one among the maxima, one among the elements of those blocks. What a threshold would have let pass can then
-be read off these k alone, and the rest is filled up, as in the message. The bits are those of the other kernels.
+The k largest elements of a tensor are in the k blocks of largest maximum. So two exact selections of known size find
+them: one among the maxima, one among the elements of those blocks. The elements that a threshold lets pass are among
+these k; the others become padding, as in the message. The result has the same bits as with the other kernels.
 """
 
 import math
@@ -14,19 +14,19 @@ from thinwire.core.loops import Cut, Found
 
 
 def exactly(magnitude: Tensor, threshold: Tensor, k: int) -> Tensor:
-    """A mask of k of each row of ``[rows, n]``: what is above its threshold, and of what is equal to it the first."""
+    """Return a mask of k elements per row of ``[rows, n]``: those above its threshold and the first equal to it."""
     above, ties = magnitude > threshold, magnitude == threshold
     place = ties.cumsum(1, dtype=torch.int32 if magnitude.shape[1] < 2**31 else torch.int64)
     return above | (ties & (place <= k - above.sum(1, keepdim=True)))
 
 
 def kth(magnitude: Tensor, k: int) -> Tensor:
-    """``Kernels.kth``."""
+    """Compute ``Kernels.kth``."""
     return torch.topk(magnitude, k, sorted=False).values.nan_to_num(math.inf, math.inf).min()
 
 
 def largest(x: Tensor, k: int) -> Tensor:
-    """``Kernels.largest``."""
+    """Compute ``Kernels.largest``."""
     n = x.numel()
     if k >= n:
         return torch.arange(n, device=x.device)
@@ -38,21 +38,21 @@ def largest(x: Tensor, k: int) -> Tensor:
 
 
 def maxima(x: Tensor, block: int) -> Tensor:
-    """The largest magnitude of each whole ``block`` of ``x`` ``[n]``."""
+    """Return the largest magnitude of each whole ``block`` of ``x`` ``[n]``."""
     return x[: x.numel() // block * block].view(-1, block).abs().amax(1)
 
 
 def within(x: Tensor, maxima: Tensor, block: int, cut: Cut) -> Found:
-    """``Kernels.look``, where the ``maxima`` of all whole blocks are known."""
+    """Compute ``Kernels.look`` from known ``maxima`` of all whole blocks."""
     indices, values = _largest_of(x, maxima, block, cut.k)
     magnitude, levels = _finite(values.abs()), cut.levels()
-    passed = (magnitude >= levels.unsqueeze(1)).sum(1)  # of all that there is too, where fewer than k pass
+    passed = (magnitude >= levels.unsqueeze(1)).sum(1)  # if below k, also the count over all of x
     which = (passed < cut.enough).sum().clamp_(max=cut.attempts)
     return fill(indices, values.masked_fill(magnitude < levels.gather(0, which.view(1)), 0.0), cut.k)
 
 
 def _largest_of(x: Tensor, maxima: Tensor, block: int, k: int) -> Found:
-    """The k of largest magnitude; what is left over after the whole blocks is always looked at."""
+    """Return the k elements of largest magnitude; the elements after the last whole block are always candidates."""
     whole = maxima.numel() * block
     if k >= maxima.numel():
         chosen = largest(x, k)
@@ -65,16 +65,16 @@ def _largest_of(x: Tensor, maxima: Tensor, block: int, k: int) -> Found:
 
 
 def fill(indices: Tensor, values: Tensor, k: int) -> Found:
-    """``Kernels.fill``."""
+    """Compute ``Kernels.fill``."""
     missing = k - indices.numel()
     indices, values = (torch.nn.functional.pad(t, (0, missing)) for t in (indices, values))
     if not k:
         return indices, values
-    there = values != 0  # NaN is
+    there = values != 0  # True for NaN
     order = there.logical_not().to(torch.uint8).sort(stable=True).indices
     return torch.where(there, indices, indices.where(there, 0).amax())[order], values[order]
 
 
 def _finite(magnitude: Tensor) -> Tensor:
-    """NaN is as large as infinity."""
+    """Replace NaN by infinity, in place."""
     return magnitude.nan_to_num_(math.inf, math.inf)

@@ -1,7 +1,7 @@
-"""The kernels in plain PyTorch: always there, and what the compiled ones must equal bit for bit.
+"""The kernels in plain PyTorch: always available, and the compiled ones must equal them bit for bit.
 
-A pass goes over chunks that stay in the cache: new states, where they reach the threshold, the cleared gradient. On
-the CPU NumPy counts, and on one thread compares, since torch does neither with vector instructions there.
+A pass goes over chunks that fit the cache. For each it computes the new states, finds the elements that reach the
+threshold and clears the gradient. On CPUs NumPy counts, and on one thread compares: torch does not vectorise these.
 """
 
 import math
@@ -23,15 +23,15 @@ CHUNK = 2**19
 BLOCK = 2**6
 WORD = 8
 ALONE = 2**15
-"""Elements up to which torch uses one thread."""
+"""Most elements for which torch uses one thread."""
 BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
-"""Integers of the size of a float: magnitudes compare like their bits, with NaN above infinity."""
+"""Integer dtype of each float's size: magnitudes compare like their bits, with NaN above infinity."""
 
 
 def at_least(magnitude: Tensor, threshold: Tensor, room: Any = None) -> Tensor:
-    """Ascending indices of what of ``[n]`` is not below the threshold; NaN is not, so that it is sent and seen.
+    """Return the ascending indices of magnitudes ``[n]`` not below the threshold, and of NaN, so that NaN is sent.
 
-    The threshold has the dtype of the magnitudes. ``room``, of ``mask_room``, may be overwritten.
+    The threshold has the dtype of the magnitudes. ``room`` comes from ``mask_room`` and is overwritten.
     """
     bits = BITS[magnitude.dtype]
     magnitude, threshold = magnitude.view(bits), threshold.view(1).view(bits)
@@ -40,20 +40,20 @@ def at_least(magnitude: Tensor, threshold: Tensor, room: Any = None) -> Tensor:
     n = magnitude.numel()
     high = mask_room(n) if room is None else room[: -(-n // WORD) * WORD]
     high[n:] = False
-    if n > ALONE and torch.get_num_threads() > 1:  # each thread what it wrote, which may be far from this one's cache
+    if n > ALONE and torch.get_num_threads() > 1:  # threads compare the data in their own caches
         torch.ge(magnitude, threshold, out=torch.from_numpy(high[:n]))
     else:
         numpy.greater_equal(magnitude.numpy(), threshold.numpy(), out=high[:n])
     words = high.view(numpy.uint64)
-    some = numpy.flatnonzero(words != 0)  # 8 at once, since few are there
+    some = numpy.flatnonzero(words != 0)  # test 8 at once, since few are set
     there = numpy.flatnonzero(words[some].view(numpy.bool_))
     return torch.from_numpy(some[there // WORD] * WORD + there % WORD)
 
 
 def kth_largest(x: Any, k: int) -> Any:
-    """The k-th largest of an array ``[n]``, as one of ``[1]``; 1 <= k <= n."""
+    """Return the k-th largest element of an array ``[n]`` as an array ``[1]``; 1 <= k <= n."""
     columns = x.size // BLOCK
-    if 4 * k <= columns:  # they stand in the k columns of largest maximum
+    if 4 * k <= columns:  # the k largest are in the k columns of largest maximum
         grid = x[: columns * BLOCK].reshape(BLOCK, columns)
         hot = numpy.argpartition(grid.max(0), columns - k)[columns - k :]
         x = numpy.concatenate([grid[:, hot].ravel(), x[columns * BLOCK :]])
@@ -90,7 +90,7 @@ class Reference:
         search = Search(work.new_residual, cut.threshold)
         for grad, v, new_v, u, new_u in zip(*map(chunks, tensors), strict=False):
             accumulate(work.rule, work.scale, grad, v, new_v, u, new_u)
-            # it is in the cache, and read for the last time
+            # the gradient is in the cache and no longer needed: reuse its memory
             search.take(new_v, grad if grad.dtype == new_v.dtype else None)
             if work.clear:
                 grad.zero_()
@@ -100,7 +100,7 @@ class Reference:
         return settled(above(x, cut.threshold), cut, partial(above, x), self)
 
     def fill(self, indices: Tensor, values: Tensor, k: int) -> Found:
-        there = values != 0  # NaN is
+        there = values != 0  # True for NaN
         if not there.all():
             indices, values = indices[there], values[there]
         if missing := k - indices.numel():
@@ -167,11 +167,11 @@ class Reference:
 
 
 def settled(found: Found, cut: Cut, again: Callable[[Tensor], Found], kernels: Kernels) -> Found:
-    """What is sent, where ``found`` is all that is not below the threshold; ``again`` finds it for a lower one."""
+    """Return the ``k`` elements to send, from all ``found`` above the threshold; ``again`` searches below it."""
     if found[0].numel() < cut.enough:
         levels = cut.levels()
         for before, level in pairwise(levels):
-            if found[0].numel() >= cut.enough or bool(before == levels[-1]):  # as low as can be, or infinite
+            if found[0].numel() >= cut.enough or bool(before == levels[-1]):  # lowest already, or infinite
                 break
             found = again(level)
     indices, values = found
@@ -184,7 +184,7 @@ def settled(found: Found, cut: Cut, again: Callable[[Tensor], Found], kernels: K
 
 
 def above(x: Tensor, threshold: Tensor) -> Found:
-    """Where ``|x|`` of ``[n]`` is not below the threshold."""
+    """Find the elements of ``x`` ``[n]`` with ``|x|`` not below the threshold."""
     search = Search(x, threshold)
     for part in chunks(x):
         search.take(part)
@@ -192,7 +192,7 @@ def above(x: Tensor, threshold: Tensor) -> Found:
 
 
 def runs(x: Tensor, start: int, stride: int, run: int) -> Tensor:
-    """A copy of ``run`` elements of ``x`` ``[n]`` at every ``stride``-th from ``start`` on."""
+    """Copy ``run`` elements of ``x`` ``[n]`` at every ``stride``-th from ``start`` on."""
     count = len(range(start, x.numel() - run + 1, stride))
     some = x.as_strided((count, run), (stride, 1), x.storage_offset() + start)
     return some.clone(memory_format=torch.contiguous_format).view(-1)
@@ -201,12 +201,12 @@ def runs(x: Tensor, start: int, stride: int, run: int) -> Tensor:
 def chunks(x: Tensor | None) -> Iterable[Any]:
     if x is None:
         return repeat(None)
-    # elsewhere a launch costs more than the cache gives
+    # on other devices a kernel launch costs more than the cache saves
     return cast(Any, x).split(CHUNK if x.device.type == "cpu" else max(BLOCK, x.numel()))
 
 
 class Search:
-    """``above``, chunk after chunk, while each is in the cache. Memory is kept, since fresh memory is slow."""
+    """The search of ``above`` in chunks, while each is in the cache. It reuses memory, since fresh memory is slow."""
 
     def __init__(self, x: Tensor, threshold: Tensor) -> None:
         self._threshold = threshold
@@ -216,7 +216,7 @@ class Search:
         self._taken = 0
 
     def take(self, part: Tensor, room: Tensor | None = None) -> None:
-        """The next chunk; ``room``, of its size, may be overwritten."""
+        """Search the next chunk; ``room``, of its size, is overwritten."""
         if room is None:
             room = self._room = torch.empty_like(part) if self._room is None else self._room[: part.numel()]
         there = at_least(torch.abs(part, out=room), self._threshold, self._mask)

@@ -1,4 +1,4 @@
-"""Which kernels run: chosen once, at attach, and named in the ledger."""
+"""The choice of kernels, made once, at attach, and named in the ledger."""
 
 import importlib.util
 import os
@@ -14,10 +14,10 @@ Choice: TypeAlias = Literal["auto", "reference", "cpu", "cuda"]
 
 
 def choose(asked: Choice, device: torch.device) -> tuple[Kernels, str | None]:
-    """The kernels for parameters on ``device``, and what a user should know about it.
+    """Choose the kernels for parameters on ``device``; returns them and a note for the user, or None.
 
     Raises:
-        ThinwireError: kernels that are asked for by name are not there.
+        ThinwireError: kernels requested by name can't run.
     """
     if asked not in ("auto", "reference", "cpu", "cuda"):
         raise ThinwireError(f"kernels is {asked!r}; choose 'auto', 'reference', 'cpu' or 'cuda'")

@@ -1,1 +1,1 @@
-"""Reports: the ledger of a run, the one JSON shape of everything that measures, and pages."""
+"""Reports: the ledger of a run, the JSON format of all measurements, and HTML pages."""

@@ -1,4 +1,4 @@
-"""A page of tables and plots: one file, no network, no script. Needs the extra ``thinwire[cli]``."""
+"""A page of tables and plots in one HTML file without network or scripts. Needs the extra ``thinwire[cli]``."""
 
 import html
 import io
@@ -75,7 +75,7 @@ def page(
 
     Args:
         verdict: the result in a sentence.
-        details: folded texts, by the line that unfolds them.
+        details: folded texts, keyed by their summary line.
         footer: one line each.
     """
     figures = "".join(
@@ -119,7 +119,7 @@ def _svg(plot: Plot | Bars) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # 5 inches: scaled down to a phone's 4, its letters are still 9 points
+    # 5 inches wide: scaled down to 4 inches on a phone, text is still 9 points
     figure: Any = Figure(figsize=(5, 3.2 if isinstance(plot, Plot) else 2.2), layout="constrained")
     FigureCanvasSVG(figure)
     axes: Any = figure.subplots()

@@ -1,4 +1,4 @@
-"""The ledger: what was really sent, at what cost, and everything that was done differently from what was asked."""
+"""The ledger: the bytes that were sent, their cost, and a note on everything done differently from the request."""
 
 import json
 import statistics
@@ -15,28 +15,28 @@ KEPT_STEPS = 1_000
 
 @dataclass(slots=True)
 class StepRow:
-    """One step of one worker; bytes are those that it sent."""
+    """One step of one worker; bytes are bytes sent."""
 
     step: int
     method: str = ""
     wire_bytes: float = 0.0
     dense_bytes: float = 0.0  # what dense fp32 would have sent
-    compressed_wire_bytes: float = 0.0  # of the units that the method compresses
+    compressed_wire_bytes: float = 0.0  # only of the units that the method compresses
     compressed_dense_bytes: float = 0.0
-    inside_bytes: float = 0.0  # inside a node, or along the shard axis, which are not among the wire bytes
+    inside_bytes: float = 0.0  # within the node or along the shard axis; not part of wire_bytes
     inside_dense_bytes: float = 0.0  # what fp32 would have sent along the shard axis
-    gather_bytes: float = 0.0  # of all-gathers of parameters since the last step, where they are compressed
+    gather_bytes: float = 0.0  # of compressed all-gathers of parameters since the last step
     gather_dense_bytes: float = 0.0
     send_seconds: float = 0.0
-    exchange_seconds: float = 0.0  # from start to end of each; on CPUs without DDP, what was waited for
+    exchange_seconds: float = 0.0  # from start to end of each exchange; on CPUs without DDP, the wait
     receive_seconds: float = 0.0
-    error: float | None = None  # ||x - sent||² / ||x||² over the compressed units, where it was measured
+    error: float | None = None  # ||x - sent||² / ||x||² over the compressed units, if measured
 
 
 class Ledger:
     """Rows of the last 1,000 steps, totals over all of them, and notes.
 
-    ``ratio`` is dense fp32 wire bytes over wire bytes, for the same number of workers.
+    ``ratio`` is the wire bytes of a dense fp32 exchange over the actual wire bytes, for the same number of workers.
     """
 
     def __init__(self, method: str, world: int, link: str) -> None:
@@ -48,12 +48,12 @@ class Ledger:
         self.notes: list[str] = []
         self.steps = 0
         self.skipped = 0
-        """Exchanges that no optimizer step made final: an overflow, or a gradient that was not finite."""
+        """Exchanges without an optimizer step after them: an overflow, or a nonfinite gradient."""
         self.wire_bytes = 0.0
         self.dense_bytes = 0.0
 
     def note(self, text: str) -> None:
-        """Write down, once, something that a user should know."""
+        """Add a note for the user, unless it is there already."""
         if text not in self.notes:
             self.notes.append(text)
 
@@ -65,15 +65,15 @@ class Ledger:
 
     @property
     def ratio(self) -> float:
-        """Over all steps, warm-up included."""
+        """Dense over wire bytes, over all steps including the warm-up."""
         return self.dense_bytes / self.wire_bytes if self.wire_bytes else 1.0
 
     def write_jsonl(self, path: str | Path) -> None:
-        """The kept rows, one JSON object a line."""
+        """Write the kept rows, one JSON object per line."""
         files.write_text(path, "".join(json.dumps(asdict(row)) + "\n" for row in self.rows))
 
     def markdown(self) -> str:
-        """Medians over the last 100 steps, as far as the method was the same, and the notes."""
+        """Return a table of medians over those of the last 100 steps with the current method, and the notes."""
         last = [row for row in list(self.rows)[-100:] if row.method == self.rows[-1].method]
         if not last:
             return f"{self.method}, {self.world} workers over {self.link}: no step yet\n" + self._notes()
@@ -124,7 +124,7 @@ class Ledger:
 
 
 class Stopwatch:
-    """Wall-clock seconds of a ``with`` block, added to a row; on CUDA they are the seconds of the host."""
+    """A timer: adds the wall-clock seconds of a ``with`` block to a row; on CUDA only the host's time."""
 
     def __init__(self, row: StepRow, field: str) -> None:
         self.row, self.field = row, field

@@ -1,4 +1,4 @@
-"""The one JSON shape of everything that measures: what ran, and a row for each figure."""
+"""The JSON format of all measurements: a description of the run, and a row for each figure."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from thinwire.core import files
 
 @dataclass(frozen=True)
 class Row:
-    """One figure; ``low`` and ``high`` are its spread where it has one (quartiles, or the range over seeds)."""
+    """One figure; ``low`` and ``high`` are its spread if it has one (quartiles, or the range over seeds)."""
 
     case: str
     metric: str
@@ -29,7 +29,7 @@ class Row:
 
 
 def meta(version: str, **more: Any) -> dict[str, Any]:
-    """What a reader needs to run it again."""
+    """Return what a reader needs to repeat the run: command, versions, machine, date."""
     versions = {
         "thinwire": version,
         "torch": torch.__version__,
@@ -46,7 +46,7 @@ def meta(version: str, **more: Any) -> dict[str, Any]:
 
 
 def cpu() -> str:
-    """The processor's name, as far as the system tells it."""
+    """Return the processor's name as far as the system reports it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
