@@ -1,4 +1,4 @@
-"""``attach``: the one line. It finds out what the model is wrapped in; ``ddp``, ``fsdp2``, ``plain`` know the rest."""
+"""``attach``, the entry point: it finds the wrapper of the model and installs the engine for it (``engines``)."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -38,54 +38,54 @@ from thinwire.session.transaction import OnNonfinite, Policy, Scaler
 
 OPTIONS = of_type(Fsdp2Options, 'pass thinwire.Fsdp2Options(replicate=mesh["replicate"])')
 OUTSIDE: object = dist.GroupMember.NON_GROUP_MEMBER
-"""What torch answers a rank that is not in the group."""
+"""The group that torch returns to a rank outside it."""
 
 
 class Engine(Protocol):
-    """Where gradients come from."""
+    """The connection to a model: it collects gradients and passes them through the session."""
 
     @property
     def talk(self) -> Talk:
-        """All ranks of the model."""
+        """The control channel of all ranks of the model."""
         ...
 
     def exchanged(self) -> list[tuple[str, Tensor]]:
-        """The parameters whose gradients are exchanged, if nothing is in the way.
+        """Return the parameters whose gradients are exchanged.
 
         Raises:
-            ThinwireError: something is; nothing has been changed.
+            ThinwireError: the model can't be used; nothing has been changed.
         """
         ...
 
     @property
     def fits(self) -> Callable[[Method], None]:
-        """Raises what keeps a method from being used with this model."""
+        """Check that raises if a method can't be used with this model."""
         ...
 
     @property
     def no_sync(self) -> Callable[[], AbstractContextManager[None]]:
-        """Backward passes inside it add up, and send nothing; an error where the wrapper has that itself."""
+        """Context in which backward passes accumulate gradients and send nothing; raises if the wrapper has its own."""
         ...
 
     def collective(self, link: Link | None, together: Together) -> Collective:
-        """Who exchanges them. A collective call."""
+        """Make the collective that exchanges the gradients. A collective call."""
         ...
 
     def share(self, session: Session) -> None:
-        """Make all ranks begin alike. A collective call."""
+        """Broadcast parameters and buffers, if the wrapper has not done so. A collective call."""
         ...
 
     def compared(self, every: int) -> Replicas:
-        """What must be equal on all ranks that hold the same part of the model, in any exchange."""
+        """Return the tensors that must be equal on all replicas, for the comparison of hashes."""
         ...
 
     @property
     def begins_alike(self) -> bool:
-        """Whether ``share`` makes it so."""
+        """True if ``share`` makes the compared tensors equal."""
         ...
 
     def install(self, session: Session) -> None:
-        """Pass the gradients through the session from now on; exchanges nothing."""
+        """Pass the gradients through the session from now on; the call exchanges nothing."""
         ...
 
 
@@ -108,52 +108,52 @@ def attach(
     kernels: Choice = "auto",
     seed: int = 0,
 ) -> Session:
-    """Exchange the gradients of a model by ``method``. A collective call: all ranks make it alike.
+    """Exchange the gradients of a model by ``method``. A collective call: all ranks call it with the same arguments.
 
     Args:
-        model: a ``DistributedDataParallel``; one whose parts went through ``fully_shard`` on a mesh of one dimension;
-            or, with ``process_group=``, one that nothing is wrapped around. On gloo or NCCL; before the first step
-            or between any two.
+        model: a ``DistributedDataParallel``; a model sharded by ``fully_shard`` on a mesh of one dimension; or, with
+            ``process_group=``, a model without a wrapper. On gloo or NCCL. Call it before the first step or between
+            any two steps.
         method: ``thinwire.dgc()``, ``thinwire.topk()``, ``thinwire.cast()``, ``thinwire.dense()`` or one of your own. A
-            compressor, as ``TopK(0.01) >> Quantize(4)``, gets error feedback where it needs it, and vectors go dense.
-        optimizer: required by all methods that remember anything (dgc, topk): what a step changes there is final only
-            when the optimizer steps. With dgc, ``momentum``, ``nesterov`` and ``weight_decay`` move from it into the
-            memory, with its momentum buffers, until ``detach()``; what is written in its groups is followed. A wrapper
-            (a framework's, SAM, Lookahead) is as good as what is inside. Several, each of which steps a part of the
-            parameters, as a list: a step is final when all have stepped.
-        process_group: (no wrapper) the ranks that train the model, e.g. ``dist.group.WORLD``. They begin with the
-            parameters and buffers of its first rank, and average gradients from then on, as under DDP, but without
+            compressor, e.g. ``TopK(0.01) >> Quantize(4)``, gets error feedback if it needs it; vectors are sent dense.
+        optimizer: required by methods with a memory (dgc, topk), whose state is committed when the optimizer steps.
+            dgc takes over ``momentum``, ``nesterov``, ``weight_decay`` and the momentum buffers until ``detach()``, and
+            follows later changes in the optimizer's groups. A wrapped optimizer (a framework's, SAM, Lookahead) works
+            too. Pass a list if several optimizers each step a part of the parameters: the state is committed when all
+            have stepped.
+        process_group: (no wrapper) the ranks that train the model, e.g. ``dist.group.WORLD``. They start from the
+            parameters and buffers of its first rank, and average gradients from then on, as with DDP, but without
             DDP's copies into buckets. Buffers are not broadcast again. Accumulate under ``wire.no_sync()``.
-        scaler: the ``GradScaler`` of a mixed-precision run, so that residuals are kept without its scale.
-        ranks_per_node: (not FSDP2) compress between nodes only. The ranks of a node, which follow each other, as a
-            number; or a ``DeviceMesh`` of two dimensions, between nodes and inside. Ranks of a node average their
-            gradients and are one worker together; the ledger's wire bytes are those between nodes, and
-            ``emulate_link`` is the link between nodes.
-        emulate_link: a link of this speed, e.g. ``"100mbit"``; for experiments on one machine.
-        fsdp2: (FSDP2) who the replicas are, and how shards exchange gradients and parameters, see ``Fsdp2Options``.
-        sparse_gradients: (no wrapper) give the optimizer sparse tensors where at most 1/32 of the elements arrive, so
-            that a step touches what has arrived instead of every parameter. For contiguous parameters of float32 or
-            float64, ``torch.optim.SGD`` and ``Adagrad``, and a method that leaves them neither momentum nor weight
-            decay, as dgc does. ``clip_grad_norm_`` does not take sparse gradients.
-        policy: changes the method while it trains, e.g. ``thinwire.policies.LGreCo``.
-        on_nonfinite: a gradient that is not finite on any rank makes all ranks skip the step ("skip"), or raise when
-            the optimizer is about to step ("raise"). With a scaler, the scaler skips. It concerns methods that remember
-            something; ``dense()`` and ``cast()`` pass on what they get, as DDP does.
-        timeout: seconds, or a ``timedelta``, after which an exchange that a rank does not join is an error. A rank that
-            only evaluates or saves for longer than this needs more. On NCCL it is the process group's own timeout that
-            counts.
-        check_every: after so many exchanges, and at attach, the ranks compare hashes of their parameters; where they
-            differ, an error names the first parameter and the ranks. 0 for at attach only.
+        scaler: the ``GradScaler`` of a mixed-precision run, so that residuals are stored without the loss scale.
+        ranks_per_node: (not FSDP2) compress between nodes only. The number of consecutive ranks of a node, or a
+            ``DeviceMesh`` of two dimensions (between nodes, within the node). The ranks of a node average their
+            gradients and act as one worker. The ledger's wire bytes are those between nodes, and ``emulate_link``
+            is the link between nodes.
+        emulate_link: emulate a link of this speed, e.g. ``"100mbit"``, for experiments on one machine.
+        fsdp2: (FSDP2) the replicas, and how shards exchange gradients and parameters, see ``Fsdp2Options``.
+        sparse_gradients: (no wrapper) give the optimizer sparse tensors if at most 1/32 of the elements arrive, so
+            that it updates only the elements received. For contiguous parameters of float32 or float64,
+            ``torch.optim.SGD`` and ``Adagrad``, and a method that leaves them neither momentum nor weight decay, as dgc
+            does. ``clip_grad_norm_`` does not accept sparse gradients.
+        policy: changes the method during training, e.g. ``thinwire.policies.LGreCo``.
+        on_nonfinite: if a gradient is nonfinite on any rank, all ranks skip the step ("skip"), or raise when the
+            optimizer is about to step ("raise"). With a scaler, the scaler skips. It applies to methods with a memory;
+            ``dense()`` and ``cast()`` pass nonfinite values on, as DDP does.
+        timeout: seconds, or a ``timedelta``, after which an exchange that a rank does not join is an error. Make it
+            longer than any evaluation or save that only some ranks do. On NCCL the process group's own timeout
+            applies.
+        check_every: at attach and after so many exchanges, the ranks compare hashes of their parameters. If they
+            differ, an error names the first parameter and the ranks. 0 compares at attach only.
         kernels: the loops that compress: "reference" is plain PyTorch, "cpu" needs ``thinwire[cpu]``, "auto" takes the
-            fastest there is; the ledger names it. All give the same bits.
-        seed: of all randomness; equal on all ranks.
+            fastest available; the ledger names it. All give the same bits.
+        seed: seed of all randomness; equal on all ranks.
 
     Returns:
         The session, with ``report()``, ``set_method()``, ``detach()``, and ``ledger``.
 
     Raises:
-        ThinwireError: the model is none of these, its hook slot is taken, its optimizer does not fit the method, ranks
-            ask for different things, or a compressed parameter has sparse gradients. Nothing has been changed then.
+        ThinwireError: the model is none of these, its comm hook is taken, its optimizer does not fit the method, ranks
+            pass different arguments, or a compressed parameter has sparse gradients. Nothing has been changed then.
 
     Example::
 
@@ -216,8 +216,8 @@ def attach(
             engine.share(session)
             with together.alone():
                 engine.install(session)
-        except BaseException as error:  # by now the optimizer has handed over its momentum
-            with contextlib.suppress(ThinwireError):  # what has failed already is the one to be told
+        except BaseException as error:  # the memory may have taken over the momentum already
+            with contextlib.suppress(ThinwireError):  # the first error is the one to report
                 if is_known(error):
                     session.detach()
                 else:
@@ -235,10 +235,10 @@ def _engine(
     fsdp2: Fsdp2Options,
     timeout: float,
 ) -> Engine:
-    """The engine for what the model is wrapped in; the arguments are those of ``attach``.
+    """Make the engine for the model's wrapper; the arguments are those of ``attach``.
 
     Raises:
-        ThinwireError: there is none, or an argument is not for this one.
+        ThinwireError: no engine fits the model, or an argument does not fit the engine.
     """
     wrapped = isinstance(model, DistributedDataParallel) or is_fsdp2(model)
     if wrapped and (process_group is not None or sparse_gradients):
@@ -275,7 +275,7 @@ def _engine(
 def _talk(
     model: nn.Module, process_group: dist.ProcessGroup | None, fsdp2: Fsdp2Options | None, timeout: float | timedelta
 ) -> Talk:
-    """The ranks that are told where this one can't attach: those of the model, as far as can be seen of it."""
+    """Return a control channel to the ranks to tell if this rank can't attach: those of the model if they are known."""
     alone = Local.of(1)[0]
     if not (dist.is_available() and dist.is_initialized()) or cast(object, process_group) is OUTSIDE:
         return alone
@@ -288,6 +288,6 @@ def _talk(
             return sharded_talk(model, fsdp2.replicate if fsdp2 is not None else None, patience)
         if process_group is not None:
             return ProcessGroup(process_group, patience)
-    except Exception:  # what is wrong is said by the checks
+    except Exception:  # the checks report the error later
         pass
     return ProcessGroup(cast(dist.ProcessGroup, dist.group.WORLD), patience)

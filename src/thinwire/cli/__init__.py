@@ -1,1 +1,1 @@
-"""The command line, and the demo that it runs."""
+"""The command line and its demo."""

@@ -1,4 +1,4 @@
-"""Character-level language models: the demo's two-layer LSTM, and a small transformer for what is trained with Adam."""
+"""Character-level language models: the demo's two-layer LSTM, and a small transformer for training with Adam."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from thinwire.core.errors import ThinwireError
 
 
 class CharLM(nn.Module):
-    """Predicts the next character; 3.5 million parameters at the default size."""
+    """An LSTM that predicts the next character; 3.5 million parameters at the default size."""
 
     def __init__(self, vocabulary: int, embedding: int = 128, hidden: int = 512) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class CharLM(nn.Module):
 
 
 class Block(nn.Module):
-    """Causal self-attention and a two-layer perceptron, each behind a norm and beside a shortcut."""
+    """Causal self-attention and a two-layer perceptron, each with a norm before it and a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Predicts the next character; made by ``transformer``."""
+    """A transformer that predicts the next character; made by ``transformer``."""
 
     def __init__(self, vocabulary: int, width: int, layers: int, heads: int, length: int) -> None:
         super().__init__()
@@ -57,17 +57,17 @@ class Transformer(nn.Module):
 
 
 def transformer(vocabulary: int, *, width: int = 64, layers: int = 2, heads: int = 4, length: int = 128) -> Transformer:
-    """A small GPT without dropout, with weights as GPT-2 begins: 120,000 parameters at the default size.
+    """Make a small GPT without dropout, initialised as GPT-2: 120,000 parameters at the default size.
 
     Args:
-        vocabulary: how many characters there are.
-        width: of the residual stream; a multiple of ``heads``.
-        layers: blocks of attention and perceptron.
-        heads: of each attention.
+        vocabulary: number of different characters.
+        width: width of the residual stream; a multiple of ``heads``.
+        layers: number of blocks of attention and perceptron.
+        heads: attention heads per block.
         length: the longest window, in characters.
 
     Raises:
-        ThinwireError: ``heads`` do not divide ``width``.
+        ThinwireError: ``heads`` does not divide ``width``.
 
     Source: A. Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.3.
 
@@ -80,13 +80,13 @@ def transformer(vocabulary: int, *, width: int = 64, layers: int = 2, heads: int
         for name, param in model.named_parameters():
             if name.endswith(".bias"):
                 param.zero_()
-            elif param.ndim == 2:  # what adds to the residual stream adds less, the more blocks there are
+            elif param.ndim == 2:  # layers that add to the residual stream start smaller with more blocks
                 adds = name.endswith(("attended.weight", "down.weight"))
                 param.normal_(std=0.02 / (2 * layers) ** 0.5 if adds else 0.02)
     return model
 
 
 def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
-    """Mean cross entropy, in nats a character, of windows ``[batch, length + 1]``."""
+    """Return the mean cross entropy, in nats per character, of windows ``[batch, length + 1]``."""
     logits: Tensor = model(windows[:, :-1])
     return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())

@@ -13,7 +13,7 @@ SPLIT_HEADER = ("method", "step", "compute", "compress", "decompress", "rest")
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """One line of text for each case, under ``HEADER``; a case that ended inside its warm-up says so."""
+    """Make one line of text for each case, under ``HEADER``, with a mark for a case that ended in its warm-up."""
     figures, cases = _by_case(rows)
     return [
         [
@@ -29,7 +29,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def setting(settings: Settings) -> str:
-    """The conditions of the figures; every link here is emulated."""
+    """Describe the conditions of the figures; every link here is emulated."""
     return (
         f"The same model, text, seed and {settings.seconds:g} seconds for each method; {settings.wire} link. Bytes and "
         "ratio are those after the warm-up; steps and loss include it. Ratio is dense fp32 bytes over the method's."
@@ -37,7 +37,7 @@ def setting(settings: Settings) -> str:
 
 
 def warmup_note(results: Sequence[CaseResult]) -> str:
-    """A sentence for the cases that ended inside their warm-up; empty if there are none."""
+    """Write a sentence for each case that ended in its warm-up; empty if there is none."""
     return " ".join(
         f"{r.case} did {r.steps} steps and its warm-up takes {r.warmup}: its bytes and ratio are those of the warm-up, "
         "which sends more. Give it more --seconds."
@@ -47,7 +47,7 @@ def warmup_note(results: Sequence[CaseResult]) -> str:
 
 
 def verdict(results: Sequence[CaseResult], settings: Settings) -> str:
-    """The result in a sentence or two: which method to take on this link."""
+    """State the result in a sentence or two: the best method on this link."""
     dense, best = results[0], min(results, key=lambda r: r.points[-1].held_out_loss)
     losses = ", ".join(f"{r.case} {r.points[-1].held_out_loss:.3f}" for r in results)
     where = f"In {settings.seconds:g} seconds each ({settings.wire})"
@@ -62,7 +62,7 @@ def verdict(results: Sequence[CaseResult], settings: Settings) -> str:
 
 
 def html_page(results: Sequence[CaseResult], settings: Settings, rows: Sequence[Row], meta: Mapping[str, Any]) -> str:
-    """The page: verdict, tables, held-out loss against seconds and against steps, bytes per step, ledgers."""
+    """Build the page: result, tables, held-out loss against seconds and against steps, bytes per step, ledgers."""
     loss = "held-out loss (nats per character)"
     by_seconds = {r.case: ([p.seconds for p in r.points], [p.held_out_loss for p in r.points]) for r in results}
     by_steps = {r.case: ([float(p.step) for p in r.points], [p.held_out_loss for p in r.points]) for r in results}

@@ -1,4 +1,4 @@
-"""The demo: the same training three times, dense, fp16 and DGC, over an emulated thin link."""
+"""The demo: the same training three times (dense, fp16 and DGC) over an emulated thin link."""
 
 import multiprocessing
 import queue
@@ -14,7 +14,7 @@ from thinwire.report.results import Row
 
 CASES = ("dense", "fp16", "dgc")
 Progress = Callable[[str, float, int, float], object]
-"""Called with the case, seconds trained, steps done and the last training loss."""
+"""Callback that gets the case, seconds trained, steps done and the last training loss."""
 
 
 def run(settings: Settings, cases: Sequence[str] = CASES, progress: Progress | None = None) -> list[CaseResult]:
@@ -27,7 +27,7 @@ def run(settings: Settings, cases: Sequence[str] = CASES, progress: Progress | N
 
 
 def rows(results: Sequence[CaseResult]) -> list[Row]:
-    """List the figures of each case; bytes and ratios are of the steps after the warm-up, if the run got so far."""
+    """List the figures of each case; bytes and ratios are those after the warm-up, if the run got that far."""
     table: list[Row] = []
     for result in results:
         quartiles = statistics.quantiles(result.step_seconds, n=4) if result.steps > 1 else result.step_seconds * 3

@@ -1,4 +1,4 @@
-"""What one worker of the demo does: ordinary DDP training, for a number of seconds."""
+"""One worker of the demo: ordinary DDP training for a number of seconds."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ WARMUP_STEPS = 40
 
 @dataclass(frozen=True)
 class Settings:
-    """One run of the demo; all cases share everything but the method."""
+    """Settings of one run of the demo; the cases differ in the method only."""
 
     seconds: float = 80.0
     link: str = "100mbit"
@@ -39,7 +39,7 @@ class Settings:
 
     @property
     def wire(self) -> str:
-        """What the figures hold for, as tables and plots say it."""
+        """The conditions of the figures, as shown in tables and plots."""
         return f"N = {self.workers} workers, emulated {Link.parse(self.link)}"
 
     def method(self, case: str) -> thinwire.Method:
@@ -50,13 +50,13 @@ class Settings:
         return thinwire.dgc(self.density, clip=CLIP, warmup=thinwire.Warmup(WARMUP_STEPS))
 
     def warmup(self, case: str) -> int:
-        """Steps of the case's warm-up; 0 if it has none."""
+        """Return the steps of the case's warm-up; 0 if it has none."""
         return warmup.steps if (warmup := self.method(case).warmup) else 0
 
 
 @dataclass
 class Point:
-    """Where a case stands."""
+    """One evaluation of a case."""
 
     seconds: float
     step: int
@@ -65,13 +65,13 @@ class Point:
 
 @dataclass
 class CaseResult:
-    """What a case did, as its first worker saw it."""
+    """The result of a case, as its first worker saw it."""
 
     case: str
     steps: int = 0
     points: list[Point] = field(default_factory=list[Point])
     step_seconds: list[float] = field(default_factory=list[float])
-    warmup: int = 0  # steps until the method sends as few bytes as it was asked to
+    warmup: int = 0  # steps until the method reaches its final density
     wire_bytes: float = 0.0  # of the last step
     wire_bytes_total: float = 0.0
     ratio: float = 1.0  # after warm-up, over all parameters
@@ -81,12 +81,12 @@ class CaseResult:
 
     @property
     def in_warmup(self) -> bool:
-        """True if the run ended before the warm-up did, so that bytes and ratio are those of the warm-up."""
+        """True if the run ended in the warm-up, so that bytes and ratio are those of the warm-up."""
         return self.steps <= self.warmup
 
 
 def train(rank: int, case: str, settings: Settings, rendezvous: str, tell: Callable[[str, Any], None]) -> None:
-    """Train as ``rank``, telling ``("progress", (seconds, step, loss))`` and at the end ``("result", CaseResult)``."""
+    """Train as ``rank``; ``tell`` gets ``"progress", (seconds, step, loss)``, at the end ``"result", CaseResult``."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     logging.getLogger("thinwire").setLevel(logging.ERROR)  # the page has the ledger's notes, and bars fill the console
@@ -123,7 +123,7 @@ def _train(rank: int, case: str, settings: Settings, tell: Callable[[str, Any], 
     evaluate(trained)
     go_on = torch.ones(1)
     while go_on.item():
-        dist.barrier()  # an evaluation by the first worker is not the others' time
+        dist.barrier()  # the first worker's evaluation must not count as the others' training time
         started = time.perf_counter()
         loss = loss_of(ddp, text.batch(result.steps, rank, settings.batch, settings.length, settings.seed))
         optimizer.zero_grad()
@@ -160,7 +160,7 @@ def _train(rank: int, case: str, settings: Settings, tell: Callable[[str, Any], 
 
 
 def _seconds_alone(ddp: DistributedDataParallel, batch: torch.Tensor) -> float:
-    """Measure a forward and a backward pass without an exchange: the median of three, after one that is not counted."""
+    """Time a forward and a backward pass without an exchange: the median of three, after one warm-up pass."""
     seconds: list[float] = []
     for _ in range(4):
         started = time.perf_counter()

@@ -29,7 +29,7 @@ from thinwire.report import html, results
 
 
 class LinkType(click.ParamType[str]):
-    """A link like 100mbit; kept as text, since that is how it is shown."""
+    """A link like 100mbit; kept as text for display."""
 
     name = "link"
 
@@ -138,7 +138,7 @@ def simulate(workers: int, density: float, steps: int, hidden: int, seed: int, j
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The entry point: whatever is refused is one line that says what is allowed, and exit code 2."""
+    """Run the command line; an error is printed as one line that says what is allowed, with exit code 2."""
     try:
         cli.main(args, prog_name="thinwire", standalone_mode=False)
     except click.UsageError as error:

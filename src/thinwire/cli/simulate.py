@@ -1,4 +1,4 @@
-"""The demo's text and model, trained by many simulated workers."""
+"""Training of the demo's model on its text with many simulated workers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ CLIP = 1.0
 
 @dataclass(frozen=True)
 class SimulationSettings:
-    """One comparison; each worker sees a batch of its own."""
+    """Settings of one comparison; each worker gets its own batches."""
 
     workers: int = 32
     density: float = 0.001
@@ -30,7 +30,7 @@ class SimulationSettings:
 
 
 def simulate_text(settings: SimulationSettings, progress: Callable[[str, int, float], object]) -> list[Row]:
-    """Dense and DGC from the same start on the same batches; ``progress(case, step, training loss)``."""
+    """Train dense and with DGC from the same start on the same batches; calls ``progress(case, step, train loss)``."""
     text = demo_text.load()
     held_out = text.held_out_batch(64, 128)
     rows: list[Row] = []

@@ -1,4 +1,4 @@
-"""Compressors: what is sent of a tensor."""
+"""Compressors: they encode a tensor into a payload, and decode it."""
 
 from thinwire.compressors.block_topk import BlockTopK
 from thinwire.compressors.cast import Cast

@@ -1,7 +1,7 @@
-"""Runs of equal length, each with a scale of its own: what the quantisers share.
+"""Blocks of equal length with one scale each, as the quantisers use them.
 
-A scale is float32, and NaN where what it was made of is not finite, so that whoever sums the scales sees it. What lies
-beyond float32 saturates.
+A scale is float32. It is NaN if its block has a nonfinite element, so the sum over ranks is nonfinite too. Values
+beyond float32's range saturate.
 """
 
 import math
@@ -14,18 +14,18 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 def count(n: int, size: int) -> int:
-    """Blocks of n elements; the last may be short."""
+    """Return the number of blocks of n elements; the last may be short."""
     return math.ceil(n / size)
 
 
 def as_float32(x: Tensor) -> Tensor:
-    """``x`` in float32; what is finite stays so."""
+    """Convert ``x`` to float32; finite values stay finite."""
     short = x.float()
     return torch.where(x.isfinite(), short.clamp(-LARGEST, LARGEST), short) if x.dtype == torch.float64 else short
 
 
 def in_blocks(x: Tensor, size: int, *, repeat: bool = False) -> Tensor:
-    """``x`` ``[n]`` as ``[count(n, size), size]``; zeros fill the last one, or, to ``repeat``, its last element."""
+    """Reshape ``x`` ``[n]`` to ``[count(n, size), size]``, padded with zeros or, with ``repeat``, its last element."""
     missing = -x.numel() % size
     if missing:
         fill = x[-1:].expand(missing) if repeat else x.new_zeros(missing)
@@ -34,10 +34,10 @@ def in_blocks(x: Tensor, size: int, *, repeat: bool = False) -> Tensor:
 
 
 def scale_of(wide: Tensor) -> Tensor:
-    """A scale as it is sent, float32."""
+    """Convert scales to float32 as they are sent: saturated, and NaN if nonfinite."""
     return torch.where(wide.isfinite(), wide.clamp(-LARGEST, LARGEST), torch.nan).float()
 
 
 def l2(rows: Tensor) -> Tensor:
-    """The l2 norm of each row, float64: squares of what is small do not vanish."""
+    """Return the l2 norm of each row in float64, in which squares of small values do not underflow."""
     return cast(Tensor, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Block-wise Top-k: the largest of each chunk, so that no chunk goes unheard."""
+"""Block-wise Top-k: the largest elements of each block."""
 
 import math
 from dataclasses import dataclass, replace
@@ -23,18 +23,18 @@ from thinwire.kernels.reference import REFERENCE
 class BlockTopK(Compressor, Adjustable):
     """Sends the ``ceil(density * B)`` elements of largest magnitude of each block of B.
 
-    ``||x - C(x)||^2 <= (1 - density) ||x||^2``, as for Top-k; how much is lost beyond Top-k depends on how the blocks
-    differ. Every block is searched on its own, which needs no pass over the whole and no threshold.
+    ``||x - C(x)||^2 <= (1 - density) ||x||^2``, as for Top-k. It loses more than Top-k if the blocks differ. Every
+    block is searched on its own, without a threshold or a pass over the whole tensor.
 
     Args:
-        density: kept / total, in (0, 1]; of each block at least one.
+        density: kept / total, in (0, 1]; at least one element of each block.
         block: elements of a block, in the order of memory; the last may be short.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
     **Wire**: k values, and k indices as in ``thinwire.compressors.chunked_indices``: 12 bits each for one in 4096, 9.0
-    for 32. The same at every step.
+    for 32. The size is the same at every step.
 
     Example:
         >>> x = torch.tensor([0.5, -3.0, 1.0, 2.0])
@@ -70,7 +70,7 @@ class BlockTopK(Compressor, Adjustable):
         return self.density
 
     def sizes(self, n: int) -> tuple[int, int]:
-        """Elements sent of each whole block, and in all."""
+        """Return the number of elements sent of each whole block and in all."""
         each = math.ceil(self.density * min(self.block, n))
         return each, n // self.block * each + math.ceil(self.density * (n % self.block))
 

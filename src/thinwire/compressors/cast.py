@@ -1,4 +1,4 @@
-"""Cast: send every element, in the dtype it has or a shorter one."""
+"""Cast: send every element, in its own dtype or a shorter one."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,26 +24,26 @@ OWN = ", or None for the tensor's own"
 
 
 def dtype_named(name: str | None, default: torch.dtype) -> torch.dtype:
-    """The dtype of that name, or ``default`` for None."""
+    """Return the dtype of that name, or ``default`` for None."""
     return default if name is None else DTYPES[name]
 
 
 @register("cast")
 @dataclass(frozen=True)
 class Cast(Compressor):
-    """Sends every element, cast to ``dtype``; with None it is the identity.
+    """A compressor that sends every element cast to ``dtype``; with None it is the identity.
 
     Args:
         dtype: ``"float16"`` or ``torch.float16``, ``"bfloat16"``, ``"float32"``, ``"float64"``; None for the tensor's.
 
     Raises:
-        ThinwireError: an unknown dtype.
+        ThinwireError: the dtype is unknown.
 
-    **Wire**: 2, 4 or 8 bytes an element, summed by an all-reduce.
+    **Wire**: 2, 4 or 8 bytes per element, summed by an all-reduce.
 
     Departures from PyTorch's ``fp16_compress_hook``: none without a memory; a float16 overflow becomes infinite there
-    too. Under error feedback what is finite saturates, at half of the range where it is summed on the way, since a sum
-    rounds; the rest stays in the residual.
+    too. With error feedback finite values saturate (at half of the range if an all-reduce sums them, since a sum
+    rounds), and the rest stays in the residual.
     """
 
     dtype: str | None = None

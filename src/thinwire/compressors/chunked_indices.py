@@ -1,8 +1,8 @@
-"""Indices of which every chunk holds equally many: where they stand in their chunk, or Elias-Fano over all.
+"""Codes for indices of which every chunk has equally many: positions in the chunk, or Elias-Fano over all.
 
-``k`` ascending indices below ``n``, of which each chunk of ``size`` elements holds ``each``, and the last, which may be
-short, at most so many. Local: ``ceil(log2 size)`` bits each, packed as in ``bitpack``. Elias-Fano takes fewer bits from
-four a chunk on: 9.0 each for 32 of 4096, where local ones have 12. Which of the two it is follows from the sizes alone.
+``k`` indices ascend below ``n``. Each chunk of ``size`` elements has ``each`` of them; the last chunk may be short and
+has at most as many. Positions take ``ceil(log2 size)`` bits each, packed as in ``bitpack``. Elias-Fano takes fewer bits
+from four indices per chunk on: 9.0 instead of 12 each for 32 of 4096. The choice depends only on the sizes.
 """
 
 import torch
@@ -15,19 +15,19 @@ from thinwire.kernels.reference import REFERENCE
 
 
 def nbytes(k: int, n: int, size: int) -> int:
-    """Bytes of the shorter code."""
+    """Return the bytes of the shorter code."""
     return min(_local_bytes(k, size), sum(elias_fano.sizes(k, n)))
 
 
 def encode(indices: Tensor, n: int, size: int, ctx: Context) -> Tensor:
-    """From int64 ``[k]`` to uint8 ``[nbytes(k, n, size)]``."""
+    """Encode int64 ``[k]`` to uint8 ``[nbytes(k, n, size)]``."""
     if _is_local(indices.numel(), n, size):
         return pack_words(indices % size, _width(size))
     return (ctx.kernels or REFERENCE).encode_indices(indices, n)
 
 
 def decode(packed: Tensor, k: int, n: int, size: int, each: int, ctx: Context) -> Tensor:
-    """The inverse of ``encode``."""
+    """Undo ``encode``."""
     if not _is_local(k, n, size):
         return (ctx.kernels or REFERENCE).decode_indices(packed, k, n)
     chunk = torch.arange(k, device=packed.device).div_(max(each, 1), rounding_mode="floor")

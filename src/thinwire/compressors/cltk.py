@@ -1,4 +1,4 @@
-"""CLT-k: Top-k of which one worker, each in its turn, makes the choice for all."""
+"""CLT-k: in each step one worker, the leader, selects by Top-k for all workers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,17 +23,17 @@ class CLTK(Compressor, Adjustable, Thresholded, LeaderSelected):
     """Cyclic local Top-k: all workers send the elements that are largest at the leader, worker ``step mod N``.
 
     With ``I`` the k largest ``|x_leader|``, ``C(x_i)_j = x_i_j`` for j in ``I``, 0 elsewhere. So the sum has k
-    elements, where that of N Top-k has up to N k. What is large at a follower alone waits for its turn: of a follower's
-    ``x`` one step may lose all, so no contraction is declared.
+    elements; a sum of N Top-k payloads has up to N k. Elements that are large only at a follower wait until it leads.
+    A step may lose all of a follower's ``x``, so no contraction is declared.
 
     Args:
-        density: kept / total, in (0, 1]; selected as by ``TopK``.
+        density: kept / total, in (0, 1]; the leader selects as ``TopK`` does.
 
     Raises:
         ThinwireError: ``density`` is outside its range.
 
     **Wire**: k indices in Elias-Fano code by a broadcast, and k values by an all-reduce:
-    ``(N-1)/N (k 12 + 2 k 32)`` bits a worker at 0.1 %, for any N.
+    ``(N-1)/N (k 12 + 2 k 32)`` bits per worker at 0.1 %, for any N.
 
     Example:
         >>> [t.nbytes for t in CLTK(0.01).compress(torch.empty(10_000, device="meta"), {}, NOWHERE)]
@@ -42,7 +42,7 @@ class CLTK(Compressor, Adjustable, Thresholded, LeaderSelected):
     Source: C. Chen et al., "ScaleCom: Scalable Sparsified Gradient Compression for Communication-Efficient Distributed
     Training", 2020, arXiv:2104.11125, section 3.
 
-    Departures: the largest of the whole tensor, where the paper's implementation takes the largest of each chunk.
+    Departures: selects the largest of the whole tensor; the paper's implementation selects the largest of each chunk.
     """
 
     density: float

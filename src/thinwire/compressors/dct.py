@@ -1,4 +1,4 @@
-"""DeMo's exchange: the largest coefficients of a cosine transform in chunks."""
+"""DeMo's compressor: the largest coefficients of a cosine transform in chunks."""
 
 import math
 from dataclasses import dataclass, replace
@@ -19,9 +19,9 @@ from thinwire.core.tensors import Decompressed, Dense, flat, float_at_least_32, 
 
 
 def chunk_of(n: int, largest: int) -> int:
-    """Elements of a chunk along a dimension of n: the largest divisor up to ``largest``, where that is half of it.
+    """Return the chunk size along a dimension of n: its largest divisor up to ``largest``, if at least half of that.
 
-    Else (primes, most of all) ``largest`` itself, and zeros fill the last chunk.
+    Otherwise (e.g. primes) it is ``largest``, and zeros fill the last chunk.
     """
     if n <= largest:
         return max(n, 1)
@@ -31,7 +31,7 @@ def chunk_of(n: int, largest: int) -> int:
 
 @lru_cache(maxsize=64)
 def basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The orthonormal DCT-II, ``[n, n]``: row j is the j-th cosine."""
+    """Return the orthonormal DCT-II matrix ``[n, n]``; row j is the j-th cosine."""
     i = torch.arange(n, dtype=torch.float64, device="cpu")
     rows = torch.cos(math.pi / n * i.unsqueeze(1) * (i + 0.5)) * math.sqrt(2.0 / n)
     rows[0] /= math.sqrt(2.0)
@@ -40,7 +40,7 @@ def basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Grid:
-    """A tensor of ``rows`` times ``columns`` in chunks of ``height`` times ``width``."""
+    """The layout of a tensor ``[rows, columns]`` in chunks ``[height, width]``."""
 
     rows: int
     columns: int
@@ -49,13 +49,13 @@ class Grid:
 
     @staticmethod
     def of(x: Tensor, chunk: int) -> "Grid":
-        """Matrices in two dimensions, and everything else in one, in the order of memory."""
+        """Make the layout: matrices in two dimensions, all other tensors in one, in the order of memory."""
         rows, columns = (1, x.numel()) if x.ndim != 2 else x.shape if x.is_contiguous() else x.shape[::-1]
         return Grid(rows, columns, chunk_of(rows, chunk), chunk_of(columns, chunk))
 
     @property
     def size(self) -> int:
-        """Elements of a chunk."""
+        """Number of elements of a chunk."""
         return self.height * self.width
 
     @property
@@ -64,7 +64,7 @@ class Grid:
 
     @full_precision()
     def transform(self, x: Tensor) -> Tensor:
-        """The coefficients ``[chunks, height * width]`` of ``x`` ``[rows * columns]``."""
+        """Compute the coefficients ``[chunks, height * width]`` of ``x`` ``[rows * columns]``."""
         h, w = self.height, self.width
         fill = (0, -self.columns % w, 0, -self.rows % h)
         tiles = torch.nn.functional.pad(x.view(self.rows, self.columns), fill)
@@ -74,7 +74,7 @@ class Grid:
 
     @full_precision()
     def back(self, coefficients: Tensor) -> Tensor:
-        """The inverse of ``transform``."""
+        """Undo ``transform``."""
         h, w = self.height, self.width
         d, e = (basis(n, coefficients.dtype, coefficients.device) for n in (h, w))
         tiles = d.t() @ coefficients.view(-(-self.rows // h), -1, h, w) @ e
@@ -87,18 +87,18 @@ class Grid:
 class DctTopK(Compressor, Adjustable):
     """Sends the largest coefficients of an orthonormal cosine transform (DCT-II) of each chunk.
 
-    ``T = D X D^T`` in chunks of 64 x 64 (of a tensor that is no matrix: 64 in the order of memory), the
-    ``ceil(density * size)`` largest of each; so ``||x - C(x)||^2 <= (1 - density) ||x||^2``, since D is orthonormal.
+    ``T = D X D^T`` in chunks of 64 x 64 (tensors that are not matrices: 64 in the order of memory); it sends the
+    ``ceil(density * size)`` largest of each chunk. ``||x - C(x)||^2 <= (1 - density) ||x||^2``: D is orthonormal.
 
     Args:
-        density: kept / total coefficients, in (0, 1]; of each chunk at least one. DeMo's 32 of 64 x 64 are 0.0078.
-        chunk: elements of a chunk along each dimension, at least 1: its largest divisor up to that.
+        density: kept / total coefficients, in (0, 1]; at least one per chunk. DeMo's 32 of 64 x 64 are 0.0078.
+        chunk: largest size of a chunk along each dimension, at least 1; the size is a divisor of the dimension.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
     **Wire**: k values, and k indices as in ``thinwire.compressors.chunked_indices``, 9.0 bits each for 32 of 4096: 41
-    bits a coefficient, and with ``>> Cast("bfloat16")`` 25, where the reference sends 96.
+    bits per coefficient, 25 with ``>> Cast("bfloat16")``; the reference sends 96.
 
     Example:
         >>> x = torch.ones(64, 64)
@@ -109,9 +109,9 @@ class DctTopK(Compressor, Adjustable):
 
     Source: B. Peng, J. Quesnelle, D. Kingma, "DeMo: Decoupled Momentum Optimization", 2024, arXiv:2411.19870.
 
-    Departures: a dimension whose divisors are all below half a chunk (a prime above 64 has none but 1) is filled with
-    zeros instead; k follows the size of a chunk, where the reference keeps 32 of 64 in one dimension. Replicas are
-    bit-equal where their matrix products are: on machines of one kind.
+    Departures: a dimension without a divisor of at least half a chunk (a prime above 64, e.g.) is padded with zeros.
+    k is proportional to the size of a chunk; the reference keeps 32 of 64 in one dimension. Replicas are bit-equal if
+    their matrix products are, so use machines of one kind.
     """
 
     density: float = 32 / 4096

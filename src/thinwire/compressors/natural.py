@@ -1,4 +1,4 @@
-"""Natural compression: every element becomes a power of two."""
+"""Natural compression: rounding of every element to a power of two."""
 
 import math
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ MANTISSA = 23
 @register("natural")
 @dataclass(frozen=True)
 class Natural(Compressor):
-    """Rounds every element at random to one of the two powers of two beside it; unbiased, ``omega = 1/8``.
+    """A quantiser that rounds every element at random to a neighbouring power of two; unbiased, ``omega = 1/8``.
 
     With ``2^e <= |x| < 2^(e+1)``: to ``2^(e+1)`` with probability ``|x| / 2^e - 1``, else to ``2^e``. Powers of two
     and 0 stay as they are.
 
-    **Wire**: 9 bits an element, a sign and the exponent of a float32; and a float32 that says whether all was finite.
+    **Wire**: 9 bits per element (sign and exponent of a float32), and one float32: 0, or NaN if ``x`` is nonfinite.
 
     Example:
         >>> x = torch.tensor([0.0, 0.25, -8.0])
@@ -36,8 +36,8 @@ class Natural(Compressor):
     Source: S. Horvath, C. Ho, L. Horvath, A. Sahu, M. Canini, P. Richtarik, "Natural Compression for Distributed Deep
     Learning", 2019, arXiv:1905.10988, definition 1.
 
-    Departures: none in the range of float32's exponent, of which nothing is cut away; what is beyond the largest power
-    of two of its dtype becomes that, and below 2^-126 the neighbours are 0 and 2^-126.
+    Departures: none within float32's exponent range, all of which is kept. Values beyond the largest power of two of
+    their dtype become that power; below 2^-126 the neighbours are 0 and 2^-126.
     """
 
     @cached_property

@@ -1,4 +1,4 @@
-"""PowerSGD: a matrix as the product of two thin ones, of which each step sends one.
+"""PowerSGD: a matrix is approximated by the product of two thin ones; each step sends one of them.
 
 Source: T. Vogels, S. P. Karimireddy, M. Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed
 Optimization", 2019, arXiv:1905.13727.
@@ -22,33 +22,33 @@ from thinwire.core.tensors import Decompressed, Dense, flat, float_at_least_32
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """``x`` in the order of memory, as a view ``[n, m]``: n is the size of the dimension that is outermost there."""
+    """View ``x`` in the order of memory as a matrix ``[n, m]``; n is the size of the outermost dimension there."""
     n = max(zip(x.stride(), x.shape, strict=True), default=(1, 1))[1]
     return flat(x).view(n, -1) if x.numel() else x.reshape(n, 0)
 
 
 def orthonormalise(x: Tensor, fallback: Tensor) -> Tensor:
-    """Orthonormal columns that span those of ``x`` ``[n, r]``, ``r <= n``; never an error, NaN where x is not finite.
+    """Orthonormalise the columns of ``x`` ``[n, r]``, ``r <= n``; never raises, and gives NaN if x is nonfinite.
 
-    Where columns are zero or depend on those before, the result turns to the columns of ``fallback`` ``[n, r]``, which
-    stand beside x with the weight of a rounding error. So a zero ``x`` answers an orthonormal ``fallback``.
+    ``fallback`` ``[n, r]`` is added to x with the weight of a rounding error. So columns that are zero, or depend on
+    earlier ones, take the direction of ``fallback``; a zero ``x`` gives an orthonormal ``fallback``.
     """
     largest = x.abs().amax()
     scaled = x / torch.where(largest > 0, largest, 1.0)
-    # Householder's Q is orthonormal for any finite matrix, where Gram-Schmidt would divide by zero
+    # Householder's Q is orthonormal for any finite matrix; Gram-Schmidt may divide by zero
     return cast(Tensor, torch.linalg.qr(scaled.add(fallback, alpha=torch.finfo(x.dtype).eps)).Q)
 
 
 def random_columns(rows: int, rank: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Orthonormal columns ``[rows, rank]`` of any direction, on the CPU."""
+    """Draw orthonormal columns ``[rows, rank]``, on the CPU."""
     drawn = torch.randn(rows, rank, generator=generator, dtype=torch.float64, device="cpu")
-    # as it lies in a checkpoint, too: products with the other order of memory differ in their last bits
+    # contiguous, as in a checkpoint: products with the other memory order differ in their last bits
     return orthonormalise(drawn, drawn).to(dtype).contiguous()
 
 
 @dataclass(frozen=True)
 class LowRank(Decompressed):
-    """``left @ right.T``; the product is never stored where it can be added in place."""
+    """The matrix ``left @ right.T``; the product is added in place if possible, and not stored."""
 
     left: Tensor  # [n, r]
     right: Tensor  # [m, r]
@@ -71,7 +71,7 @@ class LowRank(Decompressed):
     @full_precision()
     def _add(self, out: Tensor, alpha: float, beta: float) -> None:
         whole = flat(out).view(self.left.shape[0], -1)
-        if out.dtype.itemsize < self.left.dtype.itemsize:  # rounded once, where it is written
+        if out.dtype.itemsize < self.left.dtype.itemsize:  # so that it is rounded once
             product = self.left @ self.right.mT
             whole.copy_(product.mul_(alpha).add_(whole) if beta else product.mul_(alpha))
         else:
@@ -86,34 +86,34 @@ class PowerSGD(Compressor, WarmStarted, ErrorTable):
 
     ``P_i = M_i R`` at even steps, received as ``mean(P) R^T``, and then ``L = orth(mean(P))``;
     ``Q_i = M_i^T L`` at odd steps, received as ``L mean(Q)^T``, and then ``R = orth(mean(Q))``.
-    So each step is half a power iteration on the mean, started where the last one ended, and what a rank did not
-    send, ``M_i - M_i R R^T``, is never more than what it was asked.
+    So each step is half a power iteration on the mean, which continues from the last step. The part that a rank did
+    not send, ``M_i - M_i R R^T``, is never larger than ``M_i``.
 
     Args:
-        rank: columns of ``L`` ``[n, rank]`` and ``R`` ``[m, rank]``, at least 1. Where a side of the matrix has no more
+        rank: columns of ``L`` ``[n, rank]`` and ``R`` ``[m, rank]``, at least 1. If a side of the matrix is not larger
             than that, the matrix is sent as it is.
-        min_rate: matrices with ``n m < min_rate * rank * (n + m)`` are left to the plan's next rule; 0 takes all.
+        min_rate: matrices with ``n m < min_rate * rank * (n + m)`` are left to the method's next rule; 0 takes all.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
     **Wire**: ``4 rank n`` bytes at even steps and ``4 rank m`` at odd ones, summed by one all-reduce.
 
     State: ``left`` ``[n, rank]`` and ``right`` ``[m, rank]``, orthonormal columns in float32 (float64 for float64),
-    equal on all ranks. They are computed on every rank from equal means, so ranks need the same kind of processor.
+    equal on all ranks. Every rank computes them from equal means, so all ranks need the same kind of processor.
 
     Example:
         >>> PowerSGD(2).compress(torch.empty(512, 100, device="meta"), {}, NOWHERE)[0].shape
         torch.Size([512, 2])
 
     Source: T. Vogels, S. P. Karimireddy, M. Jaggi, 2019, arXiv:1905.13727, algorithm 1; the projection that alternates
-    between the sides, one all-reduce a step, is that of the authors' later package.
+    between the sides, with one all-reduce per step, is from the authors' later package.
 
-    Departures: what a rank remembers is what *it* did not send, not what all did not receive: both give the same
-    updates, but the paper's form never takes out a rank's deviation from the mean, which grows without bound (see
-    ``tests/compressors/test_powersgd.py``). Products are not batched over equal shapes: gradients do not stand together
-    in memory, and gathering them costs as much as the calls that it saves. With error feedback, a constant mean of no
-    more than ``rank`` arrives whole at every second step, not at every one.
+    Departures: a rank's residual is what *it* did not send, not what was lost of the mean. Both give the same updates,
+    but in the paper's form a rank's deviation from the mean stays in its residual and grows without bound (see
+    ``tests/compressors/test_powersgd.py``). Products are not batched over equal shapes: gradients are not adjacent in
+    memory, and gathering them costs as much as it saves. With error feedback, a constant mean of rank at most ``rank``
+    arrives whole at every second step, not at every step.
     """
 
     rank: int
@@ -148,11 +148,11 @@ class PowerSGD(Compressor, WarmStarted, ErrorTable):
         return {key: random_columns(size, self.rank, generator, dtype).to(like.device) for key, size in sides.items()}
 
     def inherit(self, old: State, fresh: State) -> State:
-        """The leading columns, which are the most important ones; what is missing of a higher rank is random."""
+        """Keep the leading columns, which are the most important ones; a higher rank gets random new columns."""
         return {key: _widened(old[key], x) if key in old else x for key, x in fresh.items()}
 
     def moved(self, old: State, fresh: State, order: Tensor) -> State:
-        """Where whole columns have moved, as from one memory format to another, the directions go along."""
+        """Permute the directions if whole columns have moved, as on a change of the memory format."""
         if not fresh:
             return {}
         rows = order.view(len(fresh["left"]), -1)
@@ -189,12 +189,12 @@ class PowerSGD(Compressor, WarmStarted, ErrorTable):
 
     @full_precision()
     def losses(self, x: Tensor, family: Sequence[Compressor]) -> list[float]:
-        """The tails of the singular values: what is lost once the directions have been found."""
+        """Return the sums of the smallest squared singular values: the loss once the directions have converged."""
         matrix = as_matrix(x).to(float_at_least_32(x.dtype))
         n, m = matrix.shape
         squares = matrix @ matrix.mT if n <= m else matrix.mT @ matrix
         spectrum = cast(Tensor, torch.linalg.eigvalsh(squares.double())).clamp_(min=0.0)  # ascending
-        tails = spectrum.cpu().cumsum(0)  # on CUDA none that is always the same
+        tails = spectrum.cpu().cumsum(0)  # on the CPU, since cumsum on CUDA is not deterministic
         ranks = [min(cast(PowerSGD, one).rank, n, m) for one in family]
         return [float(tails[-1 - rank]) if rank < tails.numel() else 0.0 for rank in ranks]
 

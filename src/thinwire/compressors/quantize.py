@@ -20,14 +20,14 @@ from thinwire.core.tensors import Decompressed, Dense, flat
 
 
 def lost_in_rounding(levels: Tensor, *, randomly: bool) -> Tensor:
-    """``E(rounded - level)^2`` of each of ``levels``, floats not below 0: ``f (1 - f)`` at random, f beyond the lower
-    neighbour, else the square of the distance to the nearest."""
+    """Return ``E(rounded - level)^2`` for each of ``levels``, floats of at least 0: with random rounding
+    ``f (1 - f)``, f the fractional part; else the squared distance to the nearest level."""
     beyond = levels - levels.floor()
     return beyond * (1.0 - beyond) if randomly else torch.minimum(beyond, 1.0 - beyond).square()
 
 
 def rounded_randomly(levels: Tensor, ctx: Context) -> Tensor:
-    """Each of ``levels``, floats not below 0, to one of its two neighbours, in the mean to itself."""
+    """Round each of ``levels``, floats of at least 0, at random to one of its two neighbours, without bias."""
     low = levels.floor()
     luck = torch.rand(levels.shape, generator=ctx.generator(), dtype=torch.float32, device="cpu").to(levels.device)
     return low.add_(luck < levels - low)
@@ -43,14 +43,14 @@ class QSGD(Compressor, ErrorTable):
     blocks of B. With ``norm="max"`` fewer elements are 0 and the variance is smaller.
 
     Args:
-        bits: of each element, 2 to 8. One bit would leave no magnitude but 0.
+        bits: bits per element, 2 to 8. One bit would leave only the magnitude 0.
         block: elements that share a scale.
-        norm: ``"l2"``, the paper's, or ``"max"``.
+        norm: ``"l2"`` as in the paper, or ``"max"``.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    **Wire**: ``bits`` an element and a float32 for each block: 4.06 bits for 4 bits and blocks of 512.
+    **Wire**: ``bits`` per element and a float32 for each block: 4.06 bits for 4 bits and blocks of 512.
 
     Example:
         >>> x = torch.tensor([0.0, 3.0, -4.0])
@@ -61,8 +61,8 @@ class QSGD(Compressor, ErrorTable):
     Source: D. Alistarh, D. Grubic, J. Li, R. Tomioka, M. Vojnovic, "QSGD: Communication-Efficient SGD via Gradient
     Quantization and Encoding", 2017, arXiv:1610.02132, section 3.
 
-    Departures: levels have a fixed number of bits instead of Elias codes, whose length would depend on the values.
-    ``B / 4 s^2`` instead of the paper's ``B / s^2``, since a Bernoulli variable has a variance of at most 1/4.
+    Departures: levels take a fixed number of bits; the length of the paper's Elias codes depends on the values.
+    ``B / 4 s^2`` replaces the paper's ``B / s^2``, since a Bernoulli variable has a variance of at most 1/4.
     """
 
     bits: int
@@ -78,7 +78,7 @@ class QSGD(Compressor, ErrorTable):
 
     @property
     def levels(self) -> int:
-        """``s``: magnitudes above 0."""
+        """The number ``s`` of magnitudes above 0."""
         return 2 ** (self.bits - 1) - 1
 
     @cached_property
@@ -104,7 +104,7 @@ class QSGD(Compressor, ErrorTable):
         return scales, pack_fields(fields.view(-1)[:n], self.bits)
 
     def losses(self, x: Tensor, family: Sequence[Compressor]) -> list[float] | None:
-        """The expectation over the rounding, where all share their blocks and norm."""
+        """Return the expectation over the rounding, if all have the same blocks and norm."""
         alike = cast("Sequence[QSGD]", family)
         if any((one.block, one.norm) != (self.block, self.norm) for one in alike):
             return None
@@ -130,20 +130,20 @@ class Quantize(Compressor, ErrorTable):
     """Rounds every element to one of ``2^bits`` levels, evenly spaced from the minimum of its block to the maximum.
 
     ``u = (max - min) / (2^bits - 1)``, ``level = floor((x - min) / u + r)`` with ``r = 1/2`` (nearest) or uniform in
-    [0, 1) (stochastic, unbiased), sent as ``min + u level``. No element is off by more than u/2, or in the mean square
-    by u/2, and ``||x||^2 >= (max - min)^2 / 2``; so ``||x - C(x)||^2 <= B / 2 (2^bits - 1)^2 ||x||^2`` for blocks
-    of B, which is below 1, and error feedback safe, for B < 18, 98, 450 and 1922 with 2, 3, 4 and 5 bits.
+    [0, 1) (stochastic, unbiased), sent as ``min + u level``. The error of an element is at most u/2 (stochastic: in
+    the root mean square), and ``||x||^2 >= (max - min)^2 / 2``. So ``||x - C(x)||^2 <= B / 2 (2^bits - 1)^2 ||x||^2``
+    for blocks of B. Error feedback is safe if that factor is below 1: B < 18, 98, 450, 1922 with 2, 3, 4, 5 bits.
 
     Args:
-        bits: of each element, 1 to 8.
-        block: elements that share a minimum and a maximum; 256 is safe under error feedback from 4 bits on.
-        rounding: ``"nearest"``, which has half the error, but a bias: from 4 bits on CGX trains without feedback,
-            below a memory is required; or ``"stochastic"``.
+        bits: bits per element, 1 to 8.
+        block: elements that share a minimum and a maximum; 256 is safe with error feedback from 4 bits on.
+        rounding: ``"nearest"`` has half the error, but a bias: from 4 bits on CGX trains without feedback, with fewer
+            bits a memory is required. Or ``"stochastic"``.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    **Wire**: ``bits`` an element and two float32 for each block: 4.125 bits for 4 bits and blocks of 512.
+    **Wire**: ``bits`` per element and two float32 for each block: 4.125 bits for 4 bits and blocks of 512.
 
     Example:
         >>> x = torch.tensor([0.0, 0.9, 2.2, 3.0])
@@ -154,8 +154,8 @@ class Quantize(Compressor, ErrorTable):
     Source: I. Markov, H. Ramezanikebrya, D. Alistarh, "CGX: Adaptive System Support for Communication-Efficient Deep
     Learning", 2022, arXiv:2111.08617, section 4.
 
-    Departures: the scales are float32 minimum and maximum, so that both come out exactly; a block wider than half of
-    float32's range saturates at it.
+    Departures: the scales are the float32 minimum and maximum, so both are exact; values beyond half of float32's
+    range saturate.
     """
 
     bits: int
@@ -179,7 +179,7 @@ class Quantize(Compressor, ErrorTable):
 
     def _worst(self, n: int) -> float:
         size = min(n, self.block)
-        return size / (2 * (2**self.bits - 1) ** 2) + 1e-6  # float32 rounds, too
+        return size / (2 * (2**self.bits - 1) ** 2) + 1e-6  # for float32 rounding
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         n, blocks, top = x.numel(), count(x.numel(), self.block), 2**self.bits - 1
@@ -196,7 +196,7 @@ class Quantize(Compressor, ErrorTable):
         return ends, pack_fields(fields.view(-1)[:n], self.bits)
 
     def losses(self, x: Tensor, family: Sequence[Compressor]) -> list[float] | None:
-        """The expectation over the rounding, where all share their blocks and round alike."""
+        """Return the expectation over the rounding, if all have the same blocks and rounding."""
         alike = cast("Sequence[Quantize]", family)
         if any((one.block, one.rounding) != (self.block, self.rounding) for one in alike):
             return None

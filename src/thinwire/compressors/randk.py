@@ -1,4 +1,4 @@
-"""Rand-k: send the elements at random positions, which every receiver draws for itself."""
+"""Rand-k: send the elements at random positions, which every receiver draws from the same seed."""
 
 import math
 from dataclasses import dataclass, replace
@@ -17,13 +17,13 @@ from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, Sparse, flat
 
 MASK_ABOVE = 1 / 64
-"""Density from which a mask of all elements is faster than sorting what was drawn."""
+"""Density above which a mask of all elements is faster than sorting the drawn positions."""
 
 
 def distinct(n: int, k: int, generator: torch.Generator) -> Tensor:
-    """k different integers below n, int64 ascending, every set of them equally likely.
+    """Draw k different integers below n, int64 ascending; every set is equally likely.
 
-    Drawn one by one, where what is drawn twice does not count; of more than n/2, those that are left out are drawn.
+    It draws until k are distinct. For k above n/2 with a mask, it draws the integers to leave out.
     """
     if k <= MASK_ABOVE * n:
         chosen = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -43,14 +43,14 @@ def distinct(n: int, k: int, generator: torch.Generator) -> Tensor:
 class RandK(Compressor, Adjustable):
     """Sends ``k = ceil(density * n)`` elements at positions that are drawn by seed, without replacement.
 
-    ``scaled``: times n/k, unbiased with ``omega = n/k - 1``. Else, for error feedback, as they are:
-    ``E||x - C(x)||^2 = (1 - k/n) ||x||^2``. With a shared seed all workers send the same positions, so that an
-    all-reduce carries their sum.
+    ``scaled``: values times n/k, unbiased with ``omega = n/k - 1``. Otherwise, for error feedback, plain values:
+    ``E||x - C(x)||^2 = (1 - k/n) ||x||^2``. With a shared seed all workers send the same positions, so an all-reduce
+    can sum the values.
 
     Args:
         density: kept / total, in (0, 1].
-        shared: whether all workers draw the same positions.
-        scaled: whether what is sent makes up for what is not.
+        shared: True if all workers draw the same positions.
+        scaled: True to multiply the values by n/k, which makes the mean unbiased.
 
     Raises:
         ThinwireError: ``density`` is outside its range.
@@ -65,7 +65,7 @@ class RandK(Compressor, Adjustable):
     scaled: J. Wangni, J. Wang, J. Liu, T. Zhang, "Gradient Sparsification for Communication-Efficient Distributed
     Optimization", 2018, arXiv:1710.09854.
 
-    Departures: none. Where anything in ``x`` is not finite the first value is NaN, since the positions may miss it.
+    Departures: none. If ``x`` has a nonfinite element the first value is NaN, since the positions may miss the element.
     """
 
     density: float
@@ -99,7 +99,7 @@ class RandK(Compressor, Adjustable):
         return max(n, 1) / max(self.k(n), 1) - 1.0 if self.scaled or self.density == 1.0 else None
 
     def k(self, n: int) -> int:
-        """Elements sent of a tensor of n."""
+        """Return the number of elements sent of n."""
         return min(n, math.ceil(self.density * n))
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:

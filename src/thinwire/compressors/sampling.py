@@ -1,13 +1,13 @@
-"""Which elements are sent: the k largest magnitudes, exactly, or by a threshold read off a sample.
+"""Selection of the k largest magnitudes, exactly or by a threshold from a sample.
 
-Two rules hold everywhere: indices come out ascending, and among equal magnitudes the lower index wins, so the
-result depends on no sort algorithm. Nothing is ever cut off by position.
+Two rules hold everywhere: indices are ascending, and among equal magnitudes the lower index wins, so the result does
+not depend on the sort algorithm. Elements are never dropped because of their position.
 
 Source: Y. Lin et al., "Deep Gradient Compression", 2018, arXiv:1712.01887, section 5 (hierarchical sampling).
 
-Departures: the sample holds at least 43 elements above the threshold, where the reference code is content with
-10; it starts at another element in each step; the threshold is one that a third more than k elements should pass,
-so that k of them mostly do; and of those that do the largest are kept, where the reference code keeps the first.
+Departures: the sample has at least 43 elements above the threshold; the reference code accepts 10. It starts at a
+different element in each step. The threshold is set so that about a third more than k elements should pass, so
+at least k usually do. Of those that pass, the largest are kept; the reference code keeps the first.
 """
 
 import math
@@ -22,18 +22,18 @@ from thinwire.kernels.fixed_shapes import exactly
 from thinwire.kernels.reference import runs
 
 SAMPLED_AMONG = 32
-"""A sample must hold this many of the k largest."""
+"""Expected number of the k largest in a sample, at least."""
 MARGIN = 1.35
-"""How many elements should pass, in k. Their number spreads by 0.2 k, and more where neighbours are alike; fewer than
-``lower`` k cost another look at all of them."""
+"""Number of elements that should pass, as a multiple of k. The actual number varies by 0.2 k, and more if neighbours
+are similar; if fewer than ``lower`` k pass, another pass over all elements is needed."""
 RUN = 32
-"""Elements of a sample that stand side by side: they come from memory together, and a page costs more than a line."""
+"""Adjacent elements per run of a sample: they load together, and a new memory page costs more than a cache line."""
 EXACT_BELOW = 100_000
-"""Elements below which an exact selection is as cheap."""
+"""Number of elements below which an exact selection is as cheap."""
 
 
 def largest_of_each(magnitude: Tensor, k: int) -> Tensor:
-    """Ascending flat indices, int64 ``[rows * k]``, of the k largest of each row of ``magnitude`` ``[rows, n]``."""
+    """Return ascending flat indices, int64 ``[rows * k]``, of the k largest per row of ``magnitude`` ``[rows, n]``."""
     rows, n = magnitude.shape
     if k >= n or not rows:
         return torch.arange(rows * min(k, n), device=magnitude.device)
@@ -51,10 +51,10 @@ def sample_size(n: int, density: float, ratio: float) -> int:
 
 @dataclass(frozen=True)
 class Sampling:
-    """About the ``k`` largest magnitudes, by a threshold that is read off ``run`` elements in ``stride``.
+    """A selection of about the ``k`` largest magnitudes, by a threshold from ``run`` of every ``stride`` elements.
 
-    The threshold is the ``rank``-th largest of the sample. Of those that pass it the k largest stay;
-    where fewer than ``lower * k`` do, it is multiplied by ``lower`` and tried again, at most ``attempts`` times.
+    The threshold is the ``rank``-th largest of the sample. Of the elements that pass, the k largest are kept. If fewer
+    than ``lower * k`` pass, the threshold is multiplied by ``lower`` and tried again, at most ``attempts`` times.
     """
 
     k: int
@@ -67,16 +67,16 @@ class Sampling:
 
     @staticmethod
     def plan(n: int, k: int, row: int, ctx: Context, *, ratio: float, lower: float, attempts: int) -> "Sampling":
-        """The sample of one tensor of ``n`` elements at one step.
+        """Plan the sample of one tensor of ``n`` elements at one step.
 
         Args:
-            row: elements in the tensor's last dimension; the stride, in runs, shares no factor with it.
+            row: size of the tensor's last dimension; the stride, in runs, shares no factor with it.
             ratio: smallest share of the elements to sample.
         """
         density = k / n
         size = sample_size(n, density, ratio)
         run = RUN if n // size >= RUN else 1
-        stride = max(1, n // size)  # in runs, which thus stand at multiples of their own length
+        stride = max(1, n // size)  # in runs, so runs start at multiples of their length
         while math.gcd(stride, row) > 1:
             stride -= 1
         start = ctx.draw(stride) * run
@@ -89,5 +89,5 @@ class Sampling:
         return Cut(threshold, self.k, self.lower, self.attempts)
 
     def select(self, x: Tensor, kernels: Kernels) -> Found:
-        """About the k largest of ``x`` ``[n]``, and never more; see ``Kernels.look``."""
+        """Select about the k largest of ``x`` ``[n]``, never more; see ``Kernels.look``."""
         return kernels.look(x, self.cut(runs(x, self.start, self.stride, self.run).abs_(), kernels))

@@ -1,4 +1,4 @@
-"""Scaled: what an unbiased compressor sends, made small enough to be remembered."""
+"""Scaled: an unbiased compressor, scaled down so that error feedback is stable."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,7 +27,7 @@ from thinwire.core.tensors import Decompressed, Sparse
 
 @dataclass(frozen=True)
 class Times(Decompressed):
-    """Another reconstruction, times a factor."""
+    """Another decompressed payload, times a factor."""
 
     other: Decompressed
     factor: float
@@ -61,9 +61,9 @@ class Scaled(Compressor, WarmStarted, Adjustable, TakesSparse):
         compressor: an unbiased one, e.g. ``QSGD(2)``, ``RandK(0.01)``.
 
     Raises:
-        ThinwireError: it is biased.
+        ThinwireError: the compressor is biased.
 
-    **Wire**: that of the compressor; the factor is known to all.
+    **Wire**: that of the compressor; all ranks know the factor.
 
     Example:
         >>> Scaled(RandK(0.25)).traits.contraction(1000)

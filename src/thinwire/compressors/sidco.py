@@ -1,4 +1,4 @@
-"""SIDCo: a threshold from a distribution that is fitted to the magnitudes, without sorting them."""
+"""SIDCo: a threshold from a distribution fitted to the magnitudes, without sorting them."""
 
 import math
 from collections.abc import Callable
@@ -19,18 +19,18 @@ from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, Sparse, flat
 
 FIRST = 0.25
-"""The share of the elements that the first of several stages lets through."""
+"""Share of the elements that pass the first of several stages."""
 CLOSE = 0.2
-"""Relative error of the count that is good enough."""
+"""Accepted relative error of the count."""
 
 
 def exponential(a: Tensor, q: float) -> float:
-    """The magnitude that a share q of ``a`` exceeds, were it exponential."""
+    """Return the magnitude that a share q of ``a`` exceeds, by an exponential fit."""
     return -float(a.mean(dtype=torch.float64)) * math.log(q)
 
 
 def pareto(a: Tensor, q: float) -> float:
-    """The same for a generalised Pareto distribution, from its mean and variance."""
+    """Return the same by a generalised Pareto distribution, fitted to mean and variance."""
     mean = float(a.mean(dtype=torch.float64))
     variance = float(torch.square(a.double() - mean).mean())
     ratio = mean * mean / variance if variance > 0.0 else 1.0
@@ -39,7 +39,7 @@ def pareto(a: Tensor, q: float) -> float:
 
 
 def gamma(a: Tensor, q: float) -> float:
-    """The same for a gamma distribution, from its mean and mean logarithm."""
+    """Return the same by a gamma distribution, fitted to mean and mean logarithm."""
     some = a[a > 0].double()
     mean, share = float(a.mean(dtype=torch.float64)), some.numel() / max(a.numel(), 1)
     z = math.log(float(some.mean())) - float(some.log().mean()) if some.numel() else 0.0
@@ -66,11 +66,11 @@ FITS: dict[str, tuple[Callable[[Tensor, float], float], Callable[[Tensor, float]
     "gamma": (gamma, pareto),
     "pareto": (pareto, pareto),
 }
-"""What the first stage fits, and what the later ones do."""
+"""The fit of the first stage and of the later stages, by name."""
 
 
 def peeled(head: Tensor, floor: float, q: float, stages: int, fit: Callable[[Tensor, float], float]) -> float:
-    """The threshold above which a share ``q^stages`` of ``head`` stands, all above ``floor``: a fit to each tail."""
+    """Return the threshold that a share ``q^stages`` of ``head`` exceeds, by a fit to each tail in turn."""
     for _ in range(stages):
         if head.numel() < 2:
             break
@@ -86,7 +86,7 @@ class SIDCo(Compressor, Adjustable, TakesSparse):
     """About the ``k = ceil(density * n)`` largest magnitudes, by a threshold that is fitted to them, in O(n).
 
     Exponential: ``tau = -mean ln p``. For small p the fit is repeated on the tail: a first stage at 1/4, then
-    M - 1 stages of ``q = (4 p)^(1/(M-1))`` on what exceeds the one before ("peaks over threshold").
+    M - 1 stages of ``q = (4 p)^(1/(M-1))`` on the elements above the last threshold ("peaks over threshold").
 
     Args:
         density: kept / total, in (0, 1].
@@ -95,9 +95,9 @@ class SIDCo(Compressor, Adjustable, TakesSparse):
         values: see ``thinwire.compressors.TopK``.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    **Wire**: that of ``TopK(density)``: never more than k are sent, of too many the largest; at least one is.
+    **Wire**: that of ``TopK(density)``. At least one and at most k elements are sent; if more pass, the k largest.
 
     Example:
         >>> payload = SIDCo(0.01).compress(torch.randn(20_000), {}, NOWHERE)
@@ -107,8 +107,8 @@ class SIDCo(Compressor, Adjustable, TakesSparse):
     Source: A. Abdelmoniem, A. Elzanaty, M. Alouini, M. Canini, "An Efficient Statistical-based Gradient Compression
     Technique for Distributed Training Systems", 2021, arXiv:2101.10761, algorithm 1.
 
-    Departures: the number of stages is found anew in every call, from the counts, where the reference adapts it every
-    five calls; so nothing is remembered. Zeros are left out of the logarithms. The capacity, of k.
+    Departures: every call finds the number of stages from the counts, so there is no state; the reference adapts it
+    every five calls. Logarithms skip zeros. At most k elements are sent.
     """
 
     density: float
@@ -121,7 +121,7 @@ class SIDCo(Compressor, Adjustable, TakesSparse):
         settle(self, density=share("0.01"), stages=stages, fit=one_of(*FITS), values=VALUES)
 
     def packer(self) -> TopK:
-        """What turns a selection into a payload, and back."""
+        """Return the compressor that encodes and decodes a selection."""
         return TopK(self.density, self.values)
 
     def with_density(self, density: float) -> "SIDCo":
@@ -143,7 +143,7 @@ class SIDCo(Compressor, Adjustable, TakesSparse):
         return 1.0 / (2 * max(n, 1))  # the largest is sent
 
     def threshold(self, magnitude: Tensor, p: float) -> float:
-        """The threshold that about a share ``p`` of ``magnitude`` reaches."""
+        """Return the threshold that about a share ``p`` of ``magnitude`` reaches."""
         if p >= 1.0:
             return 0.0
         first, later = FITS[self.fit]
@@ -180,7 +180,7 @@ class SIDCo(Compressor, Adjustable, TakesSparse):
         return self.packer().decompress(payload, like, state, ctx)
 
     def _chosen(self, magnitude: Tensor, n: int) -> Tensor:
-        """Ascending indices of the magnitudes ``[m]`` that are sent, of a tensor of n elements."""
+        """Return the ascending indices of the magnitudes ``[m]`` to send, for a tensor of n elements."""
         k, m = self.packer().k(n), magnitude.numel()
         if m == 0:
             return magnitude.new_empty(0, dtype=torch.int64)

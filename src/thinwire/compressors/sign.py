@@ -1,4 +1,4 @@
-"""Scaled signs: one bit an element, and a scale for each block."""
+"""Scaled signs: one bit per element, and a scale for each block."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,22 +19,22 @@ from thinwire.core.tensors import Decompressed, Dense, flat
 @register("sign")
 @dataclass(frozen=True)
 class Sign(Compressor):
-    """Sends the sign of every element, and the scale of each block of B.
+    """A quantiser that sends the sign of every element, and the scale of each block of B.
 
     ``l1``: ``sign(x) ||x||_1 / B``, so ``||x - C(x)||^2 = (1 - rho^2) ||x||^2`` with
     ``rho = ||x||_1 / (sqrt(B) ||x||_2)``, ``rho^2 >= 1/B``.
-    ``l2``: ``sign(x) ||x||_2 / sqrt(B)`` keeps the norm, and loses ``2 (1 - rho) ||x||^2``: more than it was given
-    where ``rho < 1/2``, as for sparse gradients.
-    ``none``: a bare vote, ``sign(x)``.
+    ``l2``: ``sign(x) ||x||_2 / sqrt(B)`` keeps the norm, and loses ``2 (1 - rho) ||x||^2``: more than ``||x||^2``
+    if ``rho < 1/2``, as for sparse gradients.
+    ``none``: only a vote, ``sign(x)``.
 
     Args:
         block: elements that share a scale.
         scale: ``"l1"``, ``"l2"`` or ``"none"``.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    **Wire**: 1 bit an element, and a float32 for each block (``none``: for each tensor).
+    **Wire**: 1 bit per element, and a float32 for each block (``none``: for each tensor).
 
     Example:
         >>> x = torch.tensor([1.0, -2.0, 3.0])
@@ -45,9 +45,9 @@ class Sign(Compressor):
     Source: S. Karimireddy, Q. Rebjock, S. Stich, M. Jaggi, "Error Feedback Fixes SignSGD and other Gradient Compression
     Schemes", 2019, arXiv:1901.09847, algorithm 1; l2: H. Tang et al., "1-bit Adam", 2021, arXiv:2102.02888.
 
-    Departures: a scale for each block, not for the tensor; what fills the last block counts for nothing. ``sign(0)`` is
-    1 beside a scale; of a vote, which has no feedback to correct it, it is drawn by seed, and a tensor of zeros alone
-    votes for nothing.
+    Departures: a scale for each block, not for the tensor; padding of the last block does not count. ``sign(0)`` is 1
+    with a scale. A vote has no feedback to correct it, so there ``sign(0)`` is drawn by seed, and a tensor of zeros
+    casts no vote.
     """
 
     block: int = 4096

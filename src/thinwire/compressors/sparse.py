@@ -1,4 +1,4 @@
-"""Top-k: send the elements of largest magnitude, and where they stand."""
+"""Top-k: send the elements of largest magnitude and their indices."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from thinwire.core.tensors import Decompressed, Sparse, flat, float_at_least_32,
 from thinwire.kernels.reference import REFERENCE
 
 VALUES = optional(dtype((*codes.CODES, *DTYPES), OWN))
-"""What values may be sent in."""
+"""Check of ``values``: a code, a dtype or None."""
 
 
 @register("topk")
@@ -39,21 +39,21 @@ class TopK(Compressor, Adjustable, Thresholded, SumsSparsely, TakesSparse, Error
         density: kept / total, in (0, 1].
         values: dtype of the values on the wire, None for that of ``x``; or a code, see ``thinwire.coding.values``:
             ``"int8"``, ``"int4"``, ``"int2"`` (a sign, and one of 128, 8 or 2 magnitudes),
-            or ``"sign"`` (1 bit, and the mean magnitude). What a shorter one loses stays in the residual.
+            or ``"sign"`` (1 bit, and the mean magnitude). The rounding error stays in the residual.
         selection: ``"exact"``; ``"sampled"``, a threshold from a sample, which may send fewer than k but never more;
-            or ``"auto"``: sampled from 100,000 elements on, where the sample is at most half the tensor.
+            or ``"auto"``: sampled from 100,000 elements on if the sample is at most half the tensor.
         sample_ratio: smallest share of the elements to sample, in (0, 1].
         lower: a sampled threshold that passes fewer than ``lower * k`` elements is lowered, in (0, 1).
-        attempts: how often it may be lowered.
+        attempts: the most times it is lowered.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
     **Wire**: k values and k indices in Elias-Fano code: ``k * itemsize + ceil(k l / 8) + ceil((k + (n-1) / 2^l) / 8)``
-    bytes with ``l = floor(log2(n/k))``; 5.5 bytes a selected element for float32 at 0.1 %. A code's values take
-    ``ceil(k bits / 8)`` bytes, and 8 of scales (sign: 4): 2.0 bytes an element for int4, 1.6 for sign. The same at
-    every step: when fewer are selected, the last index is repeated with value 0; in a code, which has no 0, an index
-    equal to the one before says it.
+    bytes with ``l = floor(log2(n/k))``; 5.5 bytes per selected element for float32 at 0.1 %. Coded values take
+    ``ceil(k bits / 8)`` bytes plus 8 for the scales (sign: 4): 2.0 bytes per element for int4, 1.6 for sign. The size
+    is the same at every step. If fewer are selected, the last index is repeated with value 0; a code has no 0, so
+    there a repeated index means 0.
 
     Example:
         >>> x = torch.tensor([0.5, -3.0, 1.0, 2.0])
@@ -100,19 +100,19 @@ class TopK(Compressor, Adjustable, Thresholded, SumsSparsely, TakesSparse, Error
         return 1.0 / (2 * n) if self.values in codes.CODES else self.k(n) / n
 
     def k(self, n: int) -> int:
-        """Elements sent of a tensor of n."""
+        """Return the number of elements sent of n."""
         return min(n, math.ceil(self.density * n))
 
     def losses(self, x: Tensor, family: Sequence[Compressor]) -> list[float] | None:
-        """What is left of all squares by the largest, of one selection, where values are sent as they are."""
+        """Return the sums of squares outside the k largest, from one sort or selection; None if values are coded."""
         alike = cast("Sequence[TopK]", family)
         if any(one.values is not None for one in alike):
             return None
         n = x.numel()
         ks = [one.k(n) for one in alike]
         magnitudes = flat(x).abs()
-        if 4 * (most := max((k for k in ks if k < n), default=0)) > n:  # a selection would be as dear as a sort
-            squares = magnitudes.sort().values.double().square().cpu()  # where a sum in order is always the same
+        if 4 * (most := max((k for k in ks if k < n), default=0)) > n:  # a selection would cost as much as a sort
+            squares = magnitudes.sort().values.double().square().cpu()  # on the CPU, where cumsum is deterministic
             tails = torch.nn.functional.pad(squares.cumsum(0), (1, 0))
             return [float(tails[n - k]) for k in ks]
         whole = float(magnitudes.double().square().sum())
@@ -130,7 +130,7 @@ class TopK(Compressor, Adjustable, Thresholded, SumsSparsely, TakesSparse, Error
         return self.encode(*self._select(flat(x), x.shape, k, ctx), n, ctx)
 
     def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
-        """The payload that says ``values`` ``[m]`` stand at ``chosen``, int64 ``[m]`` ascending, ``m <= k``, of n."""
+        """Encode ``values`` ``[m]`` at the indices ``chosen``, int64 ``[m]`` ascending below n, ``m <= k``."""
         k = self.k(n)
         kernels = ctx.kernels or REFERENCE
         if values.numel() > k:
@@ -147,14 +147,14 @@ class TopK(Compressor, Adjustable, Thresholded, SumsSparsely, TakesSparse, Error
         return *parts, kernels.encode_indices(chosen, n)
 
     def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        """Exact whatever ``selection`` says: there are few elements to choose from."""
+        """Encode ``x`` by an exact selection, whatever ``selection`` is: there are few elements to choose from."""
         chosen = (ctx.kernels or REFERENCE).largest(x.values, self.k(like.numel()))
         return self.encode(x.indices[chosen], x.values[chosen].to(like.dtype), like.numel(), ctx)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         n, k = like.numel(), self.k(like.numel())
         indices = (ctx.kernels or REFERENCE).decode_indices(payload[-1], k, n)
-        # what fills a message is 0, also where a code, or what stands after >>, has no 0
+        # padding must become 0, even if the code, or the compressor after >>, has no 0
         values = (ctx.kernels or REFERENCE).without_repeats(indices, self._values(payload, n))
         return Sparse(indices, values, self.density, ctx.kernels)
 
@@ -175,7 +175,7 @@ class TopK(Compressor, Adjustable, Thresholded, SumsSparsely, TakesSparse, Error
     def own(self, payload: Payload, chosen: Tensor, like: Tensor, state: State, ctx: Context) -> Decompressed:
         if self.values in codes.CODES or chosen.numel() < self.k(like.numel()):
             return self.decompress(payload, like, state, ctx)
-        return Sparse(chosen, payload[0], self.density, ctx.kernels)  # indices need not be read back
+        return Sparse(chosen, payload[0], self.density, ctx.kernels)  # without decoding the indices
 
     def sampling(self, shape: Sequence[int], ctx: Context) -> Sampling | None:
         n = math.prod(shape)

@@ -1,4 +1,4 @@
-"""TernGrad: every element becomes -1, 0 or 1, times one scale."""
+"""TernGrad: rounding of every element to -1, 0 or 1, times one scale."""
 
 import math
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ from thinwire.core.tensors import Decompressed, Dense, flat
 @register("terngrad")
 @dataclass(frozen=True)
 class TernGrad(Compressor):
-    """Sends the sign of every element with a probability that grows with its magnitude, and one scale a tensor.
+    """A quantiser that sends the sign of an element with a probability proportional to its magnitude, and one scale.
 
     ``y = clamp(x, -c, c)`` with ``c = clip_rms * rms(x)``; ``s = max |y|``; sent is ``s sign(y) Bernoulli(|y| / s)``.
-    Unbiased without clipping, ``omega = (sqrt(n) - 1) / 2``. Clipping is biased, by 0.24 % of the energy of normal data
-    at 2.5, and cuts the variance of a million of them from 2.8 to 1.0.
+    Unbiased without clipping, ``omega = (sqrt(n) - 1) / 2``. Clipping at 2.5 adds a bias of 0.24 % of the energy of
+    normal data, and cuts the variance of a million normal values from 2.8 to 1.0.
 
     Args:
-        clip_rms: in root mean squares of the tensor; None for no clipping.
+        clip_rms: clipping bound in root mean squares of the tensor; None for no clipping.
 
     Raises:
         ThinwireError: ``clip_rms`` is not above 0.
 
-    **Wire**: 1.6 bits an element (five in a byte), and a float32.
+    **Wire**: 1.6 bits per element (five in a byte), and a float32.
 
     Example:
         >>> x = torch.tensor([2.0, -2.0, 0.0])
@@ -42,8 +42,8 @@ class TernGrad(Compressor):
     Source: W. Wen, C. Xu, F. Yan, C. Wu, Y. Wang, Y. Chen, H. Li, "TernGrad: Ternary Gradients to Reduce Communication
     in Distributed Deep Learning", 2017, arXiv:1705.07878, algorithm 1 and section 3.2.
 
-    Departures: the deviation is that from 0 and not from the mean, so that a tensor of equal elements (one element,
-    even) is not clipped to nothing. Scales are not shared between workers, which would take another collective.
+    Departures: the deviation is measured from 0, not from the mean, so that a tensor of equal elements (or of one
+    element) is not clipped to 0. Workers do not share scales, which would need another collective.
     """
 
     clip_rms: float | None = 2.5

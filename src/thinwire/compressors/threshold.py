@@ -1,4 +1,4 @@
-"""What is not below a threshold: hard thresholds, with a capacity that fixes the size of a message."""
+"""Hard thresholds, with a capacity that fixes the size of a message."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +17,7 @@ from thinwire.kernels.reference import REFERENCE, at_least
 
 
 def bounded(magnitude: Tensor, threshold: float, k: int) -> Tensor:
-    """Ascending indices of ``magnitude`` ``[n]`` not below ``threshold``: of them the k largest, and at least one."""
+    """Return ascending indices of ``magnitude`` ``[n]`` not below ``threshold``: at least 1, at most the k largest."""
     chosen = at_least(magnitude, torch.tensor(threshold, dtype=torch.float64, device="cpu").to(magnitude))
     if chosen.numel() > k:
         return chosen[REFERENCE.largest(magnitude[chosen], k)]
@@ -30,16 +30,16 @@ class Threshold(Compressor, Adjustable, TakesSparse):
     """Sends the elements whose magnitude is not below a threshold: at least one, and at most a capacity.
 
     ``decompress(compress(x))_j = x_j`` where ``|x_j| >= threshold``, 0 elsewhere; so
-    ``max_j |x_j - C(x)_j| < threshold`` while no more than ``k = ceil(capacity * n)`` reach it. Where more do, the k
+    ``max_j |x_j - C(x)_j| < threshold`` if at most ``k = ceil(capacity * n)`` elements reach it. If more do, the k
     largest are sent.
 
     Args:
         threshold: above 0, in the units of the gradient, without a loss scale.
-        capacity: largest share of the elements that is sent, in (0, 1]; it fixes the size of the message.
+        capacity: largest share of the elements to send, in (0, 1]; it fixes the size of the message.
         values: see ``thinwire.compressors.TopK``.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
     **Wire**: that of ``TopK(capacity)``, however many reach the threshold.
 
@@ -65,7 +65,7 @@ class Threshold(Compressor, Adjustable, TakesSparse):
         settle(self, threshold=threshold, capacity=share("0.01", "the most kept/total"), values=VALUES)
 
     def packer(self) -> TopK:
-        """What turns a selection into a payload, and back."""
+        """Return the compressor that encodes and decodes a selection."""
         return TopK(self.capacity, self.values)
 
     def with_density(self, density: float) -> "Threshold":

@@ -1,4 +1,4 @@
-"""The vocabulary: what every other package is written in."""
+"""Core types that every other package uses."""
 
 from thinwire.core.chain import Chain
 from thinwire.core.context import NOWHERE, Context

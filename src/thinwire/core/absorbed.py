@@ -1,4 +1,4 @@
-"""What moves out of an SGD optimizer, and what a memory that takes it over says of itself."""
+"""Settings that a memory takes over from an SGD optimizer."""
 
 from collections.abc import Set
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Absorbed:
-    """What an SGD optimizer did for one parameter, and a memory does now."""
+    """SGD settings of one parameter that a memory applies instead of the optimizer."""
 
     momentum: float = 0.0
     nesterov: bool = False
@@ -17,22 +17,22 @@ class Absorbed:
 
     @property
     def kind(self) -> tuple[bool, bool, bool]:
-        """Which of them there are: what a memory keeps depends on that, and not on how large they are."""
+        """The settings that are on; a memory's state tensors depend on that, not on the values."""
         return bool(self.momentum), self.nesterov, bool(self.weight_decay)
 
 
 class Absorbing:
-    """What a memory says of the settings that it has taken over; here, for one that takes none."""
+    """The part of a memory's interface about settings taken over; the defaults are for a memory that takes none."""
 
     @property
     def absorbed(self) -> Absorbed | None:
-        """What it does for an SGD optimizer; None for a memory that does nothing of it."""
+        """The SGD settings that this memory applies; None if it takes none over."""
         return None
 
     @property
     def rests(self) -> Set[str]:
-        """What of its states no step changes, under the present settings."""
+        """The names of states that no step changes under the present settings."""
         return frozenset()
 
     def take_over(self, old: Any, local: dict[str, Tensor], shared: dict[str, Tensor]) -> None:
-        """Go on from states of the same memory with other settings; what ``shared`` loses goes into ``local``."""
+        """Convert the states of the same memory with other settings; what ``shared`` loses goes into ``local``."""

@@ -1,10 +1,10 @@
-"""What is set around a call, by whoever trains, and must change neither what a method computes nor what it sends.
+"""Isolation from torch settings of the caller, which must not change what a method computes or sends.
 
-Of torch's settings those that belong to a thread are put aside here: autocast, grad and inference mode, a default
-device, and every other mode that rewrites calls of torch's functions (a TorchDispatchMode, as FlopCounterMode and fake
-tensors are, stays: it sees operations below them). The default dtype belongs to all threads, of which another may be in
-the midst of its own work, so it is left alone, and whatever makes a tensor says its dtype. The precision of products
-belongs to all threads, too: it is raised while a method multiplies matrices.
+This file switches off the settings of the current thread: autocast, grad and inference mode, a default device, and
+every other mode that rewrites calls of torch's functions. A TorchDispatchMode (FlopCounterMode, fake tensors) stays,
+since it works below these functions. The default dtype is global, and another thread may be using it, so it stays, and
+thinwire names the dtype of every tensor it makes. The precision of matrix products is global too; it is raised
+while a method multiplies matrices.
 """
 
 import contextlib
@@ -22,19 +22,19 @@ T = TypeVar("T")
 
 _C = cast(Any, torch)._C
 CASTS = ("cpu", "cuda", "xpu", "mps")
-"""The kinds of devices that have an autocast of their own."""
+"""The device types that have their own autocast."""
 
 
 _precise = threading.Lock()
-_short: list[tuple[Any, str]] = []  # the settings that were put aside
+_short: list[tuple[Any, str]] = []  # the settings to restore
 _users = 0
 
 
 @contextlib.contextmanager
 def full_precision() -> Generator[None]:
-    """Inside it products of float32 matrices are made in float32, whatever ``set_float32_matmul_precision`` says.
+    """Compute products of float32 matrices in float32, whatever ``set_float32_matmul_precision`` is set to.
 
-    The setting belongs to all threads: the first that comes in puts it aside, and the last that leaves puts it back.
+    The setting is global: the first thread that enters saves it, and the last that leaves restores it.
     """
     global _users
     backends = cast(Any, torch.backends)
@@ -58,15 +58,15 @@ def full_precision() -> Generator[None]:
 
 
 class Undisturbed:
-    """``with Undisturbed():`` nothing that is set around it counts; afterwards all of it is as it was. Microseconds."""
+    """A context without the caller's torch settings, which it restores at the end. It takes microseconds."""
 
     __slots__ = ("casts", "grad", "inference", "modes")
 
     def __enter__(self) -> None:
-        self.modes = _C.DisableTorchFunction()  # a default device is such a mode
+        self.modes = _C.DisableTorchFunction()  # includes a default device
         self.modes.__enter__()
         self.inference = torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else None
-        if self.inference is not None:  # what is made inside could never be written to outside
+        if self.inference is not None:  # tensors made in it could not be written to outside
             self.inference.__enter__()
         self.grad = torch.is_grad_enabled()
         if self.grad:
@@ -86,7 +86,7 @@ class Undisturbed:
 
 
 def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, called where nothing that is set around counts."""
+    """Wrap ``function`` to run without the caller's torch settings."""
 
     @functools.wraps(function)
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -97,7 +97,7 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def undisturbed_methods(kind: type[T]) -> type[T]:
-    """``kind``, every method of which is undisturbed, its making too."""
+    """Wrap every method of the class ``kind`` by ``undisturbed``, including ``__init__``."""
     for name, member in list(vars(kind).items()):
         if inspect.isfunction(member) and (name == "__init__" or not name.startswith("__")):
             setattr(kind, name, undisturbed(member))

@@ -1,8 +1,8 @@
-"""One layer of validation: what a user hands over is accepted where it is plain, or refused with the way out.
+"""Validation of arguments: clear values are accepted and normalised; others raise an error with the way out.
 
-A check takes the name of an argument and its value, and answers the value as the rest of the code wants it: numpy's
-numbers become Python's, ``4.0`` counts as 4, ``torch.float16`` is ``"float16"``. What says nothing for certain is
-refused: ``"0.01"``, True where a number belongs, NaN, or the density 1, which some mean as 1 %.
+A check takes the name of an argument and its value, and returns the value as the rest of the code needs it: numpy
+numbers become Python numbers, ``4.0`` counts as 4, ``torch.float16`` becomes ``"float16"``. It refuses ambiguous
+values: ``"0.01"``, True for a number, NaN, or the density 1, which could mean 1 %.
 """
 
 import math
@@ -17,35 +17,35 @@ import torch
 from thinwire.core.errors import ThinwireError
 
 Check: TypeAlias = Callable[[str, Any], Any]
-"""From the name of an argument and what was given to what is meant.
+"""Function from the name of an argument and its value to the normalised value.
 
 Raises:
-    ThinwireError: it is not in the range, or not of the kind.
+    ThinwireError: the value is out of range or of the wrong type.
 """
 SHORT = {
     "half": "float16", "fp16": "float16", "f16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32",
     "f32": "float32", "single": "float32", "double": "float64", "fp64": "float64", "f64": "float64",
 }  # fmt: skip
-"""What else dtypes are called."""
+"""Other names of dtypes."""
 
 
 def settle(part: object, **checks: Check) -> None:
-    """Check the fields of a frozen dataclass, and write down what is meant; for ``__post_init__``."""
+    """Check the fields of a frozen dataclass and replace them by the normalised values; for ``__post_init__``."""
     for name, check in checks.items():
         object.__setattr__(part, name, check(name, getattr(part, name)))
 
 
 def shown(value: object) -> str:
-    """The start of a value's ``repr``, or its type where that is long or can't be printed."""
+    """Return a value's ``repr``, or its type if the ``repr`` is long or fails."""
     try:
         text = repr(value)
-    except Exception:  # an int of 5,000 digits, an object that is broken
+    except Exception:  # e.g. an int of 5,000 digits, or a broken object
         text = ""
     return text if 0 < len(text) <= 60 and "\n" not in text else f"of type {type(value).__name__}"
 
 
 def as_number(name: str, value: Any, meaning: str) -> float:
-    """A finite number; ``meaning`` says in the error what belongs there."""
+    """Check a finite number; ``meaning`` is the part of the error that describes valid values."""
     if isinstance(value, (bool, np.bool_)):
         raise ThinwireError(f"{name} is {value}, which is no number; {meaning}")
     if isinstance(value, str):
@@ -64,7 +64,7 @@ def as_number(name: str, value: Any, meaning: str) -> float:
 
 
 def _instead(text: str) -> str:
-    """A number in quotes, without them."""
+    """Return a hint for a number in quotes; empty for other texts."""
     try:
         number = float(text.strip().removesuffix("%"))
     except ValueError:
@@ -83,7 +83,7 @@ def _kind(value: object) -> str:
 def real(
     low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False, hint: str = ""
 ) -> Check:
-    """A number from ``low`` to ``high``; ``above``, ``below``: without the one or the other."""
+    """Make a check for a number from ``low`` to ``high``; ``above`` and ``below`` exclude that end."""
     lower = "" if low == -math.inf else f"above {low:g}" if above else f"at least {low:g}"
     upper = "" if high == math.inf else f"below {high:g}" if below else f"at most {high:g}"
     bounds = (
@@ -101,7 +101,7 @@ def real(
 
 
 def whole(low: int, high: int | None = None, *, hint: str = "", says: str = "") -> Check:
-    """An integer, or a number without a fraction, from ``low`` to ``high``; ``says`` replaces the sentence about it."""
+    """Make a check for a whole number from ``low`` to ``high``; ``says`` replaces the description in the error."""
     bounds = f"at least {low}" if high is None else f"from {low} to {high}"
     meaning = says or f"it must be a whole number, {bounds}{hint}"
 
@@ -116,7 +116,7 @@ def whole(low: int, high: int | None = None, *, hint: str = "", says: str = "") 
 
 
 def share(example: str = "0.01", what: str = "kept/total") -> Check:
-    """A share in (0, 1], such as a density; not the int 1, which may be meant as 1 %."""
+    """Make a check for a share in (0, 1], such as a density; it refuses the int 1, which could mean 1 %."""
     meaning = f"it is {what} and must be in (0, 1], e.g. {example}"
 
     def check(name: str, value: Any) -> float:
@@ -133,14 +133,14 @@ def share(example: str = "0.01", what: str = "kept/total") -> Check:
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False."""
+    """Check True or False."""
     if not isinstance(value, (bool, np.bool_)):
         raise ThinwireError(f"{name} is {shown(value)}; it must be True or False")
     return value is True or bool(cast("Any", value))
 
 
 def one_of(*names: str) -> Check:
-    """One of these words."""
+    """Make a check for one of these words."""
 
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in names:
@@ -151,7 +151,7 @@ def one_of(*names: str) -> Check:
 
 
 def dtype(names: Sequence[str], also: str = "") -> Check:
-    """The name of a dtype, or of a code, out of ``names``; ``torch.float16`` and ``"fp16"`` count too."""
+    """Make a check for a dtype or code out of ``names``; it also accepts ``torch.float16`` and ``"fp16"``."""
 
     def check(name: str, value: Any) -> str:
         given = str(value) if isinstance(value, torch.dtype) else value
@@ -166,12 +166,12 @@ def dtype(names: Sequence[str], also: str = "") -> Check:
 
 
 def optional(check: Check) -> Check:
-    """None, or what passes ``check``."""
+    """Make a check that also accepts None."""
     return lambda name, value: None if value is None else check(name, value)
 
 
 def seed(name: str, value: Any) -> int:
-    """Any integer."""
+    """Check a seed, any integer."""
     meaning = "it must be a whole number, equal on all ranks, e.g. 0"
     number = as_number(name, value, meaning)
     if int(value if isinstance(value, Integral) else number) != value:
@@ -180,13 +180,13 @@ def seed(name: str, value: Any) -> int:
 
 
 def seconds(name: str, value: Any) -> float:
-    """A time above 0: seconds, or a ``timedelta``."""
+    """Check a time above 0, in seconds or as a ``timedelta``; returns seconds."""
     number = value.total_seconds() if isinstance(value, timedelta) else value
     return real(0.0, above=True, hint=", in seconds, or a timedelta: e.g. 300")(name, number)
 
 
 def texts(name: str, value: Any) -> tuple[str, ...]:
-    """Texts, such as globs; one alone is a list of one, and a set, whose order differs between processes, is sorted."""
+    """Check texts, such as globs. A single text becomes a tuple; a set is sorted, since its order varies by process."""
     wrong = ThinwireError(f"{name} is {shown(value)}; it must be a list of texts, e.g. ['*.bias', 'head.*']")
     if not isinstance(value, Iterable) or isinstance(value, (bytes, bytearray)):
         raise wrong
@@ -197,7 +197,7 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
 
 
 def of_type(kinds: type | tuple[type, ...], meaning: str) -> Check:
-    """An object of one of these types; a class that was not called is told so."""
+    """Make a check for an object of one of these types; it has its own error for a class that was not called."""
     allowed = kinds if isinstance(kinds, tuple) else (kinds,)
 
     def check(name: str, value: Any) -> Any:
@@ -211,7 +211,7 @@ def of_type(kinds: type | tuple[type, ...], meaning: str) -> Check:
 
 
 def called(name: str, value: Any, meaning: str) -> Callable[..., Any]:
-    """A function."""
+    """Check a function."""
     if not callable(value) or isinstance(value, type):
         raise ThinwireError(f"{name} is {_kind(value)}; {meaning}")
     return value

@@ -1,4 +1,4 @@
-"""Where and when something is compressed."""
+"""The context of a compression: seed, step, unit and rank."""
 
 from dataclasses import dataclass, field
 from zlib import crc32
@@ -10,40 +10,40 @@ from thinwire.core.loops import Kernels
 
 @dataclass(frozen=True)
 class Context:
-    """Where and when something is compressed; all randomness is a function of it, so none is checkpointed."""
+    """The step, unit and rank of a compression. All randomness is a function of it, so checkpoints store none."""
 
     seed: int
     step: int
     unit: str
     rank: int
     kernels: Kernels | None = field(default=None, compare=False, repr=False)
-    """Which loops to use; None for plain PyTorch. The result is the same."""
+    """The kernels to use; None for plain PyTorch. The result is the same."""
 
     exact: bool = field(default=False, compare=False)
-    """Whether all of what is asked arrives, as in a dense stage; only the sender is told."""
+    """True if this step is sent uncompressed, as in a dense stage; set only on the sender."""
     saturates: float = field(default=0.0, compare=False)
-    """At which share of a shorter dtype's range finite values saturate, where what they lose comes back; 0: they
-    overflow, as a cast does. Only the sender is told."""
+    """Share of a shorter dtype's range at which finite values saturate, if error feedback returns the rest; 0: they
+    overflow, as in a cast. Set only on the sender."""
     turn: int | None = field(default=None, compare=False)
-    """See ``phase``; None for the step."""
+    """The value of ``phase``; None for the step."""
 
     @property
     def phase(self) -> int:
-        """The step that all ranks are taken to be at, for shapes: the same on each, be one of them at another step."""
+        """The step that decides the shapes of payloads; equal on all ranks even if one is at another step."""
         return self.step if self.turn is None else self.turn
 
     def draw(self, bound: int) -> int:
-        """An integer in [0, bound), the same on every machine for equal contexts."""
+        """Draw an integer in [0, bound), the same on every machine for equal contexts."""
         return crc32(f"{self.seed}/{self.step}/{self.unit}/{self.rank}".encode()) % bound
 
     def generator(self, *, shared: bool = False) -> torch.Generator:
-        """Randomness of this rank; or, where ``shared``, the same on all ranks."""
+        """Make a random generator for this rank; with ``shared`` it is the same on all ranks."""
         who = "all" if shared else self.rank
         return torch.Generator().manual_seed(crc32(f"{self.seed}/{self.step}/{self.unit}/{who}".encode()))
 
 
 NOWHERE = Context(seed=0, step=0, unit="", rank=0)
-"""For what depends on no context: shapes, mostly."""
+"""A context for results that do not depend on one, mostly shapes."""
 
 NUMBER = torch.zeros(1, dtype=torch.float32, device="meta")
-"""One number of no value, for the question whether a compressor keeps a state of vectors."""
+"""A meta vector of one element, to test if a compressor keeps a state for vectors."""

@@ -2,4 +2,4 @@
 
 
 class ThinwireError(Exception):
-    """Something asked of thinwire cannot be done; the message names the value, the limit and the way out."""
+    """Error of thinwire; the message names the value, the limit and the way out."""

@@ -1,4 +1,4 @@
-"""Writes files: whole or not at all, and never through a link that somebody has put there."""
+"""Atomic file writes: a file is replaced whole or not at all, and never through a link in its place."""
 
 import contextlib
 import os
@@ -13,23 +13,23 @@ from typing import BinaryIO, cast
 from thinwire.core.errors import ThinwireError
 
 NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-"""Only a file that was not there."""
+"""Flags that create a new file and fail if the name exists."""
 
 
 def write(path: str | Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Replace a file by a new one, at once.
+    """Replace a file by a new one, atomically.
 
-    The content goes into a new file of a random name beside it, and is on the disk before that takes the place of the
-    old one, whose permissions it has; where anything fails the new file and new folders are removed, and the old file
-    stays. A link in that place is replaced, not followed. The folder may be a link: it is where the caller asked to
-    write, and it is opened once.
+    The content goes into a new file with a random name in the same folder, is synced to disk, and then replaces the old
+    file, whose permissions it gets. On any error the new file and new folders are removed and the old file stays.
+    A link at ``path`` is replaced, not followed. The folder may be a link, since the caller chose it; it is opened
+    once.
 
     Args:
-        path: the file; its folder is made if it is not there.
+        path: the file; its folder is created if missing.
         fill: writes the content.
 
     Raises:
-        ThinwireError: it can't be written.
+        ThinwireError: the file can't be written.
     """
     path = _path(path)
     made = _beginning(path) + secrets.token_hex(8)
@@ -39,7 +39,7 @@ def write(path: str | Path, fill: Callable[[BinaryIO], object]) -> None:
         file = os.open(made, NEW, 0o666 if mode is None else mode, dir_fd=folder)
         try:
             with _Out(file) as out:
-                if mode is not None and mode != stat.S_IMODE(os.fstat(file).st_mode):  # the umask took some of it
+                if mode is not None and mode != stat.S_IMODE(os.fstat(file).st_mode):  # the umask removed some bits
                     os.fchmod(file, mode)
                 out.fill(fill)
             os.replace(made, path.name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -47,7 +47,7 @@ def write(path: str | Path, fill: Callable[[BinaryIO], object]) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(made, dir_fd=folder)
             raise
-        with contextlib.suppress(OSError):  # not every filesystem can; the file itself is on the disk
+        with contextlib.suppress(OSError):  # not every filesystem can sync a folder; the file itself is synced
             os.fsync(folder)
 
 
@@ -55,7 +55,7 @@ def write_text(path: str | Path, text: str) -> None:
     """Replace a file by one with this text in UTF-8; see ``write``.
 
     Raises:
-        ThinwireError: as ``write``, or the text can't be UTF-8.
+        ThinwireError: as ``write``, or the text can't be encoded as UTF-8.
     """
     try:
         data = text.encode()
@@ -68,33 +68,33 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def leftovers(path: Path) -> list[Path]:
-    """What processes that were killed while they wrote ``path`` have left beside it."""
+    """Return the temporary files of processes that were killed while they wrote ``path``."""
     names = os.listdir(path.parent) if path.parent.is_dir() else []
     return [path.parent / name for name in names if name.startswith(_beginning(path))]
 
 
 def _beginning(path: Path) -> str:
-    """Of the names of new files; the name itself could be too long with more behind it."""
+    """Return the prefix of temporary names; a hash, since the name itself plus a suffix could be too long."""
     return f".thinwire-{zlib.crc32(os.fsencode(path.name)):08x}-"
 
 
 def check_writable(path: str | Path) -> None:
-    """Find out whether ``write`` can be done, before what it is to write is worked out.
+    """Check that ``write`` would succeed, before the content is computed.
 
     Raises:
-        ThinwireError: it can't.
+        ThinwireError: the file can't be written.
     """
     path = _path(path)
     with _failing_as(path), _folder(path) as folder:
         _check_place(path, folder)
-        _mode(path, folder)  # where the name is too long it fails, as ``write`` would
+        _mode(path, folder)  # fails for a name that is too long, as ``write`` would
         made = _beginning(path) + secrets.token_hex(8)
         os.close(os.open(made, NEW, 0o666, dir_fd=folder))
         os.unlink(made, dir_fd=folder)
 
 
 class _Out:
-    """An open file that keeps the first error of the system, which who writes into it may hide behind its own."""
+    """An open file that keeps the first OSError, since a writer may raise another error in its place."""
 
     def __init__(self, file: int) -> None:
         self._file = os.fdopen(file, "wb")
@@ -104,7 +104,7 @@ class _Out:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # what could not be flushed has been said already
+        with contextlib.suppress(OSError):  # a failed flush was reported already
             self._file.close()
 
     def write(self, data: bytes) -> int:
@@ -115,7 +115,7 @@ class _Out:
             raise
 
     def flush(self) -> None:
-        pass  # ``fill`` does, at the end
+        pass  # ``fill`` flushes at the end
 
     def fill(self, fill: Callable[[BinaryIO], object]) -> None:
         try:
@@ -130,7 +130,7 @@ class _Out:
 
 @contextlib.contextmanager
 def _folder(path: Path) -> Generator[int]:
-    """The folder of ``path``, open; what had to be made for it is removed where anything fails."""
+    """Open the folder of ``path``, created if missing; on an error, created folders are removed."""
     made: list[Path] = []
     try:
         missing = takewhile(lambda each: not os.path.exists(each), (path.parent, *path.parent.parents))
@@ -138,7 +138,7 @@ def _folder(path: Path) -> Generator[int]:
             try:
                 each.mkdir()
                 made.append(each)
-            except FileExistsError:  # another process was faster, or it is a link to nothing
+            except FileExistsError:  # another process was faster, or it is a broken link
                 if not each.is_dir():
                     raise
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -164,7 +164,7 @@ def _path(path: str | Path) -> Path:
 
 
 def _mode(path: Path, folder: int) -> int | None:
-    """The permissions of the file that is to be replaced, if there is one."""
+    """Return the permissions of the file to replace, None if there is none."""
     try:
         mode = os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode
     except FileNotFoundError:
@@ -173,13 +173,13 @@ def _mode(path: Path, folder: int) -> int | None:
 
 
 def _check_place(path: Path, folder: int) -> None:
-    """A device or a pipe is not replaced by a file, be it there itself or by a link; a folder can't be."""
+    """Refuse to replace a device or a pipe, directly or through a link, or a folder."""
     if path.name in ("", ".."):
         raise ThinwireError(f"can't write {path}: it is a folder; give the name of a file in it")
     for follow in (False, True):
         try:
             mode = os.stat(path.name, dir_fd=folder, follow_symlinks=follow).st_mode
-        except OSError:  # nothing is there, or a link to nothing
+        except OSError:  # nothing there, or a broken link
             continue
         if stat.S_ISDIR(mode) and not follow:
             raise ThinwireError(f"can't write {path}: it is a folder; give the name of a file in it")

@@ -1,4 +1,4 @@
-"""The loops in which the time goes: what a kernel is asked to do, in plain PyTorch, on the CPU or on CUDA."""
+"""The interface of the kernels: the loops that take most of the time."""
 
 import math
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ Found: TypeAlias = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Accumulation:
-    """How a memory adds a gradient to what it holds, as far as a kernel needs to know.
+    """Settings for a kernel that adds a gradient to a memory's state.
 
     ``u' = m u + s g``, ``v' = v + u'``; with Nesterov ``u' = m (u + s g)``, ``v' = v + u' + s g``; without a momentum
-    ``v' = v + s g``. ``s`` is 1 / loss scale. Each operation is rounded to float32, ``m u + (s g)`` once: a fused
-    multiply-add.
+    ``v' = v + s g``. ``s`` is 1 / loss scale. Each operation is rounded to float32; ``m u + (s g)`` is rounded once, as
+    a fused multiply-add.
     """
 
     momentum: float | None
@@ -27,9 +27,9 @@ class Accumulation:
 
 @dataclass(frozen=True)
 class Pass:
-    """One contiguous range of one unit, to be accumulated and looked through: 1-D tensors ``[n]``.
+    """A contiguous range of one unit to accumulate and search: 1-D tensors ``[n]``.
 
-    ``grad`` has any floating dtype and, where ``clear``, is set to zero; the states are float32 or bfloat16, all alike.
+    ``grad`` has any floating dtype; ``clear`` sets it to zero. The states are all float32 or all bfloat16.
     """
 
     rule: Accumulation
@@ -44,16 +44,16 @@ class Pass:
 
 @dataclass(frozen=True)
 class Cut:
-    """What is sent of a tensor: of the elements not below a threshold, at most the ``k`` of largest magnitude.
+    """A rule for the elements to send: those not below a threshold, at most the ``k`` of largest magnitude.
 
-    The threshold is the first of ``levels`` that ``enough`` elements pass, or the last of them.
+    The threshold is the first of ``levels`` that at least ``enough`` elements reach, or the last level.
     """
 
     threshold: Tensor
     """A scalar above 0, of the tensor's dtype and device."""
     k: int
     lower: float = 1.0
-    """In (0, 1]: what the threshold is multiplied by where it passes fewer than this share of k."""
+    """In (0, 1]: if fewer than this share of k elements pass, the threshold is multiplied by it."""
     attempts: int = 0
 
     @property
@@ -61,9 +61,9 @@ class Cut:
         return math.ceil(self.lower * self.k)
 
     def levels(self) -> Tensor:
-        """``threshold lower^i`` for i from 0 to ``attempts``, never 0.
+        """Return ``threshold lower^i`` for i from 0 to ``attempts``, never 0.
 
-        By multiplications of two numbers alone, so that every device gets the same.
+        It uses only multiplications, so that every device gets the same bits.
         """
         levels, factor = self.threshold.double().view(1), self.lower
         while levels.numel() <= self.attempts:
@@ -73,13 +73,13 @@ class Cut:
 
 
 def smallest(dtype: torch.dtype) -> float:
-    """The smallest number above 0: what is 0 is not sent."""
+    """Return the smallest number above 0, the lowest threshold, since zeros are not sent."""
     info = torch.finfo(dtype)
     return info.smallest_normal * info.eps
 
 
 class Selection(Protocol):
-    """Which elements are sent, where a threshold that is known beforehand decides it."""
+    """A selection by a threshold from a sample of ``run`` elements at every ``stride``-th from ``start`` on."""
 
     @property
     def start(self) -> int: ...
@@ -89,77 +89,77 @@ class Selection(Protocol):
     def run(self) -> int: ...
 
     def cut(self, sampled: Tensor, kernels: "Kernels") -> Cut:
-        """From the magnitudes of ``run`` elements at every ``stride``-th from ``start`` on."""
+        """Choose the threshold from the sampled magnitudes."""
         ...
 
 
 class Kernels(Protocol):
-    """The loops in which the time goes. All implementations give the same bits as plain PyTorch."""
+    """The loops that take most of the time. All implementations give the same bits as plain PyTorch."""
 
     name: str
 
     def runs(self, work: Pass) -> bool:
-        """Whether this dtype and device can be taken."""
+        """Return True if the kernels support this dtype and device."""
         ...
 
     def sample(self, work: Pass, start: int, stride: int, run: int) -> Tensor:
-        """``|v'|`` before the pass itself, in any order: ``run`` elements at every ``stride``-th from ``start`` on.
+        """Return ``|v'|`` before the pass, in any order, for ``run`` elements at every ``stride``-th from ``start`` on.
 
-        The last run is left out where it would reach beyond the end. Writes nothing.
+        A last run that would reach beyond the end is left out. Writes nothing.
         """
         ...
 
     def accumulate(self, works: Sequence[Pass], cuts: Sequence[Cut]) -> list[Found]:
-        """Write the new states; answers what is sent of ``v'``, ``k`` elements, as ``fill`` says. NaN is infinite."""
+        """Write the new states; return the ``k`` elements of ``v'`` to send, padded as by ``fill``. NaN is infinite."""
         ...
 
     def look(self, x: Tensor, cut: Cut) -> Found:
-        """What is sent of ``x`` ``[n]``, k <= n, as ``accumulate`` answers it."""
+        """Return the ``k`` elements of ``x`` ``[n]`` to send, k <= n, as ``accumulate`` does."""
         ...
 
     def fill(self, indices: Tensor, values: Tensor, k: int) -> Found:
-        """``k`` elements: those of ``[m]``, m <= k, whose value is not 0; then the last of them again, with value 0.
+        """Pad to ``k`` elements: the nonzero ones of ``[m]``, m <= k, then the last of their indices with value 0.
 
-        Where there are none, the index is 0.
+        If there are none, the index is 0.
         """
         ...
 
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
-        """The k-th largest of ``magnitude`` ``[n]``, a scalar; 1 <= k <= n, and NaN is as large as infinity."""
+        """Return the k-th largest of ``magnitude`` ``[n]``, a scalar; 1 <= k <= n, and NaN counts as infinity."""
         ...
 
     def largest(self, x: Tensor, k: int) -> Tensor:
-        """Ascending indices, int64 ``[min(k, n)]``, of the k largest of ``|x|`` ``[n]``; of equal ones the first."""
+        """Return ascending indices, int64 ``[min(k, n)]``, of the k largest ``|x|`` ``[n]``; of ties the first."""
         ...
 
     def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
-        """``out[indices] += alpha * values``, one after the other, for ``out`` of one dimension."""
+        """Compute ``out[indices] += alpha * values`` in order, for ``out`` of one dimension."""
         ...
 
     def merge(self, indices: Sequence[Tensor], values: Sequence[Tensor], alpha: float) -> Found:
-        """All indices that occur in these int64 ``[m_i]``, and the sum of ``alpha * values`` at each, in this order."""
+        """Return the distinct int64 indices of all ``[m_i]``, and the sum of ``alpha * values`` at each, in order."""
         ...
 
     def gather(self, packed: Sequence[Tensor], values: Sequence[Tensor], n: int, alpha: float) -> Found:
-        """``merge`` of what each sender's ``packed`` indices and ``values`` ``[k]`` are after ``without_repeats``."""
+        """Decode each sender's ``packed`` indices, drop repeats from its ``values`` ``[k]``, and ``merge`` them."""
         ...
 
     def coordinates(self, indices: Tensor, shape: Sequence[int]) -> Tensor:
-        """Where flat indices ``[m]`` stand in a tensor of this shape, int64 ``[len(shape), m]``."""
+        """Return the coordinates of flat indices ``[m]`` in a tensor of this shape, int64 ``[len(shape), m]``."""
         ...
 
     def without_repeats(self, indices: Tensor, values: Tensor) -> Tensor:
-        """``values`` ``[k]``, with 0 where an index is the one before; where none is, perhaps no copy."""
+        """Return ``values`` ``[k]`` with 0 for each index equal to the one before; may return ``values`` itself."""
         ...
 
     def encode_indices(self, indices: Tensor, n: int) -> Tensor:
-        """``wire.elias_fano.encode``."""
+        """Encode as ``coding.elias_fano.encode``."""
         ...
 
     def decode_indices(self, packed: Tensor, k: int, n: int) -> Tensor:
-        """``wire.elias_fano.decode``."""
+        """Decode as ``coding.elias_fano.decode``."""
         ...
 
     def close(self) -> None:
-        """Let go of threads."""
+        """Stop threads."""
         ...

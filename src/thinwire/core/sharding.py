@@ -1,7 +1,7 @@
-"""Parameters of which a rank holds a part: DTensors sharded over a mesh of one dimension, as FSDP2 leaves them.
+"""Parameters of which a rank holds one shard: DTensors sharded over a mesh of one dimension, as FSDP2 makes them.
 
-A parameter that is no DTensor is its own only part, so who calls these need not ask; nor whether it is complex, since
-then what a rank holds of it are real numbers, in one dimension more.
+An ordinary tensor counts as its own single shard, so callers need not distinguish. A complex tensor is viewed as real
+numbers with one more dimension.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 def own(x: Tensor) -> Tensor:
-    """What this rank holds of ``x``, as an ordinary tensor of real numbers in the same memory."""
+    """Return this rank's shard of ``x``, as an ordinary tensor of real numbers in the same memory."""
     if isinstance(x, DTensor):
         with torch.no_grad():
             x = x.to_local().detach()
@@ -21,17 +21,17 @@ def own(x: Tensor) -> Tensor:
 
 
 def shape_of(x: Tensor) -> torch.Size:
-    """The shape of all of ``x``, in real numbers."""
+    """Return the shape of the whole of ``x``, in real numbers."""
     return torch.Size((*x.shape, 2)) if x.is_complex() else x.shape
 
 
 def real_strides(x: Tensor, strides: tuple[int, ...]) -> tuple[int, ...]:
-    """What the strides of ``x``, which may have been others once, are in real numbers."""
+    """Convert ``strides``, present or past ones of ``x``, to those of its view in real numbers."""
     return (*(2 * stride for stride in strides), 1) if x.is_complex() else strides
 
 
 def wrapped(part: Tensor, like: Tensor) -> Tensor:
-    """``part``, as this rank's part of a tensor that is sharded as ``like`` is, and complex if it is."""
+    """Return ``part`` as this rank's shard of a tensor that is sharded like ``like``, and complex if ``like`` is."""
     if like.is_complex():
         part = torch.view_as_complex(part)
     if not isinstance(like, DTensor):
@@ -42,19 +42,19 @@ def wrapped(part: Tensor, like: Tensor) -> Tensor:
 
 
 def shard_dim(like: Tensor) -> int | None:
-    """The dimension along which ``like`` is sharded."""
+    """Return the dimension along which ``like`` is sharded, None if it is not."""
     if not isinstance(like, DTensor):
         return None
     return next((int(cast(Any, p).dim) for p in like.placements if isinstance(p, Shard)), None)
 
 
 def place(like: Tensor) -> tuple[int, int]:
-    """Which of how many parts of ``like`` this rank holds."""
+    """Return this rank's shard index in ``like`` and the number of shards."""
     return (like.device_mesh.get_local_rank(), like.device_mesh.size()) if isinstance(like, DTensor) else (0, 1)
 
 
 def cut(whole: Tensor, like: Tensor, leading: int = 0) -> Tensor:
-    """This rank's part of ``whole``, which is shaped as all of ``like``, after ``leading`` dimensions of its own."""
+    """Return this rank's shard of ``whole``, which has the shape of ``like`` after ``leading`` further dimensions."""
     dim = shard_dim(like)
     if dim is None:
         return whole

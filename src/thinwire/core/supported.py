@@ -1,6 +1,6 @@
-"""Which tensors can be parameters here: strided ones of a dtype in which gradients can be added up.
+"""Supported parameters: strided tensors of a dtype in which gradients can be summed.
 
-A complex tensor is exchanged as twice as many real numbers, which is exact for what is linear.
+A complex tensor is exchanged as twice as many real numbers, which is exact for linear compressors and memories.
 """
 
 from typing import Any, cast
@@ -19,10 +19,10 @@ COMPLEX = (torch.complex64, torch.complex128)
 
 
 def check_parameter(name: str, param: Tensor) -> None:
-    """Whatever the method, a parameter that requires a gradient must be of a kind that can be exchanged.
+    """Check that a trained parameter can be exchanged, by whatever method.
 
     Raises:
-        ThinwireError: it is not; nothing of it has been read.
+        ThinwireError: it can't; none of its values has been read.
     """
     if is_lazy(param):
         raise ThinwireError(
@@ -61,10 +61,10 @@ def check_parameter(name: str, param: Tensor) -> None:
 
 
 def check_complex(name: str, param: Tensor, method: str, compressor: Compressor, memory: Memory) -> None:
-    """A complex parameter needs a rule that works on real and imaginary parts each by itself.
+    """Check that the rule of a complex parameter treats real and imaginary parts separately.
 
     Raises:
-        ThinwireError: its rule does not.
+        ThinwireError: the rule does not.
     """
     if param.is_complex() and not (compressor.traits.linear and memory.linear):
         pair = f"{type(compressor).__name__} with {type(memory).__name__}"
@@ -76,12 +76,12 @@ def check_complex(name: str, param: Tensor, method: str, compressor: Compressor,
 
 
 def said(dtype: torch.dtype) -> str:
-    """The name of a dtype."""
+    """Return the name of a dtype."""
     return str(dtype).removeprefix("torch.")
 
 
 def parts(name: str, x: Tensor) -> list[tuple[str, Tensor]]:
-    """The strided tensors that ``x`` is made of: itself, or what a sparse or any other tensor of tensors holds."""
+    """Return the strided tensors that ``x`` is made of: itself, or the parts of a sparse or wrapper tensor."""
     if x.layout == torch.sparse_coo:
         inner = {"indices": x._indices(), "values": x._values()}  # pyright: ignore[reportPrivateUsage]
     elif x.layout in (torch.sparse_csr, torch.sparse_bsr):

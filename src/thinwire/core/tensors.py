@@ -1,4 +1,4 @@
-"""Tensors as thinwire sees them: flat views in the order of memory, and what a receiver reconstructs from a payload."""
+"""Flat views of tensors in the order of memory, and decompressed payloads."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ from thinwire.core.errors import ThinwireError
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether the elements of ``x`` fill one block of memory, in any order of its dimensions."""
+    """Return True if the elements of ``x`` fill one block of memory, in any order of its dimensions."""
     expected = 1
     for stride, size in sorted((st, si) for st, si in zip(x.stride(), x.shape, strict=True) if si != 1):
         if stride != expected:
@@ -23,7 +23,7 @@ def is_dense(x: Tensor) -> bool:
 
 
 def flat(x: Tensor) -> Tensor:
-    """A 1-D view of ``x`` in the order of its memory, so channels_last tensors are not copied.
+    """Return a 1-D view of ``x`` in the order of its memory, so channels_last tensors are not copied.
 
     Raises:
         ThinwireError: the elements of ``x`` do not fill one block of memory.
@@ -38,7 +38,7 @@ def flat(x: Tensor) -> Tensor:
 
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:
-    """L2 norm over all elements of all tensors, accumulated in float32 or better, on the first one's device."""
+    """Return the l2 norm of all elements of all tensors, computed in at least float32, on the first one's device."""
     each: list[Tensor] = []
     for x in tensors:
         own = cast(Tensor, torch.linalg.vector_norm(x, dtype=float_at_least_32(x.dtype)))
@@ -47,38 +47,38 @@ def norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 class Adds(Protocol):
-    """What adds a few elements to many; the kernels do."""
+    """An object with a sparse ``add``, such as the kernels."""
 
     def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
-        """``out[indices] += alpha * values``, one after the other, for ``out`` of one dimension."""
+        """Compute ``out[indices] += alpha * values`` in order, for ``out`` of one dimension."""
         ...
 
 
 class Decompressed(ABC):
-    """What a receiver reconstructs from one payload; ``density`` is the share of elements it carries."""
+    """A decompressed payload; ``density`` is the share of elements that it has."""
 
     density: float
 
     @abstractmethod
     def write_to(self, out: Tensor, alpha: float = 1.0) -> None:
-        """``out = alpha * self``, whatever ``out`` held."""
+        """Set ``out = alpha * self``."""
 
     @abstractmethod
     def add_to(self, out: Tensor, alpha: float = 1.0) -> None:
-        """``out += alpha * self``."""
+        """Add ``out += alpha * self``."""
 
     @abstractmethod
     def clear(self, out: Tensor) -> None:
-        """``out = 0`` at every element that was sent."""
+        """Set ``out = 0`` at every element that was sent."""
 
     @abstractmethod
     def entries(self) -> tuple[Tensor, Tensor]:
-        """Flat indices (int64) and values of the elements that were sent."""
+        """Return flat indices (int64) and values of the elements that were sent."""
 
 
 @dataclass(frozen=True)
 class Dense(Decompressed):
-    """Every element is there: ``values`` is 1-D, in the order of memory."""
+    """A payload with every element: ``values`` is 1-D, in the order of memory."""
 
     values: Tensor
     density: float = 1.0
@@ -101,7 +101,7 @@ class Dense(Decompressed):
 
 @dataclass(frozen=True)
 class Sparse(Decompressed):
-    """``values[j]`` stands at ``indices[j]`` (int64) of the flat tensor; an index that occurs twice adds twice."""
+    """A payload with ``values[j]`` at ``indices[j]`` (int64) of the flat tensor; values at equal indices add up."""
 
     indices: Tensor  # [k]
     values: Tensor  # [k]
@@ -126,25 +126,25 @@ class Sparse(Decompressed):
         return self.indices, self.values
 
     def dense(self, like: Tensor) -> Tensor:
-        """Every element of it, in a tensor like ``like``, of which no values are read."""
+        """Return all elements in a tensor like ``like``, whose values are not read."""
         out = torch.empty_like(like, device=self.values.device)
         self.write_to(out)
         return out
 
 
 def shortened(x: Tensor, dtype: torch.dtype, limit: float) -> Tensor:
-    """``x`` in ``dtype``: what is finite saturates at ``limit``, and what is not is NaN."""
+    """Convert ``x`` to ``dtype``: finite values saturate at ``limit``, nonfinite ones become NaN."""
     bound = _at_most(limit, x.dtype)
     return torch.where(x.isfinite(), x.clamp(-bound, bound), torch.nan).to(dtype)
 
 
 def _at_most(limit: float, dtype: torch.dtype) -> float:
-    """``limit``, or what ``dtype`` rounds to just below it: bfloat16 has no 65504, but 65536, which float16 has not."""
+    """Return ``limit``, lowered if ``dtype`` would round it up: bfloat16 rounds float16's largest, 65504, to 65536."""
     eps = torch.finfo(dtype).eps
     step = eps * 2.0 ** (math.frexp(limit)[1] - 1)
     return limit if round(limit / step) * step <= limit else limit * (1.0 - eps)
 
 
 def float_at_least_32(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays, everything shorter is remembered in float32."""
+    """Return float64 for float64, float32 for every shorter dtype."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Memories: what is remembered of a parameter between steps."""
+"""Memories: the state of a parameter between steps, such as residuals and momentum."""
 
 from thinwire.memories.compressed_momentum import CompressedMomentum, SteadyFeedback
 from thinwire.memories.decoupled_momentum import DecoupledMomentum

@@ -1,4 +1,4 @@
-"""Memories for optimizers that divide by a variance: the momentum is exchanged, or the gradient, beside dense steps."""
+"""Memories for 1-bit Adam and its relatives: they exchange the momentum, or the gradient between dense steps."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -18,21 +18,21 @@ from thinwire.memories.error_feedback import zeros
 @register("compressed_momentum")
 @dataclass(frozen=True)
 class CompressedMomentum(Memory):
-    """Exchanges Adam's momentum instead of the gradient, with error feedback; the optimizer gets the new momentum.
+    """A memory that exchanges Adam's momentum instead of the gradient, with error feedback.
 
     ``x_i = beta1 m + (1 - beta1) g_i + e_i``,  ``e_i = x_i - C(x_i)``,  ``m = mean_i C(x_i)``
-    Sent dense, by linearity, ``m`` is Adam's own: ``beta1 m + (1 - beta1) mean_i g_i``.
+    The optimizer gets ``m``. Sent dense, ``m`` is Adam's own momentum: ``beta1 m + (1 - beta1) mean_i g_i``.
 
-    An element that the optimizer leaves out (its variance is 0, as of a position that never occurs) asks for nothing,
-    receives 0 and remembers nothing: one bit can't say 0.
+    An element whose variance is 0 (e.g. a position that never occurs) is excluded: it sends 0, receives 0 and keeps no
+    residual, since one bit can't encode 0.
 
     Args:
-        beta1: in [0, 1). Set by the optimizer that is attached.
+        beta1: in [0, 1). Set by the attached optimizer.
 
     Raises:
-        ThinwireError: ``beta1`` outside its range.
+        ThinwireError: ``beta1`` is outside its range.
 
-    State: ``m``, equal on all ranks, and ``e_i`` (``residual``): two words an element, where Adam's momentum is one.
+    State: ``m``, equal on all ranks, and ``e_i`` (``residual``): two values per element; Adam's momentum takes one.
     Works in float32 (float64 for float64 gradients).
 
     Example:
@@ -44,8 +44,8 @@ class CompressedMomentum(Memory):
     Source: H. Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed",
     2021, arXiv:2102.02888, algorithm 1.
 
-    Departures: what the owner of a run could not pass on goes to its own ``e_i`` (see ``exchange.two_phase``), where
-    the paper keeps a second buffer. Errors are in checkpoints, and at another world size each rank gets their mean.
+    Departures: the second stage's error goes into the owner's ``e_i`` (see ``exchange.routes.two_phase``); the paper
+    keeps a second buffer. Checkpoints hold the residuals; at another world size each rank gets their mean.
     """
 
     feeds_back: ClassVar[bool] = True
@@ -104,12 +104,12 @@ def _alive(x: Tensor, state: State) -> Tensor:
 @register("steady_feedback")
 @dataclass(frozen=True)
 class SteadyFeedback(Memory):
-    """Error feedback whose residual sits out dense steps, so that these bring the mean gradient and nothing else.
+    """Error feedback that leaves the residual out of dense steps, so that these give the exact mean gradient.
 
     compressed: ``x_i = g_i + e_i``, ``e_i = x_i - C(x_i)``; dense: ``x_i = g_i``, ``e_i`` stays.
-    It is what a variance is measured with at dense steps: added to a gradient, ``e_i`` would count as noise.
+    The optimizer updates its variance in dense steps; a residual in the gradient would count as noise.
 
-    State: one word an element. Works in float32 (float64 for float64 gradients).
+    State: one value per element. Works in float32 (float64 for float64 gradients).
 
     Example:
         >>> memory, x = thinwire.memories.SteadyFeedback(), torch.tensor([1.0])

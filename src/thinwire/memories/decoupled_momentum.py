@@ -1,4 +1,4 @@
-"""DeMo's memory: the momentum itself is what has not been sent yet."""
+"""DeMo's memory: the momentum holds what was not sent yet."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,15 +17,15 @@ from thinwire.memories.error_feedback import signs, zeros
 @register("decoupled_momentum")
 @dataclass(frozen=True)
 class DecoupledMomentum(Memory):
-    """Each rank's own momentum, out of which what moves fastest is sent; momenta are never made equal.
+    """A momentum on each rank that is compressed and sent; the ranks' momenta are never synchronised.
 
-    ``M = beta M + g``; ``M`` is compressed, and what was sent leaves it; the gradient is the sign of the mean.
+    ``M = beta M + g``; ``C(M)`` is sent and subtracted from ``M``; the optimizer gets the sign of the mean.
 
     Args:
         decay: ``beta`` in [0, 1).
-        sign: whether the optimizer gets the sign of the mean, or the mean itself.
+        sign: True if the optimizer gets the sign of the mean, False for the mean itself.
 
-    State: one word an element (``residual``), which replaces the optimizer's momentum.
+    State: one value per element (``residual``), which replaces the optimizer's momentum.
 
     Raises:
         ThinwireError: ``decay`` is outside its range.
@@ -33,8 +33,8 @@ class DecoupledMomentum(Memory):
     Source: B. Peng, J. Quesnelle, D. Kingma, "DeMo: Decoupled Momentum Optimization", 2024, arXiv:2411.19870,
     algorithm 1.
 
-    Departures: the learning rate multiplies what is received, not what is remembered; with a sign and a constant rate
-    that is the same. The mean is over all ranks, not over those that sent a coefficient, which a sign does not see.
+    Departures: the learning rate multiplies the received mean, not the momentum; with a sign and a constant rate that
+    is the same. The mean is over all ranks, not only over those that sent a coefficient; the sign is the same.
     """
 
     feeds_back: ClassVar[bool] = True

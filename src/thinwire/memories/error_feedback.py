@@ -1,6 +1,6 @@
-"""Error feedback: what compression left over comes back with the next gradient; and the memory that forgets it.
+"""Error feedback, which adds the compression error to the next gradient, and the empty memory.
 
-All arithmetic is elementwise, so it is blind to the memory layout of the tensors.
+All arithmetic is elementwise, so it does not depend on the memory layout of the tensors.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from thinwire.core.tensors import Decompressed, float_at_least_32
 from thinwire.kernels.accumulate import accumulate
 
 StateDtype: TypeAlias = Literal["float32", "bfloat16"]
-"""What local states are kept in; float64 gradients keep float64 where float32 is asked for."""
+"""The dtype of local states; with "float32", float64 gradients keep float64 states."""
 STATE = dtype(("float32", "bfloat16"))
 
 
@@ -27,14 +27,14 @@ def zeros(like: Tensor) -> Tensor:
 
 
 def signs(x: Tensor) -> Tensor:
-    """``x = sign(x)``, in place; NaN, which tells a loss scaler to skip, stays."""
+    """Compute ``x = sign(x)`` in place; NaN stays, since it tells a loss scaler to skip the step."""
     return torch.where(x.isnan(), x, x.sign(), out=x)
 
 
 @register("none")
 @dataclass(frozen=True)
 class NoMemory(Memory):
-    """Sends the gradient as it is, a loss scale included, and forgets what compression lost."""
+    """The empty memory: it compresses the gradient as it is, with any loss scale, and forgets the compression error."""
 
     stateful: ClassVar[bool] = False
     linear: ClassVar[bool] = True
@@ -48,23 +48,23 @@ class NoMemory(Memory):
 @register("error_feedback")
 @dataclass(frozen=True)
 class ErrorFeedback(Memory):
-    """Adds to every gradient what was left over from the steps before.
+    """Error feedback, which adds the residual of earlier steps to every gradient.
 
-    ``x = residual + g``,  ``residual = (1 - beta) residual + beta (x - decompress(compress(x)))``, with ``beta`` 1.
-    State: one word an element. Works in float32 (float64 for float64 gradients).
+    ``x = residual + g``,  ``residual = (1 - beta) residual + beta (x - decompress(compress(x)))``; ``beta`` is 1 by
+    default. State: one value per element. Works in float32 (float64 for float64 gradients).
 
     Source: F. Seide et al., "1-Bit Stochastic Gradient Descent and its Application to Data-Parallel Distributed
     Training of Speech DNNs", 2014; S. Stich, J.-B. Cordonnier, M. Jaggi, "Sparsified SGD with Memory", 2018,
     arXiv:1809.07599, algorithm 1.
 
     Args:
-        decay: in (0, 1], what the residual is multiplied by before a gradient is added; 1 loses nothing.
-        state_dtype: ``"bfloat16"`` halves the state; what is smaller than 1/256 of the residual is then rounded away.
-        beta: in (0, 1]; below 1 it is ScaleCom's low-pass filter, under which only that share of what was not sent is
-            remembered, and only that share of what was sent is taken off.
+        decay: factor on the residual before a gradient is added, in (0, 1]; 1 loses nothing.
+        state_dtype: ``"bfloat16"`` halves the state; additions below 1/256 of the residual are then rounded away.
+        beta: in (0, 1]; below 1 it is ScaleCom's low-pass filter: only this share of a new gradient enters the
+            residual, and only this share of the sent values is subtracted.
 
-    Departures: the learning rate multiplies what is received, not what is remembered, so that any optimizer
-    can follow; after a cut of the learning rate, old residuals count at the new rate.
+    Departures: the learning rate multiplies the received mean, not the residual, so any optimizer works. After a cut
+    of the learning rate, old residuals count at the new rate.
     """
 
     feeds_back: ClassVar[bool] = True

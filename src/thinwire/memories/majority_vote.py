@@ -1,4 +1,4 @@
-"""The majority vote: what ranks send are votes, and only which side won counts."""
+"""The majority vote: ranks send signs, and the optimizer gets the sign of their sum."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,23 +14,23 @@ from thinwire.core.tensors import float_at_least_32
 from thinwire.memories.error_feedback import signs, zeros
 
 TIE = 1e-5
-"""What is closer to 0 than this, over the largest mean, is a tie, also where the mean itself was sent: votes are summed
-in floating point."""
+"""A mean below this share of the largest mean counts as a tie, since votes are summed in floating point; also for
+means that were sent dense."""
 
 
 @register("majority_vote")
 @dataclass(frozen=True)
 class MajorityVote(Memory):
-    """signSGD with majority vote, and with a momentum Signum: the optimizer gets -1, 0 or 1.
+    """The memory of signSGD with majority vote and, with momentum, of Signum. The optimizer gets -1, 0 or 1.
 
-    ``m = beta m + (1 - beta) g``; ``m`` is compressed, by ``Sign(scale="none")``; the gradient is the sign of the mean.
-    What is lost is not remembered. A tie is 0 where votes are gathered; the owner of ``route="two_phase"`` has no
-    0 to send, and draws a sign by seed.
+    ``m = beta m + (1 - beta) g``; ``m`` is compressed by ``Sign(scale="none")``; the gradient is the sign of the mean.
+    There is no error feedback. A tie gives 0 if votes are gathered. With ``route="two_phase"`` the owner can't send 0
+    and draws a sign by seed.
 
     Args:
         momentum: ``beta`` in [0, 1); leave the optimizer's own at 0.
 
-    State: one word an element, or none without a momentum.
+    State: one value per element, or none without momentum.
 
     Raises:
         ThinwireError: ``momentum`` is outside its range.
@@ -38,10 +38,10 @@ class MajorityVote(Memory):
     Source: J. Bernstein, J. Zhao, K. Azizzadenesheli, A. Anandkumar, "signSGD with Majority Vote is Communication
     Efficient And Fault Tolerant", 2019, arXiv:1810.05291, algorithm 1.
 
-    Departures: weight decay is the optimizer's, which adds it to the sign, as the paper does. A loss scale cancels.
+    Departures: the optimizer adds weight decay to the sign, as the paper does. A loss scale cancels.
     """
 
-    # also without a momentum: the sign must stand beside gradients that have a loss scale
+    # also without a momentum: the sign must not be divided by a loss scale
     stateful: ClassVar[bool] = True
 
     momentum: float = 0.0

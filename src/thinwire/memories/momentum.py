@@ -1,6 +1,6 @@
-"""Momentum: DGC's, where the velocity is what accumulates, and ordinary momentum for what is sent uncompressed.
+"""Momentum memories: DGC's, which accumulates the velocity, and ordinary momentum for dense parameters.
 
-Momentum and weight decay that every rank computes alike stand in the shared state.
+Momentum and weight decay that every rank computes alike are in the shared state.
 """
 
 from collections.abc import Set
@@ -32,31 +32,31 @@ SGD: dict[str, Check] = {
 @register("momentum_correction")
 @dataclass(frozen=True)
 class MomentumCorrection(Memory):
-    """DGC's memory: accumulates the velocity instead of the gradient, so momentum survives sparse sending.
+    """The memory of DGC, which accumulates the velocity instead of the gradient so that sparse sending keeps momentum.
 
     vanilla:   ``u = m u + g``,        ``v = v + u``
     Nesterov:  ``u = m (u + g)``,      ``v = v + u + g``
-    ``v`` is compressed; what was sent leaves ``v``, and with masking ``u`` becomes 0 there.
+    ``v`` is compressed; the sent values are subtracted from ``v``, and with masking ``u`` becomes 0 there.
 
     Args:
-        momentum: ``m`` in [0, 1). Set by the optimizer that is attached, like the next two.
+        momentum: ``m`` in [0, 1). Set by the attached optimizer, like the next two.
         nesterov: PyTorch's Nesterov form.
         weight_decay: L2 coefficient, per step.
-        decay: ``"separate"`` keeps a dense velocity of its own for the decay, ``"local"`` adds ``wd * param`` to the
+        decay: ``"separate"`` keeps a dense velocity for the weight decay, ``"local"`` adds ``wd * param`` to the
             gradient before ``u``, ``"decoupled"`` adds ``wd * param`` to the result without momentum.
         masking: momentum factor masking, the paper's guard against stale momentum.
-        mask_below_density: no masking where more than this share of the elements is sent: there it would only
-            remove momentum (at density 1 it turns momentum SGD into plain SGD).
+        mask_below_density: largest share of sent elements at which masking is on. At higher densities masking would
+            only remove momentum (at density 1 it turns momentum SGD into plain SGD).
         state_dtype: see ``ErrorFeedback``.
 
-    State: two words an element (``momentum`` = u, ``residual`` = v), where momentum SGD has one; and a third,
+    State: two values per element (``momentum`` = u, ``residual`` = v), where momentum SGD has one; and a third,
     equal on all ranks, for a separate decay.
 
     Source: Y. Lin, S. Han, H. Mao, Y. Wang, W. Dally, "Deep Gradient Compression", 2018, arXiv:1712.01887,
     equations 4 to 7.
 
-    Departures: ``v`` loses what the receiver got, not all that was selected, so that the error of a cast stays in
-    the residual. Masking stops above ``mask_below_density``.
+    Departures: the decompressed values are subtracted from ``v``, not the selected ones, so the error of a cast stays
+    in the residual. Masking stops above ``mask_below_density``.
     """
 
     absorbs: ClassVar[bool] = True
@@ -85,7 +85,7 @@ class MomentumCorrection(Memory):
 
     @property
     def _accumulation(self) -> Accumulation:
-        """Without a momentum ``u`` is left alone, as SGD leaves its buffer: it is there again when momentum is."""
+        """The kernel's rule. Without a momentum it keeps ``u`` for later, as SGD keeps its buffer."""
         return Accumulation(self.momentum, self.nesterov) if self.momentum else Accumulation(None)
 
     @property
@@ -150,12 +150,12 @@ class MomentumCorrection(Memory):
         now, was = form(self.absorbed), form(old.absorbed or Absorbed())
         if now != was:
             local["momentum"].mul_(now / was)
-        if "decay" in shared and not self.weight_decay:  # its velocity goes on, as a part of the other
+        if "decay" in shared and not self.weight_decay:  # the decay's velocity continues as a part of u
             local["momentum"].add_(shared["decay"], alpha=now)
 
     def take_buffer(self, buffer: Tensor, local: State, shared: State) -> None:
         torch.mul(buffer, form(self.absorbed), out=local["momentum"])
-        if "decay" in shared:  # is in the buffer already
+        if "decay" in shared:  # the buffer already includes it
             shared["decay"].zero_()
 
     def give_buffer(self, local: State, shared: State) -> tuple[Tensor | None, Tensor | None]:
@@ -167,10 +167,10 @@ class MomentumCorrection(Memory):
 @register("momentum")
 @dataclass(frozen=True)
 class Momentum(Memory):
-    """Ordinary SGD momentum, applied after the exchange: what DGC gives the tensors that it does not compress.
+    """Ordinary SGD momentum, applied after the exchange; DGC uses it for parameters that it does not compress.
 
     ``b = m b + (mean + wd * param)``; the gradient is ``b``, or ``mean + wd * param + m b`` with Nesterov.
-    ``decay="decoupled"`` keeps ``wd * param`` out of ``b``. State: one word an element, equal on all ranks.
+    ``decay="decoupled"`` keeps ``wd * param`` out of ``b``. State: one value per element, equal on all ranks.
     """
 
     absorbs: ClassVar[bool] = True
@@ -219,7 +219,7 @@ class Momentum(Memory):
     def take_buffer(self, buffer: Tensor, local: State, shared: State) -> None:
         if "momentum" in shared:
             shared["momentum"].copy_(buffer)
-        else:  # rests, until there is a momentum again
+        else:  # kept unchanged until momentum is turned on again
             shared["momentum"] = buffer.to(float_at_least_32(buffer.dtype), copy=True)
 
     def give_buffer(self, local: State, shared: State) -> tuple[Tensor | None, Tensor | None]:
@@ -227,5 +227,5 @@ class Momentum(Memory):
 
 
 def form(settings: Absorbed) -> float:
-    """DGC's ``u`` over SGD's momentum buffer."""
+    """Return the ratio of DGC's ``u`` to SGD's momentum buffer."""
     return settings.momentum if settings.nesterov and settings.momentum else 1.0

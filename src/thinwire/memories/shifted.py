@@ -1,8 +1,8 @@
-"""Shifted memories: what is sent is how far the gradient is from what the receivers already believe.
+"""EF21 memories: they send the difference between the gradient and an estimate that the receivers have.
 
-Every rank keeps ``h_i``, the sum of all that it has sent, and all ranks keep ``h``, the mean of the ``h_i`` (both are
-called ``estimate``). The compressor sees the difference between what the rank wants to say and ``h_i``, and the
-optimizer gets ``h``. Differences vanish where gradients settle, and what is compressed with them.
+Every rank keeps ``h_i``, the sum of its decompressed messages, and all ranks keep ``h``, the mean of the ``h_i`` (both
+are called ``estimate``). The compressor gets the difference between the gradient and ``h_i``, and the optimizer gets
+``h``. As gradients converge, the differences vanish, and the compression error with them.
 """
 
 from dataclasses import dataclass, replace
@@ -23,27 +23,27 @@ from thinwire.memories.error_feedback import zeros
 @register("ef21")
 @dataclass(frozen=True)
 class EF21(Memory):
-    """Sends the difference between the gradient and the sum of what was sent before, and steps with that sum.
+    """The memory of EF21, which sends the difference between the gradient and an estimate and steps with the estimate.
 
     ``v_i = (1 - eta) v_i + eta g_i``,  ``h_i = h_i + C(v_i - h_i)``,  the optimizer gets ``h = mean h_i``.
-    ``eta = 1`` is EF21 (``v_i = g_i``), below 1 EF21-SGDM; with a ``participation`` below 1, EF21-PP: a rank that is
-    absent from a step sends nothing, and its ``h_i`` stays in the mean; with a ``downlink``, EF21-BC: the optimizer
-    gets ``s``, where ``s = s + downlink(h - s)``.
+    ``eta = 1`` is EF21 (``v_i = g_i``), below 1 EF21-SGDM. ``participation`` below 1 is EF21-PP: a rank that is absent
+    from a step sends zeros, and its ``h_i`` stays in the mean. A ``downlink`` is EF21-BC: the optimizer gets ``s``,
+    where ``s = s + downlink(h - s)``.
 
     Args:
-        eta: weight of the newest gradient in ``v_i``, in (0, 1]. Below 1 the learning rate is on the scale of an
-            average: 1 / eta times that of SGD with momentum ``1 - eta``.
-        participation: probability that a rank takes part in a step, in (0, 1]; one coin for all its parameters.
-        downlink: a contractive compressor without a state of its own, for any shape; None for none.
+        eta: weight of the newest gradient in ``v_i``, in (0, 1]. Below 1 the optimizer gets an average: use 1 / eta
+            times the learning rate of SGD with momentum ``1 - eta``.
+        participation: probability that a rank takes part in a step, in (0, 1]; one draw for all its parameters.
+        downlink: a contractive compressor without a state, for any shape; None for none.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    State: two words an element (``h_i``, ``h``), one more for ``eta < 1`` and for a downlink. Works in float32
+    State: two values per element (``h_i``, ``h``), one more each for ``eta < 1`` and for a downlink. Works in float32
     (float64 for float64 gradients).
 
-    **Wire**: that of the compressor. A downlink saves nothing here: with an all-gather every rank has ``h`` itself, and
-    all apply ``downlink`` to the same difference. It models what a server that broadcasts would do to the training.
+    **Wire**: that of the compressor. A downlink saves no bytes: every rank has ``h``, and all apply ``downlink`` to the
+    same difference. It models the effect of a server that broadcasts compressed messages.
 
     Example:
         >>> memory, x = EF21(), torch.tensor([3.0, 1.0])
@@ -57,9 +57,9 @@ class EF21(Memory):
     Provably Improves Error Feedback!", 2023, arXiv:2305.15155 (SGDM).
 
     Departures: the new gradient comes before the step and not after it, which is the same sequence. ``h_i`` and ``v_i``
-    start from 0, so that with a lossless compressor EF21-SGDM is SGD with momentum ``1 - eta`` from the first step on;
-    ``Warmup(1, (1.0,))`` starts ``h_i`` from the first gradient by one dense step. A rank that is absent leaves ``v_i``
-    alone too. EF21-HB is this memory under ``torch.optim.SGD(momentum=...)``.
+    start from 0, so with a lossless compressor EF21-SGDM equals SGD with momentum ``1 - eta`` from the first step on.
+    ``Warmup(1, (1.0,))`` starts ``h_i`` from the first gradient by one dense step. An absent rank keeps ``v_i`` too.
+    EF21-HB is this memory with ``torch.optim.SGD(momentum=...)``.
     """
 
     feeds_back: ClassVar[bool] = True
@@ -87,13 +87,13 @@ class EF21(Memory):
     def inferred(self, known: State) -> State:
         if self.eta == 1.0 or "average" in known or "estimate" not in known:
             return {}
-        return {"average": known["estimate"].clone()}  # which follows the gradients as the average would
+        return {"average": known["estimate"].clone()}  # the estimate follows the gradients as the average would
 
     def init_shared(self, like: Tensor) -> State:
         return {"estimate": zeros(like)} | ({"server": zeros(like)} if self.downlink is not None else {})
 
     def present(self, ctx: Context) -> bool:
-        """Whether this rank takes part in this step."""
+        """Return True if this rank takes part in this step."""
         coin = replace(ctx, unit="participation").generator()
         return (
             self.participation == 1.0
@@ -104,7 +104,7 @@ class EF21(Memory):
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
     ) -> Tensor:
         if not self.present(ctx):
-            for key, value in new.items():  # ``old`` holds what is shared too
+            for key, value in new.items():  # ``old`` also has the shared state
                 value.copy_(old[key])
             return torch.zeros_like(old["estimate"])
         new["estimate"].copy_(old["estimate"])  # sent() adds to it
@@ -117,35 +117,35 @@ class EF21(Memory):
         own.add_to(new["estimate"])
 
     def returned(self, rest: Decompressed, new: State) -> None:
-        rest.add_to(new["estimate"], alpha=-1.0)  # the receivers did not get it, so h_i says that it was not sent
+        rest.add_to(new["estimate"], alpha=-1.0)  # the receivers did not get it, so it leaves h_i
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
         h = torch.add(old["estimate"], mean, out=new["estimate"])
         if self.downlink is not None:
             x = h - old["server"]
             h = new["server"].copy_(old["server"])
-            sender = replace(ctx, saturates=1.0)  # what is cut off comes back with the next difference
+            sender = replace(ctx, saturates=1.0)  # the saturated part comes back with the next difference
             self.downlink.decompress(self.downlink.compress(x, {}, sender), x, {}, ctx).add_to(h)
-        return mean.copy_(h)  # not the state itself, which the optimizer may not write to
+        return mean.copy_(h)  # a copy, since the optimizer may write to it
 
 
 @register("econtrol")
 @dataclass(frozen=True)
 class EControl(Memory):
-    """EF21 with a residual beside the estimate, which comes back with the strength ``eta``.
+    """The memory of EControl, which is EF21 plus a residual that is added back with the weight ``eta``.
 
     ``x_i = eta e_i + g_i - h_i``,  ``h_i = h_i + C(x_i)``,  ``e_i = e_i + g_i - h_i`` with the new ``h_i``; the
-    optimizer gets ``h = mean h_i``. What is remembered is the error of the estimate, not that of the message, so that
-    the parameters less ``lr * mean e_i`` move as in SGD.
+    optimizer gets ``h = mean h_i``. The residual is the error of the estimate, not of the message, so the parameters
+    minus ``lr * mean e_i`` move as in SGD.
 
     Args:
-        eta: strength of the feedback, in [0, 1]; 0 is EF21, bit for bit. The density is a good value, and far above it
-            is unstable: five times the density was, at every learning rate tried.
+        eta: weight of the residual, in [0, 1]; 0 is EF21, bit for bit. The density is a good value. Much larger values
+            are unstable: five times the density was unstable at every learning rate tried.
 
     Raises:
-        ThinwireError: ``eta`` outside its range.
+        ThinwireError: ``eta`` is outside its range.
 
-    State: three words an element (``e_i`` = residual, ``h_i`` and ``h`` = estimate). Works in float32 (float64 for
+    State: three values per element (``e_i`` = residual, ``h_i`` and ``h`` = estimate). Works in float32 (float64 for
     float64 gradients).
 
     Example:
@@ -198,7 +198,7 @@ class EControl(Memory):
 
 
 def check_downlink(downlink: Compressor) -> None:
-    """It is applied to the mean of any tensor, outside of any message."""
+    """Check that a downlink compresses any shape, keeps no state and is a contraction."""
     kind = type(downlink).__name__
     if downlink.traits.min_ndim or downlink.init(NUMBER, NOWHERE):
         raise ThinwireError(f"{kind} needs matrices or keeps a state, which a downlink can't; use e.g. TopK(0.05)")

@@ -1,4 +1,4 @@
-"""The recipes: a method is a few lines over the catalogue's parts."""
+"""Recipes: each builds a method from a compressor and a memory in a few lines."""
 
 from thinwire.methods.basic import cast, dense, dgc, topk
 from thinwire.methods.feedback_family import econtrol, ef14, ef21, ef21_bc, ef21_pp, ef21_sgdm, ef21_w

@@ -1,4 +1,4 @@
-"""The recipes that most begin with: nothing, a cast, Top-k with error feedback, and DGC."""
+"""Recipes to start with: dense, a cast, Top-k with error feedback, and DGC."""
 
 from typing import Literal, Unpack
 
@@ -16,7 +16,7 @@ SENT = checks.dtype(tuple(DTYPES), "; thinwire.dense() sends gradients as they a
 
 
 def dense(*, clip: float | None = None) -> Method:
-    """Sends every gradient as it is: plain data parallelism, bit-equal to DDP without a hook.
+    """Send every gradient as it is: plain data parallelism, bit-equal to DDP without a hook.
 
     Args:
         clip: local gradient clipping, see ``thinwire.Method``.
@@ -27,14 +27,14 @@ def dense(*, clip: float | None = None) -> Method:
 
 
 def cast(dtype: str | torch.dtype = "float16", *, clip: float | None = None) -> Method:
-    """Sends every gradient in a shorter dtype and forgets what the cast lost, like PyTorch's fp16 and bf16 hooks.
+    """Send every gradient in a shorter dtype without error feedback, like PyTorch's fp16 and bf16 hooks.
 
     Args:
         dtype: ``"float16"`` or ``torch.float16``, ``"bfloat16"`` and so on.
         clip: local gradient clipping, see ``thinwire.Method``.
 
     Raises:
-        ThinwireError: another dtype.
+        ThinwireError: ``dtype`` is not one of these.
 
     **Wire**: half of ``dense()`` for ``"float16"`` and ``"bfloat16"``.
     """
@@ -50,24 +50,24 @@ def topk(
     state_dtype: StateDtype = "float32",
     **options: Unpack[Options],
 ) -> Method:
-    """Top-k with error feedback, for AdamW and every other optimizer.
+    """Send the largest elements (Top-k) with error feedback, for AdamW and every other optimizer.
 
     ``x = residual + g``; the largest elements of ``x`` are sent, the rest is the next residual. Parameters of fewer
     than two dimensions are sent dense.
 
     Args:
         density: kept / total of each parameter, in (0, 1]; 0.01 is a safe start.
-        values: precision of what is sent, e.g. ``"float16"``, ``"int4"`` or ``"sign"``; what it loses stays in the
-            residual. See ``thinwire.compressors.TopK``, as for ``selection``.
-        state_dtype: of the residual, see ``thinwire.memories.ErrorFeedback``.
-        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+        values: precision of the values sent, e.g. ``"float16"``, ``"int4"`` or ``"sign"``; the rounding error stays in
+            the residual. See ``thinwire.compressors.TopK``, also for ``selection``.
+        state_dtype: dtype of the residual, see ``thinwire.memories.ErrorFeedback``.
+        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
             ``second_stage_density_ratio``.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    **Wire**: about ``density * n * 5.5`` bytes to each other rank, by all-gather; 2 an element with ``values="int4"``,
-    1.6 with ``"sign"``, at a density of 0.1 %.
+    **Wire**: about ``density * n * 5.5`` bytes to each other rank, by all-gather. At a density of 0.1 % a sent element
+    takes 5.5 bytes, 2 with ``values="int4"`` and 1.6 with ``"sign"``.
 
     Example:
         >>> topk(0.01).name
@@ -89,26 +89,26 @@ def dgc(
     state_dtype: StateDtype = "float32",
     **options: Unpack[Options],
 ) -> Method:
-    """Deep Gradient Compression: sends 0.1 % of the gradient, with momentum SGD.
+    """Send 0.1 % of the gradient by Deep Gradient Compression, with momentum SGD.
 
-    ``u = m u + g``, ``v = v + u``; the largest ``|v|`` of each parameter are sent and leave ``v``, and ``u`` there
-    (momentum factor masking). Parameters of fewer than two dimensions are sent dense, with ordinary momentum
-    after averaging. Momentum, Nesterov and weight decay come from the SGD optimizer that is attached.
+    ``u = m u + g``, ``v = v + u``; the largest ``|v|`` of each parameter are sent. At the sent elements ``v`` is
+    cleared, and ``u`` too (momentum factor masking). Parameters of fewer than two dimensions are sent dense, with
+    ordinary momentum after averaging. Momentum, Nesterov and weight decay are taken from the attached SGD optimizer.
 
     Args:
         density: kept / total of each parameter, in (0, 1].
         masking, mask_below_density, decay: see ``thinwire.memories.MomentumCorrection``.
-        values: precision of what is sent, e.g. ``"float16"``, ``"int4"`` or ``"sign"``; what it loses stays in the
-            residual. See ``thinwire.compressors.TopK``, as for ``selection``.
-        state_dtype: of the residual and the momentum, see ``thinwire.memories.ErrorFeedback``.
-        options: those of all recipes, see ``Options``. The paper's advice is a ``warmup`` over 1 to 5 % of the
+        values: precision of the values sent, e.g. ``"float16"``, ``"int4"`` or ``"sign"``; the rounding error stays in
+            the residual. See ``thinwire.compressors.TopK``, also for ``selection``.
+        state_dtype: dtype of the residual and the momentum, see ``thinwire.memories.ErrorFeedback``.
+        options: the options of all recipes, see ``Options``. The paper advises a ``warmup`` over 1 to 5 % of the
             training. ``clip`` needs the norm of the whole gradient, so the exchange starts only at the end of backward.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    **Wire**: about ``density * n * 5.5`` bytes to each other rank, by all-gather; 2 an element with ``values="int4"``,
-    1.6 with ``"sign"``, at a density of 0.1 %.
+    **Wire**: about ``density * n * 5.5`` bytes to each other rank, by all-gather. At a density of 0.1 % a sent element
+    takes 5.5 bytes, 2 with ``values="int4"`` and 1.6 with ``"sign"``.
 
     Example:
         >>> dgc(0.001, warmup=Warmup(steps=400)).absorbs

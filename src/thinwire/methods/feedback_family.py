@@ -1,7 +1,7 @@
-"""Error feedback and its relatives: what compression loses is remembered, as a residual or as a difference.
+"""Recipes with error feedback: each remembers what compression lost, as a residual or in an estimate.
 
-Each takes a density, for Top-k, or any contractive compressor. Parameters of fewer than two dimensions are sent dense,
-and momentum, where the method has none of its own, stays with the user's optimizer.
+Each takes a density, for Top-k, or any contractive compressor. Parameters of fewer than two dimensions are sent dense.
+If the method has no momentum of its own, momentum stays with the user's optimizer.
 """
 
 from typing import Unpack
@@ -16,18 +16,18 @@ from thinwire.methods.options import Options, recipe
 
 
 def ef14(compressor: float | Compressor, *, decay: float = 1.0, **options: Unpack[Options]) -> Method:
-    """Classical error feedback, with any contractive compressor.
+    """Compress with classical error feedback, by any contractive compressor.
 
     ``x = e + g``,  ``e = x - C(x)``; the optimizer gets the mean of ``C(x)``. ``topk()`` is this with Top-k.
 
     Args:
         compressor: a density in (0, 1], for Top-k; or a compressor.
         decay: see ``thinwire.memories.ErrorFeedback``.
-        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
             ``second_stage_density_ratio``.
 
     Raises:
-        ThinwireError: a value outside its range, or a compressor that may lose more than it is given.
+        ThinwireError: a value is outside its range, or the compressor may lose more than it is given.
 
     **Wire**: that of the compressor.
 
@@ -41,11 +41,11 @@ def ef14(compressor: float | Compressor, *, decay: float = 1.0, **options: Unpac
 
 
 def ef21(compressor: float | Compressor, **options: Unpack[Options]) -> Method:
-    """EF21: sends differences between gradients and what was sent before.
+    """Send differences between the gradient and the estimate from earlier messages (EF21).
 
-    ``h_i = h_i + C(g_i - h_i)``; the optimizer gets ``h = mean h_i``. With exact gradients it converges where error
-    feedback stalls on different data; with small batches it stalls at a floor that neither a smaller learning rate
-    nor more workers lower: there use ``ef21_sgdm``. Heavy ball (EF21-HB) is SGD's own ``momentum=``.
+    ``h_i = h_i + C(g_i - h_i)``; the optimizer gets ``h = mean h_i``. With exact gradients and different data on each
+    worker it converges where error feedback stalls. With small batches it stalls at a loss that neither a smaller
+    learning rate nor more workers lower: use ``ef21_sgdm`` there. Heavy ball (EF21-HB) is SGD's own ``momentum=``.
 
     Args:
         compressor, options: as for ``ef14``. ``warmup=Warmup(1, (1.0,))`` starts from the first gradient, sent dense.
@@ -65,11 +65,11 @@ def ef21(compressor: float | Compressor, **options: Unpack[Options]) -> Method:
 
 
 def ef21_sgdm(compressor: float | Compressor, *, eta: float = 0.1, **options: Unpack[Options]) -> Method:
-    """EF21 with momentum: the family's default for stochastic training, on different data above all.
+    """Use EF21 with momentum, the family's default for stochastic training, above all with different data per worker.
 
     ``v_i = (1 - eta) v_i + eta g_i``,  ``h_i = h_i + C(v_i - h_i)``; the optimizer gets ``h = mean h_i``.
-    The learning rate is on the scale of an average: with ``eta=0.1``, 10 times that of SGD with momentum 0.9, whose
-    momentum must then be 0. What is sent dense is not averaged, which is the same learning rate there.
+    The optimizer gets an average of gradients, not their sum. With ``eta=0.1`` use SGD without momentum, at 10 times
+    the learning rate of SGD with momentum 0.9. Dense parameters are not averaged; the same rate fits them.
 
     Args:
         compressor, options: as for ``ef21``.
@@ -91,12 +91,12 @@ def ef21_sgdm(compressor: float | Compressor, *, eta: float = 0.1, **options: Un
 
 
 def ef21_w(compressor: float | Compressor, **options: Unpack[Options]) -> Method:
-    """EF21-W: EF21 with the larger learning rate ``thinwire.methods.theory.ef21_step(..., mean="arithmetic")``.
+    """Use EF21 at the larger learning rate ``thinwire.methods.theory.ef21_step(..., mean="arithmetic")`` (EF21-W).
 
     EF21-W weighs workers by ``w_i = L_i / sum L_j``: ``h_i = h_i + C(g_i / (N w_i) - h_i)``, and steps with
-    ``sum w_i h_i``. Where ``C(a x) = a C(x)`` for ``a > 0`` (Top-k, casts, scaled signs), ``H_i = N w_i h_i`` follows
-    ``H_i + N w_i C((g_i - H_i) / (N w_i)) = H_i + C(g_i - H_i)``, which is EF21, and ``sum w_i h_i = mean H_i``: both
-    take the same steps, so nothing remains to be weighed but the learning rate.
+    ``sum w_i h_i``. If ``C(a x) = a C(x)`` for ``a > 0`` (Top-k, casts, scaled signs), ``H_i = N w_i h_i`` follows
+    ``H_i + N w_i C((g_i - H_i) / (N w_i)) = H_i + C(g_i - H_i)``, which is EF21, and ``sum w_i h_i = mean H_i``. So
+    both take the same steps, and only the learning rate differs.
 
     Args:
         compressor, options: as for ``ef21``.
@@ -117,10 +117,10 @@ def ef21_w(compressor: float | Compressor, **options: Unpack[Options]) -> Method
 
 
 def ef21_pp(compressor: float | Compressor, *, participation: float, **options: Unpack[Options]) -> Method:
-    """EF21 where each rank takes part in a step with a probability, and says nothing new otherwise.
+    """Use EF21 in which each rank takes part in a step with a given probability (EF21-PP).
 
-    Present: ``h_i = h_i + C(g_i - h_i)``; absent: ``h_i`` stays, in the mean too. The message of a rank that is absent
-    is as long, and says 0: a collective has one size.
+    Present: ``h_i = h_i + C(g_i - h_i)``; absent: ``h_i`` stays as it is, also in the mean. An absent rank sends a
+    message of zeros of the same size, since a collective has one size.
 
     Args:
         compressor, options: as for ``ef21``.
@@ -142,17 +142,17 @@ def ef21_pp(compressor: float | Compressor, *, participation: float, **options: 
 
 
 def ef21_bc(compressor: float | Compressor, downlink: float | Compressor, **options: Unpack[Options]) -> Method:
-    """EF21 with compression in both directions, as with a server that broadcasts what it compressed.
+    """Use EF21 with compression in both directions, as with a server that broadcasts compressed messages (EF21-BC).
 
-    ``h_i = h_i + C(g_i - h_i)``,  ``s = s + downlink(mean h_i - s)``; the optimizer gets ``s``. Every rank does
-    the server's part alike, on what an all-gather brought it, so the downlink saves no byte here.
+    ``h_i = h_i + C(g_i - h_i)``,  ``s = s + downlink(mean h_i - s)``; the optimizer gets ``s``. Every rank computes
+    the server's part from the messages of all ranks, so the downlink saves no bytes here.
 
     Args:
         compressor, options: as for ``ef21``.
         downlink: a density or a compressor, as ``compressor``.
 
     Raises:
-        ThinwireError: as ``ef14``; or a downlink that keeps a state.
+        ThinwireError: as ``ef14``; or the downlink keeps a state.
 
     **Wire**: that of the compressor.
 
@@ -166,17 +166,17 @@ def ef21_bc(compressor: float | Compressor, downlink: float | Compressor, **opti
 
 
 def econtrol(compressor: float | Compressor, *, eta: float | None = None, **options: Unpack[Options]) -> Method:
-    """EControl: EF21 with a residual that comes back with the strength ``eta``.
+    """Use EF21 with a residual that is added back with the weight ``eta`` (EControl).
 
     ``x_i = eta e_i + g_i - h_i``,  ``h_i = h_i + C(x_i)``,  ``e_i = e_i + g_i - h_i``; the optimizer gets ``mean h_i``.
 
     Args:
         compressor, options: as for ``ef21``.
-        eta: in [0, 1]; None for the density, or for the contraction that the compressor promises for 2**20 elements.
-            Where that bound is loose, as for values in a code, give the density.
+        eta: in [0, 1]; None for the density, or for the compressor's contraction for 2**20 elements. If that bound is
+            loose, as for coded values, pass the density.
 
     Raises:
-        ThinwireError: as ``ef14``; or nothing is known of the compressor's contraction.
+        ThinwireError: as ``ef14``; or the compressor's contraction is unknown.
 
     **Wire**: that of the compressor.
 

@@ -1,4 +1,4 @@
-"""A method as it may be given: a compressor or a rule becomes one, and what is none is told what it is."""
+"""Conversion of the ``method`` argument: a compressor or a rule becomes a method; anything else is an error."""
 
 from collections.abc import Callable
 from inspect import signature
@@ -24,13 +24,13 @@ RECIPES: dict[str, Callable[..., Method]] = {
 
 
 def method_of(given: Any) -> Method:
-    """The method that is meant.
+    """Return the method that a method, compressor or rule stands for.
 
-    A compressor is used as the recipes use theirs: on parameters of two dimensions and more, with error feedback where
-    it needs that, and what it declines is sent dense.
+    A compressor is used as in the recipes: on parameters of two or more dimensions, with error feedback if it needs
+    it. Parameters that it declines are sent dense.
 
     Raises:
-        ThinwireError: it is none.
+        ThinwireError: ``given`` is none of these.
     """
     if isinstance(given, Method):
         return given
@@ -49,7 +49,7 @@ def _with_rest(rule: Rule) -> Method:
 
 
 def _wrong(given: Any) -> str:
-    """What was given instead of a method, and the way out."""
+    """Describe what was given instead of a method, and the way out."""
     if isinstance(given, str):
         name = given.strip().lower().removeprefix("thinwire.").removesuffix("()")
         if name in RECIPES:
@@ -77,6 +77,6 @@ def _wrong(given: Any) -> str:
 
 
 def _needs(recipe: Callable[..., Method]) -> str:
-    """What a call of a recipe can't do without."""
+    """Return the required arguments of a recipe, as text for an example."""
     needed = [p for p in signature(recipe).parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     return ", ".join("0.01" if p.kind is p.POSITIONAL_OR_KEYWORD else f"{p.name}=0.5" for p in needed)

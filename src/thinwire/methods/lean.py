@@ -1,4 +1,4 @@
-"""The leanest that was found: from a budget of bits, many elements in few bits, and no masking."""
+"""The recipe with the lowest loss per byte so far: many elements in few bits, within a budget, without masking."""
 
 import math
 from dataclasses import replace
@@ -15,21 +15,21 @@ from thinwire.methods.method import Method
 from thinwire.methods.options import Options
 
 VALUES = "int4"
-"""The code that lost least at the same bytes."""
+"""The code that lost least for the same bytes."""
 
 
 def bits_of(density: float, values: str | None) -> float:
-    """Bits a parameter of a Top-k message: values, and Elias-Fano indices."""
+    """Return the bits per parameter of a Top-k message: values and Elias-Fano indices."""
     width = codes.CODES[values] if values in codes.CODES else 8 * dtype_named(values, torch.float32).itemsize
     low = math.floor(math.log2(1.0 / density))
     return density * (width + low + 1) + 2.0**-low
 
 
 def density_for(bits_per_parameter: float, values: str | None) -> float:
-    """The density at which a Top-k message takes that many bits a parameter, scales and rounding left out.
+    """Return the density at which a Top-k message takes that many bits per parameter, without scales and rounding.
 
     Raises:
-        ThinwireError: the budget is not above 0, or more than sending everything takes.
+        ThinwireError: the budget is not above 0, or above what sending every element takes.
 
     Example:
         >>> 0.001 < density_for(0.02, "sign") < 0.002
@@ -45,20 +45,20 @@ def density_for(bits_per_parameter: float, values: str | None) -> float:
 
 
 def lean(bits_per_parameter: float = 0.06, *, momentum: bool = True, **options: Unpack[Options]) -> Method:
-    """Spends a budget of bits where they buy the most: on more elements with 4-bit values, rather than few in 32 bits.
+    """Send within a budget of bits: more elements with 4-bit values instead of fewer with 32 bits.
 
-    At 0.06 bits a parameter that is a density of 0.43 %, where float32 values would leave 0.14 %. With momentum SGD it
-    is DGC without momentum factor masking; with any other optimizer, Top-k with error feedback.
+    At 0.06 bits per parameter the density is 0.43 %; with float32 values it would be 0.14 %. With momentum SGD this is
+    DGC without momentum factor masking; with any other optimizer, Top-k with error feedback.
 
     Args:
-        bits_per_parameter: of a compressed parameter's message a step, indices and values, above 0; 0.02 to 0.3 were
-            measured. dense float32 takes 32.
+        bits_per_parameter: bits per step for each compressed parameter, indices and values, above 0; 0.02 to 0.3 were
+            measured. Dense float32 takes 32.
         momentum: take momentum over from SGD, as ``dgc`` does; False for AdamW and every other optimizer.
-        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
             ``second_stage_density_ratio``.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
     **Wire**: ``bits_per_parameter * n / 8`` bytes to each other rank, by all-gather.
 

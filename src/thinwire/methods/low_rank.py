@@ -1,4 +1,4 @@
-"""The recipe of low rank."""
+"""The low-rank recipe."""
 
 from typing import Unpack
 
@@ -17,23 +17,23 @@ def powersgd(
     state_dtype: StateDtype = "float32",
     **options: Unpack[Options],
 ) -> Method:
-    """PowerSGD with error feedback, for any optimizer, whose momentum comes after averaging.
+    """Compress with PowerSGD and error feedback, for any optimizer; its momentum is applied after averaging.
 
     ``x = residual + g`` as a matrix ``[n, m]``; its projection on ``rank`` directions is sent, the rest is the next
-    residual. What is declined goes dense, and the ledger says so: vectors, and matrices with
-    ``n m < min_compression_rate * rank * (n + m)``.
+    residual. Vectors, and matrices with ``n m < min_compression_rate * rank * (n + m)``, are sent dense, and the
+    ledger notes them.
 
     Args:
-        rank: directions, at least 1: 1 to 4 for convolutions, up to 32 for transformers.
-        min_compression_rate: see above; 0 takes all matrices.
-        state_dtype: of the residual, see ``thinwire.memories.ErrorFeedback``.
-        options: those of all recipes, see ``Options``. A ``warmup`` of a number of steps is ``Warmup(steps, (1.0,))``,
-            which sends dense at first, as the authors advise for about 10 % of the training.
+        rank: number of directions, at least 1: 1 to 4 for convolutions, up to 32 for transformers.
+        min_compression_rate: see above; 0 compresses all matrices.
+        state_dtype: dtype of the residual, see ``thinwire.memories.ErrorFeedback``.
+        options: the options of all recipes, see ``Options``. For ``warmup`` a number of steps means
+            ``Warmup(steps, (1.0,))``, which sends dense; the authors advise about 10 % of the training.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    **Wire**: ``4 rank n`` bytes of a matrix at even steps, ``4 rank m`` at odd ones, by all-reduce.
+    **Wire**: ``4 rank n`` bytes for a matrix at even steps, ``4 rank m`` at odd ones, by all-reduce.
 
     Example:
         >>> powersgd(2).rule("layer.weight", (512, 256), 512 * 256).compressor.rank
@@ -42,7 +42,7 @@ def powersgd(
     Source: T. Vogels, S. P. Karimireddy, M. Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed
     Optimization", 2019, arXiv:1905.13727.
 
-    Departures: see ``thinwire.compressors.PowerSGD``. Half a power iteration a step is half the bytes of a
+    Departures: see ``thinwire.compressors.PowerSGD``. Each step does half a power iteration for half the bytes of a
     whole one, so compare at twice the rank.
     """
     least = real(0.0, hint=", which takes every matrix")("min_compression_rate", min_compression_rate)

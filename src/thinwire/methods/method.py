@@ -1,6 +1,6 @@
-"""What a method is: ordered rules that say, for every parameter, how it is compressed and what is remembered.
+"""Methods: ordered rules that choose the compressor and the memory of every parameter.
 
-A method is a value: it goes to JSON and back, and ranks compare it before they exchange anything.
+A method is a value. It can be written to JSON and read back, and ranks compare it before they exchange anything.
 """
 
 import json
@@ -17,14 +17,14 @@ from thinwire.core.interfaces import Compressor, Memory
 from thinwire.methods.warmup import Warmup
 
 TYPICAL = 2**20
-"""Elements for which a rule is checked."""
+"""Number of elements for which a rule is checked."""
 ROUTING = ("route", "second_stage_density_ratio")
 RouteName: TypeAlias = Literal["all_gather", "two_phase", "auto"]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Parameters whose name fits the glob ``match`` and that are large enough get this compressor and memory."""
+    """A compressor and a memory for parameters that match the glob ``match`` and are large enough."""
 
     compressor: Compressor
     memory: Memory
@@ -57,7 +57,7 @@ class Rule:
             )
 
     def means(self, name: str, shape: Sequence[int], numel: int) -> bool:
-        """Whether the rule is written for such a parameter; its compressor may decline it all the same."""
+        """Return True if the rule matches such a parameter; its compressor may still decline it."""
         return len(shape) >= self.min_ndim and numel >= self.min_numel and fnmatchcase(name, self.match)
 
 
@@ -73,17 +73,17 @@ def _rules(name: str, value: Any) -> tuple[Rule, ...]:
 
 @dataclass(frozen=True)
 class Method:
-    """Rules in order, of which the first that fits counts; and what concerns all parameters together.
+    """Ordered rules, of which the first that fits applies, and the settings for all parameters together.
 
     Args:
-        name: how tables call it.
-        rules: the last should fit every parameter.
-        clip: norm of the mean gradient above which each rank clips its own gradient before it is remembered; the
-            local threshold is ``clip * sqrt(N)``. None for no clipping.
+        name: the name in tables.
+        rules: the rules; the last should fit every parameter.
+        clip: the largest norm of the mean gradient; each rank clips its own gradient to ``clip * sqrt(N)`` before the
+            memory gets it. None for no clipping.
         warmup: the densities of the first steps.
-        route: how compressed units travel. ``"all_gather"``: each payload to every other rank; ``"two_phase"``: pieces
-            to their owners and the mean to all, which takes the same bytes for any number of workers, and compresses
-            twice; ``"auto"``: the faster of the two for each bucket.
+        route: the route of compressed units. ``"all_gather"``: each payload to every other rank. ``"two_phase"``:
+            pieces to their owners, then the mean to all; the bytes per worker do not grow with the number of workers,
+            but it compresses twice. ``"auto"``: the faster of the two for each bucket.
         second_stage_density_ratio: density of the second phase over that of the first, above 0.
     """
 
@@ -107,15 +107,15 @@ class Method:
 
     @property
     def absorbs(self) -> bool:
-        """Whether the method takes momentum and weight decay over from the optimizer."""
+        """True if the method takes momentum and weight decay over from the optimizer."""
         return any(rule.memory.absorbs for rule in self.rules)
 
     def rule(self, name: str, shape: Sequence[int], numel: int) -> Rule:
-        """The first rule that fits."""
+        """Return the first rule that fits."""
         return self.choice(name, shape, numel)[0]
 
     def choice(self, name: str, shape: Sequence[int], numel: int) -> tuple[Rule, str | None]:
-        """The first rule that fits, and why the compressor of one before it declined, if one did."""
+        """Return the first rule that fits, and the reason why an earlier rule's compressor declined, or None."""
         reason: str | None = None
         for rule in self.rules:
             if rule.means(name, shape, numel):
@@ -145,7 +145,7 @@ class Method:
 
     @staticmethod
     def from_json(text: str) -> "Method":
-        """The method that ``to_json`` wrote."""
+        """Read a method that ``to_json`` wrote."""
         try:
             data: dict[str, Any] = json.loads(text)
             rules = tuple(

@@ -1,4 +1,4 @@
-"""Methods whose optimizer is a part of them: 1-bit Adam, 0/1 Adam, 1-bit LAMB."""
+"""Recipes with an optimizer of their own: 1-bit Adam, 0/1 Adam, 1-bit LAMB."""
 
 from typing import Unpack
 
@@ -11,21 +11,21 @@ from thinwire.methods.options import Options, recipe
 
 
 def onebit_adam(*, block: int = 4096, **options: Unpack[Options]) -> Method:
-    """1-bit Adam's exchange, for ``thinwire.optim.OneBitAdam``: the momentum, dense at first, then one bit an element.
+    """Exchange 1-bit Adam's momentum, dense at first, then in one bit per element; for ``thinwire.optim.OneBitAdam``.
 
-    Tensors of fewer than two dimensions exchange their momentum dense. When the variance is frozen is said to the
-    optimizer, once: ``OneBitAdam(freeze_step=)``.
+    Tensors of fewer than two dimensions exchange their momentum dense. ``OneBitAdam(freeze_step=)`` sets the step at
+    which the variance is frozen.
 
     Args:
         block: elements that share a scale, the mean of their magnitudes.
-        options: those of all recipes, see ``Options``. The default ``route`` has two phases, which take 2 bits an
-            element however many workers there are. Tensors of rare features (embeddings, bags of words) are kept dense
-            by the optimizer, see ``thinwire.optim.OneBitAdam``.
+        options: the options of all recipes, see ``Options``. The default ``route`` has two phases, which take 2 bits
+            per element for any number of workers. The optimizer keeps tensors of rare features (embeddings, bags of
+            words) dense, see ``thinwire.optim.OneBitAdam``.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    **Wire**: until the variance is frozen as ``dense()``; then 1 bit an element and 4 bytes a block in each of two
+    **Wire**: as ``dense()`` until the variance is frozen; then 1 bit per element and 4 bytes per block in each of two
     phases, 32 times less.
 
     Example:
@@ -45,12 +45,12 @@ def onebit_adam(*, block: int = 4096, **options: Unpack[Options]) -> Method:
 
 
 def zeroone_adam(*, block: int = 4096, **options: Unpack[Options]) -> Method:
-    """0/1 Adam's exchange, for ``thinwire.optim.ZeroOneAdam``: one bit an element but for ever rarer dense steps.
+    """Exchange gradients in one bit per element, with ever rarer dense steps; for ``thinwire.optim.ZeroOneAdam``.
 
     Args:
         block, options: as for ``onebit_adam``.
 
-    **Wire**: as ``onebit_adam``, with the dense steps spread: ``16 (1 + log2(T / 16))`` of T.
+    **Wire**: as ``onebit_adam``, with spread dense steps: ``16 (1 + log2(T / 16))`` of T steps.
 
     Source: Y. Lu et al., "Maximizing Communication Efficiency for Large-scale Training via 0/1 Adam", 2022,
     arXiv:2202.06009.
@@ -61,7 +61,7 @@ def zeroone_adam(*, block: int = 4096, **options: Unpack[Options]) -> Method:
 
 
 def onebit_lamb(*, block: int = 4096, **options: Unpack[Options]) -> Method:
-    """1-bit LAMB's exchange, for ``thinwire.optim.OneBitLamb``; that of ``onebit_adam``.
+    """Exchange 1-bit LAMB's momentum as ``onebit_adam`` does; for ``thinwire.optim.OneBitLamb``.
 
     Source: C. Li et al., "1-bit LAMB: Communication Efficient Large-Scale Large-Batch Training with LAMB's Convergence
     Speed", 2021, arXiv:2104.06069.

@@ -1,4 +1,4 @@
-"""The options that all recipes share, and the rules that a recipe makes of a compressor and a memory."""
+"""Options that all recipes share, and the function that builds a recipe's rules."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, cast
@@ -15,13 +15,13 @@ IDENTITY = Rule(Cast(), NoMemory())
 
 
 class Options(TypedDict, total=False):
-    """The options that every recipe takes by name; all of them may be left out.
+    """The options that every recipe takes by name; all are optional.
 
     Args:
-        warmup: densities of the first steps; a number of steps is ``Warmup(steps)``.
-        clip: local gradient clipping: the norm of the mean gradient above which it is clipped, see ``thinwire.Method``.
+        warmup: densities of the first steps; a number of steps means ``Warmup(steps)``.
+        clip: local gradient clipping: the largest norm of the mean gradient, see ``thinwire.Method``.
         keep_dense: globs of parameter names to send dense.
-        route: how compressed parameters travel, see ``thinwire.Method``.
+        route: the route of compressed parameters, see ``thinwire.Method``.
         second_stage_density_ratio: density of the second of two phases over that of the first.
     """
 
@@ -41,15 +41,15 @@ def recipe(
     min_ndim: int = 2,
     route: RouteName = "all_gather",
 ) -> Method:
-    """A method that compresses parameters of at least ``min_ndim`` dimensions alike, and sends the rest by ``rest``.
+    """Make a method that compresses parameters of at least ``min_ndim`` dimensions; the others use the rule ``rest``.
 
     Args:
-        name: of the method.
-        options: as the recipe was given them.
-        route: where the options name none.
+        name: name of the method.
+        options: the options given to the recipe.
+        route: the route if the options have none.
 
     Raises:
-        ThinwireError: an option that no recipe has.
+        ThinwireError: no recipe has such an option.
     """
     given: Mapping[str, Any] = options
     if unknown := given.keys() - Options.__annotations__.keys():

@@ -1,4 +1,4 @@
-"""The recipes that send every element in few bits; parameters of fewer than two dimensions are sent dense."""
+"""Recipes that send every element in few bits; parameters of fewer than two dimensions are sent dense."""
 
 from typing import Literal, Unpack
 
@@ -15,17 +15,17 @@ from thinwire.methods.options import Options, recipe
 
 
 def qsgd(bits: int = 4, *, block: int = 512, norm: Literal["l2", "max"] = "l2", **options: Unpack[Options]) -> Method:
-    """QSGD: unbiased random rounding to few bits, without any memory, for every optimizer.
+    """Round every element at random and without bias to few bits (QSGD), without a memory, for every optimizer.
 
     Args:
         bits, block, norm: see ``thinwire.compressors.QSGD``.
-        options: those of all recipes, see ``Options``. The default ``route`` has two phases, in which the mean is
-            rounded once more, without a bias either.
+        options: the options of all recipes, see ``Options``. The default ``route`` has two phases; the second rounds
+            the mean again, also without bias.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    **Wire**: ``2 (N-1)/N * (bits + 32 / block)`` bits an element in two phases.
+    **Wire**: ``2 (N-1)/N * (bits + 32 / block)`` bits per element in two phases.
 
     Example:
         >>> qsgd(4).rules[0].compressor.bits
@@ -45,18 +45,18 @@ def maxmin(
     feedback: bool = False,
     **options: Unpack[Options],
 ) -> Method:
-    """CGX: evenly spaced levels between the minimum and the maximum of each block, for every optimizer.
+    """Round to evenly spaced levels between the minimum and maximum of each block (CGX), for every optimizer.
 
     Args:
         bits, block, rounding: see ``thinwire.compressors.Quantize``.
-        feedback: whether what rounding loses is remembered; it needs a block that contracts, e.g. 256 with 4 bits.
-        options: those of all recipes, see ``Options``. The default ``route``, in two phases, is CGX's
+        feedback: True for error feedback; it needs a small enough block, e.g. 256 with 4 bits.
+        options: the options of all recipes, see ``Options``. The default ``route``, in two phases, is CGX's
             scatter-reduce-all-gather.
 
     Raises:
-        ThinwireError: a value outside its range; nearest rounding to fewer than 4 bits without feedback.
+        ThinwireError: a value is outside its range, or nearest rounding to fewer than 4 bits has no feedback.
 
-    **Wire**: ``2 (N-1)/N * (bits + 64 / block)`` bits an element in two phases.
+    **Wire**: ``2 (N-1)/N * (bits + 64 / block)`` bits per element in two phases.
 
     Example:
         >>> maxmin(4, block=256, feedback=True).name
@@ -65,24 +65,24 @@ def maxmin(
     Source: I. Markov, H. Ramezanikebrya, D. Alistarh, "CGX: Adaptive System Support for Communication-Efficient Deep
     Learning", 2022, arXiv:2111.08617.
 
-    Departures: the owner's own share is rounded as those of all others are.
+    Departures: the owner's own share is rounded like all others.
     """
     memory = ErrorFeedback() if flag("feedback", feedback) else NoMemory()
     return recipe("maxmin", Quantize(bits, block, rounding), memory, options, route="two_phase")
 
 
 def terngrad(*, clip_rms: float | None = 2.5, **options: Unpack[Options]) -> Method:
-    """TernGrad: every element becomes -1, 0 or 1, times one scale, without any memory.
+    """Send every element as -1, 0 or 1, times one scale (TernGrad), without a memory.
 
     Args:
         clip_rms: see ``thinwire.compressors.TernGrad``.
-        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
             ``second_stage_density_ratio``.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    **Wire**: ``2 (N-1)/N * 1.6`` bits an element in two phases.
+    **Wire**: ``2 (N-1)/N * 1.6`` bits per element in two phases.
 
     Example:
         >>> terngrad().name
@@ -95,13 +95,13 @@ def terngrad(*, clip_rms: float | None = 2.5, **options: Unpack[Options]) -> Met
 
 
 def natural(**options: Unpack[Options]) -> Method:
-    """Natural compression: every element is rounded at random to a power of two, without any memory.
+    """Round every element at random to a power of two (natural compression), without a memory.
 
     Args:
-        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
             ``second_stage_density_ratio``.
 
-    **Wire**: ``2 (N-1)/N * 9`` bits an element in two phases.
+    **Wire**: ``2 (N-1)/N * 9`` bits per element in two phases.
 
     Example:
         >>> natural().name
@@ -113,19 +113,19 @@ def natural(**options: Unpack[Options]) -> Method:
 
 
 def signsgd(momentum: float = 0.9, **options: Unpack[Options]) -> Method:
-    """signSGD with majority vote; with a momentum, Signum. For plain SGD without a momentum, at Adam's learning rates.
+    """Use signSGD with majority vote (with momentum: Signum), for SGD without momentum, at Adam's learning rates.
 
-    Parameters of fewer than two dimensions are sent dense, and become the sign of their mean too.
+    Parameters of fewer than two dimensions are sent dense; their gradient is also the sign of the mean.
 
     Args:
-        momentum: of each rank, before its vote; 0 for signSGD.
-        options: those of all recipes, see ``Options``. In two phases, the default ``route`` and the paper's, a tie is
-            broken by seed.
+        momentum: momentum of each rank before its vote; 0 for signSGD.
+        options: the options of all recipes, see ``Options``. With the default ``route`` in two phases, as in the
+            paper, the seed decides ties.
 
     Raises:
         ThinwireError: ``momentum`` is outside its range.
 
-    **Wire**: ``2 (N-1)/N`` bits an element in two phases.
+    **Wire**: ``2 (N-1)/N`` bits per element in two phases.
 
     Example:
         >>> signsgd().name
@@ -139,18 +139,18 @@ def signsgd(momentum: float = 0.9, **options: Unpack[Options]) -> Method:
 
 
 def ef_sign(*, block: int = 4096, state_dtype: StateDtype = "float32", **options: Unpack[Options]) -> Method:
-    """Signs with a scale for each block, and error feedback, for every optimizer.
+    """Send signs with a scale for each block, with error feedback, for every optimizer.
 
     Args:
         block: see ``thinwire.compressors.Sign``.
-        state_dtype: of the residual, see ``thinwire.memories.ErrorFeedback``.
-        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+        state_dtype: dtype of the residual, see ``thinwire.memories.ErrorFeedback``.
+        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
             ``second_stage_density_ratio``.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    **Wire**: ``2 (N-1)/N * (1 + 32 / block)`` bits an element in two phases.
+    **Wire**: ``2 (N-1)/N * (1 + 32 / block)`` bits per element in two phases.
 
     Example:
         >>> ef_sign().name

@@ -1,4 +1,4 @@
-"""The recipes that send few elements, or few coefficients; parameters of fewer than two dimensions are sent dense."""
+"""Recipes that send few elements or few coefficients; parameters of fewer than two dimensions are sent dense."""
 
 from typing import Literal, Unpack
 
@@ -23,20 +23,20 @@ def randk(
     state_dtype: StateDtype = "float32",
     **options: Unpack[Options],
 ) -> Method:
-    """Rand-k: random positions that all workers draw alike, so that an all-reduce carries them without any index.
+    """Send random positions (Rand-k); all workers draw the same ones, so an all-reduce sums them without indices.
 
     Args:
         density: kept / total of each parameter, in (0, 1].
-        feedback: whether the rest is remembered; without, what is sent is scaled by ``1 / density`` to be unbiased.
-        shared: whether all workers draw the same positions; if not, payloads are gathered.
-        state_dtype: of the residual, see ``thinwire.memories.ErrorFeedback``.
-        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+        feedback: True for error feedback; without it values are scaled by ``1 / density`` to be unbiased.
+        shared: True if all workers draw the same positions; if False, payloads are gathered.
+        state_dtype: dtype of the residual, see ``thinwire.memories.ErrorFeedback``.
+        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
             ``second_stage_density_ratio``.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    **Wire**: ``2 (N-1)/N * density * 32`` bits an element, by all-reduce.
+    **Wire**: ``2 (N-1)/N * density * 32`` bits per element, by all-reduce.
 
     Example:
         >>> randk(0.01).rules[0].compressor.traits.summable
@@ -56,17 +56,17 @@ def sidco(
     state_dtype: StateDtype = "float32",
     **options: Unpack[Options],
 ) -> Method:
-    """SIDCo: Top-k by a threshold that is fitted to the magnitudes, with error feedback, for every optimizer.
+    """Send about the largest elements by a threshold fitted to the magnitudes (SIDCo), with error feedback.
 
     Args:
         density: kept / total of each parameter, in (0, 1].
         fit, values: see ``thinwire.compressors.SIDCo``.
-        state_dtype: of the residual, see ``thinwire.memories.ErrorFeedback``.
-        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+        state_dtype: dtype of the residual, see ``thinwire.memories.ErrorFeedback``.
+        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
             ``second_stage_density_ratio``.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
     **Wire**: that of ``topk(density)``.
 
@@ -83,22 +83,22 @@ def sidco(
 def scalecom(
     density: float, *, beta: float = 1.0, state_dtype: StateDtype = "float32", **options: Unpack[Options]
 ) -> Method:
-    """ScaleCom: Top-k with error feedback, of which one worker, each in its turn, makes the choice for all.
+    """Send the elements that a leader, in turn each worker, selects by Top-k (ScaleCom), with error feedback.
 
-    Works best where workers ask for similar things, as with large batches.
+    It works best if the gradients of the workers are similar, as with large batches.
 
     Args:
         density: kept / total of each parameter, in (0, 1].
-        beta: of the residual's low-pass filter, in (0, 1]; 1 is none, and the paper takes 0.1 where batch and learning
-            rate are scaled up 8 to 12 times.
-        state_dtype: of the residual, see ``thinwire.memories.ErrorFeedback``.
-        options: those of all recipes, see ``Options``. The paper sends dense in the first epochs.
+        beta: weight of the residual's low-pass filter, in (0, 1]; 1 turns it off. The paper takes 0.1 for batches and
+            learning rates scaled up 8 to 12 times.
+        state_dtype: dtype of the residual, see ``thinwire.memories.ErrorFeedback``.
+        options: the options of all recipes, see ``Options``. The paper sends dense in the first epochs.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    **Wire**: k indices by a broadcast and k values by an all-reduce, about ``(N-1)/N * density * n * 9.5`` bytes at any
-    world size.
+    **Wire**: k indices by a broadcast and k values by an all-reduce, about ``(N-1)/N * density * n * 9.5`` bytes per
+    worker.
 
     Example:
         >>> scalecom(0.01).rules[0].compressor.traits.leader_selected
@@ -119,21 +119,21 @@ def decoupled_momentum(
     values: str | None = "bfloat16",
     **options: Unpack[Options],
 ) -> Method:
-    """DeMo: the fastest moving part of each rank's momentum. For SGD without a momentum, at the learning rates of Adam.
+    """Send the largest DCT coefficients of each rank's momentum (DeMo), for SGD without momentum, at Adam's rates.
 
-    Parameters of fewer than two dimensions are sent dense, so nothing of them stays in the momentum.
+    Parameters of fewer than two dimensions are sent dense, so their momentum is empty after each step.
 
     Args:
         density, chunk: see ``thinwire.compressors.DctTopK``; the paper's 32 coefficients of 64 x 64 are ``32 / 4096``.
         decay, sign: see ``thinwire.memories.DecoupledMomentum``.
-        values: dtype of the coefficients on the wire, None for float32; what a cast loses stays in the momentum.
-        options: those of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
+        values: dtype of the coefficients on the wire, None for float32; the cast's error stays in the momentum.
+        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
             ``second_stage_density_ratio``.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    **Wire**: 25 bits a coefficient, 0.2 an element, to each other rank, by all-gather.
+    **Wire**: 25 bits per coefficient, 0.2 per element, to each other rank, by all-gather.
 
     Example:
         >>> decoupled_momentum().name

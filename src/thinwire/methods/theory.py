@@ -1,6 +1,6 @@
-"""Learning rates that are proven, from smoothness constants: for experiments on problems whose constants are known.
+"""Proven learning rates from smoothness constants, for experiments on problems with known constants.
 
-Networks have none that is of use; in practice the EF21 papers try powers of two times these.
+For networks no useful constants are known; in practice the EF21 papers try powers of two times these rates.
 """
 
 import math
@@ -16,7 +16,7 @@ Mean: TypeAlias = Literal["quadratic", "arithmetic"]
 
 
 def xi(alpha: float) -> float:
-    """How much EF21 multiplies the smoothness of the workers by: ``sqrt(beta / theta) = (1 + sqrt(1 - a)) / a - 1``.
+    """Return EF21's factor on the smoothness of the workers: ``sqrt(beta / theta) = (1 + sqrt(1 - a)) / a - 1``.
 
     ``theta = 1 - sqrt(1 - a)``, ``beta = (1 - a) / theta``; about ``2 / a`` for a small ``a``.
 
@@ -24,7 +24,7 @@ def xi(alpha: float) -> float:
         alpha: contraction of the compressor in (0, 1]; ``k / n`` for Top-k.
 
     Raises:
-        ThinwireError: ``alpha`` outside its range.
+        ThinwireError: ``alpha`` is outside its range.
 
     Example:
         >>> round(xi(1 / 68), 1), xi(1.0)
@@ -38,16 +38,16 @@ def xi(alpha: float) -> float:
 
 
 def ef21_step(smoothness: float, each: Sequence[float], alpha: float, mean: Mean = "quadratic") -> float:
-    """The learning rate of EF21, ``1 / (L + M xi(alpha))`` with ``M`` a mean of the workers' ``L_i``.
+    """Return the learning rate of EF21, ``1 / (L + M xi(alpha))`` with ``M`` a mean of the workers' ``L_i``.
 
     Args:
         smoothness: ``L`` of the average of all workers' functions.
-        each: ``L_i`` of each worker's own.
+        each: ``L_i`` of each worker's function.
         alpha: contraction of the compressor, in (0, 1].
-        mean: ``"quadratic"`` as EF21 was published; ``"arithmetic"``, which is less, as EF21-W showed to be enough.
+        mean: ``"quadratic"`` as in EF21; ``"arithmetic"``, which is smaller and which EF21-W proves to suffice.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
     Example:
         >>> ef21_step(1.0, [1.0, 3.0], 0.1, "arithmetic") > ef21_step(1.0, [1.0, 3.0], 0.1)
@@ -60,17 +60,17 @@ def ef21_step(smoothness: float, each: Sequence[float], alpha: float, mean: Mean
 
 
 def ef21_pp_step(smoothness: float, each: Sequence[float], alpha: float, participation: float) -> float:
-    """The learning rate of EF21 where each worker takes part with the probability ``p``.
+    """Return the learning rate of EF21 if each worker takes part with probability ``p``.
 
     ``1 / (L + sqrt(B / t))`` with ``t = theta p - rho (1 - p)``, ``B = (beta p + (1 + 1 / rho)(1 - p)) mean L_i^2``
     and ``rho = theta p / (2 (1 - p))``, so that ``t = theta p / 2``; ``theta`` and ``beta`` as in ``xi``.
 
     Args:
         smoothness, each, alpha: as for ``ef21_step``.
-        participation: ``p`` in (0, 1]; at 1 it is ``ef21_step``.
+        participation: ``p`` in (0, 1]; at 1 the result is that of ``ef21_step``.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
     Example:
         >>> 0 < ef21_pp_step(1.0, [1.0, 3.0], 0.001, 0.5) < ef21_step(1.0, [1.0, 3.0], 0.001)
@@ -78,7 +78,7 @@ def ef21_pp_step(smoothness: float, each: Sequence[float], alpha: float, partici
 
     Source: I. Fatkhullin et al., "EF21 with Bells & Whistles", 2021, arXiv:2110.03294, theorem 7.
 
-    Departures: the authors' code fixes ``s = rho = 0.001``, which has no step for ``alpha <= 0.001``; here ``s`` is
+    Departures: the authors' code fixes ``s = rho = 0.001``, which gives no rate for ``alpha <= 0.001``; here ``s`` is
     that of EF21, ``1 / sqrt(1 - alpha) - 1``.
     """
     p, ratio = participation, xi(alpha)
@@ -86,23 +86,23 @@ def ef21_pp_step(smoothness: float, each: Sequence[float], alpha: float, partici
         raise ThinwireError(f"participation is {p}; it is a probability and must be in (0, 1]")
     if p == 1.0:
         return ef21_step(smoothness, each, alpha)
-    theta = alpha / (1.0 + math.sqrt(1.0 - alpha))  # without the cancellation of 1 - sqrt(1 - alpha)
+    theta = alpha / (1.0 + math.sqrt(1.0 - alpha))  # avoids the cancellation in 1 - sqrt(1 - alpha)
     rho = theta * p / (2.0 * (1.0 - p))
     spread = ratio * ratio * theta * p + (1.0 + 1.0 / rho) * (1.0 - p)  # beta = xi^2 theta
     return 1.0 / (_checked(smoothness, each) + _mean(each, "quadratic") * math.sqrt(spread / (theta * p / 2.0)))
 
 
 def logistic_smoothness(features: Tensor, regularizer: float = 0.0) -> float:
-    """Smoothness of a logistic loss on ``features`` with a non-convex regulariser: ``lambda_max(A^T A) / (4 n) + 2 r``.
+    """Return ``lambda_max(A^T A) / (4 n) + 2 r``, the smoothness of a logistic loss with a non-convex regulariser.
 
     ``f(x) = mean log(1 + exp(-y a.x)) + r sum x_j^2 / (1 + x_j^2)``.
 
     Args:
-        features: ``A`` ``[n, d]``, a row an example.
+        features: ``A`` ``[n, d]``, one row per example.
         regularizer: ``r``, at least 0.
 
     Raises:
-        ThinwireError: no examples, or a negative regulariser.
+        ThinwireError: there are no examples, or the regulariser is negative.
 
     Example:
         >>> logistic_smoothness(torch.eye(2, dtype=torch.float64) * 4.0, 0.1)

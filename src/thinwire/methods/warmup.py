@@ -1,4 +1,4 @@
-"""Warm-up: the density falls in stages before it reaches its final value.
+"""Warm-up: the density falls in stages to its final value.
 
 Source: Y. Lin et al., "Deep Gradient Compression", 2018, arXiv:1712.01887, section 3.3.
 """
@@ -26,17 +26,17 @@ def _densities(name: str, value: Any) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Warmup:
-    """Densities of the first steps, each for an equal part of them.
+    """Densities of the first steps, each for an equal number of steps.
 
     Args:
-        steps: length of the warm-up in optimizer steps, or in epochs where ``steps_per_epoch`` is given.
+        steps: length of the warm-up in optimizer steps, or in epochs if ``steps_per_epoch`` is given.
         stages: densities in (0, 1], by default the paper's 25 %, 6.25 %, 1.5625 %, 0.4 %. A stage that would
-            send more bytes than a dense exchange is sent dense, and the ledger says so.
+            send more bytes than a dense exchange is sent dense, and the ledger notes it.
         steps_per_epoch: makes ``steps`` count epochs, e.g. ``Warmup(4, steps_per_epoch=len(loader))``. The paper warms
-            up for 4 of 90 or 164 epochs, or 1 of 40; a single epoch is split in equal parts.
+            up for 4 of 90 or 164 epochs, or 1 of 40; a single epoch is split into equal parts.
 
     Raises:
-        ThinwireError: fewer steps than stages, or a density outside (0, 1].
+        ThinwireError: there are fewer steps than stages, or a density is outside (0, 1].
 
     Example:
         >>> Warmup(steps=400).density(0), Warmup(steps=400).density(399), Warmup(steps=400).density(400)
@@ -62,10 +62,10 @@ class Warmup:
 
     @staticmethod
     def read(name: str, given: Any, stages: tuple[float, ...] = PAPER) -> "Warmup | None":
-        """A warm-up as it may be given: a number of steps is one with ``stages``, and 0 or None is none.
+        """Read a ``warmup`` argument: a ``Warmup``, a number of steps (with ``stages``), or 0 or None for no warm-up.
 
         Raises:
-            ThinwireError: it is neither.
+            ThinwireError: the argument is none of these.
         """
         if given is None or isinstance(given, Warmup):
             return given
@@ -75,9 +75,9 @@ class Warmup:
 
     @property
     def length(self) -> int:
-        """The warm-up's length in steps."""
+        """Length of the warm-up in steps."""
         return self.steps * (self.steps_per_epoch or 1)
 
     def density(self, step: int) -> float | None:
-        """The density of that step, None once the warm-up is over."""
+        """Return the density of that step, None after the warm-up."""
         return self.stages[step * len(self.stages) // self.length] if step < self.length else None

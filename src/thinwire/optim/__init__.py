@@ -1,4 +1,4 @@
-"""Optimizers that are part of a method: they say which exchanges are dense, and take what the memory hands them."""
+"""Optimizers that are part of a method: they choose which exchanges are dense and step with the memory's output."""
 
 from thinwire.optim.onebit_adam import OneBitAdam, ZeroOneAdam
 from thinwire.optim.onebit_lamb import OneBitLamb

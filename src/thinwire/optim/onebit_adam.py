@@ -1,4 +1,4 @@
-"""Adam on thin wires: 1-bit Adam, which freezes the variance and exchanges the momentum, and 0/1 Adam."""
+"""1-bit Adam, which freezes the variance and exchanges the momentum, and 0/1 Adam."""
 
 import math
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from thinwire.optim.rare import is_sparse, lifted, quiet
 
 
 class OneBitAdam(Freezing):
-    """AdamW that exchanges its momentum in one bit an element, once the variance is frozen; with ``onebit_adam()``.
+    """AdamW that exchanges its momentum in one bit per element once the variance is frozen; for ``onebit_adam()``.
 
     dense:   ``m = mean_i (beta1 m + (1 - beta1) g_i)``, ``v = beta2 v + (1 - beta2) g^2``, AdamW's step
     frozen:  ``m = C-mean_i(beta1 m + (1 - beta1) g_i)``, ``x -= lr (m / (sqrt(v_hat) + eps) + weight_decay x)``
@@ -22,28 +22,28 @@ class OneBitAdam(Freezing):
     Do not scale or clip ``grad`` between backward and step: it is the momentum. ``onebit_adam(clip=)`` clips.
 
     Args:
-        params: of the model that is attached.
+        params: parameters of the attached model.
         lr: learning rate.
-        betas: of the momentum, which the exchange takes over, and of the variance.
+        betas: decay of the momentum, which the memory applies, and of the variance.
         eps: added to the root of the variance.
         weight_decay: decoupled, as in AdamW.
-        freeze_step: how many steps are dense, the paper's advice is 15 to 25 % of the training and not less than the
-            warm-up of the learning rate; ``"auto"``: until the variance has settled (see ``Freezing``); None: always.
+        freeze_step: number of dense steps; the paper advises 15 to 25 % of the training and at least the warm-up of
+            the learning rate. ``"auto"``: until the variance has settled (see ``Freezing``). None: all steps.
         bias_correction: as in Adam. The momentum's ends with the dense steps; the variance's is frozen with it. False
-            is what DeepSpeed did.
+            is as in DeepSpeed.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    State: ``exp_avg_sq``, and ``exp_avg`` until the variance is frozen; the momentum itself is the memory's.
+    State: ``exp_avg_sq``, and ``exp_avg`` until the variance is frozen; the memory holds the momentum itself.
 
     Source: H. Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed",
     2021, arXiv:2102.02888, algorithm 1.
 
-    Departures: bias correction; the scale of a block is its l1 mean, not the l2 norm of a tensor, which does not
-    contract; the ratio test looks at the variance without bias, and in both directions; elements whose variance is 0 at
-    the switch are left out. Tensors of which over a quarter had no gradient in the last dense step (rare features) stay
-    dense, and their variance follows; variances far below their block's are lifted (``optim.rare``).
+    Departures: bias correction. The scale of a block is its l1 mean, not the l2 norm of a tensor, which is no
+    contraction. The ratio test uses the bias-corrected variance, in both directions. Elements whose variance is 0 at
+    the switch are not exchanged. Tensors in which over a quarter of the elements had no gradient in the last dense step
+    (rare features) stay dense, with a live variance. Variances far below their block's are raised (``optim.rare``).
     """
 
     recipe: ClassVar[str] = "thinwire.onebit_adam()"
@@ -78,28 +78,28 @@ class OneBitAdam(Freezing):
 
 
 class ZeroOneAdam(Partner):
-    """AdamW whose variance is refreshed by ever rarer dense steps; between them gradients have one bit an element.
+    """AdamW whose variance is updated in ever rarer dense steps; other steps send gradients in one bit per element.
 
     ``t in T_v``: dense, and ``v = beta2 v + (1 - beta2) g^2``; else one bit, and ``v`` stays. ``m = beta1 m + (1 -
     beta1) g`` at all steps. The gaps of ``T_v`` begin at 1 and double after every ``refreshes`` of them.
-    With ``zeroone_adam()``.
+    For ``zeroone_adam()``.
 
     Args:
         params, lr, betas, eps, weight_decay: as for ``OneBitAdam``.
-        refreshes: dense steps after which the gap doubles.
-        freeze_step: steps after which the variance is not refreshed any more; None: it always is.
+        refreshes: number of dense steps after which the gap doubles.
+        freeze_step: number of steps after which the variance is no longer updated; None: no limit.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    State: ``exp_avg`` and ``exp_avg_sq``, as Adam.
+    State: ``exp_avg`` and ``exp_avg_sq``, as in Adam.
 
     Source: Y. Lu et al., "Maximizing Communication Efficiency for Large-scale Training via 0/1 Adam", 2022,
     arXiv:2202.06009, algorithm 1; the gaps as in its code.
 
-    Departures: ranks exchange at every step. The paper's second half, local steps between ever rarer exchanges, moves
-    the replicas apart, which nothing here allows. Bias correction by the number of refreshes. A weight whose variance
-    is still 0 does not move. Rare features: as in ``OneBitAdam``.
+    Departures: ranks exchange at every step. The paper's second half takes local steps between ever rarer exchanges;
+    replicas would differ, which thinwire does not support. Bias correction uses the number of variance updates. A
+    weight whose variance is still 0 does not move. Rare features: as in ``OneBitAdam``.
     """
 
     takes: ClassVar[str] = "gradient beside dense steps"
@@ -163,24 +163,24 @@ class ZeroOneAdam(Partner):
 
 
 def is_refresh(step: int, each: int) -> bool:
-    """Whether ``step`` is in the set that has ``each`` steps at every gap 1, 2, 4, ... from 0 on."""
+    """Return True if ``step`` is a refresh: from step 0 on, ``each`` refreshes at each gap of 1, 2, 4, ... steps."""
     gap = 1 << ((step // each + 1).bit_length() - 1)  # gaps of 2^j begin at each (2^j - 1)
     return (step - each * (gap - 1)) % gap == 0
 
 
 def refresh(v: Tensor, g: Tensor, beta2: float) -> None:
-    """``v = beta2 v + (1 - beta2) g^2``."""
+    """Update ``v = beta2 v + (1 - beta2) g^2``."""
     v.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
 
 
 def denominator(v: Tensor, t: float, group: dict[str, Any]) -> Tensor:
-    """``sqrt(v / (1 - beta2^t)) + eps``, without the bias of ``t`` steps; infinite for none to be corrected."""
+    """Return ``sqrt(v / (1 - beta2^t)) + eps``; an infinite ``t`` means no bias correction."""
     beta2 = group["betas"][1]
     return v.sqrt().div_(math.sqrt(1.0 - beta2**t) if t else 1.0).add_(group["eps"])
 
 
 def apply(param: Tensor, m: Tensor, v: Tensor, group: dict[str, Any], t_m: float, t_v: float) -> None:
-    """AdamW's step, with biases of ``t_m`` and ``t_v`` steps corrected."""
+    """Take AdamW's step, with bias correction for ``t_m`` and ``t_v`` steps."""
     lr = float(group["lr"])
     param.mul_(1.0 - lr * group["weight_decay"])
     param.addcdiv_(m, denominator(v, t_v, group), value=-lr / (1.0 - group["betas"][0] ** t_m))

@@ -1,4 +1,4 @@
-"""1-bit LAMB: 1-bit Adam's exchange under layer-wise learning rates."""
+"""1-bit LAMB: 1-bit Adam's exchange with layer-wise learning rates."""
 
 import math
 from typing import Any, ClassVar, cast
@@ -13,31 +13,31 @@ from thinwire.optim.partner import FreezeStep, Freezing, fresh
 
 
 class OneBitLamb(Freezing):
-    """LAMB that exchanges its momentum in one bit an element, once the variance is frozen; with ``onebit_lamb()``.
+    """LAMB that exchanges its momentum in one bit per element once the variance is frozen; for ``onebit_lamb()``.
 
     dense:   ``x -= lr r u``, ``u = m_hat / (sqrt(v_hat) + eps) + weight_decay x``, ``r = clip(||x|| / ||u||)`` of each
     tensor; ``c`` is the moving average of ``r``.
-    frozen:  ``x -= lr c f u``; ``f`` follows ``max (sqrt(v_hat) + eps) / (sqrt(v_fresh) + eps)``, where ``v_fresh``
-    goes on with ``g = (m' - beta1 m) / (1 - beta1)``, within ``factor`` and by at most ``factor_change`` a step.
+    frozen:  ``x -= lr c f u``; ``f`` follows ``max (sqrt(v_hat) + eps) / (sqrt(v_fresh) + eps)``, within ``factor``
+    and by at most ``factor_change`` per step; ``v_fresh`` is updated with ``g = (m' - beta1 m) / (1 - beta1)``.
 
     Args:
         params, lr, betas, eps, weight_decay, freeze_step, bias_correction: as for ``OneBitAdam``.
         coeff: bounds of the trust ratio ``r``.
-        coeff_beta: of its moving average.
+        coeff_beta: decay of its moving average.
         factor: bounds of ``f``.
-        factor_change: by how much of itself ``f`` may change in a step, in (0, 1).
+        factor_change: largest relative change of ``f`` in a step, in (0, 1).
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    State: ``exp_avg``, ``exp_avg_sq`` and, once that is frozen, ``exp_avg_sq_fresh``.
+    State: ``exp_avg``, ``exp_avg_sq`` and, after the freeze, ``exp_avg_sq_fresh``.
 
     Source: C. Li et al., "1-bit LAMB: Communication Efficient Large-Scale Large-Batch Training with LAMB's Convergence
     Speed", 2021, arXiv:2104.06069, algorithm 1.
 
-    Departures: every block of every tensor has its own scale, so momenta are not rescaled to share one; the moving
-    average of the trust ratio starts from the first and not from 0; elements whose variance is 0 are left out, of the
-    exchange and of the maximum. Rare features: as in ``OneBitAdam``.
+    Departures: every block of every tensor has its own scale, so momenta are not rescaled to share one. The moving
+    average of the trust ratio starts from the first ratio, not from 0. Elements whose variance is 0 are excluded from
+    the exchange and the maximum. Rare features: as in ``OneBitAdam``.
     """
 
     recipe: ClassVar[str] = "thinwire.methods.onebit_lamb()"
@@ -93,7 +93,7 @@ class OneBitLamb(Freezing):
     def _factor(
         self, denom: Tensor, g: Tensor, direction: Tensor, step: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> Tensor:
-        """How much larger a step may be, since gradients have become smaller than the frozen variance says."""
+        """Return ``f``, which enlarges the step as gradients become smaller than the frozen variance."""
         v, (low, high), change = state["exp_avg_sq"], group["factor"], group["factor_change"]
         if "exp_avg_sq_fresh" not in state:
             state["exp_avg_sq_fresh"], state["step_fresh"] = v.clone(), state["step"].clone()
@@ -117,6 +117,6 @@ def norm(x: Tensor) -> Tensor:
 
 
 def trust(param: Tensor, step: Tensor, low: float, high: float) -> Tensor:
-    """``clip(||x|| / ||u||)``, and 1 where either is 0."""
+    """Return ``clip(||x|| / ||u||)``, or 1 if either norm is 0."""
     x, u = norm(param), norm(step)
     return torch.where((x > 0) & (u > 0), (x / u).clamp(low, high), 1.0)

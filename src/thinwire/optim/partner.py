@@ -1,7 +1,7 @@
-"""What a session asks of an optimizer that is part of a method, and the rule by which a variance is frozen.
+"""Base classes of optimizers that are part of a method, and the rule that freezes the variance.
 
-Such an optimizer has one clock for all parameters, counts the steps that it has really made, and keeps it in its
-``param_groups``, so that its own checkpoint carries it.
+Such an optimizer has one step counter for all parameters, which counts the steps actually made. It is in
+``param_groups``, so that the optimizer's own checkpoint holds it.
 """
 
 from abc import abstractmethod
@@ -20,67 +20,67 @@ from thinwire.core.tensors import flat, float_at_least_32
 from thinwire.optim.rare import is_sparse, lifted, quiet
 
 FreezeStep: TypeAlias = int | Literal["auto"] | None
-"""Dense steps before the variance is frozen; by the ratio test; or never."""
+"""Dense steps before the variance is frozen; "auto" for the ratio test; None for never."""
 SETTLED = 0.96
-"""The variance has settled when the smaller of two looks at its l1 norm is this share of the larger."""
+"""The variance has settled when the smaller of its last two measured l1 norms is at least this share of the larger."""
 UNKNOWN = 0.0
-"""The density of an exchange that is not decided yet; no real one is 0."""
+"""The density of an exchange that is not decided yet; no real density is 0."""
 
 
 class Partner(torch.optim.Optimizer):
     """An optimizer that decides, with the session, how its gradients are exchanged.
 
-    All of it must be the same on all ranks: it follows from the steps made and from what all ranks received.
+    Its decisions are the same on all ranks: they depend only on the steps made and on data that all ranks received.
     """
 
     takes: ClassVar[str]
-    """What it wants as ``grad``: what a memory says that it ``gives``."""
+    """The required content of ``grad``; it must equal the memory's ``gives``."""
     recipe: ClassVar[str]
-    """The method that gives it."""
+    """The recipe to use with this optimizer."""
     attached: bool = False
 
     def __init__(self, params: ParamsT, lr: float, betas: tuple[float, float], eps: float, **rest: Any) -> None:
         check(lr, betas, eps, rest.get("weight_decay", 0.0))
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "steps": 0, **rest})
         self.notes: list[str] = []
-        """What the ledger is to say."""
+        """Notes for the ledger."""
         self._said: set[str] = set()
 
     @abstractmethod
     def density(self, ahead: int = 0) -> float | None:
-        """Of the exchange ``ahead`` steps from the next: 1 for dense, None for the method's own, or ``UNKNOWN``."""
+        """Return the density ``ahead`` steps from the next: 1 for dense, None for the method's own, or ``UNKNOWN``."""
 
     @abstractmethod
     def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Step one parameter."""
 
     def live(self, param: Tensor) -> Tensor | None:
-        """1 where an element of ``param`` takes part in the exchange and 0 where it does not; None for all of it."""
+        """Return a mask: 1 for elements of ``param`` that are exchanged, 0 for others; None if all are exchanged."""
         return None
 
     def kept(self, param: Tensor) -> bool:
-        """Whether it is exchanged dense at all steps, since its features are rare."""
+        """Return True if ``param`` is always exchanged dense, since its features are rare."""
         return bool(self.state.get(param, {}).get("kept"))
 
     def settings(self) -> dict[int, Absorbed]:
-        """What the memory does for the optimizer, by the parameter's id."""
+        """Return the settings that the memory applies for the optimizer, by the parameter's id."""
         return {id(p): Absorbed() for group in self.param_groups for p in group["params"]}
 
     def rule(self) -> str:
-        """One line that must be the same on all ranks."""
+        """Return one line of settings that must be equal on all ranks."""
         return f"{type(self).__name__} at step {self.steps}"
 
     @property
     def steps(self) -> int:
-        """How many it has made."""
+        """Number of steps made."""
         return self.param_groups[0]["steps"]
 
     def after(self) -> None:
-        """A step has been made."""
+        """Act on a step that was just made."""
 
     @undisturbed
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Step all parameters that have a gradient; where none has, nothing happens, and no time passes.
+        """Step all parameters that have a gradient; if none has, do nothing and don't count a step.
 
         Raises:
             ThinwireError: no method is attached to this optimizer, or a closure is given.
@@ -102,7 +102,7 @@ class Partner(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("notes", [])  # a copy has what torch takes along, which this is not
+        self.__dict__.setdefault("notes", [])  # torch does not copy these attributes
         self.__dict__.setdefault("_said", set[str]())
 
     def note(self, text: str) -> None:
@@ -111,7 +111,7 @@ class Partner(torch.optim.Optimizer):
             self.notes.append(text)
 
     def say_kept(self) -> None:
-        """A note for the ledger of what stays dense."""
+        """Add a ledger note that names the parameters that stay dense."""
         if shapes := [tuple(p.shape) for group in self.param_groups for p in group["params"] if self.kept(p)]:
             more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
             self.note(
@@ -122,7 +122,7 @@ class Partner(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        # torch has cast all but ``step`` to the parameter's dtype, in which a variance would stand still
+        # torch has cast all but ``step`` to the parameter's dtype, which is too coarse for updates of a variance
         saved = (index for group in state_dict["param_groups"] for index in group["params"])
         params = (param for group in self.param_groups for param in group["params"])
         for index, param in zip(saved, params, strict=True):
@@ -131,7 +131,7 @@ class Partner(torch.optim.Optimizer):
                     self.state[param][key] = value.to(device=self.state[param][key].device, copy=True)
 
     def variances(self) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
-        """Each variance there is, with the state it stands in and its group."""
+        """Yield each variance with its state and its group."""
         for group in self.param_groups:
             for param in group["params"]:
                 if "exp_avg_sq" in (state := self.state.get(param, {})):
@@ -139,11 +139,11 @@ class Partner(torch.optim.Optimizer):
 
 
 class Freezing(Partner):
-    """One that exchanges densely until its variance is frozen, by step or by the ratio test, and compressed after.
+    """An optimizer that exchanges dense until its variance is frozen, by step or by ratio test, and compressed after.
 
-    The ratio test looks every ``1 / (1 - beta2)`` steps at ``||v / (1 - beta2^t)||_1`` over all parameters, and freezes
-    when it has changed by less than 4 % while the learning rate has not grown. ``optim.rare`` says what is not frozen
-    with the rest, and what is lifted then.
+    The ratio test measures ``||v / (1 - beta2^t)||_1`` over all parameters every ``1 / (1 - beta2)`` steps. It freezes
+    the variance when that has changed by less than 4 % and the learning rate has not grown. ``optim.rare`` describes
+    which variances are not frozen and which are raised.
     """
 
     takes: ClassVar[str] = "momentum"
@@ -169,7 +169,7 @@ class Freezing(Partner):
 
     @property
     def frozen(self) -> bool:
-        """Whether the variance stays as it is from now on."""
+        """True if the variance is frozen."""
         return self.param_groups[0]["frozen_at"] is not None
 
     def rule(self) -> str:
@@ -182,7 +182,7 @@ class Freezing(Partner):
     def density(self, ahead: int = 0) -> float | None:
         group = self.param_groups[0]
         end = group["freeze_step"] if group["frozen_at"] is None else group["frozen_at"]
-        if end == "auto":  # there may have been a decision in between, or there may be one
+        if end == "auto":  # a ratio test before that step may freeze the variance
             looks = (self.steps + max(ahead, 0)) % self._every == 0 and self.steps + ahead > 0
             return UNKNOWN if ahead and looks else 1.0
         return 1.0 if end is None or self.steps + ahead < end else None
@@ -192,11 +192,11 @@ class Freezing(Partner):
         return max(1, round(1.0 / (1.0 - self.param_groups[0]["betas"][1])))
 
     def fixed(self, state: dict[str, Any]) -> bool:
-        """Whether a parameter's variance stays as it is from now on."""
+        """Return True if this parameter's variance is frozen."""
         return self.frozen and not state.get("kept")
 
     def look(self, g: Tensor, state: dict[str, Any]) -> None:
-        """Count what has no gradient, in a dense step after which the variance may be frozen."""
+        """Count elements without a gradient, in a dense step after which the variance may be frozen."""
         end, ahead = self.param_groups[0]["freeze_step"], self.steps + 1
         if not self.frozen and (end == ahead or (end == "auto" and ahead % self._every == 0)):
             state["quiet"] = quiet(g, state["exp_avg_sq"])
@@ -247,12 +247,12 @@ class Freezing(Partner):
         self.say_kept()
 
     def recovered(self, m: Tensor, state: dict[str, Any], beta1: float) -> Tensor:
-        """The mean gradient that led from the last momentum to this one."""
+        """Compute the mean gradient from the last momentum and this one."""
         return m.to(state["exp_avg"].dtype).sub(state["exp_avg"], alpha=beta1).div_(1.0 - beta1)
 
 
 def fresh(state: dict[str, Any], param: Tensor, *names: str) -> None:
-    """Fill the state of a parameter that has none: zeros, in float32 at least."""
+    """Fill an empty state with zeros, in at least float32."""
     if not state:
         dtype = float_at_least_32(param.dtype)
         state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
@@ -272,5 +272,5 @@ def check(lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 
 
 def takes(optimizer: object) -> str:
-    """What it wants as ``grad``."""
+    """Return the content of ``grad`` that the optimizer needs."""
     return cast(str, getattr(optimizer, "takes", "gradient"))

@@ -1,12 +1,12 @@
-"""Rare features: which tensors are not compressed, and how small a frozen variance may be.
+"""Rare features: the tensors that stay dense, and a lower bound for frozen variances.
 
-With one bit an element, every element of a block moves by the block's scale over the root of its own variance. Where a
-feature is rare, the row of an embedding or the column of a bag of words, that root may be next to nothing.
+With one bit per element, every element of a block moves by the block's scale over the root of its own variance. For a
+rare feature (a row of an embedding, a column of a bag of words) that root may be close to 0.
 
-* A tensor is **sparse** where more than a quarter of its elements, those left out that never had a gradient, have none
-  in the last dense step. It goes on as in dense training: its exchange is dense, its variance follows.
-* Of the others, a variance is **lifted** to a hundredth of its run of 4,096 elements, in the mean of roots, so that no
-  element moves by more than 10 times what is right for the run.
+* A tensor is **sparse** if more than a quarter of its elements have no gradient in the last dense step, not counting
+  elements that never had one. It continues as in dense training: its exchange is dense and its variance is updated.
+* In other tensors, small variances are **raised** so that their root is at least a tenth of the mean root in their run
+  of 4,096 elements. So no element moves by more than 10 times what is right for the run.
 """
 
 import torch
@@ -16,26 +16,26 @@ from thinwire.core.sharding import own
 from thinwire.core.tensors import flat
 
 QUIET = 1e-6
-"""A squared gradient below this share of its variance is none: what rounding leaves is smaller."""
+"""A squared gradient up to this share of its variance counts as 0; rounding errors are smaller."""
 SPARSE = 0.25
 LEAST = 0.1
-"""Of the mean root of variances in a run."""
+"""Smallest root of a variance, as a share of the mean root in its run."""
 RUN = 4096
 
 
 def quiet(g: Tensor, v: Tensor) -> Tensor:
-    """How many elements have no gradient now, and how many ever had one: int64 ``[2]``."""
+    """Count, of the elements that ever had a gradient, those without one now and all: int64 ``[2]``."""
     live = v > 0
     return torch.stack([(live & (g.square() <= v * QUIET)).sum(), live.sum()])
 
 
 def is_sparse(counts: Tensor | None) -> bool:
-    """What follows from ``quiet``; waits."""
+    """Return True if the ``counts`` of ``quiet`` mean a sparse tensor; on CUDA the host waits."""
     return counts is not None and float(counts[0]) > SPARSE * float(counts[1])
 
 
 def lifted(v: Tensor) -> tuple[Tensor, int]:
-    """The variances, none but those of 0 below the least; and how many were. Waits."""
+    """Raise small nonzero variances to the lower bound; returns them and the number raised. On CUDA the host waits."""
     part = flat(own(v))
     pieces = [part[: len(part) // RUN * RUN].view(-1, RUN), part[len(part) // RUN * RUN :].view(1, -1)]
     out = torch.empty_like(part)

@@ -1,4 +1,4 @@
-"""Policies: who decides beside the path how strongly each parameter is compressed."""
+"""Policies: they decide, outside the exchange, how strongly each parameter is compressed."""
 
 from thinwire.policies.lgreco import LGreCo
 

@@ -1,4 +1,4 @@
-"""Which compressor for each parameter: the fewest bytes at a given error. Pure arithmetic on tables.
+"""Allocation: a compressor for each parameter, with the fewest bytes at a given error. Pure arithmetic on tables.
 
 Source: M. Alimohammadi, I. Markov, E. Frantar, D. Alistarh, "L-GreCo: Layerwise-Adaptive Gradient Compression for
 Efficient and Accurate Deep Learning", MLSys 2024, arXiv:2210.17357, algorithm 1. Bounds by Lagrange multipliers: H.
@@ -14,17 +14,17 @@ import numpy as np
 from thinwire.core.errors import ThinwireError
 
 Table = Sequence[Sequence[float]]
-"""A row for each parameter, a column for each of its candidates; rows may differ in length."""
+"""One row per parameter, one column per candidate; rows may differ in length."""
 SLIP = 1e-9
-"""Relative error that a sum of floats may be above the budget."""
+"""Relative amount by which a sum of floats may exceed the budget."""
 HALVINGS = 60
-"""Of the interval that holds the best exchange rate of error for cost."""
+"""Bisection steps for the best exchange rate of error for cost."""
 RATES = (0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0)
-"""Around the best, for bounds of what a part of the parameters must cost."""
+"""Multiples of the best rate, for lower bounds on the cost of the remaining parameters."""
 
 
 def undominated(costs: Sequence[float], errors: Sequence[float]) -> list[int]:
-    """The candidates that are the cheapest at their error, in order of rising cost and falling error."""
+    """Return the candidates that no other beats in cost and error, in order of rising cost and falling error."""
     order = sorted(range(len(costs)), key=lambda q: (costs[q], errors[q]))
     kept: list[int] = []
     for q in order:
@@ -34,26 +34,26 @@ def undominated(costs: Sequence[float], errors: Sequence[float]) -> list[int]:
 
 
 def allocate(costs: Table, errors: Table, budget: float, resolution: int = 10_000) -> list[int] | None:
-    """The candidate of each parameter, so that the costs sum to the least and the errors to no more than ``budget``.
+    """Choose a candidate for each parameter: the least sum of costs with a sum of errors of at most ``budget``.
 
-    Partial plans ``(cost, error)`` of the first l parameters; of them go on that no other beats in both, and that could
-    still end below the best plan known, by ``cost + min over plans of the rest of sum(cost_l + rate e_l) - rate *
-    (budget - error)``, for any ``rate``. So the plan is the best there is. Where more than ``resolution`` partial plans
-    are left, the cheapest and the least lossy in each of as many equal parts of the budget go on, and it is the best
-    but for little. Errors are never rounded.
+    It extends partial plans ``(cost, error)`` parameter by parameter. It drops a plan that another beats in both, or
+    whose lower bound ``cost + min over plans of the rest of sum(cost_l + rate e_l) - rate * (budget - error)``, for
+    any ``rate``, is above the best plan known. So the result is optimal. With more than ``resolution`` partial plans,
+    only the cheapest and the least lossy in each of ``resolution`` equal parts of the budget are kept, and the result
+    is close to optimal. Errors are never rounded.
 
     Args:
         costs, errors: of each parameter's candidates, at least 0.
         budget: at least 0.
-        resolution: partial plans that are kept; time and memory grow with it.
+        resolution: number of partial plans to keep; time and memory grow with it.
 
     Returns:
-        An index for each parameter, of equal costs the one of the smaller error; None where no plan fits.
+        An index for each parameter, at equal cost the one with the smaller error; None if no plan fits.
 
     Raises:
-        ThinwireError: tables of different shapes, or values that are negative or not finite.
+        ThinwireError: the tables differ in shape, or a value is negative or nonfinite.
 
-    Departures: the paper rounds errors to 10,000 parts of the budget, and finds a plan that fits the rounded ones.
+    Departures: the paper rounds errors to 10,000 parts of the budget and fits the rounded errors.
     """
     _check(costs, errors, budget, resolution)
     kept = [undominated(*rows) for rows in zip(costs, errors, strict=True)]
@@ -74,25 +74,25 @@ def allocate(costs: Table, errors: Table, budget: float, resolution: int = 10_00
 def improve(
     costs: Table, errors: Table, uniform: Sequence[int], slack: float = 1.0, resolution: int = 10_000
 ) -> list[int]:
-    """What ``allocate`` finds within ``slack`` times the error of ``uniform``; or ``uniform`` if no dearer."""
+    """Return a plan that costs less than ``uniform`` at up to ``slack`` times its error; ``uniform`` if none does."""
     found = allocate(costs, errors, slack * total(errors, uniform), resolution)
     return found if found is not None and total(costs, found) < total(costs, uniform) else list(uniform)
 
 
 def total(table: Table, plan: Sequence[int]) -> float:
-    """The sum of a plan's entries."""
+    """Return the sum of a plan's entries."""
     return math.fsum(row[q] for row, q in zip(table, plan, strict=True))
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Those of one parameter, none beaten by another: costs rise and errors fall."""
+    """The candidates of one parameter, none beaten by another: costs rise and errors fall."""
 
     costs: np.ndarray
     errors: np.ndarray
 
     def at(self, rate: float) -> int:
-        """The cheapest where a unit of error costs ``rate``."""
+        """Return the cheapest candidate if a unit of error costs ``rate``."""
         return int(np.argmin(self.costs + rate * self.errors))
 
     def bound(self, rate: float) -> float:
@@ -100,7 +100,7 @@ class Candidates:
 
 
 def _relaxed(rows: Sequence[Candidates], limit: float) -> tuple[float, list[int]]:
-    """The lowest rate at which the cheapest choices fit the limit, and these choices with what still fits taken."""
+    """Find the lowest rate at which the cheapest choices fit; returns it and the choices, cheapened while they fit."""
     low, high = 0.0, 1.0
     lossless = [len(row.errors) - 1 for row in rows]
 
@@ -129,12 +129,12 @@ def _relaxed(rows: Sequence[Candidates], limit: float) -> tuple[float, list[int]
 
 
 def _least(rows: Sequence[Candidates], limit: float, resolution: int, rate: float, known: float) -> list[int] | None:
-    """The best plan that is not dearer than ``known``; None where all were dropped."""
+    """Return the best plan that costs at most ``known``; None if all were dropped."""
     rates = rate * np.array(RATES)
     rest = np.sum([[row.bound(r) for r in rates] for row in rows], axis=0) if rows else rates
     needed = sum(row.errors[-1] for row in rows)
     cost, error = np.zeros(1), np.zeros(1)
-    steps: list[tuple[np.ndarray, np.ndarray]] = []  # of each partial plan, the one before and what was added
+    steps: list[tuple[np.ndarray, np.ndarray]] = []  # for each partial plan, its predecessor and the added candidate
     for row in rows:
         rest = rest - [row.bound(r) for r in rates]
         needed -= row.errors[-1]

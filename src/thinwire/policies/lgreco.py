@@ -1,6 +1,6 @@
-"""L-GreCo: a policy that chooses for every parameter how strongly it is compressed, beside the path.
+"""L-GreCo: a policy that chooses how strongly each parameter is compressed.
 
-It looks at what the compressors are given, tabulates what each candidate would lose of it, and changes the method.
+It averages the compressors' inputs, computes the error of each candidate on them, and changes the method.
 """
 
 import glob
@@ -39,12 +39,12 @@ FAMILIES: dict[str, Callable[[Any], Sequence[float]]] = {
     "density": lambda density: [min(1.0, density * 10 ** (j / 10)) for j in range(-10, 11)],
     "bits": lambda bits: range(2, 9),
 }
-"""The grid of a hyper-parameter, around the value that it has."""
+"""Candidate values for each hyper-parameter, around its present value."""
 
 
 def family(compressor: Compressor) -> list[Compressor]:
-    """The same compressor, more and less lossy: ranks of half to twice its own, densities of a tenth to ten times, 2
-    to 8 bits; of a chain, what its first part allows.
+    """Return more and less lossy versions of a compressor: ranks from half to twice its own, densities from a tenth to
+    ten times, 2 to 8 bits; for a chain, versions of its first part.
 
     Example:
         >>> [one.rank for one in family(PowerSGD(4))]
@@ -61,13 +61,13 @@ def family(compressor: Compressor) -> list[Compressor]:
 
 @dataclass
 class Snapshot:
-    """The mean of what one worker was asked to send, unit by unit: one word an element while it looks."""
+    """The mean input of one worker's compressor for each unit; takes one value per element while it collects."""
 
     likes: dict[str, Tensor]
-    """Meta tensors of the units that are looked at."""
+    """Meta tensors of the units to collect."""
     sums: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     elements: dict[str, int] = field(default_factory=dict[str, int])
-    """How many were looked at so far, of any step."""
+    """Number of elements added so far, over all steps."""
     seconds: float = 0.0
 
     def look(self, name: str, x: Tensor, run: tuple[int, int] | None) -> None:
@@ -86,28 +86,28 @@ class Snapshot:
 
 @dataclass
 class LGreCo:
-    """Every ``every`` steps, the plan of the fewest bytes that loses no more than the method as it was attached.
+    """A policy that every ``every`` steps plans the fewest bytes for at most the error of the attached method.
 
     ``minimise sum cost_l(q_l)  with  sum E_l(q_l) <= slack * sum E_l(default)``, ``E = ||A - C(A)||``, where A is the
-    mean of what a worker's compressor was given in the last ``looks`` steps. Each worker makes a table of its own;
-    tables are averaged, so all ranks find the same plan. Residuals are kept. A checkpoint does not hold the plan: after
-    a resume the uniform method goes on until the next one, and PowerSGD's must be attached with the ranks that it had,
+    mean input of a worker's compressor in the last ``looks`` steps. Each worker makes its own table; all ranks average
+    the tables, so they find the same plan. Residuals are kept. A checkpoint does not hold the plan: after a resume the
+    uniform method runs until the next plan. With PowerSGD, attach the ranks of the checkpoint:
     ``Method.from_json(state["method"])``.
 
     Args:
-        candidates: compressors to choose from, of one family or several; None for ``family`` of each unit's own.
-            Dense is always one; what the unit's memory may not stand beside is none.
-        every: steps between plans, more than ``looks``; the first is made after a warm-up.
-        looks: steps that are averaged.
-        objective: ``"bytes"`` that a worker sends, or ``"seconds"`` of the link, each unit as a message of its own.
-        error: ``"l2"`` sums norms over parameters, as the paper's code does; ``"l2sq"`` sums their squares.
-        slack: how much of the uniform plan's error is allowed, above 0.
+        candidates: compressors to choose from, of one or several kinds; None for ``family`` of each unit's own.
+            Dense is always a candidate; a compressor that does not fit the unit's memory is not.
+        every: steps between plans, more than ``looks``; the first plan is made after the warm-up.
+        looks: number of steps to average.
+        objective: ``"bytes"`` that a worker sends, or ``"seconds"`` on the link with one message per unit.
+        error: ``"l2"`` sums norms over parameters, as the paper's code does; ``"l2sq"`` sums squared norms.
+        slack: allowed error, as a multiple of the uniform plan's error, above 0.
         resolution: see ``thinwire.policies.allocate``.
 
     Raises:
-        ThinwireError: a value outside its range.
+        ThinwireError: a value is outside its range.
 
-    **Wire**: the tables, as text: some 30 bytes for each parameter and candidate, once a plan; the ledger tells.
+    **Wire**: the tables as text, about 30 bytes per parameter and candidate for each plan; the ledger notes the bytes.
 
     Example:
         >>> LGreCo(candidates=[TopK(0.001), TopK(0.01), PowerSGD(2)], every=500).objective
@@ -116,8 +116,8 @@ class LGreCo:
     Source: M. Alimohammadi, I. Markov, E. Frantar, D. Alistarh, "L-GreCo: Layerwise-Adaptive Gradient Compression for
     Efficient and Accurate Deep Learning", MLSys 2024, arXiv:2210.17357.
 
-    Departures: errors are averaged over all ranks, where the paper plans from rank 0's gradients; the uniform plan is
-    kept where rounding would lose to it; a new rank keeps the directions found so far.
+    Departures: errors are averaged over all ranks; the paper plans from rank 0's gradients. If no plan beats the
+    uniform one, that is kept. A new PowerSGD rank keeps the directions found so far.
     """
 
     candidates: Sequence[Compressor] | None = None
@@ -128,9 +128,9 @@ class LGreCo:
     slack: float = 1.0
     resolution: int = 10_000
     seconds: float = field(default=0.0, init=False)
-    """Spent so far on looking, by all workers of this process, and on plans."""
+    """Seconds spent so far on averaging, by all workers of this process, and on plans."""
     plan: dict[str, Compressor] = field(default_factory=dict[str, Compressor], init=False)
-    """The last one."""
+    """The last plan."""
 
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
@@ -153,8 +153,8 @@ class LGreCo:
         self._link: Link | None = None
 
     def after_step(self, session: Session) -> None:
-        """See ``thinwire.session.session.Policy``. A collective call at every ``every``-th step."""
-        if self._base is None or session.method is not self._installed:  # somebody else has chosen this one
+        """Make a plan if it is due; see ``thinwire.session.transaction.Policy``. Collective every ``every`` steps."""
+        if self._base is None or session.method is not self._installed:  # the user has set another method
             self._base, self.plan = session.method, {}
         warm = self._base.warmup.length if self._base.warmup else 0
         phase = session.step % self.every
@@ -167,7 +167,7 @@ class LGreCo:
                 worker.watch = Snapshot({unit.name: unit.like for unit in self._units(session)})
 
     def _units(self, session: Session) -> list[Unit]:
-        """Those that the method compressed before there was a plan."""
+        """Return the units that the method compressed before the first plan."""
         return [unit for unit in session.units if self._rule(unit).compressor != DENSE]
 
     def _rule(self, unit: Unit) -> Rule:
@@ -210,7 +210,7 @@ class LGreCo:
         return [(unit, self.plan[unit.name]) for unit in units]
 
     def _options(self, unit: Unit) -> list[Compressor]:
-        """The candidates of one unit, each once; its own and dense among them."""
+        """Return the candidates of one unit without repeats, including its own compressor and dense."""
         own = self._rule(unit).compressor
         offered = family(own) if self.candidates is None else self.candidates
         fitting = [one for one in offered if declines(one, unit.param.shape) is None and allowed(one, self._rule(unit))]
@@ -247,7 +247,7 @@ class LGreCo:
 
 
 def _read(text: str, own: list[Rows], paid: Rows) -> tuple[list[Rows], Rows]:
-    """What another rank says of the units, in the form in which this one says it."""
+    """Parse another rank's tables and costs, and check that they have the form of this rank's."""
     tables, costs = json.loads(text)
     if len(tables) != len(own):
         raise ValueError(f"{len(tables)} tables")
@@ -259,7 +259,7 @@ def _read(text: str, own: list[Rows], paid: Rows) -> tuple[list[Rows], Rows]:
 
 
 def allowed(compressor: Compressor, rule: Rule) -> bool:
-    """Whether the rule's memory may stand beside this compressor."""
+    """Return True if the rule's memory can be used with this compressor."""
     try:
         replace(rule, compressor=compressor)
     except ThinwireError:
@@ -273,7 +273,7 @@ def mean_row(rows: Iterable[Sequence[float]]) -> list[float]:
 
 @undisturbed
 def losses(x: Tensor, options: Sequence[Compressor], ctx: Context) -> list[float]:
-    """``||x - C(x)||^2`` of each; a family that knows a shortcut takes it, any other is tried."""
+    """Compute ``||x - C(x)||^2`` of each option, by the compressor's ``losses`` if it has one, else by compressing."""
     found: dict[int, float] = {}
     kinds: dict[type[Compressor], list[int]] = {}
     for j, option in enumerate(options):
@@ -286,12 +286,12 @@ def losses(x: Tensor, options: Sequence[Compressor], ctx: Context) -> list[float
 
 
 def tried(compressor: Compressor, x: Tensor, ctx: Context) -> float:
-    """``||x - C(x)||^2``, by compressing."""
+    """Compute ``||x - C(x)||^2`` by compressing."""
     state, rest = compressor.init(x, ctx), x.clone()
     compressor.decompress(compressor.compress(x, state, ctx), x, state, ctx).add_to(rest, alpha=-1.0)
     return float(rest.double().square().sum())
 
 
 def digest(method: Method) -> str:
-    """A short name of a plan, the same on all ranks that hold it."""
+    """Return a short hash of a method, the same on all ranks that have it."""
     return hashlib.sha256(method.to_json().encode()).hexdigest()[:12]
