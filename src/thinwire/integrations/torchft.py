@@ -76,7 +76,7 @@ class CompressedProcessGroup(ProcessGroupWrapper):
         self.wire_bytes = 0.0
         """Bytes that this replica has sent for all-reduces."""
         self.dense_bytes = 0.0
-        """The same without compression."""
+        """Bytes that this replica would have sent without compression."""
         self.calls = 0
 
     @property

@@ -34,7 +34,7 @@ def signs(x: Tensor) -> Tensor:
 @register("none")
 @dataclass(frozen=True)
 class NoMemory(Memory):
-    """The empty memory: it compresses the gradient as it is, with any loss scale, and forgets the compression error."""
+    """The empty memory, which passes the gradient on as it is, loss scale included, without error feedback."""
 
     stateful: ClassVar[bool] = False
     linear: ClassVar[bool] = True
@@ -50,8 +50,8 @@ class NoMemory(Memory):
 class ErrorFeedback(Memory):
     """Error feedback, which adds the residual of earlier steps to every gradient.
 
-    ``x = residual + g``,  ``residual = (1 - beta) residual + beta (x - decompress(compress(x)))``; ``beta`` is 1 by
-    default. State: one value per element. Works in float32 (float64 for float64 gradients).
+    ``x = residual + g``,  ``residual = (1 - beta) residual + beta (x - decompress(compress(x)))``, default ``beta`` 1.
+    State: one value per element. Works in float32 (float64 for float64 gradients).
 
     Source: F. Seide et al., "1-Bit Stochastic Gradient Descent and its Application to Data-Parallel Distributed
     Training of Speech DNNs", 2014; S. Stich, J.-B. Cordonnier, M. Jaggi, "Sparsified SGD with Memory", 2018,

@@ -19,7 +19,7 @@ QUIET = 1e-6
 """A squared gradient up to this share of its variance counts as 0; rounding errors are smaller."""
 SPARSE = 0.25
 LEAST = 0.1
-"""Smallest root of a variance, as a share of the mean root in its run."""
+"""Smallest root of a nonzero variance, as a share of the mean root in its run."""
 RUN = 4096
 
 
