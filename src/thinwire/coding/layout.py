@@ -62,7 +62,7 @@ class Layout:
         return sums
 
     def pack(self, payloads: Sequence[Payload], *, in_place: bool = False) -> Tensor:
-        """Build the message, uint8 ``[nbytes]``; ``in_place`` allows a view of payloads that lie so."""
+        """Build the message, uint8 ``[nbytes]``; with ``in_place`` it may be a view of payloads in this layout."""
         tensors = [t for payload in payloads for t in payload]
         ordered = [flat(tensors[j]).view(torch.uint8) for j in self.order]
         if in_place and not self.padding and _adjacent(ordered):

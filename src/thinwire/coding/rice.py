@@ -100,7 +100,7 @@ def _gaps(indices: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _codewords(bits: NDArray[np.uint8], b: int, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the starts of up to ``most`` codewords and the position of each one's zero, without a cut-off last one.
+    """Return the starts of up to ``most`` whole codewords, and the position of the zero of each.
 
     A codeword tells only where the next one starts, so a plain scan is sequential. So the bits are cut into blocks.
     From the back, in all blocks at once, compute for every bit where a chain of codewords from it leaves its block.

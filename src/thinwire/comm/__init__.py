@@ -1,1 +1,1 @@
-"""Communication: what carries bytes between workers and never looks inside them."""
+"""Communication: collectives that carry bytes between workers and never look inside them."""

@@ -69,7 +69,7 @@ class CompressedProcessGroup(ProcessGroupWrapper):
         self, group: Any, compressor: Compressor, *, least: int = 4096, seed: int = 0, timeout: float = TIMEOUT
     ) -> None:
         check_flat("compressor", "buckets that a process group is given are flat", compressor)
-        Rule(compressor, NoMemory())  # refuses what is biased
+        Rule(compressor, NoMemory())  # refuses a biased compressor
         super().__init__(pg=group)
         self.compressor, self.least, self.seed, self.patience = compressor, least, seed, timeout
         self._said = json.dumps([registry.to_json(compressor), least, seed], sort_keys=True)
