@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from thinwire.comm.collectives import TIMEOUT, Collective, Talk
 from thinwire.comm.control import ATTACH, Together
 from thinwire.comm.link import Link
-from thinwire.comm.process_group import TIMEOUT, Collective, ProcessGroup, Talk
+from thinwire.comm.process_group import ProcessGroup
 from thinwire.comm.simulated import Local
 from thinwire.comm.texts import is_known
 from thinwire.core.ambient import undisturbed

@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 import thinwire
 from tests.engines.test_faults import finish, start_ranks
 from thinwire import ThinwireError, Warmup, dgc, topk
+from thinwire.comm.collectives import NoAnswer
 from thinwire.comm.control import Together
 from thinwire.comm.hierarchical import Nodes
-from thinwire.comm.process_group import NoAnswer
 from thinwire.comm.texts import is_known
 from thinwire.engines.bare import Plain
 from thinwire.session.session import Session

@@ -17,7 +17,7 @@ import thinwire
 from tests.engines.models import batch, build, loss_of, train_ddp
 from tests.world import free_port
 from thinwire import ThinwireError, dgc, topk
-from thinwire.comm.process_group import exchange_failed
+from thinwire.comm.collectives import exchange_failed
 from thinwire.comm.simulated import Local
 
 ROOT = Path(__file__).parents[2]

@@ -29,12 +29,12 @@ def total(values: Tensor) -> Tensor:
 
 
 def nonfinite_of(totals: Tensor) -> Tensor:
-    """Of each; ``x - x`` is 0 for what is finite, else NaN."""
+    """Return True for each nonfinite total: ``x - x`` is 0 if x is finite, else NaN."""
     return (totals - totals).ne(0)
 
 
 def is_nonfinite(values: Tensor) -> Tensor:
-    """Whether anything is not finite."""
+    """Return a bool tensor ``[]``: True if any value is nonfinite."""
     found = nonfinite_of(total(values))
     return found if found.is_cuda or not bool(found) else values.isfinite().all().logical_not()
 

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from types import TracebackType
 from typing import Self
 
-from thinwire.comm.process_group import NoAnswer, Talk, failed
+from thinwire.comm.collectives import NoAnswer, Talk, failed
 from thinwire.comm.texts import is_known, known_to_all
 from thinwire.core.errors import ThinwireError
 

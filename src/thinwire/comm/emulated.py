@@ -8,9 +8,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from thinwire.comm.collectives import Collective, Future, InFlight, OneLevel, in_future
 from thinwire.comm.link import Kind, Link
 from thinwire.comm.liveness import Lost
-from thinwire.comm.process_group import Collective, Future, InFlight, OneLevel, in_future
 
 GRACE = 5.0
 """Seconds for exchanges in progress when the link is closed, so that an unanswered one can't keep the process alive."""

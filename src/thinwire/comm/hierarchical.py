@@ -22,10 +22,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from thinwire.coding.header import CLOCK, SLOTS
 from thinwire.coding.layout import ROW_ALIGNMENT
+from thinwire.comm.collectives import Collective, InFlight, network
 from thinwire.comm.emulated import Paced
 from thinwire.comm.link import Link
 from thinwire.comm.liveness import Lost
-from thinwire.comm.process_group import Collective, InFlight, ProcessGroup, network
+from thinwire.comm.process_group import ProcessGroup
 from thinwire.core.errors import ThinwireError
 
 

@@ -12,8 +12,8 @@ import time
 import numpy as np
 import torch
 
+from thinwire.comm.collectives import Collective
 from thinwire.comm.link import Link
-from thinwire.comm.process_group import Collective
 from thinwire.comm.texts import heard
 
 SIZES = (2**10, 2**15, 2**18, 2**20)

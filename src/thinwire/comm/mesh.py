@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from thinwire.comm.collectives import Collective, InFlight, NoAnswer, Talk, failed
 from thinwire.comm.liveness import Lost
-from thinwire.comm.process_group import Collective, InFlight, NoAnswer, ProcessGroup, Talk, failed
+from thinwire.comm.process_group import ProcessGroup
 from thinwire.comm.texts import heard
 from thinwire.core.errors import ThinwireError
 from thinwire.core.sharding import shape_of, shard_dim

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thinwire.comm.collectives import Future, InFlight, OneLevel
 from thinwire.comm.link import Link, wire_bytes
 from thinwire.comm.liveness import Lost
-from thinwire.comm.process_group import Future, InFlight, OneLevel
 from thinwire.core.errors import ThinwireError
 
 ASSUMED = Link(1e9, 1e-4)

@@ -17,10 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from thinwire.comm.collectives import TIMEOUT, Collective
 from thinwire.comm.control import Together
 from thinwire.comm.hierarchical import check_nodes, levels
 from thinwire.comm.link import Link
-from thinwire.comm.process_group import TIMEOUT, Collective, ProcessGroup
+from thinwire.comm.process_group import ProcessGroup
 from thinwire.core.errors import ThinwireError
 from thinwire.core.supported import check_parameter, parts
 from thinwire.engines.grad_hooks import GradHooks, Owned

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from thinwire.comm.collectives import TIMEOUT, Collective
 from thinwire.comm.control import Together
 from thinwire.comm.hierarchical import check_nodes, levels
 from thinwire.comm.link import Link
-from thinwire.comm.process_group import TIMEOUT, Collective, ProcessGroup
+from thinwire.comm.process_group import ProcessGroup
 from thinwire.core.errors import ThinwireError
 from thinwire.engines.ddp_hook import Dispatcher, ignored
 from thinwire.engines.names import clean

@@ -18,7 +18,7 @@ from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportU
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.coding import header
-from thinwire.comm.process_group import Future
+from thinwire.comm.collectives import Future
 from thinwire.core.ambient import undisturbed
 from thinwire.core.errors import ThinwireError
 from thinwire.core.sharding import own

@@ -18,7 +18,7 @@ from weakref import ref
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.comm.process_group import Future
+from thinwire.comm.collectives import Future
 from thinwire.core.errors import ThinwireError
 from thinwire.exchange.status import unused
 from thinwire.session.backward import in_backward

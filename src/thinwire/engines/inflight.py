@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from thinwire.comm.process_group import Collective, Future, InFlight, in_future
+from thinwire.comm.collectives import Collective, Future, InFlight, in_future
 from thinwire.core.loops import Kernels
 from thinwire.exchange import pipeline
 from thinwire.exchange.buckets import Bucket

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from thinwire.comm.process_group import Future, NoAnswer, exchange_failed, in_future
+from thinwire.comm.collectives import Future, NoAnswer, exchange_failed, in_future
 from thinwire.engines.inflight import BucketInFlight, resolve
 from thinwire.exchange import pipeline
 from thinwire.exchange.buckets import Bucket

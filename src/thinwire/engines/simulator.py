@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thinwire.comm.process_group import InFlight
+from thinwire.comm.collectives import InFlight
 from thinwire.comm.simulated import Local
 from thinwire.core.checks import called, of_type, whole
 from thinwire.core.errors import ThinwireError

@@ -14,8 +14,8 @@ import torch
 
 from thinwire.coding import header
 from thinwire.coding.layout import ROW_ALIGNMENT, Layout
+from thinwire.comm.collectives import Collective
 from thinwire.comm.link import Kind, Link, wire_bytes
-from thinwire.comm.process_group import Collective
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Payload
 from thinwire.exchange.pieces import Piece

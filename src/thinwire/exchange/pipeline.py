@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from thinwire.coding import header
-from thinwire.comm.process_group import Carrier, InFlight
+from thinwire.comm.collectives import Carrier, InFlight
 from thinwire.core.ambient import undisturbed
 from thinwire.core.context import Context
 from thinwire.core.loops import Kernels

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from thinwire.comm.collectives import Collective
 from thinwire.comm.link import Link
-from thinwire.comm.process_group import Collective
 from thinwire.core.errors import ThinwireError
 from thinwire.exchange.buckets import Bucket, Routing, plan_bucket
 from thinwire.exchange.units import TURN_BYTES, Unit, set_stage

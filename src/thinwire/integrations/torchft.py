@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.functional import pad
 
+from thinwire.comm.collectives import TIMEOUT, Future, InFlight, in_future
 from thinwire.comm.link import wire_bytes
-from thinwire.comm.process_group import TIMEOUT, Future, InFlight, in_future
 from thinwire.core import registry
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor

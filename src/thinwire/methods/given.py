@@ -44,7 +44,7 @@ def method_of(given: Any) -> Method:
 
 
 def _with_rest(rule: Rule) -> Method:
-    """A rule, and what is right beside it for parameters that it is not for."""
+    """Make a method of a rule, with a dense rule for the parameters that it does not fit."""
     return Method(title(rule.compressor), (rule, Rule(Cast(), rule.memory.uncompressed or NoMemory())))
 
 

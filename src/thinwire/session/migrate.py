@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 from thinwire._version import __version__
+from thinwire.comm.collectives import Collective, Talk
 from thinwire.comm.control import Together
-from thinwire.comm.process_group import Collective, Talk
 from thinwire.comm.texts import known_to_all
 from thinwire.core.capabilities import inherit
 from thinwire.core.errors import ThinwireError

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from thinwire.comm.process_group import Collective
+from thinwire.comm.collectives import Collective
 from thinwire.core import registry
 from thinwire.core.absorbed import Absorbed
 from thinwire.core.errors import ThinwireError

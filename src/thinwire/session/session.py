@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thinwire.comm.collectives import TIMEOUT, Collective
 from thinwire.comm.control import ATTACH, Together
 from thinwire.comm.link_speed import measure
-from thinwire.comm.process_group import TIMEOUT, Collective
 from thinwire.comm.simulated import Local
 from thinwire.comm.texts import heard
 from thinwire.core.ambient import undisturbed_methods

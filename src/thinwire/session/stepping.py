@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from thinwire.comm.process_group import Collective
+from thinwire.comm.collectives import Collective
 from thinwire.exchange.fused import warm_up_kernels
 from thinwire.exchange.units import Unit, Worker
 from thinwire.methods.method import Method

@@ -21,11 +21,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from thinwire.comm.collectives import TIMEOUT, Collective, Talk
 from thinwire.comm.control import Together
 from thinwire.comm.emulated import Paced
 from thinwire.comm.link import Link
 from thinwire.comm.mesh import BothAxes, Mesh, columns_of
-from thinwire.comm.process_group import TIMEOUT, Collective, ProcessGroup, Talk
+from thinwire.comm.process_group import ProcessGroup
 from thinwire.comm.simulated import Local
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from thinwire.coding.layout import Layout
+from thinwire.comm.collectives import Carrier, InFlight
 from thinwire.comm.link import Kind
-from thinwire.comm.process_group import Carrier, InFlight
 from thinwire.core.capabilities import LeaderSelected
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Payload

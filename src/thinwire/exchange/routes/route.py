@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from thinwire.coding import header as headers
+from thinwire.comm.collectives import Carrier, InFlight
 from thinwire.comm.link import Kind, wire_bytes
-from thinwire.comm.process_group import Carrier, InFlight
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload
 from thinwire.core.tensors import Decompressed

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from thinwire.coding.layout import Layout
+from thinwire.comm.collectives import Carrier, InFlight
 from thinwire.comm.link import Kind
-from thinwire.comm.process_group import Carrier, InFlight
 from thinwire.core.context import NOWHERE, NUMBER, Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Memory, Payload

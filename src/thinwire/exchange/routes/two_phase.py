@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from thinwire.coding.layout import Layout
+from thinwire.comm.collectives import Carrier, InFlight
 from thinwire.comm.link import Kind, wire_bytes
-from thinwire.comm.process_group import Carrier, InFlight
 from thinwire.core.capabilities import compress_sparse, scaled_density
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload

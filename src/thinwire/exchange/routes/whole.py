@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from thinwire.coding.layout import Layout
+from thinwire.comm.collectives import Carrier, InFlight
 from thinwire.comm.link import Kind, wire_bytes
-from thinwire.comm.process_group import Carrier, InFlight
 from thinwire.core.interfaces import Payload
 from thinwire.exchange.routes.route import Route, Senders
 

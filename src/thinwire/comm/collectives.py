@@ -1,0 +1,280 @@
+"""Collectives: the interface, and its implementation over ``torch.distributed``.
+
+A collective only carries bytes. ``all_reduce``, ``all_gather``, ``all_to_all`` and ``broadcast`` start it and return
+an ``InFlight`` at once. No collective is ever started from the callback of another, since gloo runs callbacks in an
+order that differs between ranks.
+"""
+
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from thinwire.comm.gloo_p2p import Future
+from thinwire.comm.link import Link
+from thinwire.comm.liveness import Lost
+from thinwire.core.errors import ThinwireError
+
+
+def in_future(tensor: Tensor) -> Future:
+    """Make a future for a value on the device of ``tensor``; the caller completes it."""
+    return torch.futures.Future[Any](devices=[tensor.device] if tensor.is_cuda else None)
+
+
+TIMEOUT = 300.0
+"""Seconds to wait for other ranks: longer than an evaluation on one rank usually takes, far below gloo's 30 minutes."""
+
+
+class NoAnswer(RuntimeError):
+    """Error: the network failed or a rank did not answer in time. No exchange is possible afterwards."""
+
+
+@contextlib.contextmanager
+def network(timeout: float) -> Generator[None]:
+    """Turn every ``RuntimeError`` of the backend into a ``NoAnswer``."""
+    try:
+        yield
+    except NoAnswer:
+        raise
+    except RuntimeError as error:
+        text = str(error)
+        waited = f"timed out after {timeout:g} s: " if "imed out" in text and "timed out after" not in text else ""
+        raise NoAnswer(waited + text) from error
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A collective in progress: ``result`` holds the answer once ``future`` has completed.
+
+    All-reduce gives the sum, shaped like the message; all-gather uint8 ``[world, nbytes]``; all-to-all the same, with
+    the row that each rank sent to this one; broadcast the source's message.
+    """
+
+    future: Future
+    result: Tensor
+    work: Any = None
+    side_data: Tensor | None = None
+    """What the stages before have left for the one after, or for whoever opens the answer."""
+    columns: tuple[int, int] | None = None
+    """The columns of this message, if several messages were sent as one."""
+    then: "Callable[[], InFlight] | None" = None
+    """Function that starts the next stage; never call it from a callback. Later calls return the same."""
+    arrange: Callable[[Tensor], Tensor] | None = None
+    """Function from the buffer of the last stage to the answer."""
+
+    def answer(self) -> Tensor:
+        """Return the result; call it after the last stage has ended."""
+        result = self.result if self.arrange is None else self.arrange(self.result)
+        return result if self.columns is None else result[:, slice(*self.columns)]
+
+    def advance(self, timeout: float) -> "InFlight":
+        """Wait for every stage but the last, and start the one that follows each."""
+        if self.then is None:
+            return self
+        self._wait(timeout, False)
+        return replace(self.then(), side_data=self.side_data, columns=self.columns).advance(timeout)
+
+    def wait(self, timeout: float, *, on_host: bool = False) -> Tensor:
+        """Wait for all stages, at most ``timeout`` seconds for each, and return the answer.
+
+        A CUDA backend has a watchdog of its own instead, and the host does not wait for it unless ``on_host`` says so.
+
+        Raises:
+            NoAnswer: the backend raises an error, or a rank did not come in time.
+        """
+        last = self.advance(timeout)
+        last._wait(timeout, on_host)
+        return last.answer()
+
+    def _wait(self, timeout: float, on_host: bool) -> None:
+        with network(timeout):
+            if self.work is not None and (on_host or not self.result.is_cuda):
+                self.work.wait(timedelta(seconds=timeout))
+            self.future.wait()
+
+
+class Carrier(Protocol):
+    """Some ranks that exchange messages: what a route needs of them."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+
+    def all_reduce(self, message: Tensor) -> InFlight:
+        """Sum ``message`` over the ranks; may happen in place."""
+        ...
+
+    def all_gather(self, message: Tensor) -> InFlight:
+        """Collect the uint8 ``message`` of every rank; all have the same size."""
+        ...
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        """Row r of the uint8 ``message`` ``[world, nbytes]`` goes to rank r; all have the same size."""
+        ...
+
+    def broadcast(self, message: Tensor, source: int) -> InFlight:
+        """The uint8 ``message`` ``[nbytes]`` of rank ``source`` to all; those of the others may be overwritten."""
+        ...
+
+
+class Talk(Protocol):
+    """A control channel between ranks."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+    @property
+    def everyone(self) -> "Talk":
+        """The control channel of all ranks of the model, one member per rank."""
+        ...
+
+    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
+        """Return the texts of all ranks, for control. Blocks; its bytes are not counted in ``sent``.
+
+        Args:
+            timeout: seconds; None for the timeout given to ``attach``.
+
+        Raises:
+            NoAnswer: a rank did not answer in time, or is gone.
+            ThinwireError: a rank's text is too long, or is not a text.
+        """
+        ...
+
+    def lost(self) -> Lost:
+        """Find out which ranks are lost after a failed exchange. No exchange is possible afterwards."""
+        ...
+
+    def here(self) -> None:
+        """Write to the store that this rank is alive."""
+        ...
+
+    def leave(self, word: str) -> None:
+        """Leave in the middle of an exchange: close the connections and leave ``word`` in the store for the others."""
+        ...
+
+
+class Collective(Talk, Carrier, Protocol):
+    """The interface that carries messages between workers. ``sent`` counts the bytes that this worker has sent."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def sent(self) -> float: ...
+    @property
+    def link(self) -> Link | None:
+        """The speed of the link if it is emulated or assumed, else None."""
+        ...
+
+    @property
+    def keepers(self) -> "Collective":
+        """The checkpoint group: the ranks that each have a row in a checkpoint."""
+        ...
+
+    @property
+    def lanes(self) -> int:
+        """Number of local ranks: the ranks of one worker, each of which sends a part of its message."""
+        ...
+
+    @property
+    def sent_inside(self) -> float:
+        """Bytes that this rank has sent within the node."""
+        ...
+
+    def at(self, step: int) -> None:
+        """Set this rank's step. Local ranks send it in every part, since only one part has the message header."""
+        ...
+
+    def apart(self) -> bool:
+        """Return True if messages since ``at`` show that local ranks are at different steps; blocks."""
+        ...
+
+    def mean_inside(self, gradients: Tensor, timeout: float) -> None:
+        """Average over the local ranks in place; blocks."""
+        ...
+
+    def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
+        """Return for each unit True if any local rank used it; blocks."""
+        ...
+
+    def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:
+        """Whether each is so on any rank that holds another part of the same model; waits."""
+        ...
+
+    def norm_across_shards(self, norm: Tensor, timeout: float) -> Tensor:
+        """The norm over all parts of the model, from that over this rank's; waits."""
+        ...
+
+    def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        """Return a DTensor ``[world, *shape]``, this rank's ``tensor`` as a row; ``like`` tells how it is sharded."""
+        ...
+
+    def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        """Return replicated state for a checkpoint, sharded like ``like``; without ``like``, one row for each shard."""
+        ...
+
+    def hang_up(self) -> None:
+        """Close all connections if the backend can, so that no exchange in progress keeps the process alive."""
+        ...
+
+    def close(self) -> None:
+        """Stop threads; no collective may be started afterwards."""
+        ...
+
+
+class OneLevel:
+    """A base for collectives in which every rank is a worker."""
+
+    lanes = 1
+    sent_inside = 0.0
+
+    @property
+    def everyone(self) -> Any:
+        return self
+
+    @property
+    def keepers(self) -> Any:
+        return self
+
+    def at(self, step: int) -> None:
+        pass
+
+    def apart(self) -> bool:
+        return False
+
+    def mean_inside(self, gradients: Tensor, timeout: float) -> None:
+        pass
+
+    def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
+        return list(used)
+
+    def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:
+        return list(flags)
+
+    def norm_across_shards(self, norm: Tensor, timeout: float) -> Tensor:
+        return norm
+
+    def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        return tensor
+
+
+def exchange_failed(collective: Collective, step: int, names: Sequence[str], error: Exception) -> ThinwireError:
+    """Make the error for a failed exchange of these units: it names the ranks that did not answer and the way out."""
+    what = names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+    return failed(collective, f"step {step}: the exchange of {what}", error, "Restart from the last checkpoint")
+
+
+def failed(talk: Talk, what: str, error: Exception, way_out: str) -> ThinwireError:
+    """Make the error for a failed collective call."""
+    lost = talk.lost() if isinstance(error, NoAnswer) else Lost()
+    if lost.raised:
+        return ThinwireError(f"{lost.raised}. {way_out}.")
+    reason = (str(error) or repr(error)).splitlines()[0].rstrip(".! ")
+    return ThinwireError(
+        f"{what} failed on rank {talk.everyone.rank}{'; ' * bool(str(lost))}{lost}: {reason}. {way_out}."
+    )
