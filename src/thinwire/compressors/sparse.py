@@ -104,7 +104,7 @@ class TopK(Compressor, Adjustable, Thresholded, SumsSparsely, TakesSparse, Error
         return min(n, math.ceil(self.density * n))
 
     def losses(self, x: Tensor, family: Sequence[Compressor]) -> list[float] | None:
-        """Return the sums of squares outside the k largest, from one sort or selection; None if values are coded."""
+        """Return the sums of squares outside the k largest, by one sort or selection; None if ``values`` is set."""
         alike = cast("Sequence[TopK]", family)
         if any(one.values is not None for one in alike):
             return None

@@ -55,8 +55,7 @@ class MomentumCorrection(Memory):
     Source: Y. Lin, S. Han, H. Mao, Y. Wang, W. Dally, "Deep Gradient Compression", 2018, arXiv:1712.01887,
     equations 4 to 7.
 
-    Departures: the decompressed values are subtracted from ``v``, not the selected ones, so the error of a cast stays
-    in the residual. Masking stops above ``mask_below_density``.
+    Departures: ``v`` loses only what was decompressed, so a cast's error stays. ``mask_below_density`` limits masking.
     """
 
     absorbs: ClassVar[bool] = True
@@ -170,7 +169,8 @@ class Momentum(Memory):
     """Ordinary SGD momentum, applied after the exchange; DGC uses it for parameters that it does not compress.
 
     ``b = m b + (mean + wd * param)``; the gradient is ``b``, or ``mean + wd * param + m b`` with Nesterov.
-    ``decay="decoupled"`` keeps ``wd * param`` out of ``b``. State: one value per element, equal on all ranks.
+    ``decay="decoupled"`` keeps ``wd * param`` out of ``b``.
+    State: one value per element, equal on all ranks.
     """
 
     absorbs: ClassVar[bool] = True
