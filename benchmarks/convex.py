@@ -23,6 +23,7 @@ from thinwire import Memory
 from thinwire._version import __version__
 from thinwire.compressors import TopK
 from thinwire.core import NOWHERE
+from thinwire.core.interfaces import local_state, shared_state
 from thinwire.core.tensors import Sparse
 from thinwire.exchange.units import TwoCopies, payload_nbytes
 from thinwire.memories import EF21, EControl, ErrorFeedback, NoMemory
@@ -122,7 +123,7 @@ def train(
     n, d = WORKERS, problem.dim
     x = torch.from_numpy(np.random.default_rng(0).standard_normal(d))
     first = problem.gradients(x)
-    local, shared = TwoCopies.of(memory.init(first)), TwoCopies.of(memory.init_shared(x))
+    local, shared = TwoCopies.of(local_state(memory, first)), TwoCopies.of(shared_state(memory, x))
     for key in ("estimate", "average"):  # from the exact gradient, as the papers do
         if key in local.now:
             local.now[key].copy_(first)
@@ -139,7 +140,7 @@ def train(
         own.write_to(sent)
         if step < 2 and k < d:
             check_selection(asked, sent, k)
-        memory.sent(asked, own, local.next)
+        memory.sent(own, local.next)
         h = memory.receive(sent.mean(0), x, shared.now, shared.next)
         local.commit()
         shared.commit()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from thinwire.exchange.messages import Piece
 
 from benchmarks.figures import spread
 from thinwire._version import __version__
@@ -19,7 +20,6 @@ from thinwire.compressors import TopK
 from thinwire.core import Context, State, files
 from thinwire.core.loops import Kernels
 from thinwire.exchange.fused import select
-from thinwire.exchange.messages import Piece
 from thinwire.exchange.units import TwoCopies, Unit, Worker
 from thinwire.kernels.cpu import Cpu
 from thinwire.kernels.reference import REFERENCE
@@ -54,7 +54,7 @@ class Case:
         local: TwoCopies = self.worker.local["w"]
         x = local.next["residual"]
         payload = self.unit.compressor.encode(*found, x.numel(), ctx)
-        self.unit.memory.sent(x, self.unit.compressor.own(payload, found[0], x, {}, ctx), local.next)
+        self.unit.memory.sent(self.unit.compressor.own(payload, found[0], x, {}, ctx), local.next)
         for _ in range(DECODED):  # the gradient is clear: what arrives is added
             self.unit.compressor.decompress(payload, self.grad, {}, ctx).add_to(self.grad)
         local.commit()

@@ -12,6 +12,7 @@ import torch
 from thinwire import methods
 from thinwire.compressors.sparse import TopK
 from thinwire.core import Compressor, registry
+from thinwire.core.interfaces import local_state, shared_state
 from thinwire.exchange.units import payload_nbytes
 from thinwire.methods.method import Method
 
@@ -115,7 +116,7 @@ def recipe_row(name: str) -> str:
     rule = example(recipe).rule("weight", ELEMENTS, 1024 * 1024)
     like = torch.zeros(ELEMENTS)
     n = like.numel()
-    states = [rule.memory.init(like), rule.memory.init_shared(like)]
+    states = [local_state(rule.memory, like), shared_state(rule.memory, like)]
     words = sum(x.numel() for state in states for x in state.values()) / n
     bits = 8 * payload_nbytes(rule.compressor, like.to("meta")) / n
     yes = {True: "yes", False: "no"}

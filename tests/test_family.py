@@ -14,6 +14,8 @@ from tests.engines.models import simulated
 from tests.engines.test_ddp import _conserves, trained
 from thinwire.core import NOWHERE, registry
 from thinwire.core.absorbed import Absorbed
+from thinwire.core.interfaces import feeds_back, local_state
+from thinwire.core.memory_capabilities import absorb
 from thinwire.exchange.units import payload_nbytes
 from thinwire.methods.method import Method, Rule
 
@@ -51,7 +53,7 @@ def test_simulator_equals_the_real_run(world2, name):
     assert (real - simulated(thinwire.dense(), 2, 6, PLAIN)[0]).abs().max() > 0
 
 
-FED_BACK = [name for name, method in RECIPES.items() if method.rules[0].memory.feeds_back]
+FED_BACK = [name for name, method in RECIPES.items() if feeds_back(method.rules[0].memory)]
 
 
 @pytest.mark.parametrize("name", [name for name in FED_BACK if name != "demo"])  # whose momentum decays, see below
@@ -67,21 +69,21 @@ def test_sent_and_left_is_what_was_asked(world2, name):
 def test_recipes_are_values(method):
     assert Method.from_json(method.to_json()) == method
     for rule in method.rules:
-        assert rule.memory.absorb(Absorbed()) == rule.memory
+        assert absorb(rule.memory, Absorbed()) == rule.memory
 
 
 def test_momentum_decouples():
     """``beta M + g = M' + sent`` at every step, and the optimizer gets signs, of which NaN stays NaN."""
     memory, compressor = thinwire.memories.DecoupledMomentum(0.9), thinwire.compressors.DctTopK(0.05)
     param = torch.zeros(64, 100, dtype=torch.float64)
-    old, new = memory.init(param), memory.init(param)
+    old, new = local_state(memory, param), local_state(memory, param)
     for _ in range(5):
         grad = torch.randn_like(param)
         asked = memory.compensate(4.0 * grad, param, old, new, 0.25)
         torch.testing.assert_close(asked, 0.9 * old["residual"] + grad)
         total = asked.clone()
         sent = compressor.decompress(compressor.compress(asked, {}, NOWHERE), param, {}, NOWHERE)
-        memory.sent(asked, sent, new)
+        memory.sent(sent, new)
         out = torch.empty_like(param)
         sent.write_to(out)
         torch.testing.assert_close(out + new["residual"], total)

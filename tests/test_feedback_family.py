@@ -13,6 +13,8 @@ from thinwire import ThinwireError
 from thinwire.compressors import TopK
 from thinwire.compressors.cast import Cast
 from thinwire.core import NOWHERE, Context
+from thinwire.core.interfaces import local_state, shared_state
+from thinwire.core.memory_capabilities import accumulation
 from thinwire.engines.simulator import SimulatedWorkers
 from thinwire.exchange.units import TwoCopies
 from thinwire.memories import EF21, EControl, ErrorFeedback, MomentumCorrection
@@ -45,8 +47,8 @@ class Quadratic:
         generator = torch.Generator().manual_seed(1)
         self.targets = torch.randn(WORKERS, D, generator=generator, dtype=torch.float64)
         self.x = torch.zeros(D, dtype=torch.float64)
-        self.local = [TwoCopies.of(memory.init(self.x)) for _ in range(WORKERS)]
-        self.shared = TwoCopies.of(memory.init_shared(self.x))
+        self.local = [TwoCopies.of(local_state(memory, self.x)) for _ in range(WORKERS)]
+        self.shared = TwoCopies.of(shared_state(memory, self.x))
         self.asked = torch.zeros_like(self.x)  # sum over steps of lr * mean gradient
         self.step = 0
 
@@ -64,7 +66,7 @@ class Quadratic:
                 x = self.memory.compensate(g, self.x, state.now, state.next, ctx=ctx)
                 own = self.compressor.decompress(self.compressor.compress(x, {}, ctx), x, {}, ctx)
                 before = x.clone()
-                self.memory.sent(x, own, state.next)
+                self.memory.sent(own, state.next)
                 own.add_to(mean, 1.0 / WORKERS)
                 look(i, g, before, own, state)
             h = self.memory.receive(mean, self.x, self.shared.now, self.shared.next, Context(0, self.step, "w", 0))
@@ -163,13 +165,13 @@ def test_every_step_contracts_and_frozen_parameters_are_reached():
 
 def test_the_worked_example_of_econtrol():
     memory, g = EControl(0.5), torch.tensor([2.0, 1.0])
-    state, sent, errors = TwoCopies.of(memory.init(g)), [], []
+    state, sent, errors = TwoCopies.of(local_state(memory, g)), [], []
     for _ in range(3):
         x = memory.compensate(g, g, state.now, state.next)
         payload = TopK(0.5).compress(x, {}, NOWHERE)
         own = TopK(0.5).decompress(payload, x, {}, NOWHERE)
         own.write_to(out := torch.empty(2))
-        memory.sent(x, own, state.next)
+        memory.sent(own, state.next)
         state.commit()
         sent.append(out.tolist())
         errors.append(state.now["residual"].tolist())
@@ -200,7 +202,7 @@ def test_who_is_absent_changes_nothing():
 def test_the_filter_keeps_its_share_of_what_was_not_sent(beta):
     """``e_T - e_0 = beta sum (g - c)``, and what is asked is the residual and the gradient."""
     memory, compressor = ErrorFeedback(beta=beta), TopK(0.2)
-    old = memory.init(torch.zeros(50, dtype=torch.float64))
+    old = local_state(memory, torch.zeros(50, dtype=torch.float64))
     kept = torch.zeros(50, dtype=torch.float64)
     for _ in range(20):
         g = torch.randn(50, dtype=torch.float64)
@@ -210,7 +212,7 @@ def test_the_filter_keeps_its_share_of_what_was_not_sent(beta):
         own = compressor.decompress(compressor.compress(x, {}, NOWHERE), x, {}, NOWHERE)
         c = torch.zeros_like(g)
         own.write_to(c)
-        memory.sent(x, own, new)
+        memory.sent(own, new)
         kept += beta * (g - c)
         old = new
         torch.testing.assert_close(old["residual"], kept, rtol=0, atol=1e-12)
@@ -219,8 +221,8 @@ def test_the_filter_keeps_its_share_of_what_was_not_sent(beta):
 
 def test_decay_shrinks_the_residual():
     memory, g = ErrorFeedback(decay=0.5), torch.tensor([0.0, 1.0])
-    assert memory.accumulation is None
-    new = memory.init(g)
+    assert accumulation(memory) is None
+    new = local_state(memory, g)
     assert memory.compensate(g, g, {"residual": torch.tensor([4.0, 2.0])}, new).tolist() == [2.0, 2.0]
 
 

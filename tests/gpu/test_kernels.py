@@ -153,7 +153,7 @@ def test_a_message_has_the_bytes_of_the_cpu(kernels, memory, values):
             chosen, found = select([unit], [Piece(0)], [mine], worker, [ctx], 1.0)[0]
             payload = compressor.encode(chosen, found, grad.numel(), ctx)
             x, local = worker.local["w"].next["residual"], worker.local["w"]
-            unit.memory.sent(x, compressor.own(payload, chosen, x.view(-1), {}, ctx), local.next)
+            unit.memory.sent(compressor.own(payload, chosen, x.view(-1), {}, ctx), local.next)
             local.commit()
             payloads.append(payload)
         assert 0 < sum(t.nbytes for t in payloads[0]) < 0.1 * grad.nbytes

@@ -14,6 +14,7 @@ from thinwire.coding import elias_fano
 from thinwire.compressors import TopK
 from thinwire.core import Context
 from thinwire.core.loops import Accumulation, Cut, Pass, smallest
+from thinwire.core.memory_capabilities import accumulation
 from thinwire.core.tensors import flat
 from thinwire.exchange.fused import select
 from thinwire.exchange.pieces import Piece
@@ -365,7 +366,7 @@ def test_select_is_compensate_and_compress(kernels, memory, shape, values):
         assert all(torch.equal(a, b) for a, b in zip(by_hand, expected, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(payload, expected, strict=True))
         for local in (plain, worker.local["w"]):
-            memory.sent(local.next["residual"], compressor.decompress(payload, x, {}, ctx), local.next)
+            memory.sent(compressor.decompress(payload, x, {}, ctx), local.next)
             local.commit()
         for key, value in plain.now.items():
             assert torch.equal(value, worker.local["w"].now[key]), key
@@ -390,7 +391,7 @@ def test_what_a_kernel_cannot_do_is_left_to_the_memory(kernels):
         unit = Unit("w", param, TopK(0.01), memory, method_compressor=TopK(0.01))
         worker = Worker(0, kernels=kernels)
         worker.local["w"] = unit.fresh_local()
-        if memory.accumulation is not None:
+        if accumulation(memory) is not None:
             worker.local["w"].now["carried"] = torch.ones(400, 500)
         assert not select([unit], [Piece(0)], [torch.randn(400, 500)], worker, [Context(0, 0, "w", 0)], 1.0)
 

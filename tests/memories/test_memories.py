@@ -6,6 +6,7 @@ import torch
 from thinwire.compressors.sparse import TopK
 from thinwire.core import Context
 from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import local_state, shared_state
 from thinwire.core.tensors import Dense
 from thinwire.memories.error_feedback import ErrorFeedback
 from thinwire.memories.momentum import Momentum, MomentumCorrection
@@ -14,7 +15,7 @@ from thinwire.memories.momentum import Momentum, MomentumCorrection
 def journey(memory, compressor, grads, param=None):
     """One rank alone: what it sent at each step, and its state."""
     param = torch.zeros_like(grads[0]) if param is None else param
-    state = memory.init(grads[0])
+    state = local_state(memory, grads[0])
     sent = []
     for step, grad in enumerate(grads):
         ctx = Context(0, step, "w", 0)
@@ -22,7 +23,7 @@ def journey(memory, compressor, grads, param=None):
         own = compressor.decompress(compressor.compress(x, {}, ctx), x, {}, ctx)
         out = torch.empty_like(x)
         own.write_to(out)
-        memory.sent(x, own, state)
+        memory.sent(own, state)
         sent.append(out)
     return sent, state
 
@@ -45,7 +46,7 @@ def test_conservation_per_coordinate(nesterov, masking, values):
     """Everything that entered the residual was sent or is still there, also what a cast lost."""
     grads = list(torch.randn(30, 400, dtype=torch.float64))
     memory, compressor = MomentumCorrection(0.9, nesterov, masking=masking), TopK(0.02, values)
-    state = memory.init(grads[0])
+    state = local_state(memory, grads[0])
     asked = torch.zeros(400, dtype=torch.float64)
     total = torch.zeros(400, dtype=torch.float64)
     for step, grad in enumerate(grads):
@@ -54,7 +55,7 @@ def test_conservation_per_coordinate(nesterov, masking, values):
         asked += x - before
         own = compressor.decompress(compressor.compress(x, {}, ctx), x, {}, ctx)
         own.add_to(total)
-        memory.sent(x, own, state)
+        memory.sent(own, state)
     assert state["residual"].abs().max() > 0
     torch.testing.assert_close(total + state["residual"], asked, rtol=0, atol=1e-12)
 
@@ -105,7 +106,7 @@ def test_separate_and_decoupled_decay():
     memory = MomentumCorrection(0.9, weight_decay=0.1, decay="decoupled")
     torch.testing.assert_close(memory.receive(mean.clone(), param, {}, {}), mean + 0.1 * param)
     memory = MomentumCorrection(0.9, weight_decay=0.1, decay="separate")
-    shared = memory.init_shared(param)
+    shared = shared_state(memory, param)
     memory.receive(mean.clone(), param, shared, shared)
     torch.testing.assert_close(memory.receive(mean.clone(), param, shared, shared), mean + (0.9 * 0.1 + 0.1) * param)
 
@@ -114,15 +115,15 @@ def test_old_and_new_state_may_be_apart():
     """Writing to a second copy leaves the first untouched, so a step can be taken back."""
     grad = torch.randn(30)
     for memory in (ErrorFeedback(), MomentumCorrection(0.9), MomentumCorrection(0.9, nesterov=True)):
-        old = {key: torch.randn(30) for key in memory.init(grad)}
+        old = {key: torch.randn(30) for key in local_state(memory, grad)}
         before = {key: value.clone() for key, value in old.items()}
         new = {key: torch.full((30,), torch.nan) for key in old}
         x = memory.compensate(grad, grad, old, new)
-        memory.sent(x, Dense(x.clone()), new)
+        memory.sent(Dense(x.clone()), new)
         assert all(torch.equal(old[key], before[key]) for key in old)
         inplace = {key: value.clone() for key, value in before.items()}
         x = memory.compensate(grad, grad, inplace, inplace)
-        memory.sent(x, Dense(x.clone()), inplace)
+        memory.sent(Dense(x.clone()), inplace)
         assert all(torch.equal(new[key], inplace[key]) for key in new)
 
 

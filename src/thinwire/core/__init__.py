@@ -3,7 +3,7 @@
 from thinwire.core.chain import Chain
 from thinwire.core.context import NOWHERE, Context
 from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Memory, Payload, State, Traits
+from thinwire.core.interfaces import Compressor, Memory, Payload, Role, Slot, State, Traits
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, Dense, Sparse, flat
 
@@ -16,6 +16,8 @@ __all__ = [
     "Dense",
     "Memory",
     "Payload",
+    "Role",
+    "Slot",
     "Sparse",
     "State",
     "ThinwireError",

@@ -7,18 +7,17 @@ is what a receiver reconstructs from one payload, in a form that can be added wi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from thinwire.core.absorbed import Absorbed, Absorbing
 from thinwire.core.context import NOWHERE, Context
-from thinwire.core.loops import Accumulation
-from thinwire.core.tensors import Decompressed
+from thinwire.core.tensors import Decompressed, float_at_least_32
 
 if TYPE_CHECKING:
     from thinwire.core.chain import Chain
@@ -102,98 +101,101 @@ class Compressor(ABC):
         return Chain(self, then)
 
 
-class Memory(Absorbing, ABC):
-    """What is remembered of a unit between steps, in two parts that never mix.
+class Role(Enum):
+    """The meaning of a slot, which decides what happens to it when a method changes or a world is folded."""
 
-    The *local* state differs between ranks and is written on the sending side alone; the *shared* state is the
-    same on every rank and is written on the receiving side alone. Each write reads ``old``, what the last finished
-    step left, and fills ``new``, which counts only once the optimizer has stepped. A key that both parts have is
-    mirrored: the shared tensor is the mean over ranks of the local ones, so one is never kept without the other, and
-    what is asked is a difference, to which nothing that is pending may be added. ``compensate`` also finds the shared
-    state in ``old``, under what the local one has of the same name.
+    PENDING = "what was not sent yet; it is passed on to the next method, and averaged over ranks in another world"
+    ESTIMATE = "what the receivers believe; it is passed on in both states or in none"
+    MOMENTUM = "an average of gradients"
+    DERIVED = "it follows from the optimizer's state, and is in no checkpoint"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of a memory's state, of the shape of the parameter; it begins with zeros.
+
+    Args:
+        where: ``"local"`` differs between ranks and is written by ``compensate`` and ``sent`` alone; ``"shared"`` is
+            equal on all ranks and is written by ``receive`` alone; ``"both"`` is one of either, and the shared tensor
+            is the mean over ranks of the local ones.
+        wide: kept in float32 at least, whatever the dtype of the memory.
     """
 
-    stateful: ClassVar[bool] = True
-    """Whether anything is remembered at all, and so must be kept from what is not finite."""
+    role: Role
+    where: Literal["local", "shared", "both"] = "local"
+    wide: bool = False
 
-    absorbs: ClassVar[bool] = False
-    """Whether this memory takes momentum and weight decay over from the optimizer."""
-    linear: ClassVar[bool] = False
-    """Whether what the optimizer gets is linear in the gradients, number by number: a complex one may go as two."""
-    feeds_back: ClassVar[bool] = False
-    """Whether what was not sent comes back, which needs a compressor that contracts."""
-    gives: ClassVar[str] = "gradient"
-    """What the optimizer gets as ``grad``; it must be one that takes that."""
 
-    @property
-    def passes_on(self) -> bool:
-        """Whether ``receive`` answers the mean as it is, so that one of few elements may stay a sparse tensor."""
-        return type(self).receive is Memory.receive
+class Memory(ABC):
+    """What is remembered of a parameter between steps: a frozen dataclass with slots and three functions on them.
+
+    ``compensate`` and ``sent`` read ``old``, what the last finished step left, and fill ``new``, which counts only once
+    the optimizer has stepped. ``compensate`` also finds the shared slots in ``old``, under the local ones of the same
+    name. ``thinwire.core.memory_capabilities`` has what a memory may offer besides.
+    """
 
     @property
-    def uncompressed(self) -> "Memory | None":
-        """The memory beside it for parameters that are sent dense; None for one that forgets."""
-        return None
-
-    derived: ClassVar[frozenset[str]] = frozenset()
-    """What of the state follows from the optimizer's, and so is in no checkpoint."""
-
-    def makes_up_for(self, compressor: "Compressor") -> bool:
-        """Whether training converges under this memory although the compressor is biased."""
-        return self.feeds_back
+    def slots(self) -> Mapping[str, Slot]:
+        """The tensors of its state, by name."""
+        return {}
 
     @property
-    def accumulation(self) -> Accumulation | None:
-        """What ``compensate`` does, where it is no more than an accumulation that a kernel can do in its place."""
-        return None
+    def stateful(self) -> bool:
+        """True if something is remembered, which must be kept from what is not finite."""
+        return bool(self.slots)
 
     @property
-    def residual_gain(self) -> float:
-        """How much of a gradient's whole effect one unit of the residual has, momentum included; 1 for gradients.
-
-        A residual that changes hands is scaled by it: a velocity already has the momentum in it.
-        """
-        return 1.0
+    def linear(self) -> bool:
+        """True if the result is linear in the gradients, number by number: a complex one may travel as two."""
+        return False
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
-        """The dtype this memory works in, and what it hands to the compressor."""
+        """The dtype of the slots, and of what the compressor gets; by default that of the gradient."""
         return grad
-
-    def init(self, like: Tensor) -> State:
-        """The local state of a fresh unit."""
-        return {}
-
-    def init_shared(self, like: Tensor) -> State:
-        """The shared state of a fresh unit."""
-        return {}
 
     @abstractmethod
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
     ) -> Tensor:
-        """From the local gradient, times ``scale`` (1 / loss scale), to what is to be compressed."""
+        """Return what is to be compressed, from the local gradient times ``scale`` (1 / loss scale)."""
 
-    def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
-        """Remember what of ``x`` the receivers did not get; ``own`` is what they got."""
+    def sent(self, decoded: Decompressed, new: State, sign: float = -1.0) -> None:  # noqa: B027
+        """Take what the receivers get, ``decoded``, off what is pending: add ``sign`` times it.
 
-    def returned(self, rest: Decompressed, new: State) -> None:
-        """Take in, with the residual, what came back unsent: ``rest`` of all that ranks sent to this one to pass on."""
+        With ``sign=1.0`` it comes back: the owner of a piece could not pass it on.
+        """
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
-        """From the mean over ranks (may be overwritten) to the gradient for the optimizer; ``ctx.rank`` is 0."""
+        """Return the gradient for the optimizer, from the mean over ranks (may be overwritten); ``ctx.rank`` is 0."""
         return mean
 
-    def absorb(self, settings: Absorbed) -> Self:
-        """The same memory, doing what the optimizer did with these settings."""
-        return self
 
-    def inferred(self, known: State) -> State:
-        """What else of a local state follows from ``known``, which another memory left."""
-        return {}
+def local_state(memory: Memory, like: Tensor) -> State:
+    """Return one rank's fresh state; ``like`` has the shape, layout and dtype of what is compressed."""
+    return _state(memory, like, "local")
 
-    def take_buffer(self, buffer: Tensor, local: State, shared: State) -> None:
-        """Continue from an SGD momentum buffer."""
 
-    def give_buffer(self, local: State, shared: State) -> tuple[Tensor | None, Tensor | None]:
-        """The SGD momentum buffer to continue from, as (a part to be averaged over ranks, a part equal on all)."""
-        return None, None
+def shared_state(memory: Memory, like: Tensor) -> State:
+    """Return the fresh state that is equal on all ranks."""
+    return _state(memory, like, "shared")
+
+
+def _state(memory: Memory, like: Tensor, where: str) -> State:
+    slots = {k: s for k, s in memory.slots.items() if s.where in (where, "both") and s.role is not Role.DERIVED}
+    dtypes = {key: float_at_least_32(like.dtype) if slot.wide else like.dtype for key, slot in slots.items()}
+    return {k: torch.zeros_like(like, dtype=dtypes[k], memory_format=torch.preserve_format) for k in slots}
+
+
+def feeds_back(memory: Memory) -> bool:
+    """True if what was not sent comes back, which needs a compressor that contracts."""
+    return any(s.where != "shared" and s.role in (Role.PENDING, Role.ESTIMATE) for s in memory.slots.values())
+
+
+def named(memory: Memory, role: Role) -> frozenset[str]:
+    """The names of the slots of a role."""
+    return frozenset(key for key, slot in memory.slots.items() if slot.role is role)
+
+
+def replicated(memory: Memory) -> frozenset[str]:
+    """The names of the slots that both states have: an estimate on each rank, and the mean of them on all."""
+    return frozenset(k for k, slot in memory.slots.items() if slot.where == "both" and slot.role is not Role.DERIVED)

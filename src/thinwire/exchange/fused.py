@@ -11,6 +11,7 @@ from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Payload
 from thinwire.core.loops import Cut, Found, Kernels, Pass, Selection, smallest
+from thinwire.core.memory_capabilities import Fusable, accumulation
 from thinwire.core.tensors import Decompressed, flat
 from thinwire.exchange.pieces import Piece
 from thinwire.exchange.units import Unit, Worker
@@ -57,7 +58,7 @@ def select(
 
 def warm_up_kernels(units: Sequence[Unit], kernels: Kernels, clear: bool = True) -> None:
     """Compile what will run, so that no training step has to wait for it. ``clear``: see ``select``."""
-    kinds = {(unit.memory.accumulation, unit.own.dtype, unit.like.dtype, unit.param.device) for unit in units}
+    kinds = {(accumulation(unit.memory), unit.own.dtype, unit.like.dtype, unit.param.device) for unit in units}
     for rule, grad, state, device in kinds:
         if rule is not None:
             v, new_v, u, new_u = (torch.zeros(65, dtype=state, device=device) for _ in range(4))
@@ -79,15 +80,16 @@ def warm_up_kernels(units: Sequence[Unit], kernels: Kernels, clear: bool = True)
 
 def _pass(unit: Unit, piece: Piece, grad: Tensor, worker: Worker, scale: float, clear: bool) -> Pass | None:
     """None where the memory has to do more, or tensors lie differently in memory."""
-    rule, local = unit.memory.accumulation, worker.local[unit.name]
+    rule, local = accumulation(unit.memory), worker.local[unit.name]
     if rule is None or "carried" in local.now:
         return None
-    like = [(t.stride(), t.dtype) for t in (local.now["residual"], local.next["residual"])]
+    pending, momentum = cast(Fusable, unit.memory).fused_slots
+    like = [(t.stride(), t.dtype) for t in (local.now[pending], local.next[pending])]
     if like[0] != like[1] or grad.stride() != like[0][0]:
         return None
     now, new = piece.of_state(local.now), piece.of_state(local.next)
-    u, new_u = (flat(state["momentum"]) if rule.momentum is not None else None for state in (now, new))
-    return Pass(rule, flat(piece.of(grad)), flat(now["residual"]), flat(new["residual"]), u, new_u, scale, clear)
+    u, new_u = (flat(state[momentum]) if rule.momentum is not None else None for state in (now, new))
+    return Pass(rule, flat(piece.of(grad)), flat(now[pending]), flat(new[pending]), u, new_u, scale, clear)
 
 
 def compress(
@@ -105,7 +107,7 @@ def compress(
     local = worker.local[unit.name]
     now, new, known = (piece.of_state(state) for state in (local.now, local.next, unit.shared.now))
     if chosen is not None:
-        x = new["residual"]
+        x = new[cast(Fusable, unit.memory).fused_slots[0]]
         selector = cast(Thresholded, unit.compressor)  # which has answered a sampling
         payload = selector.encode(chosen[0], unit.held(chosen[1], loss_scale), x.numel(), ctx)
         own = selector.own(payload, chosen[0], x, known, ctx)

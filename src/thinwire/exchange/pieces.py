@@ -36,4 +36,4 @@ def update_residual(unit: Unit, piece: Piece, x: Tensor, own: Decompressed | Non
     """
     if own is not None:
         worker.look(unit, x, own, piece.run)
-        unit.memory.sent(x, own, piece.of_state(worker.local[unit.name].next))
+        unit.memory.sent(own, piece.of_state(worker.local[unit.name].next))

@@ -20,6 +20,7 @@ from thinwire.coding import header
 from thinwire.comm.collectives import Carrier, InFlight
 from thinwire.core.ambient import undisturbed
 from thinwire.core.context import Context
+from thinwire.core.interfaces import feeds_back
 from thinwire.core.loops import Kernels
 from thinwire.core.tensors import flat
 from thinwire.exchange.buckets import Bucket
@@ -146,7 +147,7 @@ def receive(
                 grad.add_(pending, alpha=1.0 if unit.memory.stateful else loss_scale)
             if unit.memory.stateful and loss_scale != 1.0:
                 grad.mul_(loss_scale)
-            outs[i] = written(grad, out, saturates=unit.memory.feeds_back and loss_scale == 1.0)
+            outs[i] = written(grad, out, saturates=feeds_back(unit.memory) and loss_scale == 1.0)
     return statuses
 
 

@@ -9,6 +9,7 @@ from thinwire.core.capabilities import commit
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload
 from thinwire.core.loops import Found, Kernels
+from thinwire.core.memory_capabilities import passes_on
 from thinwire.core.tensors import float_at_least_32
 from thinwire.exchange.adding import added
 from thinwire.exchange.pieces import Piece
@@ -42,7 +43,7 @@ def mean_of(
     wide, share = float_at_least_32(out.dtype), 1.0 / len(senders)
     mean = out if out.dtype == wide else torch.empty_like(out, dtype=wide)  # short dtypes are summed in float32
     whole = sparse and mean is out and out.ndim > 0 and out.is_contiguous()
-    if whole and unit.memory.passes_on and not decoder.traits.warm_started and "carried" not in unit.shared.now:
+    if whole and passes_on(unit.memory) and not decoder.traits.warm_started and "carried" not in unit.shared.now:
         found: list[Found] = []
         for j, piece in pieces:
             theirs, known = [(rank, payloads[j]) for rank, payloads in senders], piece.of_state(unit.shared.now)

@@ -18,8 +18,18 @@ from thinwire.core.absorbed import Absorbed
 from thinwire.core.capabilities import scaled_density, with_density
 from thinwire.core.context import NOWHERE, Context
 from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Memory, Payload, State
+from thinwire.core.interfaces import (
+    Compressor,
+    Memory,
+    Payload,
+    State,
+    feeds_back,
+    local_state,
+    replicated,
+    shared_state,
+)
 from thinwire.core.loops import Kernels
+from thinwire.core.memory_capabilities import OwnsMomentum, absorb, absorbed, rests
 from thinwire.core.sharding import own
 from thinwire.core.supported import check_complex, check_parameter
 from thinwire.core.tensors import Decompressed, flat, is_dense, shortened
@@ -78,9 +88,9 @@ class Unit:
         return self.guarded or self.compressed or self.optional
 
     @property
-    def mirrored(self) -> Set[str]:
+    def replicated(self) -> Set[str]:
         """What both parts of its memory's state have."""
-        return mirrored(self.memory, self.like)
+        return replicated(self.memory)
 
     @property
     def exact(self) -> bool:
@@ -91,11 +101,11 @@ class Unit:
     def saturates(self) -> float:
         """See ``Context``; half of the range where it is summed on the way, since rounded parts may be more."""
         summed = self.compressor.traits.leader_selected or (self.compressor.traits.summable and not self.gathered)
-        return (0.5 if summed else 1.0) if self.memory.feeds_back else 0.0
+        return (0.5 if summed else 1.0) if feeds_back(self.memory) else 0.0
 
     def held(self, x: Tensor, loss_scale: float) -> Tensor:
         """As much of ``x`` as a float16 gradient can hold, where the rest comes back; else ``x`` itself."""
-        if self.param.dtype != torch.float16 or x.dtype == torch.float16 or not self.memory.feeds_back:
+        if self.param.dtype != torch.float16 or x.dtype == torch.float16 or not feeds_back(self.memory):
             return x
         return shortened(x, x.dtype, torch.finfo(torch.float16).max / loss_scale)
 
@@ -108,11 +118,11 @@ class Unit:
 
     def fresh_local(self) -> "TwoCopies":
         """One rank's state before the first step."""
-        return TwoCopies.of(self.memory.init(self._blank()))
+        return TwoCopies.of(local_state(self.memory, self._blank()))
 
     def fresh_shared(self) -> "TwoCopies":
         """The state before the first step that is equal on all ranks: the memory's, and the compressor's."""
-        return TwoCopies.of(self.memory.init_shared(self._blank()) | self.init_packed())
+        return TwoCopies.of(shared_state(self.memory, self._blank()) | self.init_packed())
 
     def init_packed(self) -> State:
         """The part of it that is the compressor's."""
@@ -126,11 +136,12 @@ class Unit:
         old, self.memory = self.memory, memory
         shared = self.shared.now
         for worker in workers:
-            memory.take_over(old, worker.local[self.name].now, shared)
-        if (old.absorbed or Absorbed()).kind == (memory.absorbed or Absorbed()).kind:
+            if isinstance(memory, OwnsMomentum):
+                memory.take_over(old, worker.local[self.name].now, shared)
+        if (absorbed(old) or Absorbed()).kind == (absorbed(memory) or Absorbed()).kind:
             return
-        fresh = memory.init_shared(self._blank())
-        for key in old.init_shared(self.like).keys() - fresh.keys() - self.memory.rests:
+        fresh = shared_state(memory, self._blank())
+        for key in shared_state(old, self.like).keys() - fresh.keys() - rests(memory):
             del shared[key]
         shared.update({key: value for key, value in fresh.items() if key not in shared})
         self.align(workers)
@@ -138,7 +149,7 @@ class Unit:
     def align(self, workers: Sequence["Worker"]) -> None:
         """Let the next states have what the present ones have; what rests is one tensor in both."""
         for state in (self.shared, *(worker.local[self.name] for worker in workers)):
-            state.align(self.memory.rests)
+            state.align(rests(self.memory))
 
     def describe(self) -> str:
         """One line that must be the same on all ranks."""
@@ -242,11 +253,6 @@ def carry(units: Sequence[Unit], workers: Sequence[Worker]) -> bool:
     return any("carried" in state.now for state in (*local, *(unit.shared for unit in units)))
 
 
-def mirrored(memory: Memory, like: Tensor) -> Set[str]:
-    """What both parts of a memory's state have, for which ``like`` may be a meta tensor."""
-    return memory.init(like).keys() & memory.init_shared(like).keys()
-
-
 def payload_like(compressor: Compressor, like: Tensor, step: int = 0) -> Payload:
     """The shapes and dtypes of a payload, by running the compressor on a meta tensor."""
     return compressor.compress(like, {}, replace(NOWHERE, step=step))
@@ -271,7 +277,7 @@ def resolve(
     for name, param in named:
         check_parameter(name, param)
         rule, declined = method.choice(name, param.shape, param.numel())
-        memory = rule.memory.absorb(settings[name]) if name in settings else rule.memory
+        memory = absorb(rule.memory, settings[name]) if name in settings else rule.memory
         unit = Unit(
             name, param, rule.compressor, memory, method_compressor=rule.compressor, guarded=guarded, seed=seed,
             declined=declined,
@@ -286,7 +292,7 @@ def resolve(
 def check_sum(unit: Unit) -> None:
     """What keeps count of what it sent, as every rank does of the mean, must be summed as it was sent."""
     compressor = unit.method_compressor
-    if unit.mirrored and (compressor.traits.summable or compressor.traits.leader_selected):
+    if unit.replicated and (compressor.traits.summable or compressor.traits.leader_selected):
         dtype = payload_like(compressor, unit.like)[0].dtype
         if dtype.itemsize < 4:
             raise ThinwireError(
@@ -300,7 +306,7 @@ def overflows(units: Sequence[Unit]) -> list[str]:
     short = [
         unit.name
         for unit in units
-        if not unit.memory.feeds_back
+        if not feeds_back(unit.memory)
         and payload_like(unit.method_compressor, unit.like)[0].dtype == torch.float16 != unit.like.dtype
     ]
     largest = f"{torch.finfo(torch.float16).max:,.0f}"

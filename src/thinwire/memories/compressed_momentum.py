@@ -1,7 +1,7 @@
 """Memories for 1-bit Adam and its relatives: they exchange the momentum, or the gradient between dense steps."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -9,15 +9,15 @@ from torch import Tensor
 from thinwire.core.absorbed import Absorbed
 from thinwire.core.checks import real, settle
 from thinwire.core.context import NOWHERE, Context
-from thinwire.core.interfaces import Memory, State
+from thinwire.core.interfaces import Memory, Role, Slot, State
+from thinwire.core.memory_capabilities import FollowsOptimizer, GivesMomentum, HasDenseForm, ScaledResidual
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, float_at_least_32
-from thinwire.memories.error_feedback import zeros
 
 
 @register("compressed_momentum")
 @dataclass(frozen=True)
-class CompressedMomentum(Memory):
+class CompressedMomentum(Memory, FollowsOptimizer, GivesMomentum, HasDenseForm, ScaledResidual):
     """A memory that exchanges Adam's momentum instead of the gradient, with error feedback.
 
     ``x_i = beta1 m + (1 - beta1) g_i + e_i``,  ``e_i = x_i - C(x_i)``,  ``m = mean_i C(x_i)``
@@ -48,14 +48,19 @@ class CompressedMomentum(Memory):
     keeps a second buffer. Checkpoints hold the residuals; at another world size each rank gets their mean.
     """
 
-    feeds_back: ClassVar[bool] = True
-    gives: ClassVar[str] = "momentum"
-    derived: ClassVar[frozenset[str]] = frozenset({"live"})
-
     beta1: float = 0.9
 
     def __post_init__(self) -> None:
         settle(self, beta1=real(0.0, 1.0, below=True, hint=", e.g. 0.9"))
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        derived = Slot(Role.DERIVED, "both")  # 0 where the variance is: of the optimizer, where it has such elements
+        return {"residual": Slot(Role.PENDING), "momentum": Slot(Role.MOMENTUM, "shared"), "live": derived}
+
+    @property
+    def gives(self) -> str:
+        return "momentum"
 
     @property
     def residual_gain(self) -> float:
@@ -68,12 +73,6 @@ class CompressedMomentum(Memory):
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad)
 
-    def init(self, like: Tensor) -> State:
-        return {"residual": zeros(like)}
-
-    def init_shared(self, like: Tensor) -> State:
-        return {"momentum": zeros(like)}
-
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
     ) -> Tensor:
@@ -81,12 +80,8 @@ class CompressedMomentum(Memory):
         x.add_(grad, alpha=(1.0 - self.beta1) * scale).add_(old["residual"])
         return _alive(x, new)
 
-    def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
-        own.add_to(x, alpha=-1.0)  # x is new["residual"]
-        _alive(x, new)
-
-    def returned(self, rest: Decompressed, new: State) -> None:
-        rest.add_to(new["residual"])
+    def sent(self, decoded: Decompressed, new: State, sign: float = -1.0) -> None:
+        decoded.add_to(new["residual"], alpha=sign)
         _alive(new["residual"], new)
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
@@ -103,7 +98,7 @@ def _alive(x: Tensor, state: State) -> Tensor:
 
 @register("steady_feedback")
 @dataclass(frozen=True)
-class SteadyFeedback(Memory):
+class SteadyFeedback(Memory, GivesMomentum, HasDenseForm):
     """Error feedback that leaves the residual out of dense steps, so that these give the exact mean gradient.
 
     compressed: ``x_i = g_i + e_i``, ``e_i = x_i - C(x_i)``; dense: ``x_i = g_i``, ``e_i`` stays.
@@ -121,8 +116,13 @@ class SteadyFeedback(Memory):
     arXiv:2202.06009.
     """
 
-    feeds_back: ClassVar[bool] = True
-    gives: ClassVar[str] = "gradient beside dense steps"
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        return {"residual": Slot(Role.PENDING)}
+
+    @property
+    def gives(self) -> str:
+        return "gradient beside dense steps"
 
     @property
     def uncompressed(self) -> "SteadyFeedback":
@@ -131,17 +131,11 @@ class SteadyFeedback(Memory):
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad)
 
-    def init(self, like: Tensor) -> State:
-        return {"residual": zeros(like)}
-
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
     ) -> Tensor:
         pending = torch.add(old["residual"], grad, alpha=scale, out=new["residual"])
         return torch.mul(grad, scale).to(pending.dtype) if ctx.exact else pending
 
-    def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
-        own.add_to(new["residual"], alpha=-1.0)
-
-    def returned(self, rest: Decompressed, new: State) -> None:
-        rest.add_to(new["residual"])
+    def sent(self, decoded: Decompressed, new: State, sign: float = -1.0) -> None:
+        decoded.add_to(new["residual"], alpha=sign)

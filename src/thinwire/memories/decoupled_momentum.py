@@ -1,22 +1,23 @@
 """DeMo's memory: the momentum holds what was not sent yet."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from thinwire.core.checks import flag, real, settle
 from thinwire.core.context import NOWHERE, Context
-from thinwire.core.interfaces import Memory, State
+from thinwire.core.interfaces import Memory, Role, Slot, State
+from thinwire.core.memory_capabilities import HasDenseForm
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, float_at_least_32
-from thinwire.memories.error_feedback import signs, zeros
+from thinwire.memories.error_feedback import signs
 
 
 @register("decoupled_momentum")
 @dataclass(frozen=True)
-class DecoupledMomentum(Memory):
+class DecoupledMomentum(Memory, HasDenseForm):
     """A momentum on each rank that is compressed and sent; the ranks' momenta are never synchronised.
 
     ``M = beta M + g``; ``C(M)`` is sent and subtracted from ``M``; the optimizer gets the sign of the mean.
@@ -37,13 +38,15 @@ class DecoupledMomentum(Memory):
     is the same. The mean is over all ranks, not only over those that sent a coefficient; the sign is the same.
     """
 
-    feeds_back: ClassVar[bool] = True
-
     decay: float = 0.999
     sign: bool = True
 
     def __post_init__(self) -> None:
         settle(self, decay=real(0.0, 1.0, below=True, hint=", e.g. 0.999"), sign=flag)
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        return {"residual": Slot(Role.PENDING)}
 
     @property
     def uncompressed(self) -> "DecoupledMomentum":
@@ -52,19 +55,13 @@ class DecoupledMomentum(Memory):
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad)
 
-    def init(self, like: Tensor) -> State:
-        return {"residual": zeros(like)}
-
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
     ) -> Tensor:
         return torch.mul(old["residual"], self.decay, out=new["residual"]).add_(grad, alpha=scale)
 
-    def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
-        own.add_to(x, alpha=-1.0)  # x is new["residual"]
-
-    def returned(self, rest: Decompressed, new: State) -> None:
-        rest.add_to(new["residual"])
+    def sent(self, decoded: Decompressed, new: State, sign: float = -1.0) -> None:
+        decoded.add_to(new["residual"], alpha=sign)
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
         return signs(mean) if self.sign else mean

@@ -3,16 +3,18 @@
 All arithmetic is elementwise, so it does not depend on the memory layout of the tensors.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from thinwire.core.checks import dtype, real, settle
 from thinwire.core.context import NOWHERE, Context
-from thinwire.core.interfaces import Memory, State
+from thinwire.core.interfaces import Memory, Role, Slot, State
 from thinwire.core.loops import Accumulation
+from thinwire.core.memory_capabilities import Fusable, PassesOn
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, float_at_least_32
 from thinwire.kernels.accumulate import accumulate
@@ -22,10 +24,6 @@ StateDtype: TypeAlias = Literal["float32", "bfloat16"]
 STATE = dtype(("float32", "bfloat16"))
 
 
-def zeros(like: Tensor) -> Tensor:
-    return torch.zeros_like(like, memory_format=torch.preserve_format)
-
-
 def signs(x: Tensor) -> Tensor:
     """Compute ``x = sign(x)`` in place; NaN stays, since it tells a loss scaler to skip the step."""
     return torch.where(x.isnan(), x, x.sign(), out=x)
@@ -33,11 +31,12 @@ def signs(x: Tensor) -> Tensor:
 
 @register("none")
 @dataclass(frozen=True)
-class NoMemory(Memory):
+class NoMemory(Memory, PassesOn):
     """The empty memory, which passes the gradient on as it is, loss scale included, without error feedback."""
 
-    stateful: ClassVar[bool] = False
-    linear: ClassVar[bool] = True
+    @property
+    def linear(self) -> bool:
+        return True
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
@@ -47,7 +46,7 @@ class NoMemory(Memory):
 
 @register("error_feedback")
 @dataclass(frozen=True)
-class ErrorFeedback(Memory):
+class ErrorFeedback(Memory, Fusable, PassesOn):
     """Error feedback, which adds the residual of earlier steps to every gradient.
 
     ``x = residual + g``,  ``residual = (1 - beta) residual + beta (x - decompress(compress(x)))``, default ``beta`` 1.
@@ -67,9 +66,6 @@ class ErrorFeedback(Memory):
     of the learning rate, old residuals count at the new rate.
     """
 
-    feeds_back: ClassVar[bool] = True
-    linear: ClassVar[bool] = True
-
     state_dtype: StateDtype = "float32"
     decay: float = 1.0
     beta: float = 1.0
@@ -83,14 +79,19 @@ class ErrorFeedback(Memory):
         )
 
     @property
+    def slots(self) -> Mapping[str, Slot]:
+        return {"residual": Slot(Role.PENDING)}
+
+    @property
+    def linear(self) -> bool:
+        return True
+
+    @property
     def accumulation(self) -> Accumulation | None:
         return Accumulation(None) if self.decay == self.beta == 1.0 else None
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return torch.bfloat16 if self.state_dtype == "bfloat16" else float_at_least_32(grad)
-
-    def init(self, like: Tensor) -> State:
-        return {"residual": zeros(like)}
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
@@ -103,8 +104,5 @@ class ErrorFeedback(Memory):
             return new["residual"]
         return torch.add(held, grad, alpha=scale).to(self.dtype(grad.dtype))
 
-    def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
-        own.add_to(new["residual"], alpha=-self.beta)
-
-    def returned(self, rest: Decompressed, new: State) -> None:
-        rest.add_to(new["residual"], alpha=self.beta)
+    def sent(self, decoded: Decompressed, new: State, sign: float = -1.0) -> None:
+        decoded.add_to(new["residual"], alpha=sign * self.beta)

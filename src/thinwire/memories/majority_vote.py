@@ -1,17 +1,18 @@
 """The majority vote: ranks send signs, and the optimizer gets the sign of their sum."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from thinwire.core.checks import real, settle
 from thinwire.core.context import NOWHERE, Context
-from thinwire.core.interfaces import Compressor, Memory, State
+from thinwire.core.interfaces import Compressor, Memory, Role, Slot, State
+from thinwire.core.memory_capabilities import AcceptsBias, HasDenseForm
 from thinwire.core.registry import register
 from thinwire.core.tensors import float_at_least_32
-from thinwire.memories.error_feedback import signs, zeros
+from thinwire.memories.error_feedback import signs
 
 TIE = 1e-5
 """A mean below this share of the largest mean counts as a tie, since votes are summed in floating point; also for
@@ -20,7 +21,7 @@ means that were sent dense."""
 
 @register("majority_vote")
 @dataclass(frozen=True)
-class MajorityVote(Memory):
+class MajorityVote(Memory, AcceptsBias, HasDenseForm):
     """The memory of signSGD with majority vote and, with momentum, of Signum. The optimizer gets -1, 0 or 1.
 
     ``m = beta m + (1 - beta) g``; ``m`` is compressed by ``Sign(scale="none")``; the gradient is the sign of the mean.
@@ -42,12 +43,18 @@ class MajorityVote(Memory):
     """
 
     # also without a momentum: the sign must not be divided by a loss scale
-    stateful: ClassVar[bool] = True
-
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
         settle(self, momentum=real(0.0, 1.0, below=True, hint=", e.g. 0.9"))
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        return {"momentum": Slot(Role.MOMENTUM)} if self.momentum else {}
+
+    @property
+    def stateful(self) -> bool:
+        return True  # also without a momentum: the sign must not meet a loss scale
 
     def makes_up_for(self, compressor: Compressor) -> bool:
         return compressor.traits.votes
@@ -58,9 +65,6 @@ class MajorityVote(Memory):
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad) if self.momentum else grad
-
-    def init(self, like: Tensor) -> State:
-        return {"momentum": zeros(like)} if self.momentum else {}
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE

@@ -3,9 +3,9 @@
 Momentum and weight decay that every rank computes alike are in the shared state.
 """
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,12 +13,20 @@ from torch import Tensor
 from thinwire.core.absorbed import Absorbed
 from thinwire.core.checks import Check, flag, one_of, real, settle
 from thinwire.core.context import NOWHERE, Context
-from thinwire.core.interfaces import Memory, State
+from thinwire.core.interfaces import Memory, Role, Slot, State
 from thinwire.core.loops import Accumulation
+from thinwire.core.memory_capabilities import (
+    Fusable,
+    HasDenseForm,
+    OwnsMomentum,
+    PassesOn,
+    ScaledResidual,
+    absorbed,
+)
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, float_at_least_32
 from thinwire.kernels.accumulate import accumulate
-from thinwire.memories.error_feedback import STATE, StateDtype, zeros
+from thinwire.memories.error_feedback import STATE, StateDtype
 
 WeightDecay: TypeAlias = Literal["separate", "local", "decoupled"]
 SGD: dict[str, Check] = {
@@ -31,7 +39,7 @@ SGD: dict[str, Check] = {
 
 @register("momentum_correction")
 @dataclass(frozen=True)
-class MomentumCorrection(Memory):
+class MomentumCorrection(Memory, OwnsMomentum, Fusable, PassesOn, ScaledResidual, HasDenseForm):
     """The memory of DGC, which accumulates the velocity instead of the gradient so that sparse sending keeps momentum.
 
     vanilla:   ``u = m u + g``,        ``v = v + u``
@@ -58,10 +66,6 @@ class MomentumCorrection(Memory):
     Departures: ``v`` loses only what was decompressed, so a cast's error stays. ``mask_below_density`` limits masking.
     """
 
-    absorbs: ClassVar[bool] = True
-    linear: ClassVar[bool] = True
-    feeds_back: ClassVar[bool] = True
-
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
@@ -72,6 +76,17 @@ class MomentumCorrection(Memory):
 
     def __post_init__(self) -> None:
         settle(self, **SGD, masking=flag, mask_below_density=real(0.0, 1.0), state_dtype=STATE)
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        slots = {"momentum": Slot(Role.MOMENTUM), "residual": Slot(Role.PENDING)}
+        if self.weight_decay and self.decay == "separate":
+            slots["decay"] = Slot(Role.MOMENTUM, "shared")
+        return slots
+
+    @property
+    def linear(self) -> bool:
+        return True
 
     @property
     def residual_gain(self) -> float:
@@ -95,8 +110,7 @@ class MomentumCorrection(Memory):
 
     @property
     def passes_on(self) -> bool:
-        plain = not self.weight_decay or self.decay == "local"
-        return plain and type(self).receive is MomentumCorrection.receive
+        return not self.weight_decay or self.decay == "local"
 
     @property
     def uncompressed(self) -> "Momentum":
@@ -104,12 +118,6 @@ class MomentumCorrection(Memory):
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return torch.bfloat16 if self.state_dtype == "bfloat16" else float_at_least_32(grad)
-
-    def init(self, like: Tensor) -> State:
-        return {"momentum": zeros(like), "residual": zeros(like)}
-
-    def init_shared(self, like: Tensor) -> State:
-        return {"decay": zeros(like)} if self.weight_decay and self.decay == "separate" else {}
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
@@ -120,13 +128,10 @@ class MomentumCorrection(Memory):
         accumulate(self._accumulation, scale, grad, old["residual"], v, old["momentum"], u)
         return v
 
-    def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
-        own.add_to(x, alpha=-1.0)  # x is new["residual"]
-        if self.masking and self.momentum and own.density <= self.mask_below_density:
-            own.clear(new["momentum"])
-
-    def returned(self, rest: Decompressed, new: State) -> None:
-        rest.add_to(new["residual"])
+    def sent(self, decoded: Decompressed, new: State, sign: float = -1.0) -> None:
+        decoded.add_to(new["residual"], alpha=sign)
+        if sign < 0.0 and self.masking and self.momentum and decoded.density <= self.mask_below_density:
+            decoded.clear(new["momentum"])
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
         if not self.weight_decay or self.decay == "local":
@@ -146,7 +151,7 @@ class MomentumCorrection(Memory):
         return Absorbed(self.momentum, self.nesterov, self.weight_decay)
 
     def take_over(self, old: Memory, local: State, shared: State) -> None:
-        now, was = form(self.absorbed), form(old.absorbed or Absorbed())
+        now, was = form(self.absorbed), form(absorbed(old) or Absorbed())
         if now != was:
             local["momentum"].mul_(now / was)
         if "decay" in shared and not self.weight_decay:  # the decay's velocity continues as a part of u
@@ -165,16 +170,13 @@ class MomentumCorrection(Memory):
 
 @register("momentum")
 @dataclass(frozen=True)
-class Momentum(Memory):
+class Momentum(Memory, OwnsMomentum, HasDenseForm):
     """Ordinary SGD momentum, applied after the exchange; DGC uses it for parameters that it does not compress.
 
     ``b = m b + (mean + wd * param)``; the gradient is ``b``, or ``mean + wd * param + m b`` with Nesterov.
     ``decay="decoupled"`` keeps ``wd * param`` out of ``b``.
     State: one value per element, equal on all ranks.
     """
-
-    absorbs: ClassVar[bool] = True
-    linear: ClassVar[bool] = True
 
     momentum: float = 0.0
     nesterov: bool = False
@@ -188,8 +190,17 @@ class Momentum(Memory):
     def uncompressed(self) -> "Momentum":
         return self
 
-    def init_shared(self, like: Tensor) -> State:
-        return {"momentum": zeros(like).to(float_at_least_32(like.dtype))} if self.momentum else {}
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        return {"momentum": Slot(Role.MOMENTUM, "shared", wide=True)} if self.momentum else {}
+
+    @property
+    def stateful(self) -> bool:
+        return True  # also without a momentum: weight decay must not meet a loss scale
+
+    @property
+    def linear(self) -> bool:
+        return True
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE

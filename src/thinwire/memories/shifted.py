@@ -5,8 +5,8 @@ are called ``estimate``). The compressor gets the difference between the gradien
 ``h``. As gradients converge, the differences vanish, and the compression error with them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,15 +14,15 @@ from torch import Tensor
 from thinwire.core.checks import of_type, optional, real, settle
 from thinwire.core.context import NOWHERE, NUMBER, Context
 from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Memory, State
+from thinwire.core.interfaces import Compressor, Memory, Role, Slot, State
+from thinwire.core.memory_capabilities import Infers
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, float_at_least_32
-from thinwire.memories.error_feedback import zeros
 
 
 @register("ef21")
 @dataclass(frozen=True)
-class EF21(Memory):
+class EF21(Memory, Infers):
     """The memory of EF21, which sends the difference between the gradient and an estimate and steps with the estimate.
 
     ``v_i = (1 - eta) v_i + eta g_i``,  ``h_i = h_i + C(v_i - h_i)``,  the optimizer gets ``h = mean h_i``.
@@ -47,7 +47,7 @@ class EF21(Memory):
 
     Example:
         >>> memory, x = EF21(), torch.tensor([3.0, 1.0])
-        >>> old, new = memory.init(x), memory.init(x)
+        >>> new = local_state(memory, x)
         >>> memory.compensate(x, x, {"estimate": torch.tensor([2.5, 0.0])}, new)
         tensor([0.5000, 1.0000])
 
@@ -61,8 +61,6 @@ class EF21(Memory):
     ``Warmup(1, (1.0,))`` starts ``h_i`` from the first gradient by one dense step. An absent rank keeps ``v_i`` too.
     EF21-HB is this memory with ``torch.optim.SGD(momentum=...)``.
     """
-
-    feeds_back: ClassVar[bool] = True
 
     eta: float = 1.0
     participation: float = 1.0
@@ -81,16 +79,19 @@ class EF21(Memory):
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad)
 
-    def init(self, like: Tensor) -> State:
-        return {"estimate": zeros(like)} | ({"average": zeros(like)} if self.eta < 1.0 else {})
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        slots = {"estimate": Slot(Role.ESTIMATE, "both")}
+        if self.eta < 1.0:
+            slots["average"] = Slot(Role.MOMENTUM)
+        if self.downlink is not None:
+            slots["server"] = Slot(Role.ESTIMATE, "shared")
+        return slots
 
     def inferred(self, known: State) -> State:
         if self.eta == 1.0 or "average" in known or "estimate" not in known:
             return {}
         return {"average": known["estimate"].clone()}  # the estimate follows the gradients as the average would
-
-    def init_shared(self, like: Tensor) -> State:
-        return {"estimate": zeros(like)} | ({"server": zeros(like)} if self.downlink is not None else {})
 
     def present(self, ctx: Context) -> bool:
         """Return True if this rank takes part in this step."""
@@ -113,11 +114,8 @@ class EF21(Memory):
         v = torch.mul(old["average"], 1.0 - self.eta, out=new["average"]).add_(grad, alpha=self.eta * scale)
         return v - old["estimate"]
 
-    def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
-        own.add_to(new["estimate"])
-
-    def returned(self, rest: Decompressed, new: State) -> None:
-        rest.add_to(new["estimate"], alpha=-1.0)  # the receivers did not get it, so it leaves h_i
+    def sent(self, decoded: Decompressed, new: State, sign: float = -1.0) -> None:
+        decoded.add_to(new["estimate"], alpha=-sign)  # h_i says what the receivers have got
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
         h = torch.add(old["estimate"], mean, out=new["estimate"])
@@ -150,7 +148,7 @@ class EControl(Memory):
 
     Example:
         >>> memory, g = EControl(0.5), torch.tensor([2.0, 1.0])
-        >>> old, new = memory.init(g), memory.init(g)
+        >>> new = local_state(memory, g)
         >>> memory.compensate(g, g, {"residual": torch.tensor([0.0, 1.0]), "estimate": torch.tensor([2.0, 0.0])}, new)
         tensor([0.0000, 1.5000])
 
@@ -160,8 +158,6 @@ class EControl(Memory):
     Departures: both start from 0; see ``EF21`` for a dense first step. The theory's ``eta`` is 1/400 of the density.
     """
 
-    feeds_back: ClassVar[bool] = True
-
     eta: float
 
     def __post_init__(self) -> None:
@@ -170,11 +166,9 @@ class EControl(Memory):
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad)
 
-    def init(self, like: Tensor) -> State:
-        return {"residual": zeros(like), "estimate": zeros(like)}
-
-    def init_shared(self, like: Tensor) -> State:
-        return {"estimate": zeros(like)}
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        return {"residual": Slot(Role.PENDING), "estimate": Slot(Role.ESTIMATE, "both")}
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
@@ -185,13 +179,9 @@ class EControl(Memory):
         torch.mul(e, 1.0 - self.eta, out=new["residual"]).add_(x)  # e + g - h
         return x
 
-    def sent(self, x: Tensor, own: Decompressed, new: State) -> None:
-        own.add_to(new["estimate"])
-        own.add_to(new["residual"], alpha=-1.0)
-
-    def returned(self, rest: Decompressed, new: State) -> None:
-        rest.add_to(new["estimate"], alpha=-1.0)
-        rest.add_to(new["residual"])
+    def sent(self, decoded: Decompressed, new: State, sign: float = -1.0) -> None:
+        decoded.add_to(new["estimate"], alpha=-sign)
+        decoded.add_to(new["residual"], alpha=sign)
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
         return mean.copy_(torch.add(old["estimate"], mean, out=new["estimate"]))

@@ -13,7 +13,8 @@ from thinwire.core import registry
 from thinwire.core.capabilities import declines, title
 from thinwire.core.checks import of_type, one_of, optional, real, settle, shown, whole
 from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Memory
+from thinwire.core.interfaces import Compressor, Memory, feeds_back
+from thinwire.core.memory_capabilities import OwnsMomentum, makes_up_for
 from thinwire.methods.warmup import Warmup
 
 TYPICAL = 2**20
@@ -43,13 +44,13 @@ class Rule:
             min_numel=whole(0),
         )
         kind, traits = title(self.compressor), self.compressor.traits
-        if traits.needs_feedback and not self.memory.makes_up_for(self.compressor):
+        if traits.needs_feedback and not makes_up_for(self.memory, self.compressor):
             raise ThinwireError(
                 f"{kind} is biased, and {type(self.memory).__name__} forgets what it does not send: training need not "
                 "converge; use a memory like ErrorFeedback(), or an unbiased compressor such as RandK or QSGD"
             )
         alpha = traits.contraction(TYPICAL)
-        if self.memory.feeds_back and alpha is not None and alpha <= 0.0:
+        if feeds_back(self.memory) and alpha is not None and alpha <= 0.0:
             scaled = "" if traits.variance(TYPICAL) is None else f"Scaled({kind}(...)), "
             raise ThinwireError(
                 f"{kind} may lose more than it is given, so what {type(self.memory).__name__} remembers could grow "
@@ -108,7 +109,7 @@ class Method:
     @property
     def absorbs(self) -> bool:
         """True if the method takes momentum and weight decay over from the optimizer."""
-        return any(rule.memory.absorbs for rule in self.rules)
+        return any(isinstance(rule.memory, OwnsMomentum) for rule in self.rules)
 
     def rule(self, name: str, shape: Sequence[int], numel: int) -> Rule:
         """Return the first rule that fits."""

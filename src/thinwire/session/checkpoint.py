@@ -30,10 +30,11 @@ from torch.distributed.tensor import DTensor, Shard
 from thinwire.core import registry
 from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Memory, State
+from thinwire.core.interfaces import Memory, Role, State, named, replicated
+from thinwire.core.memory_capabilities import inferred, residual_gain
 from thinwire.core.sharding import cut, place, shape_of, shard_dim
 from thinwire.core.tensors import flat, float_at_least_32, norm
-from thinwire.exchange.units import Unit, Worker, mirrored
+from thinwire.exchange.units import Unit, Worker
 from thinwire.session import checksums
 from thinwire.session.folder import read_folder as read_folder
 from thinwire.session.foreign import check_plan, check_state
@@ -114,7 +115,7 @@ def save(
 
 
 def _saved(unit: Unit, state: State) -> State:
-    return {key: value for key, value in state.items() if key not in unit.memory.derived}
+    return {key: value for key, value in state.items() if key not in named(unit.memory, Role.DERIVED)}
 
 
 def _saved_shared(unit: Unit) -> State:
@@ -223,7 +224,7 @@ def restore(
                     notes.append(f"{unit.name}: a mean pending update of norm {size:.3g} was dropped")
                 mine = {key: value for key, value in mine.items() if key not in ("residual", "carried")}
         was = _memory(plan[unit.name], unit)
-        gain = was.residual_gain / unit.memory.residual_gain
+        gain = residual_gain(was) / residual_gain(unit.memory)
         fresh, begun = unit.fresh_local().now, unit.fresh_shared().now
         packed, largest = unit.init_packed(), _largest(unit)
         both = {
@@ -232,14 +233,14 @@ def restore(
             if key in begun or key not in largest  # a shard may be too small for what the others keep
         }
         both = {key: value for key, value in both.items() if value is not None}
-        before = mirrored(was, unit.like)
-        alone = (before | unit.mirrored) - (before & unit.mirrored & mine.keys() & both.keys())
-        if unit.mirrored:  # what is asked is a difference, to which nothing pending can be added
+        before = replicated(was)
+        alone = (before | unit.replicated) - (before & unit.replicated & mine.keys() & both.keys())
+        if unit.replicated:  # what is asked is a difference, to which nothing pending can be added
             alone |= {"carried", *({"residual"} - fresh.keys())}
         for key in alone & mine.keys():
             notes.append(f"{unit.name}: the checkpoint's {key} has no place in the present method and was dropped")
         left = _without(mine, alone)
-        new_local[unit.name] = _fit(left | unit.memory.inferred(left), fresh, gain, unit, notes)
+        new_local[unit.name] = _fit(left | inferred(unit.memory, left), fresh, gain, unit, notes)
         new_shared[unit.name] = _fit(_without(both, alone - {"carried"}), begun, None, unit, notes)
     if version == 1 and "checks" not in state:
         notes.append("the checkpoint is from before there were checksums, so its bytes were not checked")

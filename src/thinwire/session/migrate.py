@@ -10,6 +10,7 @@ from thinwire.comm.texts import known_to_all
 from thinwire.core.capabilities import inherit
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import State
+from thinwire.core.memory_capabilities import OwnsMomentum, inferred, residual_gain, take_buffer
 from thinwire.exchange.units import TwoCopies, Unit, Worker
 from thinwire.methods.method import Method
 from thinwire.session.checkpoint import Restored
@@ -77,11 +78,11 @@ def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: 
         worker.local[new.name] = new.fresh_local()
     if old is None:
         return
-    gain = old.memory.residual_gain / new.memory.residual_gain
-    packed, alone = new.init_packed(), old.mirrored ^ new.mirrored
+    gain = residual_gain(old.memory) / residual_gain(new.memory)
+    packed, alone = new.init_packed(), old.replicated ^ new.replicated
     for worker, state in zip(workers, was, strict=True):
         left = {k: v for k, v in state.now.items() if k not in alone}
-        _keep(left | new.memory.inferred(left), worker.local[new.name].now, gain)
+        _keep(left | inferred(new.memory, left), worker.local[new.name].now, gain)
     _keep({k: v for k, v in old.shared.now.items() if k not in (alone | packed.keys())}, new.shared.now)
     carried = [worker.local[new.name].now.pop("carried") for worker in workers if _settles(new, worker)]
     if carried:
@@ -90,19 +91,19 @@ def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: 
     for key, value in inherit(new.method_compressor, old.shared.now, packed).items():
         new.shared.now[key], new.shared.next[key] = value.clone(), value.clone()
     same = set(old.shared.now) == set(new.shared.now) and set(was[0].now) == set(workers[0].local[new.name].now)
-    if same or not (old.memory.absorbs and new.memory.absorbs):
+    if same or not (isinstance(old.memory, OwnsMomentum) and isinstance(new.memory, OwnsMomentum)):
         return
     # momentum that was kept in another form goes over as the buffer of SGD, averaged over ranks
     before = [Worker(worker.rank, local={old.name: state}) for worker, state in zip(workers, was, strict=True)]
     buffer = averaged_buffer(old, before, collective, timeout)
     if buffer is not None:
         for worker in workers:
-            new.memory.take_buffer(buffer, worker.local[new.name].now, new.shared.now)
+            take_buffer(new.memory, buffer, worker.local[new.name].now, new.shared.now)
 
 
 def _settles(unit: Unit, worker: Worker) -> bool:
     """Whether something pending can't be added to what this unit asks."""
-    return bool(unit.mirrored) and "carried" in worker.local[unit.name].now
+    return bool(unit.replicated) and "carried" in worker.local[unit.name].now
 
 
 def _keep(old: State, new: State, residual_gain: float = 1.0) -> None:

@@ -20,7 +20,8 @@ from thinwire.comm.collectives import Collective
 from thinwire.core import registry
 from thinwire.core.absorbed import Absorbed
 from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Memory
+from thinwire.core.interfaces import Memory, feeds_back
+from thinwire.core.memory_capabilities import OwnsMomentum, absorb, absorbed, give_buffer, take_buffer
 from thinwire.core.sharding import own, wrapped
 from thinwire.exchange.units import Unit, Worker
 from thinwire.methods.method import Method
@@ -57,7 +58,9 @@ class Handover:
         self.held = {name: one for name, one in held.items() if isinstance(one, torch.optim.SGD)}
         self.others = held.keys() - self.held.keys()
         memories = {name: method.rule(name, param.shape, param.numel()).memory for name, param in named}
-        self.not_absorbing = {name: type(memory).__name__ for name, memory in memories.items() if not memory.absorbs}
+        self.not_absorbing = {
+            name: type(memory).__name__ for name, memory in memories.items() if not isinstance(memory, OwnsMomentum)
+        }
         self.settings = self.read()
         self._check_nothing_is_lost(self.settings)
         self.seen: Written | None = None
@@ -110,7 +113,7 @@ class Handover:
             settings = self.read()
             self._check_nothing_is_lost(settings)
             for unit in units:
-                unit.memory.absorb(settings[unit.name])
+                absorb(unit.memory, settings[unit.name])
 
     def _check_nothing_is_lost(self, settings: Mapping[str, Absorbed]) -> None:
         """Raise a ``ThinwireError`` where momentum is taken from a parameter whose memory has none."""
@@ -133,9 +136,9 @@ class Handover:
         other, made = False, dict[tuple[int, Absorbed], tuple[Memory, Memory]]()
         for unit in units:
             old, settings = unit.memory, self.settings[unit.name]
-            if old.absorbed is None or old.absorbed == settings:
+            if not isinstance(old, OwnsMomentum) or old.absorbed == settings:
                 continue
-            _, new = made.setdefault((id(old), settings), (old, old.absorb(settings)))  # one for many units
+            _, new = made.setdefault((id(old), settings), (old, absorb(old, settings)))  # one for many units
             other |= old.absorbed.kind != settings.kind
             unit.go_on_with(new, workers)
         return other
@@ -182,7 +185,7 @@ class Handover:
             if buffer is not None:
                 found = True
                 for worker in workers:
-                    unit.memory.take_buffer(own(buffer), worker.local[unit.name].now, unit.shared.now)
+                    take_buffer(unit.memory, own(buffer), worker.local[unit.name].now, unit.shared.now)
                 unit.align(workers)
         return found
 
@@ -219,8 +222,8 @@ def remembering(units: Sequence[Unit]) -> Generator[Callable[[Any], Any]]:
         for unit in units:
             with contextlib.suppress(Exception):  # what is wrong with it, reading the checkpoint says
                 saved = registry.from_json(json.loads(state["plan"][unit.name])["memory"], registry.MEMORIES)
-                if unit.memory.absorbed is not None and saved.absorbed is not None:
-                    unit.memory = unit.memory.absorb(saved.absorbed)
+                if absorbed(unit.memory) is not None and (settings := absorbed(saved)) is not None:
+                    unit.memory = absorb(unit.memory, settings)
         return one
 
     try:
@@ -233,7 +236,7 @@ def remembering(units: Sequence[Unit]) -> Generator[Callable[[Any], Any]]:
 
 def averaged_buffer(unit: Unit, workers: Sequence[Worker], collective: Collective, timeout: float) -> Tensor | None:
     """The SGD momentum buffer of a unit, equal on all ranks; waits ``timeout`` seconds. A collective call."""
-    parts = [unit.memory.give_buffer(worker.local[unit.name].now, unit.shared.now) for worker in workers]
+    parts = [give_buffer(unit.memory, worker.local[unit.name].now, unit.shared.now) for worker in workers]
     shared = parts[0][1]
     if local := [part for part, _ in parts if part is not None]:
         buffer = averaged(local, collective, timeout)
@@ -278,7 +281,12 @@ def check(
     for name, param in named:
         one = held.get(name)
         memory = method.rule(name, param.shape, param.numel()).memory
-        if one is not None and not isinstance(one, torch.optim.SGD) and memory.absorbs and memory.feeds_back:
+        if (
+            one is not None
+            and not isinstance(one, torch.optim.SGD)
+            and isinstance(memory, OwnsMomentum)
+            and feeds_back(memory)
+        ):
             raise ThinwireError(
                 f"{method.name} compresses {name!r} and owns its momentum, and its optimizer is {type(one).__name__}; "
                 f"give it to the torch.optim.SGD, or name it in keep_dense= ({INSTEAD})"

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from thinwire.core.absorbed import Absorbed
 from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import Role, named
+from thinwire.core.memory_capabilities import gives
 from thinwire.core.sharding import own, wrapped
 from thinwire.exchange.units import Unit, Worker
 from thinwire.methods.method import Method
@@ -38,10 +40,10 @@ class Joint:
                 "exchanged, alone"
             )
         for rule in method.rules:
-            if self.optimizer is not None and rule.memory.gives != wanted:
+            if self.optimizer is not None and gives(rule.memory) != wanted:
                 way_out = f"attach {self.partner.recipe}" if self.partner else "use the one that its recipe names"
                 raise ThinwireError(
-                    f"{method.name} hands the optimizer its {rule.memory.gives}, and {kind} steps with its {wanted}; "
+                    f"{method.name} hands the optimizer its {gives(rule.memory)}, and {kind} steps with its {wanted}; "
                     f"{way_out}"
                 )
         self.settings = self.partner.settings() if self.partner else {}
@@ -59,7 +61,7 @@ class Joint:
         self.partner.attached = attached
         for unit in units:
             state = self.partner.state.get(unit.param, {})
-            if unit.memory.gives != "momentum" or not state:
+            if gives(unit.memory) != "momentum" or not state:
                 continue
             if not attached:
                 state["exp_avg"] = wrapped(unit.shared.now["momentum"].clone(), unit.param)
@@ -103,7 +105,7 @@ class Joint:
             return
         self.marked = density
         for unit in units:
-            live = self.partner.live(unit.param) if "live" in unit.memory.derived else None
+            live = self.partner.live(unit.param) if "live" in named(unit.memory, Role.DERIVED) else None
             live = None if live is None else own(live)
             for state in (unit.shared, *(worker.local[unit.name] for worker in workers)):
                 for copy in (state.now, state.next):

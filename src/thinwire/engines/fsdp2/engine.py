@@ -30,6 +30,7 @@ from thinwire.comm.process_group import ProcessGroup
 from thinwire.comm.simulated import Local
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
+from thinwire.core.memory_capabilities import OwnsMomentum
 from thinwire.core.sharding import own, shard_dim
 from thinwire.engines.fsdp2.all_gather_hook import Gather
 from thinwire.engines.fsdp2.fsdp2_options import Fsdp2Options
@@ -133,7 +134,7 @@ class Fsdp2:
 
     def _check_scatter(self, rule: Rule) -> None:
         check_flat("reduce_scatter", "reduce-scatter carries flat gradients", rule.compressor)
-        if rule.memory.absorbs:
+        if isinstance(rule.memory, OwnsMomentum):
             raise ThinwireError(
                 f"reduce_scatter with {type(rule.memory).__name__}: an optimizer's momentum can't move into what every "
                 "rank remembers of the whole gradient; use NoMemory(), or ErrorFeedback()"

@@ -11,6 +11,7 @@ from thinwire.coding import header
 from thinwire.comm.process_group import ProcessGroup
 from thinwire.core.ambient import undisturbed
 from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import local_state
 from thinwire.core.sharding import own
 from thinwire.exchange.pipeline import exchange
 from thinwire.exchange.routes.rows import reduced
@@ -62,7 +63,7 @@ class Scatter:
         first = session.collective.rank * along.world
         if self.worker is None:
             blank = torch.empty_like(rows.view(-1), dtype=memory.dtype(rows.dtype))
-            states = {self.name: TwoCopies.of(memory.init(blank))}
+            states = {self.name: TwoCopies.of(local_state(memory, blank))}
             self.worker = Worker(first + along.rank, session.seed, states, kernels=session.workers[0].kernels)
         if memory.stateful:
             self._write(rows)

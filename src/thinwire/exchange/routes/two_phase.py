@@ -6,8 +6,8 @@ mean once more, and sends that to all. A worker sends ``(N-1)/N (C1 + C2)`` byte
 whole bucket takes in either phase; an all-gather sends ``(N-1) C1``.
 
 What the second compression leaves over is not lost: the owner takes it, times N, into its own residual
-(``Memory.returned``). Pending is the mean of the residuals over the ranks, so that adds to it just what the owner
-could not send: "sent + residual = asked" holds without any more state.
+(``Memory.sent`` with ``sign=1``). Pending is the mean of the residuals over the ranks, so that adds to it just what
+the owner could not send: "sent + residual = asked" holds without any more state.
 
 Source: H. Tang et al., "DoubleSqueeze: Parallel Stochastic Gradient Descent with Double-Pass Error-Compensated
 Compression", 2019, arXiv:1905.05957, with an owner for each run instead of one server.
@@ -129,7 +129,7 @@ class TwoPhase(Route):
         payload = compress_sparse(again, mean, like, known, ctx)
         rest = without(mean, again.decompress(payload, like, known, ctx))
         rest.values.mul_(world)
-        unit.memory.returned(rest, piece.of_state(worker.local[unit.name].next))
+        unit.memory.sent(rest, piece.of_state(worker.local[unit.name].next), sign=1.0)
         return payload
 
     def decoder(self, unit: Unit) -> Compressor:
