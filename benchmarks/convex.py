@@ -25,7 +25,8 @@ from thinwire.compressors import TopK
 from thinwire.core import NOWHERE
 from thinwire.core.interfaces import local_state, shared_state
 from thinwire.core.tensors import Sparse
-from thinwire.exchange.units import TwoCopies, payload_nbytes
+from thinwire.exchange.states import TwoCopies
+from thinwire.exchange.units import payload_nbytes
 from thinwire.memories import EF21, EControl, ErrorFeedback, NoMemory
 from thinwire.methods.theory import Mean, ef21_step, logistic_smoothness, xi
 from thinwire.report.results import Row, meta, write

@@ -20,7 +20,9 @@ from thinwire.compressors import TopK
 from thinwire.core import Context, State, files
 from thinwire.core.loops import Kernels
 from thinwire.exchange.fused import select
-from thinwire.exchange.units import TwoCopies, Unit, Worker
+from thinwire.exchange.states import TwoCopies
+from thinwire.exchange.units import Unit
+from thinwire.exchange.workers import Worker
 from thinwire.kernels.cpu import Cpu
 from thinwire.kernels.reference import REFERENCE
 from thinwire.memories import MomentumCorrection

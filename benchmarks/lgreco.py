@@ -29,7 +29,7 @@ from thinwire._version import __version__
 from thinwire.cli import text as demo_text
 from thinwire.cli.demo_models import CharLM, loss_of
 from thinwire.core import Compressor, Context
-from thinwire.exchange.units import Probe
+from thinwire.exchange.workers import Probe
 from thinwire.policies import LGreCo
 from thinwire.policies.lgreco import Snapshot, losses
 from thinwire.report.results import Row, meta, write

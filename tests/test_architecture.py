@@ -18,7 +18,7 @@ LAYERS = [
     ["engines"],
     ["attach"],
     ["__init__"],
-    ["integrations", "cli", "__main__"],
+    ["integrations", "testing", "cli", "__main__"],
 ]
 """A package imports what stands in a layer above its own line here, and nothing of another package in its own."""
 LAYER = {package: height for height, packages in enumerate(LAYERS) for package in packages}

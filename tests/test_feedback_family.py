@@ -16,7 +16,7 @@ from thinwire.core import NOWHERE, Context
 from thinwire.core.interfaces import local_state, shared_state
 from thinwire.core.memory_capabilities import accumulation
 from thinwire.engines.simulator import SimulatedWorkers
-from thinwire.exchange.units import TwoCopies
+from thinwire.exchange.states import TwoCopies
 from thinwire.memories import EF21, EControl, ErrorFeedback, MomentumCorrection
 from thinwire.methods import econtrol, ef14, ef21, ef21_bc, ef21_pp, ef21_sgdm, ef21_w, theory
 from thinwire.methods.method import Method, Rule, Warmup

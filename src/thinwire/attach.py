@@ -26,7 +26,7 @@ from thinwire.engines.bare import Plain
 from thinwire.engines.ddp import Ddp
 from thinwire.engines.fsdp2.engine import Fsdp2, is_fsdp1, is_fsdp2, sharded_talk
 from thinwire.engines.fsdp2.fsdp2_options import Fsdp2Options
-from thinwire.exchange.units import Worker
+from thinwire.exchange.workers import Worker
 from thinwire.kernels.select import Choice, choose
 from thinwire.methods.given import method_of
 from thinwire.methods.method import Method, Rule

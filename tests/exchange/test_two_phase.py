@@ -16,7 +16,8 @@ from thinwire.exchange import pipeline
 from thinwire.exchange.adding import added
 from thinwire.exchange.buckets import Routing, plan_bucket
 from thinwire.exchange.routes.two_phase import cut, without
-from thinwire.exchange.units import Worker, resolve, set_stage
+from thinwire.exchange.units import resolve, set_stage
+from thinwire.exchange.workers import Worker
 
 SHAPES = {"w": (30, 7), "empty": (0, 5), "b": (3,), "one": (1, 1), "v": (11, 13), "a": (1,)}
 

@@ -13,7 +13,8 @@ from thinwire.core import Context
 from thinwire.core.loops import Cut, Pass, smallest
 from thinwire.exchange.fused import select, warm_up_kernels
 from thinwire.exchange.pieces import Piece
-from thinwire.exchange.units import Unit, Worker
+from thinwire.exchange.units import Unit
+from thinwire.exchange.workers import Worker
 from thinwire.kernels.reference import REFERENCE
 from thinwire.memories import ErrorFeedback, MomentumCorrection
 

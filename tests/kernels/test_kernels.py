@@ -18,7 +18,8 @@ from thinwire.core.memory_capabilities import accumulation
 from thinwire.core.tensors import flat
 from thinwire.exchange.fused import select
 from thinwire.exchange.pieces import Piece
-from thinwire.exchange.units import Unit, Worker
+from thinwire.exchange.units import Unit
+from thinwire.exchange.workers import Worker
 from thinwire.kernels.reference import BLOCK, CHUNK, REFERENCE, above, at_least
 from thinwire.kernels.select import choose
 from thinwire.memories import ErrorFeedback, MomentumCorrection

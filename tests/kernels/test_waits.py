@@ -20,7 +20,8 @@ from thinwire.comm.simulated import Local
 from thinwire.core.absorbed import Absorbed
 from thinwire.exchange import pipeline
 from thinwire.exchange.buckets import plan_bucket
-from thinwire.exchange.units import Worker, resolve, set_stage
+from thinwire.exchange.units import resolve, set_stage
+from thinwire.exchange.workers import Worker
 from thinwire.kernels.reference import REFERENCE
 from thinwire.kernels.select import choose
 

@@ -19,7 +19,7 @@ from thinwire.exchange import pipeline
 from thinwire.exchange.buckets import Bucket
 from thinwire.exchange.pipeline import Outbox
 from thinwire.exchange.status import StepStatus, unused
-from thinwire.exchange.units import Worker
+from thinwire.exchange.workers import Worker
 from thinwire.report.ledger import StepRow, Stopwatch
 
 

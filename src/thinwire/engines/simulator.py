@@ -19,7 +19,7 @@ from thinwire.core.interfaces import Compressor
 from thinwire.core.sharding import own, wrapped
 from thinwire.engines.layouts import Layouts
 from thinwire.exchange import pipeline
-from thinwire.exchange.units import Worker
+from thinwire.exchange.workers import Worker
 from thinwire.kernels.select import Choice, choose
 from thinwire.methods.given import method_of
 from thinwire.methods.method import Method, Rule

@@ -14,7 +14,8 @@ from thinwire.core.loops import Cut, Found, Kernels, Pass, Selection, smallest
 from thinwire.core.memory_capabilities import Fusable, accumulation
 from thinwire.core.tensors import Decompressed, flat
 from thinwire.exchange.pieces import Piece
-from thinwire.exchange.units import Unit, Worker
+from thinwire.exchange.units import Unit
+from thinwire.exchange.workers import Worker
 
 
 def select(

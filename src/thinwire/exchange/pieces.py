@@ -6,7 +6,8 @@ from torch import Tensor
 
 from thinwire.core.interfaces import State
 from thinwire.core.tensors import Decompressed, flat
-from thinwire.exchange.units import Unit, Worker
+from thinwire.exchange.units import Unit
+from thinwire.exchange.workers import Worker
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from thinwire.exchange.buckets import Bucket
 from thinwire.exchange.fused import compress, select
 from thinwire.exchange.receiving import written
 from thinwire.exchange.status import StepStatus
-from thinwire.exchange.units import Worker
+from thinwire.exchange.workers import Worker
 from thinwire.kernels.reference import REFERENCE
 
 

@@ -6,7 +6,7 @@ rebuild nor a restart changes.
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,13 +28,15 @@ from thinwire.core.interfaces import (
     replicated,
     shared_state,
 )
-from thinwire.core.loops import Kernels
 from thinwire.core.memory_capabilities import OwnsMomentum, absorb, absorbed, rests
 from thinwire.core.sharding import own
 from thinwire.core.supported import check_complex, check_parameter
-from thinwire.core.tensors import Decompressed, flat, is_dense, shortened
-from thinwire.kernels.reference import REFERENCE
+from thinwire.core.tensors import is_dense, shortened
+from thinwire.exchange.states import TwoCopies
 from thinwire.methods.method import Method, RouteName
+
+if TYPE_CHECKING:
+    from thinwire.exchange.workers import Worker
 
 DENSE = Cast()
 GATHER_BYTES = 2**20
@@ -52,7 +54,7 @@ class Unit:
     param: Tensor
     compressor: Compressor
     memory: Memory
-    shared: "TwoCopies" = field(default_factory=lambda: TwoCopies())
+    shared: TwoCopies = field(default_factory=TwoCopies)
     method_compressor: Compressor = DENSE
     """What the method asks for, before a warm-up or the break-even rule changed it."""
     guarded: bool = False
@@ -116,11 +118,11 @@ class Unit:
             return grad
         return grad.as_strided(param.shape, param.stride(), grad.storage_offset())
 
-    def fresh_local(self) -> "TwoCopies":
+    def fresh_local(self) -> TwoCopies:
         """One rank's state before the first step."""
         return TwoCopies.of(local_state(self.memory, self._blank()))
 
-    def fresh_shared(self) -> "TwoCopies":
+    def fresh_shared(self) -> TwoCopies:
         """The state before the first step that is equal on all ranks: the memory's, and the compressor's."""
         return TwoCopies.of(shared_state(self.memory, self._blank()) | self.init_packed())
 
@@ -155,102 +157,6 @@ class Unit:
         """One line that must be the same on all ranks."""
         shape = f"shape {tuple(self.param.shape)}, strides {self.own.stride()}, {self.param.dtype}"
         return f"{shape}, {registry.to_json(self.method_compressor)}, {registry.to_json(self.memory)}"
-
-
-@dataclass
-class TwoCopies:
-    """A state as the last finished step left it (``now``), and as the step under way makes it (``next``).
-
-    Two copies make a step that can be taken back bit for bit, without another pass over memory.
-    """
-
-    now: State = field(default_factory=State)
-    next: State = field(default_factory=State)
-
-    @staticmethod
-    def of(state: State) -> "TwoCopies":
-        """A fresh state, twice."""
-        return TwoCopies(state, {key: value.clone() for key, value in state.items()})
-
-    def align(self, rests: Set[str]) -> None:
-        """Let ``next`` have the tensors that ``now`` has, of its own but for what ``rests``."""
-        kept = {key: value for key, value in self.now.items() if key != "carried"}
-        for key, value in kept.items():
-            if key in rests:
-                self.next[key] = value
-            elif key not in self.next or self.next[key] is value:
-                self.next[key] = value.clone()
-        for key in self.next.keys() - kept.keys():
-            del self.next[key]
-
-    def commit(self) -> None:
-        """The step is final; what only ``now`` had was for this step alone."""
-        self.now, self.next = self.next, {key: value for key, value in self.now.items() if key in self.next}
-
-
-PROBE_EVERY = 100
-"""Steps."""
-
-
-@dataclass
-class Probe:
-    """Measures what compression loses; it reads all that it looks at once, so it looks at few steps."""
-
-    lost: list[Tensor] = field(default_factory=list[Tensor])
-    asked: list[Tensor] = field(default_factory=list[Tensor])
-
-    def look(self, x: Tensor, own: Decompressed) -> None:
-        indices, values = own.entries()
-        before = flat(x)[indices].double()
-        asked = flat(x).double().square().sum()  # as below, so that what loses nothing loses exactly 0
-        self.asked.append(asked)
-        self.lost.append(asked - before.square().sum() + (before - values).square().sum())
-
-    @property
-    def error(self) -> float | None:
-        """``||x - sent||² / ||x||²`` over all that was looked at."""
-        asked = sum(float(a) for a in self.asked)
-        return sum(float(e) for e in self.lost) / asked if asked else None
-
-
-class Watch(Protocol):
-    """Looks at what a worker is asked to send; it must neither change nor keep it."""
-
-    def look(self, name: str, x: Tensor, run: tuple[int, int] | None) -> None:
-        """``x`` is what the compressor of the unit of this name is given: all of it, or a run of its elements."""
-        ...
-
-
-@dataclass
-class Worker:
-    """One rank, and the state that only it has: ``local[unit name]``."""
-
-    rank: int
-    seed: int = 0
-    local: dict[str, TwoCopies] = field(default_factory=dict[str, TwoCopies])
-    probe: Probe | None = None
-    kernels: Kernels = REFERENCE
-    watch: Watch | None = None
-    """A policy's, where it needs to see what is compressed."""
-    held: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """What was asked of units until it is known what of it is sent."""
-
-    def looks(self, unit: Unit) -> bool:
-        """True if somebody measures this unit in this step."""
-        return self.watch is not None or (self.probe is not None and unit.compressed)
-
-    def look(self, unit: Unit, x: Tensor, own: Decompressed, run: tuple[int, int] | None = None) -> None:
-        """Show what is asked of a unit, or of a run of its elements, and what is sent of it, to whoever measures."""
-        if self.probe is not None and unit.compressed:
-            self.probe.look(x, own)
-        if self.watch is not None:
-            self.watch.look(unit.name, x, run)
-
-
-def carry(units: Sequence[Unit], workers: Sequence[Worker]) -> bool:
-    """Whether an earlier method left something that waits for the next step."""
-    local = (state for worker in workers for state in worker.local.values())
-    return any("carried" in state.now for state in (*local, *(unit.shared for unit in units)))
 
 
 def payload_like(compressor: Compressor, like: Tensor, step: int = 0) -> Payload:

@@ -30,7 +30,8 @@ from thinwire.core.interfaces import Compressor
 from thinwire.core.tensors import flat
 from thinwire.exchange.pipeline import exchange
 from thinwire.exchange.routes.rows import check_flat, payload_bytes, reduced
-from thinwire.exchange.units import TwoCopies, Worker
+from thinwire.exchange.states import TwoCopies
+from thinwire.exchange.workers import Worker
 from thinwire.integrations.versions import framework
 from thinwire.memories.error_feedback import NoMemory
 from thinwire.methods.method import Rule

@@ -25,7 +25,8 @@ from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
 from thinwire.core.tensors import flat
-from thinwire.exchange.units import DENSE, Unit, Worker, bytes_alone, payload_nbytes
+from thinwire.exchange.units import DENSE, Unit, bytes_alone, payload_nbytes
+from thinwire.exchange.workers import Worker
 from thinwire.methods.method import Method, Rule
 from thinwire.policies.allocate import improve, total
 from thinwire.session.session import Session

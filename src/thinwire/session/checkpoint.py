@@ -34,7 +34,8 @@ from thinwire.core.interfaces import Memory, Role, State, named, replicated
 from thinwire.core.memory_capabilities import inferred, residual_gain
 from thinwire.core.sharding import cut, place, shape_of, shard_dim
 from thinwire.core.tensors import flat, float_at_least_32, norm
-from thinwire.exchange.units import Unit, Worker
+from thinwire.exchange.units import Unit
+from thinwire.exchange.workers import Worker
 from thinwire.session import checksums
 from thinwire.session.folder import read_folder as read_folder
 from thinwire.session.foreign import check_plan, check_state

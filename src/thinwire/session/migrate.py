@@ -11,7 +11,9 @@ from thinwire.core.capabilities import inherit
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import State
 from thinwire.core.memory_capabilities import OwnsMomentum, inferred, residual_gain, take_buffer
-from thinwire.exchange.units import TwoCopies, Unit, Worker
+from thinwire.exchange.states import TwoCopies
+from thinwire.exchange.units import Unit
+from thinwire.exchange.workers import Worker
 from thinwire.methods.method import Method
 from thinwire.session.checkpoint import Restored
 from thinwire.session.momentum_transfer import averaged, averaged_buffer

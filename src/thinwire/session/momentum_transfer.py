@@ -23,7 +23,8 @@ from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Memory, feeds_back
 from thinwire.core.memory_capabilities import OwnsMomentum, absorb, absorbed, give_buffer, take_buffer
 from thinwire.core.sharding import own, wrapped
-from thinwire.exchange.units import Unit, Worker
+from thinwire.exchange.units import Unit
+from thinwire.exchange.workers import Worker
 from thinwire.methods.method import Method
 from thinwire.session.optimizers import Optimizers, each_of, holders, kind_of
 

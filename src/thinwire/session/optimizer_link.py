@@ -10,7 +10,8 @@ from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Role, named
 from thinwire.core.memory_capabilities import gives
 from thinwire.core.sharding import own, wrapped
-from thinwire.exchange.units import Unit, Worker
+from thinwire.exchange.units import Unit
+from thinwire.exchange.workers import Worker
 from thinwire.methods.method import Method
 from thinwire.optim.partner import Partner, takes
 from thinwire.report.ledger import Ledger

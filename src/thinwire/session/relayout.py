@@ -8,7 +8,8 @@ from torch import Tensor
 
 from thinwire.core.capabilities import moved
 from thinwire.core.tensors import flat
-from thinwire.exchange.units import Unit, Worker
+from thinwire.exchange.units import Unit
+from thinwire.exchange.workers import Worker
 
 
 def follow(

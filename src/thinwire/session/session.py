@@ -26,7 +26,8 @@ from thinwire.core.tensors import norm
 from thinwire.exchange.buckets import Bucket
 from thinwire.exchange.fused import warm_up_kernels
 from thinwire.exchange.stages import Stages
-from thinwire.exchange.units import PROBE_EVERY, TURN_BYTES, Probe, Unit, Worker, all_dense, carry, resolve
+from thinwire.exchange.units import TURN_BYTES, Unit, all_dense, resolve
+from thinwire.exchange.workers import PROBE_EVERY, Probe, Worker, carry
 from thinwire.methods.given import method_of
 from thinwire.methods.method import Method, Rule
 from thinwire.report.ledger import Ledger, StepRow

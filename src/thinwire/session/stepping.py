@@ -9,7 +9,8 @@ from torch import Tensor
 
 from thinwire.comm.collectives import Collective
 from thinwire.exchange.fused import warm_up_kernels
-from thinwire.exchange.units import Unit, Worker
+from thinwire.exchange.units import Unit
+from thinwire.exchange.workers import Worker
 from thinwire.methods.method import Method
 from thinwire.session.changed_gradients import Touched
 from thinwire.session.momentum_transfer import Handover

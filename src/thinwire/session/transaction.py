@@ -13,7 +13,8 @@ from thinwire.coding.header import SLOTS
 from thinwire.comm.texts import known_to_all
 from thinwire.core.errors import ThinwireError
 from thinwire.exchange.status import StepStatus, unused
-from thinwire.exchange.units import Unit, Worker
+from thinwire.exchange.units import Unit
+from thinwire.exchange.workers import Worker
 from thinwire.report.ledger import Ledger
 from thinwire.session.clock import Clock, apart, parted
 from thinwire.session.optimizers import Optimizers, each_of

@@ -17,7 +17,8 @@ from thinwire.core.ambient import undisturbed
 from thinwire.core.interfaces import Compressor
 from thinwire.exchange.pipeline import exchange
 from thinwire.exchange.routes.rows import gathered
-from thinwire.exchange.units import TwoCopies, Worker
+from thinwire.exchange.states import TwoCopies
+from thinwire.exchange.workers import Worker
 from thinwire.memories.error_feedback import NoMemory
 from thinwire.session.session import Session
 

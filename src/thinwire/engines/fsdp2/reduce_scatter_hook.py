@@ -15,7 +15,8 @@ from thinwire.core.interfaces import local_state
 from thinwire.core.sharding import own
 from thinwire.exchange.pipeline import exchange
 from thinwire.exchange.routes.rows import reduced
-from thinwire.exchange.units import TwoCopies, Worker
+from thinwire.exchange.states import TwoCopies
+from thinwire.exchange.workers import Worker
 from thinwire.methods.method import Rule
 from thinwire.session.session import Session
 

@@ -26,7 +26,8 @@ from thinwire.core.interfaces import Payload
 from thinwire.core.tensors import Decompressed
 from thinwire.exchange.pieces import Piece, update_residual
 from thinwire.exchange.routes.route import Route, Senders
-from thinwire.exchange.units import Unit, Worker
+from thinwire.exchange.units import Unit
+from thinwire.exchange.workers import Worker
 
 
 def leader(turn: int, world: int) -> int:

@@ -17,7 +17,8 @@ from thinwire.core.interfaces import Compressor, Payload
 from thinwire.core.tensors import Decompressed
 from thinwire.exchange.pieces import Piece, update_residual
 from thinwire.exchange.receiving import mean_of
-from thinwire.exchange.units import Unit, Worker
+from thinwire.exchange.units import Unit
+from thinwire.exchange.workers import Worker
 
 Senders: TypeAlias = Sequence[tuple[int, Sequence[Payload]]]
 """Ranks, and the payloads of the pieces from each; a sum counts as one."""

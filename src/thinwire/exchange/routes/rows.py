@@ -25,7 +25,8 @@ from thinwire.core.tensors import flat, float_at_least_32
 from thinwire.exchange.buckets import Bucket
 from thinwire.exchange.pieces import Piece
 from thinwire.exchange.routes.route import Route, Senders
-from thinwire.exchange.units import Unit, Worker, payload_like
+from thinwire.exchange.units import Unit, payload_like
+from thinwire.exchange.workers import Worker
 
 
 @lru_cache(maxsize=1024)

@@ -35,7 +35,8 @@ from thinwire.core.tensors import Decompressed, Sparse
 from thinwire.exchange.adding import added
 from thinwire.exchange.pieces import Piece
 from thinwire.exchange.routes.route import Route, Senders
-from thinwire.exchange.units import Unit, Worker, payload_like, payload_nbytes
+from thinwire.exchange.units import Unit, payload_like, payload_nbytes
+from thinwire.exchange.workers import Worker
 
 
 def cut(units: Sequence[Unit], chosen: Sequence[int], world: int) -> list[list[Piece]]:
