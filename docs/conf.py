@@ -28,14 +28,14 @@ nitpick_ignore = [  # internal types that signatures of documented classes name
     ("py:class", f"thinwire.{name}")
     for name in (
         "coding.reader.Allowance",
-        "comm.process_group.Collective",
+        "comm.collectives.Collective",
         "core.absorbed.Absorbed",
         "core.loops.Accumulation",
         "core.loops.Kernels",
         "core.loops.Selection",
         "core.registry.Kind",
         "core.tensors.Adds",
-        "exchange.units.Worker",
+        "exchange.workers.Worker",
         "session.optimizers.Several",
     )
 ]

@@ -17,7 +17,7 @@ from thinwire.core import Role, Slot, Sparse, Traits, flat, registry
 from thinwire.testing import check_compressor, check_memory
 
 
-@register("every nth")
+@register("every nth of a test")
 @dataclass(frozen=True)
 class EveryNth(Compressor):
     n: int = 8
@@ -58,7 +58,7 @@ def test_the_laws_hold():
 
 def test_they_go_to_json_and_back():
     row = registry.to_json(EveryNth(8))
-    assert row == {"kind": "every nth", "class": f"{__name__}.EveryNth", "n": 8}
+    assert row == {"kind": "every nth of a test", "class": f"{__name__}.EveryNth", "n": 8}
     assert Method.from_json(json.dumps(json.loads(OWN.to_json()))) == OWN
 
 
@@ -136,7 +136,7 @@ def test_the_simulator_trains_them():
     def loss(model, x):
         return (model(x) - x @ target).square().mean()
 
-    result = thinwire.simulate(model, OWN, optimizer=optimizer, batches=batches, loss=loss, workers=2, steps=40)
+    result = thinwire.simulate(model, OWN, optimizer=optimizer, batches=batches, loss=loss, workers=2, steps=80)
     assert result.losses[-1] < result.losses[0] / 2
     assert result.ledger.ratio > 1.5
     assert "discarded" in str(result.ledger.notes).lower() or "dropped" in str(result.ledger.notes)
@@ -146,7 +146,7 @@ def test_what_is_refused(monkeypatch):
     monkeypatch.setattr(registry, "COMPRESSORS", dict(registry.COMPRESSORS))
     with pytest.raises(ThinwireError, match="the name 'topk' is that of thinwire"):
         register("topk")(EveryNth)
-    register("every nth")(EveryNth)  # the same class once more
+    register("every nth of a test")(EveryNth)  # the same class once more
     with pytest.raises(ThinwireError, match="is neither a Compressor nor a Memory"):
         register("text")(str)
 
@@ -162,7 +162,7 @@ def test_what_is_refused(monkeypatch):
     with pytest.raises(ThinwireError, match="Bare is not registered"):
         registry.to_json(Bare())
     text = OWN.to_json()
-    del registry.COMPRESSORS["every nth"]
+    del registry.COMPRESSORS["every nth of a test"]
     with pytest.raises(ThinwireError, match=r"is the class .*EveryNth, which this process has not registered; import"):
         Method.from_json(text)
 

@@ -215,16 +215,17 @@ def restore(
     for unit in units:
         saved = read_mapping(local, unit.name)
         _check_keys(plan[unit.name], saved, unit)
+        was = _memory(plan[unit.name], unit)
+        pending = named(was, Role.PENDING)
         if saved_world == world:
             mine = {key: _row(value, unit, key, rank, saved_world) for key, value in saved.items()}
         else:
             mine = {key: _mean_row(states, unit, key, saved_world) for key in saved}
             if on_world_change == "reset":
-                if "residual" in mine:
-                    size = float(norm([mine["residual"]]))
+                if held := [mine[key] for key in pending if key in mine]:
+                    size = float(norm(held))
                     notes.append(f"{unit.name}: a mean pending update of norm {size:.3g} was dropped")
-                mine = {key: value for key, value in mine.items() if key not in ("residual", "carried")}
-        was = _memory(plan[unit.name], unit)
+                mine = {key: value for key, value in mine.items() if key not in pending | {"carried"}}
         gain = residual_gain(was) / residual_gain(unit.memory)
         fresh, begun = unit.fresh_local().now, unit.fresh_shared().now
         packed, largest = unit.init_packed(), _largest(unit)
@@ -237,11 +238,11 @@ def restore(
         before = replicated(was)
         alone = (before | unit.replicated) - (before & unit.replicated & mine.keys() & both.keys())
         if unit.replicated:  # what is asked is a difference, to which nothing pending can be added
-            alone |= {"carried", *({"residual"} - fresh.keys())}
+            alone |= {"carried", *(pending - fresh.keys())}
         for key in alone & mine.keys():
             notes.append(f"{unit.name}: the checkpoint's {key} has no place in the present method and was dropped")
         left = _without(mine, alone)
-        new_local[unit.name] = _fit(left | inferred(unit.memory, left), fresh, gain, unit, notes)
+        new_local[unit.name] = _fit(left | inferred(unit.memory, left), fresh, gain, unit, notes, pending)
         new_shared[unit.name] = _fit(_without(both, alone - {"carried"}), begun, None, unit, notes)
     if version == 1 and "checks" not in state:
         notes.append("the checkpoint is from before there were checksums, so its bytes were not checked")
@@ -251,16 +252,20 @@ def restore(
     return Restored(*clock, new_local, new_shared, notes)
 
 
-def _fit(saved: State, fresh: State, gain: float | None, unit: Unit, notes: list[str]) -> State:
+def _fit(
+    saved: State, fresh: State, gain: float | None, unit: Unit, notes: list[str], waits: Set[str] = frozenset()
+) -> State:
     """What the memory has a place for; a residual without one is carried to the next step.
 
     Args:
         gain: what a residual is scaled by; None for the shared state.
+        waits: the slots of ``saved`` that hold a pending residual.
     """
     fitted = dict(fresh)
+    home = next((key for key in named(unit.memory, Role.PENDING) if key in fresh), "carried")
     for key, value in saved.items():
-        pending = key == "carried" or (gain is not None and key == "residual")
-        place = key if key in fresh else "carried" if pending else None
+        pending = key == "carried" or key in waits
+        place = key if key in fresh else "carried" if key == "carried" else home if pending else None
         if place is None:
             notes.append(f"{unit.name}: the checkpoint's {key} has no place in the present method and was dropped")
         else:

@@ -9,7 +9,7 @@ from thinwire.comm.control import Together
 from thinwire.comm.texts import known_to_all
 from thinwire.core.capabilities import inherit
 from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import State
+from thinwire.core.interfaces import Memory, Role, State, named
 from thinwire.core.memory_capabilities import OwnsMomentum, inferred, residual_gain, take_buffer
 from thinwire.exchange.states import TwoCopies
 from thinwire.exchange.units import Unit
@@ -84,8 +84,9 @@ def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: 
     packed, alone = new.init_packed(), old.replicated ^ new.replicated
     for worker, state in zip(workers, was, strict=True):
         left = {k: v for k, v in state.now.items() if k not in alone}
-        _keep(left | inferred(new.memory, left), worker.local[new.name].now, gain)
-    _keep({k: v for k, v in old.shared.now.items() if k not in (alone | packed.keys())}, new.shared.now)
+        _keep(left | inferred(new.memory, left), worker.local[new.name].now, old.memory, new.memory, gain)
+    known = {k: v for k, v in old.shared.now.items() if k not in (alone | packed.keys())}
+    _keep(known, new.shared.now, old.memory, new.memory)
     carried = [worker.local[new.name].now.pop("carried") for worker in workers if _settles(new, worker)]
     if carried:
         mean = averaged(carried, collective, timeout)
@@ -108,14 +109,22 @@ def _settles(unit: Unit, worker: Worker) -> bool:
     return bool(unit.replicated) and "carried" in worker.local[unit.name].now
 
 
-def _keep(old: State, new: State, residual_gain: float = 1.0) -> None:
-    """Fill ``new`` with what ``old`` has of it; a residual that it has no place for is carried to the next step."""
+def _keep(old: State, new: State, was: Memory, memory: Memory, gain: float = 1.0) -> None:
+    """Fill the slots of ``new`` with those of ``old`` of the same name and role.
+
+    A pending residual goes to the pending slot of the new memory; without one it is sent with the next step.
+
+    Args:
+        was, memory: the memories of the two states.
+        gain: factor of a pending residual.
+    """
+    slots, pending = memory.slots, named(was, Role.PENDING) | {"carried"}
+    home = next((key for key in named(memory, Role.PENDING) if key in new), "carried")
     for key, value in old.items():
-        pending = key in ("residual", "carried")
-        home = "residual" if "residual" in new else "carried"
-        kept = key if key in new else home if pending else None
+        fits = key in new and (key not in was.slots or slots[key].role is was.slots[key].role)
+        kept = key if fits else home if key in pending else None
         if kept is not None:
-            value = value * residual_gain if pending and residual_gain != 1.0 else value
-            if "carried" in (key, kept) and kept in new:
+            value = value * gain if key in pending and gain != 1.0 else value
+            if (key != kept or key == "carried") and kept in new:
                 value = value + new[kept]
             new[kept] = value.to(new[kept].dtype) if kept in new else value

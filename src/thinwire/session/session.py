@@ -20,7 +20,7 @@ from thinwire.comm.simulated import Local
 from thinwire.comm.texts import heard
 from thinwire.core.ambient import undisturbed_methods
 from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor
+from thinwire.core.interfaces import Compressor, Role, named
 from thinwire.core.loops import Kernels
 from thinwire.core.tensors import norm
 from thinwire.exchange.buckets import Bucket
@@ -228,9 +228,14 @@ class Session(OfThisRun):
             warn_once(note)
 
     def _leave(self) -> None:
-        states = [state.now for worker in self.workers for state in worker.local.values()]
-        states += [unit.shared.now for unit in self.units]
-        if pending := [state[key] for state in states for key in ("residual", "carried") if key in state]:
+        pending = [
+            state[key]
+            for unit in self.units
+            for state in (unit.shared.now, *(worker.local[unit.name].now for worker in self.workers))
+            for key in (*named(unit.memory, Role.PENDING), "carried")
+            if key in state
+        ]
+        if pending:
             self.ledger.note(f"step {self.step}: detached; a residual of norm {float(norm(pending)):.3g} was dropped")
         self.cleanup.close()
         self.collective.close()
