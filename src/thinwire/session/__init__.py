@@ -1,1 +1,1 @@
-"""The clock of a run: sessions, steps that are all or nothing, checkpoints, and what the optimizer hands over."""
+"""Sessions of attached models: the step clock, all-or-nothing steps, checkpoints, and the link to the optimizer."""

@@ -1,4 +1,4 @@
-"""What ``attach`` is asked for, looked at before anything is changed or sent: each is of its kind, or an error."""
+"""Checks of the arguments of ``attach``, made before anything is changed or sent: a wrong type or value is an error."""
 
 import inspect
 from collections.abc import Sequence
@@ -23,19 +23,19 @@ ORDER = "the model comes first and the method second: attach(model, thinwire.dgc
 
 
 def unwrapped(given: Any) -> Any:
-    """The DDP model that went through ``torch.compile``; everything else as it is."""
+    """Return the DDP model inside a ``torch.compile`` wrapper, and everything else unchanged."""
     inner = getattr(given, "_orig_mod", None)
     return inner if isinstance(inner, DistributedDataParallel) else given
 
 
 def model_of(model: Any, groups: bool) -> nn.Module:
-    """The model to attach to.
+    """Return the model to attach to.
 
     Args:
-        groups: whether process groups were set up.
+        groups: True if a process group is initialized.
 
     Raises:
-        ThinwireError: it is no model, or one that nothing can be attached to.
+        ThinwireError: it is not a model, or thinwire can't attach to it.
     """
     if not isinstance(model, nn.Module):
         raise ThinwireError(f"model is {_wrong_model(model)}")
@@ -67,14 +67,14 @@ def _wrong_model(given: Any) -> str:
 
 
 def inside(model: nn.Module) -> str:
-    """Where a DDP model stands inside of another module, for an error; empty where there is none."""
+    """Return the part of an error text that names a DDP model inside another module; empty if there is none."""
     modules: list[tuple[str, nn.Module]] = [*model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
     names = [name for name, module in modules if isinstance(module, DistributedDataParallel)]
     return f"; attach to the DistributedDataParallel inside of it, model.{names[0]}" if names else ""
 
 
 def optimizer_of(name: str, given: Any) -> Any:
-    """One optimizer, several that are joined, or None.
+    """Return the given optimizer, ``Several`` optimizers, or None.
 
     Raises:
         ThinwireError: it is something else.
@@ -140,19 +140,19 @@ OPTIONS: dict[str, Check] = {
 
 
 def options(**given: Any) -> dict[str, Any]:
-    """The options of ``attach`` or ``simulate`` as they are meant.
+    """Return the options of ``attach`` or ``simulate``, checked and converted.
 
     Raises:
-        ThinwireError: one is not of its kind.
+        ThinwireError: an option has a wrong type or value.
     """
     return {name: OPTIONS[name](name, value) for name, value in given.items()}
 
 
 def check_held(named: Sequence[tuple[str, Tensor]], optimizer: Optimizers | None) -> None:
-    """An optimizer that holds no parameter of the model steps something else.
+    """Check that the optimizer holds a parameter of the model.
 
     Raises:
-        ThinwireError: it is such a one.
+        ThinwireError: it holds none.
     """
     if optimizer is None:
         return

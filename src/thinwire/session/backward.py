@@ -1,4 +1,4 @@
-"""What autograd tells of the backward pass under way, for which torch has no public name."""
+"""Queries and callbacks for the running backward pass, for which torch has no public API."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -9,27 +9,27 @@ from torch.autograd import Variable
 
 
 def in_backward() -> bool:
-    """Whether this thread is in a backward pass; torch's own checkpointing asks so too."""
+    """Return True if this thread runs a backward pass. Activation checkpointing in torch uses the same test."""
     return cast(Any, torch)._C._current_graph_task_id() != -1
 
 
 def is_shared(grad: Tensor) -> bool:
-    """Tell whether another tensor lives in the same memory: autograd may still read it, or it is another gradient.
+    """Return True if another tensor uses the same memory: autograd may still read it, or it is another gradient.
 
-    A gradient that is a view of what flows on becomes ``.grad`` without a copy, since its tensor has one owner; whether
-    its memory has another, autograd does not ask.
+    Autograd stores a gradient as ``.grad`` without a copy if nothing else owns the tensor. It does not check the
+    storage, so ``.grad`` may be a view of a tensor that the backward pass still uses.
     """
     count = getattr(cast(Any, torch)._C, "_storage_Use_Count", None)
-    return count is None or count(cast(Any, grad.untyped_storage())._cdata) > 2  # the gradient, and whoever asks
+    return count is None or count(cast(Any, grad.untyped_storage())._cdata) > 2  # the gradient and this call
 
 
 def queue(done: Callable[[], None]) -> None:
-    """Call ``done`` at the end of the pass under way, after what has been queued before; as DDP and FSDP2 do."""
+    """Call ``done`` at the end of the running backward pass, after earlier callbacks. DDP and FSDP2 do the same."""
     cast(Any, Variable)._execution_engine.queue_callback(done)
 
 
 def after_backward(done: Callable[[], None]) -> None:
-    """Call ``done`` when gradients are where they belong: after what is queued by now, and by the hook that asks."""
+    """Call ``done`` when all ``.grad`` are final: after the callbacks queued so far and by the hook that calls this."""
     if in_backward():
         queue(lambda: queue(done))
     else:

@@ -1,7 +1,7 @@
-"""Gradients that are changed between the exchange and the step, where a method does not bear it.
+"""Detects gradients that change between the exchange and the optimizer step, where the method does not allow it.
 
-What the optimizer is given by a method that owns the momentum is a velocity that was held back, or the momentum itself:
-to clip or to rescale it cuts off what is not sent again. So norms are compared, at few steps.
+A method that owns the momentum gives the optimizer a delayed velocity or the momentum itself. Clipping or rescaling it
+loses what is not sent again. So the gradient norms are compared, at a few steps only.
 """
 
 import math
@@ -23,16 +23,16 @@ from thinwire.methods.method import Method
 from thinwire.session.backward import after_backward
 
 FIRST, EVERY = 10, 100
-"""The first steps are all looked at, then powers of two and every hundredth."""
+"""Steps that are checked: the first 10, then powers of two and every hundredth."""
 FRAMES = 24
-"""How far up the stack a scaler is looked for."""
+"""Stack frames in which a scaler is looked for."""
 
 
 class Touched:
-    """Looks at the gradients when they have been exchanged, and again when an optimizer is about to step.
+    """Compares the gradient norms after the exchange with those just before the optimizer step.
 
     Args:
-        scaled: whether the session was given a scaler, which may take its scale off in between.
+        scaled: True if the session has an enabled scaler, which may unscale the gradients in between.
     """
 
     def __init__(self, scaled: bool) -> None:
@@ -40,10 +40,10 @@ class Touched:
         self.exchanges = 0
         self.warned = False
         self.before: dict[str, Tensor] = {}
-        """The norms of what was exchanged, where this step is looked at."""
+        """The gradient norms after the exchange, if this step is checked; else empty."""
 
     def exchanged(self, units: Sequence[Unit], method: Method) -> None:
-        """The gradients of a step are there, at the end of the backward pass at the latest."""
+        """Record the norms of a checked step, at the end of the backward pass, when its gradients are complete."""
         self.before = {}
         if self.warned or not owns(method):
             return
@@ -56,7 +56,7 @@ class Touched:
         self.before = {unit.name: _norm(unit.param.grad) for unit in units if unit.param.grad is not None}
 
     def look(self, optimizer: torch.optim.Optimizer, units: Sequence[Unit], method: Method, loss_scale: float) -> None:
-        """Compare, and warn once; ``units`` are those that this optimizer steps."""
+        """Compare the norms and warn once; ``units`` are those that this optimizer steps."""
         looked = [unit for unit in units if unit.name in self.before]
         if self.warned or not looked:
             return
@@ -87,7 +87,7 @@ class Touched:
 
 
 def owns(method: Method) -> bool:
-    """Whether what a method hands the optimizer is more than a gradient."""
+    """Return True if the method gives the optimizer something other than a plain gradient."""
     return method.absorbs or any(gives(rule.memory) != "gradient" for rule in method.rules)
 
 
@@ -104,14 +104,14 @@ def _norm(grad: Tensor) -> Tensor:
 
 
 def _read(norms: Sequence[Tensor]) -> list[float]:
-    """One wait for all of them."""
+    """Return the norms as floats, with one device synchronization for all."""
     both: Any = torch.stack([x.to(norms[0].device, torch.float64) for x in norms])
     return cast("list[float]", both.tolist())
 
 
 def _in_scaler(optimizer: Any) -> bool:
-    """Whether a loss scaler that scales makes this optimizer step."""
-    if getattr(optimizer, "grad_scale", None) is not None:  # of a fused one, whose gradients keep their scale
+    """Return True if a loss scaler with a scale other than 1 calls this optimizer's step."""
+    if getattr(optimizer, "grad_scale", None) is not None:  # a fused optimizer, whose gradients stay scaled
         return True
     frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     for _ in range(FRAMES):

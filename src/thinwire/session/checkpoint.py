@@ -1,19 +1,19 @@
-"""What a session remembers, to a checkpoint and back, also at another world size or under another method.
+"""Checkpoints of a session, which can be loaded at another world size or under another method.
 
 The state is a dict of tensors, ints and strings, so ``torch.load(weights_only=True)`` reads it::
 
     version, world, step, installed_at    ints
     method                                the method in JSON
     rank                                  tensor [world], a DTensor of which each rank holds its own number
-    shard                                 tensor [shards], the same along the other axis, where the model is sharded
+    shard                                 tensor [shards], the same along the mesh's other axis, if the model is sharded
     plan      {unit: JSON of its shape, compressor, memory and keys in local}
     local     {unit: {key: tensor [world, *shape]}}    a DTensor of which each rank holds its row, or its shard of it
-    shared    {unit: {key: tensor [*shape]}}           equal on all ranks; where the model is sharded, sharded alike,
-                                                       and what a compressor keeps [shards, *its shape]
-    checks    of all of it, see ``thinwire.session.checksums``; not in version 1, which is read without
+    shared    {unit: {key: tensor [*shape]}}           equal on all ranks; in a sharded model it is sharded alike, and
+                                                       a compressor's state is [shards, *its shape]
+    checks    checksums of all of it, see ``thinwire.session.checksums``; version 1 has none
 
-Rows are DTensors since ``torch.distributed.checkpoint`` takes plain tensors of equal names for copies of each other: it
-would save one rank's residual and give it to all.
+Rows are DTensors because ``torch.distributed.checkpoint`` treats plain tensors of equal names as copies of each other:
+it would save one rank's residual and give it to all.
 """
 
 import hashlib
@@ -44,12 +44,12 @@ from thinwire.session.untrusted import read_integer, read_mapping, read_tensor, 
 VERSION = 2
 OnWorldChange: TypeAlias = Literal["error", "fold", "reset"]
 Form: TypeAlias = Callable[..., Tensor]
-"""From this rank's tensor, and the parameter that it is like, to the one of which it is a part."""
+"""A function from this rank's tensor, and the parameter that it is shaped like, to the tensor that it is a part of."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint that has been read and found right, to be put in place by the session."""
+    """A checkpoint that was read and checked; the session installs it."""
 
     step: int
     installed_at: int
@@ -58,11 +58,11 @@ class Restored:
     notes: list[str]
 
     def clock(self) -> str:
-        """What must be the same on all ranks."""
+        """Return the text that must be the same on all ranks."""
         return f"step {self.step}, method since {self.installed_at}"
 
     def fingerprint(self) -> str:
-        """What must be the same on all replicas."""
+        """Return the text that must be the same on all replicas."""
         digest = hashlib.sha256()
         for state in self.shared.values():
             for key in sorted(state):
@@ -78,10 +78,10 @@ def save(
     method: str,
     shared: Form | None = None,
 ) -> dict[str, Any]:
-    """The state of one rank. Everything is copied: what loads in place writes into these tensors.
+    """Return the state of one rank. All tensors are copies, because a load in place writes into them.
 
     Args:
-        rows, shared: of the collective.
+        rows, shared: the functions of the checkpoint group that make the global tensors.
     """
     shard, shards = place(units[0].param)
     shared = shared or _as_it_is
@@ -120,7 +120,7 @@ def _saved(unit: Unit, state: State) -> State:
 
 
 def _saved_shared(unit: Unit) -> State:
-    """A copy, padded: a tensor over all shards has room for the largest, which keeps more where they are uneven."""
+    """Return a copy of the shared state; compressor state is padded to the size that the largest shard needs."""
     state = {key: value.clone() for key, value in _saved(unit, unit.shared.now).items()}
     for key, like in _largest(unit).items():
         mine, state[key] = state.get(key), torch.zeros_like(like, device=unit.own.device)
@@ -130,7 +130,7 @@ def _saved_shared(unit: Unit) -> State:
 
 
 def _largest(unit: Unit) -> State:
-    """What the compressor keeps of the largest shard, without values; nothing where there is one shard only."""
+    """Return the compressor state of the largest shard as meta tensors; empty if there is only one shard."""
     dim, (_, shards) = shard_dim(unit.param), place(unit.param)
     if dim is None or shards == 1:
         return {}
@@ -140,7 +140,7 @@ def _largest(unit: Unit) -> State:
 
 
 def _like(unit: Unit, key: str, value: Tensor) -> Tensor | None:
-    """The parameter, where this is cut as it is; not what a compressor keeps."""
+    """Return the parameter if the value is sharded like it; None for compressor state."""
     packed = unit.init_packed() | _largest(unit)
     return unit.param if value.shape == unit.own.shape and key not in packed else None
 
@@ -163,10 +163,10 @@ def restore(
     world: int,
     on_world_change: OnWorldChange,
 ) -> Restored:
-    """Check a checkpoint against the running session, and make its states.
+    """Check a checkpoint against the running session, and return the states to install.
 
     Args:
-        given: the state of this rank; or those of all ranks of the saved world, in their order.
+        given: the state of this rank, or a list of those of all saved ranks, in rank order.
 
     Raises:
         ThinwireError: it is damaged, or of another plan or world size.
@@ -232,7 +232,7 @@ def restore(
         both = {
             key: _shared(value, unit, key, begun[key].shape if key in begun else unit.own.shape, key in packed)
             for key, value in read_mapping(shared, unit.name).items()
-            if key in begun or key not in largest  # a shard may be too small for what the others keep
+            if key in begun or key not in largest  # a shard may be too small for state that larger shards keep
         }
         both = {key: value for key, value in both.items() if value is not None}
         before = replicated(was)
@@ -284,7 +284,7 @@ def _without(state: State, keys: Set[str]) -> State:
 
 
 def _memory(plan: Any, unit: Unit) -> Memory:
-    """The memory that was saved."""
+    """Return the memory that the plan describes."""
     try:
         return registry.from_json(json.loads(plan)["memory"], registry.MEMORIES)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -310,13 +310,13 @@ def _row(value: Any, unit: Unit, key: str, rank: int, world: int) -> Tensor:
 
 
 def _cut(tensor: Tensor, unit: Unit, leading: int = 0) -> Tensor:
-    """What this rank holds of a tensor that is all of it, as one read from a folder is."""
+    """Return this rank's shard of a whole tensor, such as one read from a folder; another tensor unchanged."""
     whole = tuple(tensor.shape[leading:]) == tuple(shape_of(unit.param))
     return cut(tensor, unit.param, leading) if whole else tensor
 
 
 def _shared(value: Any, unit: Unit, key: str, shape: torch.Size, packed: bool) -> Tensor | None:
-    """What is equal on all replicas; None where it was kept for other shards than these."""
+    """Return a tensor that is equal on all replicas; None if it was saved for another number of shards."""
     tensor = read_tensor(value, f"{unit.name}: {key}")
     shard, shards = place(unit.param)
     if not packed and shape == unit.own.shape:
@@ -331,7 +331,7 @@ def _shared(value: Any, unit: Unit, key: str, shape: torch.Size, packed: bool) -
 
 
 def _rows(value: Any, what: str, shape: tuple[int, ...], rank: int, world: int) -> Tensor:
-    """This rank's row, from a DTensor, from that row alone or from all rows."""
+    """Return this rank's row of a DTensor, of that row alone, or of all rows."""
     tensor = read_tensor(value, what)
     if tensor.ndim == 0 or tensor.shape[0] not in (1, world) or tuple(tensor.shape[1:]) != shape:
         raise ThinwireError(f"{what} in the checkpoint is of shape {tuple(tensor.shape)}, not of {(world, *shape)}")
@@ -346,7 +346,7 @@ def _check_shard(state: Mapping[str, Any], units: Sequence[Unit]) -> None:
 
 
 def _check_ranks(states: Sequence[Mapping[str, Any]], world: int) -> None:
-    """The mean of all ranks' rows needs each of them, once."""
+    """Check that each saved rank's state is given once, as their mean requires."""
     ranks = torch.cat([read_tensor(state.get("rank"), "rank").flatten() for state in states])
     if len(ranks) != world or ranks.sort().values.tolist() != list(range(world)):
         raise ThinwireError(
@@ -356,7 +356,7 @@ def _check_ranks(states: Sequence[Mapping[str, Any]], world: int) -> None:
 
 
 def _mean_row(states: Sequence[Mapping[str, Any]], unit: Unit, key: str, world: int) -> Tensor:
-    """The mean over all rows, which keeps the mean pending update whoever holds it."""
+    """Return the mean over all saved rows. It preserves the mean pending update at any world size."""
     values = [read_mapping(read_mapping(state, "local"), unit.name).get(key) for state in states]
     parts = [read_tensor(value, f"{unit.name}: {key}") for value in values]
     parts = [_cut(part, unit, 1) if part.ndim else part for part in parts]
@@ -373,5 +373,5 @@ def _plain(value: Any, unit: Unit, key: str, shape: torch.Size | None = None) ->
         raise ThinwireError(
             f"{unit.name}: the checkpoint's {key} is of shape {tuple(tensor.shape)}, not of {tuple(expected)}"
         )
-    like = unit.own if expected == unit.own.shape else tensor  # what is like the parameter lies as it does
+    like = unit.own if expected == unit.own.shape else tensor  # tensors of the parameter's shape take its strides
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)

@@ -1,14 +1,14 @@
-"""Checksums of a checkpoint's tensors and of all else that it says, so that no bit of it turns unseen.
+"""Checksums of a checkpoint's tensors and of its other entries, which detect any flipped bit.
 
 In a checkpoint::
 
     checks    layout   JSON: of each tensor [local or shared, unit, key, dtype, the dimension along which it is cut]
-              said     the checksum, in hexadecimal, of that and of everything that is equal on all ranks
-              rows     int64 [world, shards, 1 + slots]: of each rank's number, and of each of its tensors, in that
-                       order; zeros fill the slots
+              said     the checksum, in hexadecimal, of the layout and of all entries that are equal on all ranks
+              rows     int64 [world, shards, 1 + slots]: checksums of the rank's number and of its tensors, in that
+                       order; zeros fill unused slots
 
-A dimension of None: there is one piece; -1: pieces stand one after the other. A checksum is of a piece, so it can be
-found again at any other number of ranks or shards.
+A dimension of None means that there is one piece, -1 that pieces are stacked. Each checksum covers one piece, so it can
+be computed again with any other number of ranks or shards.
 """
 
 import hashlib
@@ -26,22 +26,22 @@ from thinwire.core.errors import ThinwireError
 from thinwire.session.untrusted import read_mapping, read_tensor
 
 Entry: TypeAlias = tuple[str, str, str, str, int | None]
-"""Part, unit, key, dtype and the dimension along which it is cut."""
+"""Part, unit, key, dtype and the dimension along which the tensor is cut."""
 COLUMNS = 1024
 AT_ONCE = 256
-"""Rows that are summed both ways while they are in the cache of a CPU."""
+"""Rows that are summed both ways while they are in the CPU cache."""
 SAID = ("version", "world", "step", "installed_at", "method")
-"""What is equal on all ranks."""
+"""Keys of a checkpoint whose values are equal on all ranks."""
 
 
 def checksum(tensor: Tensor) -> int:
-    """64 bits of the elements in row-major order.
+    """Return a 64-bit checksum of the elements in row-major order.
 
-    The bytes are a table of 1,024 words a row, of which all sums of rows and of columns are hashed: a change of up to
-    three words can't cancel out in both. Faster than a CRC, and on CUDA only the sums go to the host.
+    The bytes form a table of 1,024 words a row. The sums of all rows and columns are hashed: a change of up to three
+    words can't cancel out in both. This is faster than a CRC, and on CUDA only the sums go to the host.
     """
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if data.storage_offset() % 8:  # a row of an odd number of elements: words can't begin between words
+    if data.storage_offset() % 8:  # a row of a tensor may start off an 8-byte boundary, where no word view can begin
         data = data.clone()
     words = data[: data.numel() // 8 * 8].view(torch.int64)
     table = words[: len(words) // COLUMNS * COLUMNS].view(-1, COLUMNS)
@@ -50,38 +50,38 @@ def checksum(tensor: Tensor) -> int:
 
 
 def _sums(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each column and of each row, modulo 2^64. NumPy does it in a third of the time that torch takes on a CPU."""
+    """Return the sums of columns and of rows, modulo 2^64. On a CPU, NumPy takes a third of the time of torch."""
     if table.device.type != "cpu":
         return table.sum(0), table.sum(1)
     words = table.numpy()
     columns, rows = np.zeros(COLUMNS, np.int64), np.empty(len(words), np.int64)
-    for i in range(0, len(words), AT_ONCE):  # the second sum finds them in the cache
+    for i in range(0, len(words), AT_ONCE):  # the second sum reads them from the cache
         columns += words[i : i + AT_ONCE].sum(0)
         words[i : i + AT_ONCE].sum(1, out=rows[i : i + AT_ONCE])
     return torch.from_numpy(columns), torch.from_numpy(rows)
 
 
 def of_rank(rank: int, shard: int, tensors: Sequence[Tensor]) -> Tensor:
-    """This rank's row, in int64, filled up to eight: what is loaded in place has the shape of another method's."""
+    """Return this rank's int64 row, padded to a multiple of 8 tensors: a load in place needs equal shapes."""
     each = [_numbers(rank, shard), *map(checksum, tensors)]
     return torch.tensor(each + [0] * (-len(tensors) % 8), dtype=torch.int64, device="cpu")
 
 
 def said(state: Mapping[str, Any], layout: Sequence[Entry] | str) -> dict[str, str]:
-    """The layout, and the checksum of all that is neither a tensor nor a rank's own."""
+    """Return the layout, and the checksum of all entries that are neither tensors nor specific to one rank."""
     layout = layout if isinstance(layout, str) else json.dumps(layout)
     whole = [layout, *(state.get(key) for key in SAID), *sorted(cast(Mapping[str, str], state["plan"]).items())]
     return {"layout": layout, "said": f"{_hash(repr(whole).encode()) % 2**64:016x}"}
 
 
 def check(state: Mapping[str, Any], rank: int | None) -> list[str]:
-    """Compare a checkpoint, whose parts are of the kinds that they should be, with its checksums.
+    """Compare a checkpoint, whose entries have the right types, with its checksums.
 
     Args:
-        rank: whose row is looked at where all are there; None for all of them.
+        rank: whose row is checked if the checkpoint has all rows; None for all rows.
 
     Returns:
-        Of what could not be compared.
+        Notes on tensors that could not be checked.
 
     Raises:
         ThinwireError: it is not what was saved.
@@ -123,14 +123,14 @@ def _piece(state: Mapping[str, Any], entry: Entry, row: int, shard: int, shards:
         return whole[shard] if shard < len(whole) else whole[:0]
     if part == "local":
         whole = whole[row] if row < len(whole) else whole[:0]
-    if dim is None or shards == 1 or dim >= whole.ndim:  # one piece, or this rank's alone
+    if dim is None or shards == 1 or dim >= whole.ndim:  # one piece, or only this rank's
         return whole
     pieces: Sequence[Tensor] = whole.chunk(shards, dim)
     return pieces[shard] if shard < len(pieces) else whole.narrow(dim, 0, 0)
 
 
 def _entries(state: Mapping[str, Any], checks: Mapping[str, Any]) -> list[Entry]:
-    """What the checksums are of, which is exactly what there is."""
+    """Return the layout's entries, after checking that they are exactly the tensors of the checkpoint."""
     layout = checks.get("layout")
     layout = layout if isinstance(layout, str) and isinstance(state.get("method"), str) else ""
     if not layout or checks.get("said") != said(state, layout)["said"]:

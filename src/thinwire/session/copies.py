@@ -1,4 +1,4 @@
-"""What belongs to one run of one process, and so can't be copied or pickled."""
+"""Objects that belong to one run of one process, and so can't be copied or pickled."""
 
 from typing import Any, Never
 
@@ -6,10 +6,10 @@ from thinwire.core.errors import ThinwireError
 
 
 class OfThisRun:
-    """Neither copied nor pickled, and says what to save instead.
+    """An object that can't be copied or pickled.
 
     Raises:
-        ThinwireError: somebody tries.
+        ThinwireError: code tries it; the error names what to save instead.
     """
 
     def __reduce_ex__(self, protocol: Any) -> Never:

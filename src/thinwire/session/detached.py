@@ -1,6 +1,6 @@
-"""A session that can't be used: after ``detach()`` only ledger and report stay, and a second detach does nothing.
+"""Sessions that can no longer be used: after ``detach()`` only ledger and report work; a second detach does nothing.
 
-One whose change of method ended in the middle has its memory partly handed over, and takes no step.
+If an error interrupts a change of method, the memory is only partly migrated, and the session takes no more steps.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ NEEDS_A_MODEL = ("set_method", "state_dict", "load_state_dict", "load", "no_sync
 
 @contextlib.contextmanager
 def changing(session: Any, what: str) -> Generator[None]:
-    """Inside it a session is changed; where an error ends that, the session refuses all but to be detached."""
+    """Guard a change of a session: after an error in the body, the session only allows ``detach()``."""
     try:
         yield
     except BaseException as error:
@@ -28,7 +28,7 @@ def changing(session: Any, what: str) -> Generator[None]:
 
 
 def leave_behind(session: Any) -> None:
-    """Make of a session one that is detached."""
+    """Turn a session into a detached one."""
     for name in NEEDS_A_MODEL:
         setattr(session, name, _refused(name, session.step))
     session.detach = session.abandon = lambda: None

@@ -1,4 +1,4 @@
-"""Reads what ``torch.distributed.checkpoint`` has written, in one process and whole."""
+"""Reads a whole ``torch.distributed.checkpoint`` folder in one process."""
 
 import warnings
 from collections.abc import Callable
@@ -16,10 +16,10 @@ _load: Callable[..., None] = cast(Any, dcp).load
 
 
 def read_folder(folder: str | Path, key: str) -> dict[str, Any]:
-    """The state that ``torch.distributed.checkpoint`` saved there under ``key``, with all rows of all ranks.
+    """Return the state that ``torch.distributed.checkpoint`` saved there under ``key``, with the rows of all ranks.
 
-    The folder's own metadata is a pickle of torch's, which can run code: load only what you trust. (What
-    ``torch.load(weights_only=True)`` and frames read needs no trust.)
+    The folder's metadata is a torch pickle, which can run code: load only folders that you trust. (Files that
+    ``torch.load(weights_only=True)`` reads, and frames, need no trust.)
 
     Raises:
         ThinwireError: it can't be read.
@@ -36,7 +36,7 @@ def read_folder(folder: str | Path, key: str) -> dict[str, Any]:
                 wanted[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu") if tensor else 0
         if not wanted:
             raise KeyError(f"it has {sorted({name.partition('.')[0] for name in metadata.state_dict_metadata})}")
-        with warnings.catch_warnings():  # it says that it reads alone, which is what we ask for
+        with warnings.catch_warnings():  # it warns that it loads in a single process, as intended here
             warnings.simplefilter("ignore")
             _load(wanted, storage_reader=FileSystemReader(folder), no_dist=True)
         state: dict[str, Any] = {}
@@ -46,9 +46,9 @@ def read_folder(folder: str | Path, key: str) -> dict[str, Any]:
             for part in inner:
                 place = place.setdefault(part, {})
             place[last] = value
-        for kind in ("local", "shared"):  # what is empty leaves no trace there
+        for kind in ("local", "shared"):  # empty dicts are not saved
             state[kind] = {name: state.get(kind, {}).get(name, {}) for name in state["plan"]}
         state["file"] = str(folder)
-    except (Exception, CheckpointException) as error:  # whatever a damaged folder makes torch raise
+    except (Exception, CheckpointException) as error:  # a damaged folder can make torch raise anything
         raise ThinwireError(f"no checkpoint under {key!r} can be read from {folder}: {error!r:.300}") from error
     return state

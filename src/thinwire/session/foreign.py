@@ -1,4 +1,4 @@
-"""What is given for a state of thinwire's and is none: what it is, and the way out."""
+"""Errors for objects that are not a thinwire state: they name what was given and what to pass instead."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ KEYS = ("version", "world", "step", "method", "plan", "local", "shared")
 
 
 def check_state(given: Any) -> None:
-    """Refuse what no ``state_dict()`` of a session wrote.
+    """Check that a session's ``state_dict()`` wrote this.
 
     Raises:
-        ThinwireError: it is such a thing.
+        ThinwireError: it did not.
     """
     if isinstance(given, (str, bytes)) or hasattr(given, "__fspath__"):
         raise ThinwireError(
@@ -34,7 +34,7 @@ def check_state(given: Any) -> None:
 
 def _check_mapping(given: Mapping[Any, Any]) -> None:
     if any(key in given for key in KEYS):
-        return  # damaged, perhaps, but one
+        return  # a thinwire state, perhaps damaged
     if not given:
         raise ThinwireError("this state is empty, so it is no state of thinwire; give what wire.state_dict() returned")
     inside = [key for key, value in given.items() if isinstance(value, Mapping) and "plan" in value]
@@ -51,10 +51,10 @@ def _check_mapping(given: Mapping[Any, Any]) -> None:
 
 
 def check_plan(plan: Mapping[str, Any], units: Sequence[Unit]) -> None:
-    """Refuse a checkpoint of another model.
+    """Check that the checkpoint is of this model.
 
     Raises:
-        ThinwireError: it has not the same parameters of the same shapes.
+        ThinwireError: its parameters have other names or shapes.
     """
     for unit in units:
         shape = json.dumps(list(shape_of(unit.param)))
@@ -75,7 +75,7 @@ def check_plan(plan: Mapping[str, Any], units: Sequence[Unit]) -> None:
 
 
 def _shape_of(plan: Any) -> str | None:
-    """The shape of a unit, in JSON, as its plan in a checkpoint says it; None where it says none."""
+    """Return the unit's shape in JSON from its plan in a checkpoint; None if the plan has none."""
     try:
         shape: object = json.loads(plan)["shape"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -1,4 +1,4 @@
-"""What passes from one method to the next: agreement between ranks, and the state of every unit."""
+"""Migration from one method to the next: the ranks agree on it, and each unit's state moves over."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +20,10 @@ from thinwire.session.momentum_transfer import averaged, averaged_buffer
 
 
 def agree(talk: Talk, lines: Sequence[tuple[str, str]]) -> None:
-    """Compare what the ranks ask for, and name the first difference. A collective call.
+    """Compare the settings of all ranks, and name the first difference. A collective call.
 
     Raises:
-        ThinwireError: they ask for different things.
+        ThinwireError: the ranks have different settings.
     """
     mine = hashlib.sha256(repr(lines).encode("utf-8", "backslashreplace")).hexdigest()
     if len(set(talk.exchange_text(mine))) == 1:
@@ -40,17 +40,17 @@ def agree(talk: Talk, lines: Sequence[tuple[str, str]]) -> None:
 
 
 def describe(method: Method, units: Sequence[Unit], rest: Mapping[str, object]) -> list[tuple[str, str]]:
-    """All that must be the same on all ranks, for ``agree``."""
+    """Return all that must be the same on all ranks, for ``agree``."""
     described = [(f"unit {unit.name!r}", unit.describe()) for unit in units]
     texts = [("method", method.to_json()), *((key, str(value)) for key, value in rest.items())]
     return [("thinwire", __version__), *described, *texts]
 
 
 def restore_alike(together: Together, collective: Collective, restore: Callable[[], Restored]) -> Restored:
-    """What this rank restores, if all of them do from one checkpoint. A collective call.
+    """Return the checkpoint that this rank restores, after checking that all ranks use the same. A collective call.
 
     Raises:
-        ThinwireError: they don't.
+        ThinwireError: they use different ones.
     """
     with together.alone():
         restored = restore()
@@ -63,17 +63,17 @@ def restore_alike(together: Together, collective: Collective, restore: Callable[
 def hand_on_all(
     before: Sequence[Unit], after: Sequence[Unit], workers: Sequence[Worker], collective: Collective, timeout: float
 ) -> None:
-    """Give every unit the state of that of the same name. A collective call."""
+    """Migrate the state of each old unit to the new unit of the same name. A collective call."""
     known = {unit.name: unit for unit in before}
     for unit in after:
         hand_on(known.get(unit.name), unit, workers, collective, timeout)
 
 
 def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: Collective, timeout: float) -> None:
-    """Give a unit the state of its predecessor, as far as it has a place for it. A collective call.
+    """Migrate the state of the old unit, as far as the new unit has slots for it. A collective call.
 
-    What is mirrored passes in both parts or in none. A residual that could only be added to a difference is averaged
-    over the ranks instead, and added to what the next step receives.
+    A replicated estimate migrates in both parts (local and shared) or not at all. If the new unit compresses a
+    difference, no residual can be added to it: the residual is averaged over ranks and added to the next mean received.
     """
     was = [worker.local.get(new.name, TwoCopies()) for worker in workers]
     for worker in workers:
@@ -96,7 +96,7 @@ def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: 
     same = set(old.shared.now) == set(new.shared.now) and set(was[0].now) == set(workers[0].local[new.name].now)
     if same or not (isinstance(old.memory, OwnsMomentum) and isinstance(new.memory, OwnsMomentum)):
         return
-    # momentum that was kept in another form goes over as the buffer of SGD, averaged over ranks
+    # momentum in another form migrates as SGD's momentum buffer, averaged over ranks
     before = [Worker(worker.rank, local={old.name: state}) for worker, state in zip(workers, was, strict=True)]
     buffer = averaged_buffer(old, before, collective, timeout)
     if buffer is not None:
@@ -105,7 +105,7 @@ def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: 
 
 
 def _settles(unit: Unit, worker: Worker) -> bool:
-    """Whether something pending can't be added to what this unit asks."""
+    """Return True if a pending residual can't be added to this unit's compensated tensor."""
     return bool(unit.replicated) and "carried" in worker.local[unit.name].now
 
 

@@ -1,8 +1,7 @@
-"""The hand-over of momentum and weight decay between SGD optimizers and the memories, and back.
+"""Transfer of momentum and weight decay from SGD optimizers to the memories, and back.
 
-What a user or a scheduler writes into a parameter group is what counts, from the next exchange on. It stands there all
-the time but for the step itself, in which the optimizer finds neither momentum nor weight decay: what it is given has
-both.
+A value that a user or a scheduler writes into a parameter group counts from the next exchange on. It stays there except
+during ``step()``: then the group has no momentum and no weight decay, because the exchanged gradient includes both.
 """
 
 import contextlib
@@ -30,25 +29,25 @@ from thinwire.session.optimizers import Optimizers, each_of, holders, kind_of
 
 log = logging.getLogger("thinwire")
 warn_once = cache(log.warning)
-"""Log a text the first time that this process has it."""
+"""Log a text once in this process."""
 
 CLEARED: dict[str, Any] = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
 WRITTEN = (*CLEARED, "dampening", "maximize")
 Written: TypeAlias = list[tuple[Any, ...]]
-"""Of each group: how many parameters it has, and what is written in it."""
+"""The number of parameters and the settings of each parameter group."""
 
 
 class Handover:
-    """What is taken out of the SGD optimizers of a model, followed while it changes, and put back.
+    """The momentum transfer of a model's SGD optimizers: takes their settings, follows changes, and gives them back.
 
     Args:
-        optimizer: of the model. What another than SGD steps keeps its momentum there, if the method does not compress
-            it.
-        method: whose memories take over.
+        optimizer: of the model. Parameters that the method does not compress may have another optimizer than SGD,
+            which keeps its momentum.
+        method: whose memories own the momentum.
         named: the parameters that are exchanged.
 
     Raises:
-        ThinwireError: an optimizer is of another kind, or lacks a parameter, or has one too many.
+        ThinwireError: an optimizer is not SGD, lacks a parameter, or has one that is not exchanged.
     """
 
     def __init__(self, optimizer: Optimizers | None, method: Method, named: Sequence[tuple[str, Tensor]]) -> None:
@@ -65,24 +64,24 @@ class Handover:
         self.settings = self.read()
         self._check_nothing_is_lost(self.settings)
         self.seen: Written | None = None
-        """What was written in the groups when it was followed last."""
+        """The settings of the groups that the memories follow."""
         self.inside: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        """The groups whose optimizer is in its step, and what is written in them."""
+        """The groups whose optimizer is in its step, and their settings outside of it."""
         self.warned = False
 
     # -- what is written -------------------------------------------------------------------------------------------
 
     def written(self) -> Written:
-        """What is written in the groups now."""
+        """Return the settings of the groups now."""
         self._restore()
         groups = [group for optimizer in self.each for group in optimizer.param_groups]
         return [(len(group["params"]), *(group[key] for key in WRITTEN)) for group in groups]
 
     def read(self) -> dict[str, Absorbed]:
-        """What the optimizers are asked to do for each parameter.
+        """Return the optimizer settings of each parameter, by name.
 
         Raises:
-            ThinwireError: that can't be followed.
+            ThinwireError: the memories can't follow them.
         """
         settings = {name: Absorbed() for name in self.others}
         for i, group in enumerate(group for optimizer in self.each for group in optimizer.param_groups):
@@ -105,10 +104,10 @@ class Handover:
         return settings
 
     def check(self, units: Sequence[Unit]) -> None:
-        """Look at what is written, before a step.
+        """Check the settings of the groups before a step.
 
         Raises:
-            ThinwireError: that can't be followed.
+            ThinwireError: the memories can't follow them.
         """
         if self.written() != self.seen:
             settings = self.read()
@@ -117,7 +116,7 @@ class Handover:
                 absorb(unit.memory, settings[unit.name])
 
     def _check_nothing_is_lost(self, settings: Mapping[str, Absorbed]) -> None:
-        """Raise a ``ThinwireError`` where momentum is taken from a parameter whose memory has none."""
+        """Raise a ``ThinwireError`` if momentum would be taken from a parameter whose memory has none."""
         for name, memory in self.not_absorbing.items():
             if settings[name].momentum or settings[name].weight_decay:
                 raise ThinwireError(
@@ -127,9 +126,9 @@ class Handover:
                 )
 
     def follow(self, units: Sequence[Unit], workers: Sequence[Worker]) -> bool:
-        """Let the memories do what is written; answers whether any of them does something of another kind now.
+        """Apply the settings of the groups to the memories; returns True if the kind of any memory's settings changed.
 
-        Not while an exchange waits for its step, since what that has prepared would be lost.
+        Not to be called while an exchange waits for its step, because the prepared state would be lost.
         """
         if (now := self.written()) == self.seen:
             return False
@@ -147,7 +146,7 @@ class Handover:
     # -- the step --------------------------------------------------------------------------------------------------
 
     def before_step(self, optimizer: torch.optim.Optimizer, pending: bool) -> None:
-        """The optimizer finds no momentum; ``pending``: whether it steps with what was exchanged."""
+        """Clear momentum and weight decay for the step; ``pending``: True if the step uses exchanged gradients."""
         if not any(optimizer is one for one in self.each):
             return
         if pending and not self.warned and self.written() != self.seen:
@@ -164,11 +163,11 @@ class Handover:
             group.update(CLEARED)
 
     def after_step(self) -> None:
-        """Put back what is written."""
+        """Restore the settings of the groups."""
         self._restore()
 
     def _restore(self) -> None:
-        """Also where a step died; what was written inside it stays."""
+        """Restore the settings, also after a failed step; settings that were written during the step stay."""
         for group, written in self.inside:
             group.update({key: value for key, value in written.items() if group[key] == CLEARED[key]})
         self.inside.clear()
@@ -176,7 +175,7 @@ class Handover:
     # -- momentum --------------------------------------------------------------------------------------------------
 
     def take(self, units: Sequence[Unit], workers: Sequence[Worker]) -> bool:
-        """Move the momentum buffers into the memories; answers whether there were any."""
+        """Move the momentum buffers into the memories; returns True if there were any."""
         found = False
         for unit in units:
             holder = self.held.get(unit.name)
@@ -191,14 +190,14 @@ class Handover:
         return found
 
     def moved(self) -> str:
-        """What to tell the user."""
+        """Return the message for the user."""
         found = "; ".join(sorted({f"{s.momentum:g}, {s.nesterov}, {s.weight_decay:g}" for s in self.settings.values()}))
         return f"momentum, nesterov, weight_decay ({found}) moved from the optimizer into the memory until detach()"
 
     def give_back(
         self, units: Sequence[Unit], workers: Sequence[Worker], collective: Collective, timeout: float
     ) -> None:
-        """Put momentum back, averaged so that replicas stay equal. A collective call."""
+        """Put momentum back into the optimizers, averaged so that replicas stay equal. A collective call."""
         self._restore()
         for unit in units:
             buffer = averaged_buffer(unit, workers, collective, timeout)
@@ -210,10 +209,10 @@ class Handover:
 
 @contextlib.contextmanager
 def remembering(units: Sequence[Unit]) -> Generator[Callable[[Any], Any]]:
-    """Give a function that lets the memories of these units have the settings that a checkpoint was saved with.
+    """Yield a function that gives the memories of these units the settings that a checkpoint was saved with.
 
-    It answers the checkpoint; after an error the memories are as they were. What is written in the optimizer is
-    followed from there, at the next exchange.
+    The function returns the checkpoint. After an error the memories are restored. The settings in the optimizer apply
+    again at the next exchange.
     """
     before = [unit.memory for unit in units]
 
@@ -221,7 +220,7 @@ def remembering(units: Sequence[Unit]) -> Generator[Callable[[Any], Any]]:
         one: Any = given
         state: Any = one[0] if isinstance(given, (list, tuple)) and len(one) else one
         for unit in units:
-            with contextlib.suppress(Exception):  # what is wrong with it, reading the checkpoint says
+            with contextlib.suppress(Exception):  # errors are reported when the checkpoint is read
                 saved = registry.from_json(json.loads(state["plan"][unit.name])["memory"], registry.MEMORIES)
                 if absorbed(unit.memory) is not None and (settings := absorbed(saved)) is not None:
                     unit.memory = absorb(unit.memory, settings)
@@ -236,7 +235,7 @@ def remembering(units: Sequence[Unit]) -> Generator[Callable[[Any], Any]]:
 
 
 def averaged_buffer(unit: Unit, workers: Sequence[Worker], collective: Collective, timeout: float) -> Tensor | None:
-    """The SGD momentum buffer of a unit, equal on all ranks; waits ``timeout`` seconds. A collective call."""
+    """Return a unit's SGD momentum buffer, equal on all ranks; waits ``timeout`` seconds. A collective call."""
     parts = [give_buffer(unit.memory, worker.local[unit.name].now, unit.shared.now) for worker in workers]
     shared = parts[0][1]
     if local := [part for part, _ in parts if part is not None]:
@@ -246,7 +245,7 @@ def averaged_buffer(unit: Unit, workers: Sequence[Worker], collective: Collectiv
 
 
 def averaged(local: Sequence[Tensor], collective: Collective, timeout: float) -> Tensor:
-    """The mean over all ranks, of which the tensors of those in this process are given. A collective call."""
+    """Return the mean over all ranks; ``local`` has the tensors of the ranks in this process. A collective call."""
     mean = torch.stack(list(local)).sum(0).mul_(1.0 / collective.world)
     if len(local) < collective.world:
         mean = collective.all_reduce(mean).wait(timeout)
@@ -265,10 +264,10 @@ def check(
     named: Sequence[tuple[str, Tensor]],
     held: Mapping[str, torch.optim.Optimizer],
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers whose momentum is moved.
+    """Check the optimizers, and return those whose momentum is moved.
 
     Args:
-        held: which of them steps each parameter.
+        held: the optimizer that steps each parameter, by name.
     """
     if optimizer is None:
         raise ThinwireError(
@@ -298,7 +297,7 @@ def check(
 
 
 def check_group(group: Mapping[str, Any], method: str) -> None:
-    """Raises a ``ThinwireError`` where SGD is asked for what no memory does."""
+    """Raise a ``ThinwireError`` if the SGD settings are some that no memory can follow."""
     if group["dampening"] or group["maximize"]:
         raise ThinwireError(
             f"{method} follows SGD with dampening=0 and maximize=False; the optimizer has "

@@ -1,4 +1,4 @@
-"""An optimizer and the session it steps for: what each tells the other, where the optimizer is part of a method."""
+"""The link between a session and an optimizer that is part of its method, such as ``OneBitAdam``."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,20 +19,20 @@ from thinwire.session.optimizers import Optimizers, each_of, kind_of
 
 
 class Joint:
-    """What a session does with its optimizer's part in the method; nothing, where that has none."""
+    """The optimizer link of a session; does nothing if the optimizer is not part of the method."""
 
     def __init__(self, optimizer: Optimizers | None) -> None:
         self.optimizer = optimizer
         self.partner = optimizer if isinstance(optimizer, Partner) else None
         self.marked: float | None = -1.0
-        """The stage for which the units know what of them is left out; -1 for none."""
+        """The stage (density) for which the units know their live elements; -1 for none."""
         self.settings: dict[int, Absorbed] = {}
 
     def agree(self, method: Method, named: Iterable[tuple[str, Tensor]]) -> dict[str, Absorbed]:
-        """What the memories do for the optimizer, by the parameter's name.
+        """Return what the memories do for the optimizer, by parameter name.
 
         Raises:
-            ThinwireError: the memories hand over something else than it steps with.
+            ThinwireError: the memories give the optimizer something else than it needs, e.g. a momentum.
         """
         wanted, kind = takes(self.optimizer), kind_of(self.optimizer)
         if len(each := each_of(self.optimizer)) > 1 and any(isinstance(one, Partner) for one in each):
@@ -51,11 +51,11 @@ class Joint:
         return {name: self.settings[id(param)] for name, param in named if id(param) in self.settings}
 
     def rule(self) -> str:
-        """One line that must be the same on all ranks."""
+        """Return one line that must be the same on all ranks."""
         return self.partner.rule() if self.partner else "takes no part"
 
     def hold(self, attached: bool, units: Sequence[Unit]) -> None:
-        """From now on, or no longer, somebody hands it what it steps with; a momentum that it keeps goes along."""
+        """Tell the optimizer whether it is attached; a momentum that it keeps moves to the units, or back."""
         self.marked = -1.0
         if not self.partner or not (attached or self.partner.attached):
             return
@@ -71,16 +71,16 @@ class Joint:
                     copy["momentum"].copy_(own(state["exp_avg"]))
 
     def moves(self, unit: Unit) -> Mapping[str, Any]:
-        """What it remembers of a unit that lies otherwise in memory now."""
+        """Return the optimizer state of a unit whose memory layout has changed."""
         self.marked = -1.0
         return self.partner.state.get(unit.param, {}) if self.partner else {}
 
     def density(self, ahead: int) -> float | None:
-        """Of the exchange ``ahead`` steps from the next, where the optimizer decides it."""
+        """Return the density of the exchange ``ahead`` steps after the next, if the optimizer decides it."""
         return self.partner.density(ahead) if self.partner else None
 
     def check(self) -> None:
-        """Before a step.
+        """Check the optimizer before a step.
 
         Raises:
             ThinwireError: a setting that the memory has taken over was changed.
@@ -92,7 +92,7 @@ class Joint:
             )
 
     def keep(self, density: float | None, units: Sequence[Unit]) -> bool:
-        """At the first step of a stage, the units learn whether they stay dense; answers whether that is new."""
+        """Set ``kept`` of the units at the first step of a stage; returns True if it changed for any unit."""
         if not self.partner or density == self.marked:
             return False
         before = [unit.kept for unit in units]
@@ -101,7 +101,7 @@ class Joint:
         return before != [unit.kept for unit in units]
 
     def begin(self, density: float | None, units: Sequence[Unit], workers: Sequence[Worker]) -> None:
-        """A step begins; at the first of a stage, the units learn what of them is left out."""
+        """Begin a step; at the first step of a stage, the units' states get the mask of live elements."""
         if not self.partner or density == self.marked:
             return
         self.marked = density
@@ -114,7 +114,7 @@ class Joint:
                     copy.update({} if live is None else {"live": live})
 
     def tell(self, ledger: Ledger, step: int) -> None:
-        """What the optimizer has to say after a step."""
+        """Write the optimizer's notes to the ledger after a step."""
         if self.partner:
             for note in self.partner.notes:
                 ledger.note(f"step {step}: {note}")

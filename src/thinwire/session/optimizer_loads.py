@@ -1,4 +1,4 @@
-"""What an optimizer's checkpoint says of what is remembered beside it, and what happens when one is loaded."""
+"""Marks in optimizer checkpoints that a session holds more state, and a warning if only the optimizer is loaded."""
 
 import warnings
 from collections.abc import Callable
@@ -9,18 +9,18 @@ import torch
 from thinwire.session.optimizers import Optimizers, each_of
 
 MARK = "thinwire_step"
-"""The key, in each parameter group of a checkpoint, of the step at which something was remembered elsewhere.
+"""The key, in each parameter group of a checkpoint, of the step at which a session held state as well.
 
-A group is what all ways to save an optimizer keep, and an int what they all take; an optimizer ignores it."""
+All ways to save an optimizer keep the groups and accept an int; an optimizer ignores the key."""
 
 
 class Loads:
-    """Marks the checkpoints of the optimizers, and notices those that are loaded.
+    """Marks the checkpoints of the optimizers, and checks those that they load.
 
     Args:
         optimizer: of a session.
-        step: at which something is remembered elsewhere; None where that is nothing.
-        loaded: called when one has loaded a checkpoint; answers whether that had its momentum with it.
+        step: returns the step at which the session holds state; None if it holds none.
+        loaded: called when an optimizer has loaded a checkpoint; returns True if that included the momentum.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class Loads:
     ) -> None:
         self.step, self.loaded = step, loaded
         self.missing: int | None = None
-        """The step of what is remembered elsewhere and has not been loaded."""
+        """The step of a session state that has not been loaded, or None."""
         self.restored = False
-        """Whether it has, since the last exchange."""
+        """True if the session state was loaded since the last exchange."""
         self.handles: list[Any] = []
         for one in each_of(optimizer):
             self._read(one)
@@ -41,16 +41,16 @@ class Loads:
             self.handles.append(one.register_load_state_dict_post_hook(self._load))
 
     def complete(self) -> None:
-        """What is remembered has been loaded, or is here in another way."""
+        """Note that the session has loaded its state."""
         self.restored, self.missing = True, None
 
     def begin(self) -> None:
-        """An exchange begins."""
+        """Begin an exchange."""
         self.warn()
         self.restored = False
 
     def warn(self) -> None:
-        """Say once what was not loaded."""
+        """Warn once about a session state that was not loaded."""
         missing, self.missing = self.missing, None
         if missing is not None:
             warnings.warn(
@@ -62,7 +62,7 @@ class Loads:
             )
 
     def release(self) -> None:
-        """Leave the optimizers alone."""
+        """Remove the hooks from the optimizers."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

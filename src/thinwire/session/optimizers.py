@@ -1,4 +1,4 @@
-"""Which optimizers step a model: taken out of their wrappers, and several as one."""
+"""The optimizers that step a model: taken out of their wrappers, and several handled as one."""
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,15 +12,15 @@ from torch import Tensor
 from thinwire.core.errors import ThinwireError
 
 WRAPPERS = ("optimizer", "base_optimizer")
-"""Where frameworks, and SAM and Lookahead, keep the optimizer that steps."""
+"""Attributes in which frameworks, SAM and Lookahead keep the optimizer that steps."""
 Hook: TypeAlias = Callable[..., Any]
 
 
 class Several:
-    """Several optimizers of one model, whose steps together are one step.
+    """Several optimizers of one model, whose steps together count as one.
 
     Args:
-        each: the optimizers, of which none is a wrapper.
+        each: the optimizers, without wrappers.
     """
 
     def __init__(self, each: Sequence[torch.optim.Optimizer]) -> None:
@@ -28,7 +28,7 @@ class Several:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of all."""
+        """The parameter groups of all optimizers."""
         return [group for optimizer in self.each for group in optimizer.param_groups]
 
     def step(self) -> None:
@@ -37,7 +37,7 @@ class Several:
             optimizer.step()
 
     def register_step_post_hook(self, hook: Hook) -> "Handles":
-        """Call ``hook`` whenever all have stepped since it was called last."""
+        """Call ``hook`` each time all optimizers have stepped since its last call."""
         stepped: set[int] = set()
 
         def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -62,11 +62,11 @@ class Handles:
 
 
 Optimizers: TypeAlias = torch.optim.Optimizer | Several
-"""What steps a model: one optimizer, or several."""
+"""One optimizer, or several, that step a model."""
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer that steps, whatever is around it: the hooks of a step belong to that one."""
+    """Return the optimizer inside all wrappers, the one on which step hooks work."""
     seen: set[int] = set()
     while id(optimizer) not in seen:
         seen.add(id(optimizer))
@@ -80,9 +80,9 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def joined(optimizer: Any) -> Any:
-    """The optimizers of one model as one, from an optimizer, a wrapper of one, or a list of these.
+    """Return the optimizers of one model as one, from an optimizer, a wrapper of one, or a list of these.
 
-    What is none of them is answered as it is.
+    Anything else is returned unchanged.
     """
     if isinstance(optimizer, Several):
         return optimizer
@@ -96,22 +96,22 @@ def joined(optimizer: Any) -> Any:
 
 
 def each_of(optimizer: Optimizers | None) -> tuple[torch.optim.Optimizer, ...]:
-    """All of them; none for None."""
+    """Return all optimizers as a tuple; empty for None."""
     if isinstance(optimizer, Several):
         return optimizer.each
     return () if optimizer is None else (optimizer,)
 
 
 def kind_of(optimizer: Optimizers | None) -> str:
-    """What to call it."""
+    """Return the class names of the optimizers, for messages."""
     return " and ".join(type(one).__name__ for one in each_of(optimizer)) or "no optimizer"
 
 
 def holders(optimizer: Optimizers | None, named: Iterable[tuple[str, Tensor]]) -> Mapping[str, torch.optim.Optimizer]:
-    """Which of them steps each parameter, by its name.
+    """Return the optimizer that steps each parameter, by name.
 
     Raises:
-        ThinwireError: two of them do.
+        ThinwireError: two optimizers hold one parameter.
     """
     names = {id(param): name for name, param in named}
     found: dict[str, torch.optim.Optimizer] = {}
@@ -132,10 +132,10 @@ _owners: WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[Any]] = WeakKeyDic
 def check_optimizer(
     optimizer: Optimizers | None, named: Sequence[tuple[str, Tensor]], owner: object, method: str
 ) -> None:
-    """All exchanged parameters are stepped, by optimizers of one session only.
+    """Check that optimizers step all exchanged parameters, and that they belong to this session only.
 
     Raises:
-        ThinwireError: there is none, another session is attached to one, or they lack a parameter.
+        ThinwireError: there is no optimizer, one is of another session, or a parameter is in none.
     """
     if optimizer is None:
         raise ThinwireError(
@@ -164,7 +164,7 @@ def check_optimizer(
 
 
 def release_optimizer(optimizer: Optimizers | None, owner: object) -> None:
-    """Another session may have it, if this one had."""
+    """Free the optimizer for another session, if this one owns it."""
     for one in each_of(optimizer):
         known = _owners.get(one)
         if known is not None and known() is owner:

@@ -1,4 +1,4 @@
-"""A parameter lies otherwise in memory than before, and what is remembered of it goes along, element by element."""
+"""Changes of a parameter's memory layout: its state is laid out again, element by element."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,11 +18,11 @@ def follow(
     strides: Mapping[str, tuple[int, ...]],
     optimizer: Callable[[Unit], Mapping[str, Any]],
 ) -> None:
-    """Lay out what is remembered of some units as their parameters are now.
+    """Lay out the state of some units as their parameters are now.
 
     Args:
-        strides: those that the parameters had, by name.
-        optimizer: what the optimizer remembers of a unit, where that is part of the method.
+        strides: the parameters' earlier strides, by name.
+        optimizer: returns the optimizer state of a unit, if the optimizer is part of the method.
     """
     for unit in units:
         _follow(unit, workers, strides[unit.name], optimizer(unit))

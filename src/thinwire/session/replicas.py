@@ -1,9 +1,8 @@
-"""A cheap look at what must be equal on all ranks: their steps, and the bits of their parameters.
+"""A cheap check that all ranks have the same step and bit-identical parameters.
 
-It is a few bytes of text every so many exchanges, between all ranks, and rides in no header: a header is read by the
-replicas of one shard alone, its size is part of a message's, and dense messages have none. When it is due follows from
-the number of exchanges begun, which is equal on all ranks even where one of them left out a step. It costs one read of
-the parameters.
+Every few exchanges all ranks exchange a few bytes of text. They are not part of a message header: only the replicas of
+one shard read a header, it would change the message size, and dense messages have none. The check is due after a fixed
+number of exchanges, which is equal on all ranks even if one of them left out a step. It reads each parameter once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,22 +19,22 @@ from thinwire.session.clock import apart, parted
 from thinwire.session.fingerprint import chained, fingerprint
 
 EVERY = 100
-"""Exchanges from one look to the next: at that, reading the parameters takes less than 0.3 % of the time."""
+"""Exchanges from one check to the next: so reading the parameters takes less than 0.3 % of the time."""
 ASIDE = "-"
-"""Before the hash of a rank that is not compared."""
+"""Prefix of the hash of a rank that is not compared."""
 
 
 class Replicas:
-    """What a rank holds that others hold too.
+    """The comparison of parameters that several ranks hold.
 
     Args:
-        named: its parameters; none, where no other rank holds the same.
-        talk: all ranks of the model.
-        parts: into how many the model is sharded: rank r holds the same as r + parts.
-        every: exchanges from one look to the next, 0 for none.
+        named: this rank's parameters; they are ignored if no other rank holds the same.
+        talk: the control channel of all ranks of the model.
+        parts: the number of shards of the model: rank r holds the same as rank r + parts.
+        every: exchanges from one check to the next; 0 for no check.
 
     Raises:
-        ThinwireError: ``every`` is no whole number from 0.
+        ThinwireError: ``every`` is not a whole number of at least 0.
     """
 
     def __init__(self, named: Sequence[tuple[str, Tensor]], talk: Talk, parts: int = 1, every: int = EVERY) -> None:
@@ -43,17 +42,17 @@ class Replicas:
             raise ThinwireError(f"check_every is {every!r}; it is a number of exchanges, or 0 for no check")
         held = [(name, param) for name, param in named if _has_bits(param)]
         self.described = [(f"parameter {name!r}", f"of shape {tuple(p.shape)}, {p.dtype}") for name, p in held]
-        """What must be equal on all ranks before values are compared: the number of texts follows from it."""
+        """Lines that must be equal on all ranks before values are compared, as the number of texts depends on them."""
         self.named = held if talk.world > parts else []
         self.talk, self.parts, self.every = talk, parts, every
         self.aside = False
-        """Whether the others' parameters will replace this rank's; the engine's to say, before a check."""
+        """True if other ranks' parameters will replace this rank's; the engine sets it before a check."""
         self.strays: Sequence[int] = ()
-        """The ranks aside whose parameters were not the others' at the last look; all ranks know the same."""
+        """The ranks aside whose parameters matched no other rank's at the last check; equal on all ranks."""
         self._begun = 0
 
     def due(self) -> bool:
-        """One more exchange has been made; whether it is time to look, which all ranks answer alike."""
+        """Count one more exchange; returns True if a check is due, the same on all ranks."""
         self._begun += 1
         return self.every > 0 and self._begun % self.every == 0 and self.talk.world > 1
 
@@ -76,8 +75,8 @@ class Replicas:
         """Compare the steps of all ranks, and the parameters of those that are not aside. A collective call.
 
         Args:
-            step: that this rank is at.
-            refuse: raises an error, after which no step is made of what has been exchanged.
+            step: the step of this rank.
+            refuse: raises an error, and makes the exchange void.
         """
         steps, differs = self._look(step)
         if others := apart(steps):
@@ -89,7 +88,7 @@ class Replicas:
             )
 
     def _look(self, step: int) -> tuple[list[int], str]:
-        """The steps of all ranks, and the first parameter that differs with the ranks where it does, or ""."""
+        """Return all ranks' steps, and a text with the first parameter that differs and its ranks, or ""."""
         hashes = [fingerprint(own(param)) for _, param in self.named]
         said = [text.split() for text in self.talk.exchange_text(f"{step} {self._said(hashes)}")]
         found = [text for _, text in said]
@@ -101,7 +100,7 @@ class Replicas:
         return f"{ASIDE * self.aside}{chained(hashes):016x}"
 
     def _odd(self, said: Sequence[str]) -> dict[int, int]:
-        """The ranks that said something else than the first that holds the same part, and that one."""
+        """Return, for each rank whose text differs, the first rank that holds the same shard."""
         first: dict[int, int] = {}
         for rank, text in enumerate(said):
             if not text.startswith(ASIDE):
@@ -113,8 +112,8 @@ class Replicas:
         return self._odd(self.talk.exchange_text(self._said(hashes)))
 
     def _first(self, hashes: Sequence[int]) -> str:
-        """Find the first that differs by halves, each a text of 16 characters; all ranks take the same halves."""
-        low, high = 0, len(hashes)  # the first low are alike, the first high are not
+        """Find the first parameter that differs by bisection, with 16 characters a round; all ranks do the same."""
+        low, high = 0, len(hashes)  # the first ``low`` are equal on all ranks, the first ``high`` are not
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self._asked(hashes[:middle]) else (middle, high)
@@ -134,7 +133,7 @@ class Replicas:
 
 
 def _has_bits(param: Tensor) -> bool:
-    """Whether it is an ordinary tensor in memory; what is frozen may be anything else, and is not compared."""
+    """Return True for an ordinary tensor in memory; frozen parameters may be of other kinds and are not compared."""
     if is_lazy(param) or param.is_meta or param.layout != torch.strided or param.is_quantized:
         return False
     return type(own(param).detach()) is Tensor

@@ -1,6 +1,6 @@
-"""What ``attach`` returns: the step clock, the units and their state, the ledger, and change in mid-run.
+"""The session that ``attach`` returns: the step clock, the units and their state, the ledger, and method changes.
 
-A session knows nothing of where gradients come from; engines and the simulator drive it.
+A session does not know where gradients come from; engines and the simulator drive it.
 """
 
 import contextlib
@@ -49,10 +49,10 @@ class Session(OfThisRun):
 
     Args:
         named: the parameters that require a gradient, in the model's order.
-        method: how they are exchanged.
-        collective: who exchanges them.
-        optimizer: needed by methods that own the momentum; with any other it lets the session notice gradients that are
-            exchanged twice before a step. Several stand in a ``Together``.
+        method: compresses their gradients.
+        collective: the ranks that exchange them.
+        optimizer: needed by methods with stateful memories; with other methods it lets the session notice gradients
+            that are exchanged twice before a step. Several optimizers are passed as one ``Several``.
         seed: of all randomness, with the step, the unit and the rank.
         workers: the ranks that live in this process: one, or all of a simulation.
         scaler, on_nonfinite, timeout, policy: see ``thinwire.attach``.
@@ -77,23 +77,23 @@ class Session(OfThisRun):
         self.stages = Stages(collective, self.ledger)
         self.transaction = Transaction(optimizer, self.ledger, on_nonfinite)
         self.step = self.turn = 0
-        """The clock of this rank; and the step that all ranks are taken to be at, equal on all of them."""
+        """The step of this rank, and the step that all ranks are assumed to be at, equal on all of them."""
         self.units: list[Unit] = []
         self.optional = False
-        """Whether one rank may use a parameter where another does not, and only messages tell; the engine's to say."""
+        """True if a parameter may be unused on some ranks only, which only messages tell; the engine sets it."""
         self.replicas: Replicas | None = None
-        """What must stay equal on all ranks; None where nothing must, or nobody looks. The engine's to say."""
+        """The check of replicated parameters, or None; the engine sets it."""
         self.scaler, self.timeout, self.policy = scaler, timeout, policy
         self.fits: Callable[[Method], None] = lambda method: None
-        """Raises what keeps a method from being used with this model; the engine's."""
+        """Raises an error if a method can't be used with this model; the engine sets it."""
         self.no_sync: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-        """For a model without a wrapper: backward passes inside ``with wire.no_sync():`` add up, and send nothing."""
+        """For a model without a wrapper: gradients of backward passes in ``with wire.no_sync():`` add up, unsent."""
         self.loss_scale, self.stepping = 1.0, Stepping(self, optimizer, scaler)
         self.joint = self.stepping.joint
         self.on_commit: list[Callable[[], None]] = []
-        """Called when a step is final: an engine commits what it remembers itself."""
+        """Called when a step is final: an engine commits its own state."""
         self.cleanup = contextlib.ExitStack()
-        """What detach() undoes; engines add to it."""
+        """Callbacks of detach(); engines add to it."""
         self.row = StepRow(0, method.name)
         try:
             with Together(self.collective, *ATTACH) as together:
@@ -106,7 +106,7 @@ class Session(OfThisRun):
     # -- the method ------------------------------------------------------------------------------------------------
 
     def _prepare(self, method: Method) -> tuple[list[Unit], Handover | None]:
-        """Everything about a method that can fail, before anything is changed."""
+        """Do everything about a method change that can fail, before anything is changed."""
         self.fits(method)
         if self.transaction.pending and not self.transaction.failed:
             raise ThinwireError(
@@ -146,7 +146,7 @@ class Session(OfThisRun):
                 self._set_stage()
 
     def _take_link(self) -> None:
-        """The link that routes are chosen by: emulated, or measured where the method asks. A collective call."""
+        """Set the link that routes are chosen for: emulated, or measured for ``route="auto"``. A collective call."""
         self._link = link = self.collective.link
         if self.method.route == "auto":
             self._link = link or measure(self.collective, self.timeout, self.units[0].param.device)
@@ -154,16 +154,16 @@ class Session(OfThisRun):
         self.turn_bytes = TURN_BYTES if self._link is None else self._link.latency * self._link.bandwidth / 8
 
     def _stage(self, step: int) -> float | None:
-        """The density of that step; None where it is the method's own."""
+        """Return the density of that step; None for the method's own."""
         asked = self.joint.density(step - self.step)
         warmup = self.method.warmup if asked is None else None
         return warmup.density(max(0, step - self._installed_at)) if warmup else asked
 
     def _check_clocks(self) -> None:
-        """Where ranks at different steps would be at different stages, their messages would differ in size.
+        """Compare all ranks' steps if they may be at different stages, whose messages differ in size.
 
         Raises:
-            ThinwireError: there are such ranks.
+            ThinwireError: ranks are at different steps.
         """
         if len({self._stage(step) for step in self.transaction.clock.possible()}) > 1:
             self.transaction.compare(self._steps("a stage of the warm-up"), self.step)
@@ -183,11 +183,11 @@ class Session(OfThisRun):
     def set_method(self, method: Method | Compressor | Rule) -> None:
         """Change the method between two steps, on all ranks at once. A collective call.
 
-        What both methods remember is kept. A residual that the new method has no place for is sent with the next
-        step, and momentum goes back to the optimizer, or out of it.
+        State that both methods have is kept. A residual that the new method has no slot for is sent with the next
+        step. Momentum moves from the optimizer to the memory, or back, as the new method requires.
 
         Raises:
-            ThinwireError: ranks ask for different methods, or this one does not fit the optimizer; nothing has changed.
+            ThinwireError: ranks pass different methods, or this one does not fit the optimizer; nothing has changed.
         """
         before = self.method
         with self._together("set_method()") as together:
@@ -196,14 +196,14 @@ class Session(OfThisRun):
         self.ledger.note(f"step {self.step}: method changed from {before.name} to {self.method.name}")
 
     def detach(self) -> None:
-        """Leave the model as it was: momentum and weight decay are the optimizer's again. A collective call.
+        """Remove thinwire from the model, and give momentum and weight decay back to the optimizer. A collective call.
 
-        What was not yet sent is dropped, and the ledger says how much. No thread stays behind.
+        Gradients that were not sent yet are discarded; the ledger notes their norm. All threads end.
         """
         self._detach(self.collective)
 
     def abandon(self) -> None:
-        """Detach without the other ranks: momentum that is the optimizer's again is this rank's own."""
+        """Detach without the other ranks: the optimizer gets this rank's own momentum, not averaged."""
         self._detach(Local.of(1)[0])
 
     def _detach(self, collective: Collective) -> None:
@@ -220,7 +220,7 @@ class Session(OfThisRun):
         self.stepping.give_back(collective)
 
     def use_kernels(self, kernels: Kernels, note: str | None) -> None:
-        """Name the kernels in the ledger, and let go of them at detach; ``note``: see ``choose``."""
+        """Name the kernels in the ledger, and close them at detach; ``note``: see ``choose``."""
         self.ledger.kernels = kernels.name
         self.cleanup.callback(kernels.close)
         if note is not None:
@@ -244,20 +244,20 @@ class Session(OfThisRun):
     def _say(self, text: str) -> None:
         self.ledger.note(text)
         if self.collective.everyone.rank == 0:
-            log.warning(text)  # the level that is shown where nobody has set logging up
+            log.warning(text)  # Python shows warnings even if logging is not configured
 
     # -- the step --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """What can be wrong before a step; engines ask before the forward pass, where an error does no harm.
+        """Check the optimizers before a step; engines call it before the forward pass, where an error does no harm.
 
         Raises:
-            ThinwireError: the optimizer is asked for what the memory can't do in its place.
+            ThinwireError: the memory can't follow the optimizer's settings.
         """
         self.stepping.check()
 
     def follow(self, strides: Mapping[str, tuple[int, ...]]) -> None:
-        """Parameters lie otherwise in memory; ``strides``: those that they had, by name. A collective call."""
+        """Follow parameters to a new memory layout; ``strides``: their old ones, by name. A collective call."""
         units = [unit for unit in self.units if unit.name in strides]
         agree(self.collective.everyone, [(f"unit {unit.name!r}", unit.describe()) for unit in units])
         follow(units, self.workers, strides, self.joint.moves)
@@ -265,11 +265,11 @@ class Session(OfThisRun):
         self.ledger.note(f"step {self.step}: {units[0].name} and {len(units) - 1} more lie otherwise in memory")
 
     def bucket(self, params: Sequence[Tensor]) -> Bucket:
-        """The bucket of these parameters, planned once for each composition and warm-up stage."""
+        """Return the bucket of these parameters, planned once for each composition and warm-up stage."""
         return self.stages.bucket(params, self.turn)
 
     def begin_step(self) -> None:
-        """Before the first bucket of a step. What an earlier one prepared and no optimizer made final is void."""
+        """Begin a step, before its first bucket. An earlier exchange that no optimizer step committed is void."""
         if self.transaction.begin() == 3:
             self._say("3 exchanges without a step of the attached optimizer: is it the one that steps?")
         if text := self.transaction.complaint():
@@ -286,7 +286,7 @@ class Session(OfThisRun):
         self.workers[0].probe = Probe() if self.step % PROBE_EVERY == 0 else None
 
     def end_step(self, bad: bool | None = None) -> None:
-        """After the last bucket has arrived; ``bad``: whether what the engine itself remembers was not finite."""
+        """End a step, after the last bucket has arrived; ``bad``: True if the engine's own state was nonfinite."""
         row = self.row
         row.wire_bytes = self.collective.sent - self._sent_before[0]
         row.inside_bytes = self.collective.sent_inside - self._sent_before[1]
@@ -306,7 +306,7 @@ class Session(OfThisRun):
             self.commit(self.units)
 
     def commit(self, units: Sequence[Unit], optimizer: torch.optim.Optimizer | None = None) -> None:
-        """These units have been stepped, by this optimizer; when all have, so has the session."""
+        """Commit the units that this optimizer has stepped; when all optimizers have, the session's step is final."""
         if not self.transaction.commit(units, self.workers, optimizer):
             return
         self.step += 1
@@ -320,7 +320,7 @@ class Session(OfThisRun):
                 self.policy.after_step(self)
 
     def expect_unused(self) -> None:
-        """From now on one rank may use a parameter where another does not, and only messages tell."""
+        """Allow from now on that a parameter is unused on some ranks only, which only messages tell."""
         self.optional = True
         self._set_heads()
 
@@ -331,10 +331,10 @@ class Session(OfThisRun):
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered, as tensors, ints and strings; ``thinwire.session.checkpoint`` says in which form.
+        """Return the session's state as tensors, ints and strings; see ``thinwire.session.checkpoint`` for the format.
 
-        With ``torch.distributed.checkpoint`` the session goes in beside the model, ``dcp.save({"wire": wire, ...})``;
-        with ``torch.save`` every rank writes a file of its own.
+        With ``torch.distributed.checkpoint``, save the session with the model: ``dcp.save({"wire": wire, ...})``. With
+        ``torch.save``, every rank writes its own file.
         """
         keepers = self.collective.keepers
         clock = {"world": keepers.world, "step": self.step, "installed_at": self._installed_at}
@@ -346,15 +346,15 @@ class Session(OfThisRun):
         state: Mapping[str, Any] | Sequence[Mapping[str, Any]],
         on_world_change: checkpoint.OnWorldChange = "error",
     ) -> None:
-        """Continue from a checkpoint; where it is damaged or does not fit, nothing has changed.
+        """Continue from a checkpoint; if it is damaged or does not fit, nothing is changed.
 
         Args:
-            state: what ``state_dict`` gave this rank; or a list of all ranks' states, for another world size.
-            on_world_change: at another world size than the one that saved: ``"error"``; ``"fold"``, every rank gets the
-                mean of what was pending, so that the mean pending update stays the same; or ``"reset"`` drops it.
+            state: the result of ``state_dict`` on this rank; or a list of all ranks' states, for another world size.
+            on_world_change: if the world size differs from the saved one: ``"error"``; ``"fold"``, every rank gets the
+                mean of the pending residuals, so that their mean stays the same; or ``"reset"`` discards them.
 
         Raises:
-            ThinwireError: the checkpoint is damaged, of another model, rank or world size, or not one on all ranks.
+            ThinwireError: the checkpoint is damaged, of another model, rank or world size, or differs between ranks.
         """
         self._load(lambda: state, on_world_change)
 
@@ -387,7 +387,7 @@ class Session(OfThisRun):
         """Continue from a checkpoint of ``torch.distributed.checkpoint``, saved by any number of workers.
 
         Args:
-            folder, key: the ``checkpoint_id`` that ``dcp.save`` was given, and the session's name in it.
+            folder, key: the ``checkpoint_id`` of ``dcp.save``, and the session's key in it.
             on_world_change: as for ``load_state_dict``.
 
         Raises:
@@ -396,5 +396,5 @@ class Session(OfThisRun):
         self._load(partial(checkpoint.read_folder, folder, key), on_world_change)
 
     def report(self) -> str:
-        """The ledger as a Markdown table."""
+        """Return the ledger as a Markdown table."""
         return self.ledger.markdown()

@@ -1,15 +1,15 @@
-"""Counts skipped steps, and says loudly when a run does little else."""
+"""Counts skipped steps, and makes the warning for a run that skips most of them."""
 
 from collections import deque
 
 ROW = 10
-"""Skipped steps in a row above which it is said."""
+"""A warning is due after more than this many skipped steps in a row."""
 LAST = 100
-"""Of so many last steps more than half."""
+"""A warning is also due if more than half of this many last steps were skipped."""
 
 
 class Skips:
-    """Steps that were taken or skipped. A spell of skipping is said once, and ends with 10 taken in a row."""
+    """The count of taken and skipped steps. It warns once, and again only after 10 taken steps in a row."""
 
     def __init__(self) -> None:
         self._last: deque[bool] = deque(maxlen=LAST)
@@ -30,7 +30,7 @@ class Skips:
             self._said = False
 
     def complaint(self, why: str) -> str | None:
-        """What to say now, if anything."""
+        """Return the warning that is due now, or None."""
         most = sum(self._last) if len(self._last) == LAST and not self._said else 0
         if self._said or (self._row <= ROW and most <= LAST // 2):
             return None

@@ -1,4 +1,4 @@
-"""What a session does around the steps, the settings and the checkpoints of its optimizers."""
+"""A session's hooks on its optimizers: around their steps, their settings and their checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -21,7 +21,7 @@ from thinwire.session.transaction import Scaler, Transaction
 
 
 class Stepped(Protocol):
-    """What a session shows of itself."""
+    """The part of a session that ``Stepping`` uses."""
 
     named: list[tuple[str, Tensor]]
     units: list[Unit]
@@ -34,15 +34,15 @@ class Stepped(Protocol):
     loss_scale: float
 
     def commit(self, units: Sequence[Unit], optimizer: torch.optim.Optimizer | None = None) -> None:
-        """These units have been stepped."""
+        """Commit these units, which have been stepped."""
         ...
 
 
 class Stepping:
-    """The optimizers of a session, followed.
+    """The optimizers of a session, with hooks on their steps and checkpoints.
 
     Args:
-        session: whose they are.
+        session: the session that they step for.
         optimizer: one, several, or none.
         scaler: of the session.
     """
@@ -61,17 +61,17 @@ class Stepping:
     # -- the method ------------------------------------------------------------------------------------------------
 
     def prepare(self, method: Method) -> Handover | None:
-        """What the method takes over from the optimizers, if it does; nothing is changed.
+        """Return the momentum transfer that the method needs, or None; nothing is changed.
 
         Raises:
-            ThinwireError: they don't fit.
+            ThinwireError: the optimizers don't fit the method.
         """
         if self.handover is not None:
-            self.handover.written()  # where a step died
+            self.handover.written()  # restores the settings if a step failed
         return Handover(self.optimizer, method, self.session.named) if method.absorbs else None
 
     def leave(self, handover: Handover | None) -> None:
-        """Before the units change: the momentum goes back where the next method has no place for it. Collective."""
+        """Give momentum back before the units change, if the next method does not own it. A collective call."""
         session, old = self.session, self.handover
         if old is None:
             return
@@ -87,7 +87,7 @@ class Stepping:
             handover.give_back(session.units, session.workers, collective, session.timeout)
 
     def enter(self, handover: Handover | None, units: Sequence[Unit], method: Method) -> str | None:
-        """The units have changed; answers what to tell the user."""
+        """Take the momentum for the new units; returns the message for the user, or None."""
         before, self.handover = self.handover, handover
         self._stateful = any(rule.memory.stateful for rule in method.rules)
         held = holders(self.optimizer, self.session.named)
@@ -98,7 +98,7 @@ class Stepping:
         return handover.moved()
 
     def start(self, cleanup: ExitStack) -> None:
-        """Follow the optimizers until ``cleanup``."""
+        """Install the hooks on the optimizers; ``cleanup`` removes them."""
         for one in each_of(self.optimizer):
             cleanup.callback(one.register_step_pre_hook(self._before).remove)
             cleanup.callback(one.register_step_post_hook(self._after).remove)
@@ -110,10 +110,10 @@ class Stepping:
     # -- the step --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Before a step.
+        """Check the optimizers before a step.
 
         Raises:
-            ThinwireError: the optimizers are asked for what no memory does.
+            ThinwireError: no memory can follow their settings.
         """
         if self.handover is not None:
             self.handover.check(self.session.units)
@@ -122,7 +122,7 @@ class Stepping:
             self._loads.warn()
 
     def begin(self) -> None:
-        """An exchange begins: what is written in the optimizers now counts for it."""
+        """Begin an exchange: the optimizers' present settings apply to it."""
         session = self.session
         if self._rejoin and self._loads is not None and not self._loads.restored:
             self.joint.hold(True, session.units)
@@ -133,7 +133,7 @@ class Stepping:
             warm_up_kernels(session.units, session.workers[0].kernels)
 
     def exchanged(self) -> None:
-        """All has arrived."""
+        """Note that all gradients of the step have been exchanged."""
         self.touched.exchanged(self.session.units, self.session.method)
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -157,7 +157,7 @@ class Stepping:
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def restored(self) -> None:
-        """The session has loaded what it remembers."""
+        """Update the optimizers' side after the session has loaded its state."""
         self.joint.hold(True, ())
         for unit in self.session.units:
             unit.align(self.session.workers)
@@ -171,7 +171,7 @@ class Stepping:
         return step if self._stateful and (step > 0 or self._took) else None
 
     def _loaded(self) -> bool:
-        """An optimizer has loaded a checkpoint: its momentum belongs to the memory."""
+        """Move a loaded optimizer checkpoint's momentum into the memory; returns True if there was any."""
         self._rejoin = True
         if self.handover is None:
             return False

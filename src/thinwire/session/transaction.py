@@ -1,6 +1,6 @@
-"""A step is all or nothing: an exchange is prepared, and final only when the optimizer has stepped.
+"""Transactions: an exchange prepares a step, which is final only when the optimizer has stepped.
 
-Where any rank's gradient was not finite, or the optimizer skips the step, what was prepared is void on all ranks.
+If any rank's gradient is nonfinite, or the optimizer skips the step, the prepared state is void on all ranks.
 """
 
 import warnings
@@ -24,14 +24,14 @@ OnNonfinite: TypeAlias = Literal["skip", "raise"]
 
 
 class Scaler(Protocol):
-    """What a session asks of ``torch.amp.GradScaler``."""
+    """The part of ``torch.amp.GradScaler`` that a session uses."""
 
     def get_scale(self) -> float: ...
     def is_enabled(self) -> bool: ...
 
 
 def check_options(timeout: float, on_nonfinite: OnNonfinite) -> None:
-    """Raises a ``ThinwireError`` where one of them is none of those that ``thinwire.attach`` takes."""
+    """Raise a ``ThinwireError`` if an option is not valid for ``thinwire.attach``."""
     if not timeout > 0:
         raise ThinwireError(f"timeout is {timeout}; it is in seconds and must be above 0")
     if on_nonfinite not in ("skip", "raise"):
@@ -39,18 +39,18 @@ def check_options(timeout: float, on_nonfinite: OnNonfinite) -> None:
 
 
 class Policy(Protocol):
-    """Decides beside the path: looks at what a session did, and may change its method."""
+    """A policy that looks at a session after each step, and may change its method."""
 
     def after_step(self, session: Any) -> None:
-        """The optimizer has stepped, on all ranks; ``session.set_method`` may be called if all of them do."""
+        """Act after an optimizer step; call ``session.set_method`` on all ranks or on none."""
 
 
 class Transaction:
-    """What has been exchanged and is not yet final.
+    """The exchange that is not final yet.
 
     Args:
-        optimizer: whose step makes it final; of several, each what it steps.
-        ledger: where skipped steps are written down.
+        optimizer: whose step makes it final; each of several optimizers commits the units that it steps.
+        ledger: records skipped steps.
         on_nonfinite: see ``thinwire.attach``.
     """
 
@@ -59,26 +59,26 @@ class Transaction:
         self.ledger = ledger
         self.on_nonfinite = on_nonfinite
         self.pending = False
-        """An exchange has been made that no optimizer step has made final."""
+        """True if no optimizer step has made the last exchange final."""
         self.failed = False
-        """A gradient of it was not finite, on any rank."""
+        """True if a gradient of the exchange was nonfinite on any rank, or the exchange was refused."""
         self.statuses: list[StepStatus] = []
-        """What all ranks learned in the step under way."""
+        """The statuses of the current step, equal on all ranks."""
         self.looked = False
-        """This rank has waited to read them."""
+        """True if this rank has read the statuses."""
         self.clock = Clock()
         self.done: list[torch.optim.Optimizer] = []
-        """The optimizers that have stepped, or left out their step, since the exchange."""
+        """The optimizers whose step, taken or skipped, followed the exchange."""
         self.skips = Skips()
         self._idle = 0
         self._warned = False
         self._complaint = ""
 
     def begin(self) -> int:
-        """A new exchange; answers how many before it, in a row, are void because no optimizer step followed."""
+        """Begin an exchange; returns how many before it, in a row, are void because no optimizer step followed."""
         idle = self.pending and not self.failed
         done, self.done = self.done, []
-        self.pending = self.failed = False  # gradients stay: by now they are those of the next step
+        self.pending = self.failed = False  # gradients are not cleared: they belong to the next step by now
         self.statuses = []
         self.looked = False
         if not idle:
@@ -93,7 +93,7 @@ class Transaction:
         return self._idle
 
     def _say_partial(self, done: Sequence[torch.optim.Optimizer]) -> None:
-        """Some optimizers have stepped since the exchange, and others have not."""
+        """Note and warn that only some optimizers have stepped since the exchange."""
         left = [one for one in self.each if not any(one is other for other in done)]
         each = [f"{type(one).__name__} ({i})" for i, one in enumerate(self.each) if any(one is other for other in left)]
         self.ledger.skipped += 1
@@ -107,7 +107,7 @@ class Transaction:
             warnings.warn(f"{note}. Step all of optimizer= after each backward that exchanges", stacklevel=4)
 
     def complaint(self) -> str | None:
-        """What a run that skips most of its steps is to say now."""
+        """Return the warning that is due because most steps are skipped, or None."""
         return self.skips.complaint(self._complaint)
 
     def end(
@@ -118,13 +118,13 @@ class Transaction:
         steps: Callable[[], Sequence[int]] = list,
         parted_inside: bool = False,
     ) -> None:
-        """All of it has arrived.
+        """End the exchange, when all of it has arrived.
 
         Args:
-            beside: whether each is so on any rank with another part of the model, from what is so on this one.
-            bad: whether something was not finite of which no message tells.
-            steps: asks all ranks which step they are at.
-            parted_inside: whether ranks that share messages are at different steps.
+            beside: maps flags of this rank to those that are True on any rank across shards.
+            bad: True if something was nonfinite that no step status reports.
+            steps: returns the steps of all ranks. A collective call.
+            parted_inside: True if ranks that share messages are at different steps.
 
         Raises:
             ThinwireError: the ranks are not at the same step.
@@ -148,27 +148,27 @@ class Transaction:
             self.clock.unread()
 
     def end_unread(self) -> None:
-        """All of it is on its way to where nobody waits for it: what it says, a step can't wait for."""
+        """End an exchange that nothing waits for: its step status is not read."""
         self.pending = True
         self.clock.unread()
 
     def _said(self) -> list[list[bool]]:
-        """Of each verdict, whether ranks are at different steps and anything is bad; one wait for all of them."""
+        """Return [ranks at different steps, anything nonfinite] of each step status, with one synchronization."""
         each = [torch.stack([s.apart, s.nonfinite.any()]) for s in self.statuses]
         return cast(Any, torch.stack([one.to(each[0].device) for one in each])).tolist() if each else []
 
     def compare(self, steps: Sequence[int], step: int) -> None:
-        """Look at the steps that all ranks are at.
+        """Compare the steps of all ranks.
 
         Raises:
-            ThinwireError: they differ; a step of the optimizer changes nothing now.
+            ThinwireError: they differ; the next optimizer step changes nothing.
         """
         if others := apart(steps):
             self.refuse(parted(step, others))
         self.clock.all_at(step)
 
     def refuse(self, complaint: str) -> None:
-        """Raise an error, the same on all ranks, after which a step of the optimizer changes nothing.
+        """Raise an error, the same on all ranks; the next optimizer step then changes nothing.
 
         Raises:
             ThinwireError: always.
@@ -178,7 +178,7 @@ class Transaction:
         raise known_to_all(ThinwireError(complaint))
 
     def _fail(self, status: StepStatus, step: int) -> None:
-        if self.failed:  # said of another message already
+        if self.failed:  # another status was reported already
             return
         sender, unit = (int(i) for i in status.nonfinite.nonzero()[0])
         rank = f"rank {sender}" if status.nonfinite.shape[0] > 1 else "some rank"
@@ -194,7 +194,7 @@ class Transaction:
     def before_optimizer(
         self, optimizer: torch.optim.Optimizer, units: Sequence[Unit], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> None:
-        """An optimizer is about to step: not where a gradient was not finite. Without gradients it does nothing."""
+        """Before an optimizer step: if the exchange failed, clear the gradients, so that the step does nothing."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is not None and any(unit.guarded for unit in units):
             raise ThinwireError(
@@ -202,14 +202,14 @@ class Transaction:
                 "step back; call backward first and step() without a closure"
             )
         if self.pending and self.failed:
-            _clear(optimizer)  # not the others': a scaler may still have to look at their gradients
+            _clear(optimizer)  # only this one's: a scaler may still check the gradients of the others
             if self._all_done(optimizer):
                 self.pending = False
             if self.on_nonfinite == "raise":
                 raise ThinwireError(f"{self._complaint}; nothing has been changed by this step")
 
     def void(self) -> None:
-        """What was prepared will never be final, and gradients that are not finite are not left to the optimizer."""
+        """Make the prepared state void; after a failed exchange, clear the gradients that were not stepped."""
         if self.pending and self.failed:
             for optimizer in self.each:
                 if not any(optimizer is one for one in self.done):
@@ -217,16 +217,16 @@ class Transaction:
         self.pending = False
 
     def _all_done(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether this is the last of the optimizers."""
+        """Mark this optimizer as done; returns True if all are."""
         if not any(optimizer is one for one in self.done):
             self.done.append(optimizer)
         return len(self.done) == len(self.each)
 
     def final(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the step of this optimizer that has just ended makes what it stepped so.
+        """Return True if the step that this optimizer has just ended makes its units final.
 
-        A fused optimizer steps under a ``GradScaler`` even where it finds an overflow; the scaler then hands it
-        ``found_inf``, and its kernel changes nothing.
+        Under a ``GradScaler``, a fused optimizer steps even after an overflow: the scaler sets ``found_inf``, and the
+        kernel changes nothing.
         """
         if not self.pending or self.failed or any(optimizer is one for one in self.done):
             return False
@@ -236,17 +236,17 @@ class Transaction:
     def commit(
         self, units: Sequence[Unit], workers: Sequence[Worker], optimizer: torch.optim.Optimizer | None = None
     ) -> bool:
-        """What was prepared of these units is final; answers whether all of the step is.
+        """Commit the prepared state of these units; returns True if the whole step is final.
 
         Args:
-            units: those that ``optimizer`` has stepped. One that no rank used has not been touched.
-            optimizer: None where none is followed.
+            units: those that ``optimizer`` has stepped. Units that no rank used are not committed.
+            optimizer: None to commit the whole step.
         """
         if optimizer is None or self._all_done(optimizer):
             self.pending = False
             self.skips.take()
         self._idle = 0
-        idle = unused(self.statuses) if self.looked else set[str]()  # else nothing is remembered
+        idle = unused(self.statuses) if self.looked else set[str]()  # unread statuses: no unit has state
         for unit in units:
             if unit.name not in idle:
                 unit.shared.commit()

@@ -1,4 +1,4 @@
-"""What a checkpoint says, read without trust: each is of the kind that it should be, or an error says what it is."""
+"""Readers of untrusted checkpoint entries: an entry of a wrong type or size is an error."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -12,7 +12,7 @@ from thinwire.core.errors import ThinwireError
 
 
 def read_tensor(value: Any, what: str) -> Tensor:
-    """An ordinary tensor of a floating dtype; a DTensor's own part."""
+    """Return an ordinary tensor of a supported dtype, or the local part of a DTensor."""
     tensor: Any = value.to_local() if isinstance(value, DTensor) else value
     ordinary = (
         isinstance(tensor, Tensor) and tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested)
@@ -20,7 +20,7 @@ def read_tensor(value: Any, what: str) -> Tensor:
     if not ordinary or type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.dtype not in DTYPES.values():
         kind = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ThinwireError(f"{what} in the checkpoint is {kind}, not a tensor of {', '.join(DTYPES)}")
-    if tensor.nbytes > tensor.untyped_storage().nbytes():  # one number, said to be a million
+    if tensor.nbytes > tensor.untyped_storage().nbytes():  # expanded: one number that claims to be a million
         raise ThinwireError(
             f"{what} in the checkpoint is of shape {tuple(tensor.shape)}, with less in it; it is damaged"
         )
@@ -44,6 +44,6 @@ def read_integer(state: Any, key: str, least: int) -> int:
 
 
 def shown(value: object, length: int = 40) -> str:
-    """The start of it, where that can be printed: not an int of 5,000 digits, nor a list nested as deep."""
+    """Return the start of the value's text, or its type's name if printing it may fail (huge ints, deep lists)."""
     small = value is None or isinstance(value, (str, float)) or (isinstance(value, int) and abs(value) < 2**128)
     return str(value)[:length] if small else type(value).__name__
