@@ -1,1 +1,1 @@
-"""Engines: where gradients come from. Names, streams and lifetimes, no maths."""
+"""Engines: the sources of gradients. They handle names, streams and lifetimes, and contain no maths."""

@@ -1,7 +1,7 @@
-"""A model without a wrapper: what is checked and set up; ``grad_hooks.py`` has what passes through.
+"""Checks and setup for a model without a wrapper; ``grad_hooks.py`` handles its gradients.
 
-The gradients are compressed where autograd has left them, so that nothing is copied into buckets first, as DDP must;
-and since nobody else holds views of them, the optimizer can be given sparse ones.
+Gradients are compressed where autograd has left them: unlike in DDP, nothing is copied into buckets first. Since
+nothing else holds views of the gradients, the optimizer can get sparse ones.
 """
 
 import contextlib
@@ -37,14 +37,14 @@ from thinwire.session.replicas import Replicas
 from thinwire.session.session import Session
 
 BUCKET = 25 * 2**20
-"""Bytes of gradients that leave together, as in DDP. With a third of it a step of 25 million parameters took up to 10 %
-more time on CPUs: the code that compresses is no longer in the cache when backward comes with the next bucket."""
-TAKES_SPARSE = (torch.optim.SGD, torch.optim.Adagrad)  # and dense ones beside them
+"""Bytes of gradients in one bucket, as in DDP. With a third of it, a step of 25 million parameters took up to 10 % more
+time on CPUs, because the compression code had left the cache before the next bucket was ready."""
+TAKES_SPARSE = (torch.optim.SGD, torch.optim.Adagrad)  # these take sparse and dense gradients together
 KEPT_OUT = ("momentum", "weight_decay")
 
 
 class Plain:
-    """One model that nothing has been wrapped around, about to be attached to.
+    """A model without a wrapper, before it is attached.
 
     Args:
         group: the ranks that train it.
@@ -61,12 +61,12 @@ class Plain:
         timeout: float = TIMEOUT,
     ) -> None:
         self.model, self.nodes, self.sparse, self.optimizer = model, nodes, sparse, optimizer
-        if cast(object, group) is dist.GroupMember.NON_GROUP_MEMBER:  # torch's answer to a rank outside
+        if cast(object, group) is dist.GroupMember.NON_GROUP_MEMBER:  # what torch returns on a rank outside the group
             raise ThinwireError(f"process_group is {group!r}; this rank must be in the group that trains the model")
         self.group = group
         self.talk = ProcessGroup(group, timeout)
         groups: Any = getattr(optimizer, "param_groups", ())
-        # what a method that does not take it over finds in the optimizer, or gives back to it
+        # settings that stay in the optimizer, or return to it, unless the method owns the momentum
         self.kept = {(key, group[key]) for group in groups for key in KEPT_OUT if group.get(key)}
 
     def fits(self, method: Method) -> None:
@@ -127,14 +127,14 @@ class Plain:
                 )
 
     def _check_wrapped(self, named: Sequence[tuple[str, Tensor]]) -> None:
-        """A DDP model elsewhere that averages some of these."""
+        """Raise an error if a DDP model elsewhere averages some of these parameters."""
         mine = {id(param): name for name, param in named}
 
         def shared() -> list[str]:
             return [mine[id(p)] for ddp in wrappers() for p in inside(ddp).parameters() if id(p) in mine]
 
         if names := shared():
-            gc.collect()  # one that nobody uses any more may not be gone yet
+            gc.collect()  # an unused DDP model may not be freed yet
             names = shared()
         if names:
             raise ThinwireError(
@@ -143,7 +143,7 @@ class Plain:
             )
 
     def _held(self) -> list[tuple[str, Tensor]]:
-        """All that ranks must begin with alike."""
+        """Return the tensors that must be equal on all ranks at the start."""
         held = (*self.model.named_parameters(), *self.model.named_buffers())
         return [(clean(inner), part) for name, x in held for inner, part in parts(name, x.detach())]
 
@@ -183,7 +183,7 @@ class Plain:
         held = self._held()
         agree(self.talk, [(f"tensor {name!r}", f"of shape {tuple(x.shape)}, {x.dtype}") for name, x in held])
         for _, x in held:
-            whole = x.contiguous()  # what is sent is memory, not elements
+            whole = x.contiguous()  # the broadcast sends raw memory
             if whole.numel():
                 self.talk.broadcast(whole.view(-1).view(torch.uint8), 0).wait(session.timeout, on_host=True)
             if whole is not x:
@@ -197,7 +197,7 @@ class Plain:
             warm_up_kernels(session.units, session.workers[0].kernels, clear=False)
 
     def _owned(self) -> list[Owned]:
-        """The last parameters leave first, since backward brings them first."""
+        """Return the parameters in reverse order with bucket numbers, since backward computes the last ones first."""
         owned: list[Owned] = []
         number, room = 0, BUCKET
         for name, param in reversed(list(self.model.named_parameters())):
@@ -219,16 +219,16 @@ class Unwrapped(GradHooks):
 
     def install(self, session: Session) -> None:
         super().install(session)
-        hook = cast(Any, torch.compiler.disable(self.after_forward))  # nothing to compile
+        hook = cast(Any, torch.compiler.disable(self.after_forward))  # torch.compile gains nothing here
         session.cleanup.callback(self.model.register_forward_hook(Hook(hook)).remove)
 
     def shares(self, grad: Tensor) -> bool:
         return is_shared(grad)
 
     def after_forward(self, _: nn.Module, inputs: object, output: object) -> None:
-        """What the model answers gets its gradient first, and in the outer pass.
+        """Hook the model's outputs: their gradients come first, and in the outer backward pass.
 
-        A module that is checkpointed (reentrant) brings its gradients in a pass inside, which ends before.
+        A module with reentrant checkpointing computes its gradients in a nested pass, which ends before the outer one.
         """
         if self.session is not None and torch.is_grad_enabled():
             for tensor in _tensors(output):
@@ -241,7 +241,7 @@ class Unwrapped(GradHooks):
 
     def check_same(self, session: Session) -> None:
         super().check_same(session)
-        around: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)  # nothing public tells
+        around: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)  # there is no public API
         if around is not None and any(param is self.owned[0].param for param in around.parameters()):
             raise ThinwireError(
                 "the model was wrapped in a DistributedDataParallel after attach, which averages its gradients too; "
@@ -257,7 +257,7 @@ class Unwrapped(GradHooks):
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """All tensors in what a module answered."""
+    """Return all tensors in a module's output."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Mapping):

@@ -1,10 +1,10 @@
-"""DistributedDataParallel: what is checked and set up; the hook itself is in ``hook.py``.
+"""Checks and setup for DistributedDataParallel; the hook itself is in ``ddp_hook.py``.
 
-What was observed of DDP and shaped it:
+Behaviour of DDP that this code depends on:
 
-* A hook can be registered once and never taken back, so one dispatcher is ours and sessions change inside it.
-* The first backward has one bucket with all parameters; then they are rebuilt. State is keyed by name.
-* It does not follow parameters that are replaced after wrapping: their gradients silently stop being averaged.
+* A hook can be registered once and never removed, so thinwire registers one dispatcher and changes its session.
+* The first backward has one bucket with all parameters; then buckets are rebuilt. So state is keyed by name.
+* DDP does not follow parameters that are replaced after wrapping: it silently stops averaging their gradients.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ from thinwire.session.session import Session
 
 
 class Ddp:
-    """One DDP model, about to be attached to.
+    """A DDP model, before it is attached.
 
     Args:
         nodes, timeout: see ``thinwire.attach``.
@@ -43,7 +43,7 @@ class Ddp:
     def __init__(self, ddp: DistributedDataParallel, nodes: int | DeviceMesh | None, timeout: float = TIMEOUT) -> None:
         self.ddp, self.nodes = ddp, nodes
         self.talk = ProcessGroup(cast(dist.ProcessGroup, ddp.process_group), timeout)
-        # the session keeps it, and must not keep the DDP model alive
+        # the session holds this function, so it must not hold the DDP model
         self.fits = partial(_check_sparse, cast(nn.Module, ddp.module))  # pyright: ignore[reportUnknownMemberType]
 
     def exchanged(self) -> list[tuple[str, Tensor]]:
@@ -51,14 +51,14 @@ class Ddp:
         return _exchanged(self.ddp)
 
     @staticmethod
-    def no_sync() -> Never:  # the session keeps it
+    def no_sync() -> Never:  # static, because the session holds it and must not hold the DDP model
         raise ThinwireError("wire.no_sync() is for a model without a wrapper; use ddp.no_sync()")
 
     begins_alike = False
 
     def compared(self, every: int) -> Replicas:
         module = cast(nn.Module, self.ddp.module)  # pyright: ignore[reportUnknownMemberType]
-        ignored: set[str] = cast(Any, self.ddp).parameters_to_ignore  # nobody keeps those equal
+        ignored: set[str] = cast(Any, self.ddp).parameters_to_ignore  # DDP does not keep those equal
         named = [(clean(name), param) for name, param in module.named_parameters() if name not in ignored]
         return Replicas(named, self.talk, every=every)
 
@@ -82,10 +82,10 @@ _dispatchers: WeakKeyDictionary[DistributedDataParallel, Dispatcher] = WeakKeyDi
 
 
 def _exchanged(ddp: DistributedDataParallel) -> list[tuple[str, Tensor]]:
-    """The parameters whose gradients this DDP exchanges, if nothing is in the way.
+    """Return the parameters whose gradients this DDP model exchanges.
 
     Raises:
-        ThinwireError: something is.
+        ThinwireError: thinwire can't be attached to this model.
     """
     everything: list[tuple[str, Tensor]] = list(inside(ddp).named_parameters())
     named = [
@@ -108,25 +108,25 @@ def _exchanged(ddp: DistributedDataParallel) -> list[tuple[str, Tensor]]:
 
 
 def _taken(ddp: DistributedDataParallel) -> bool:
-    """Whether the reducer has a hook: that of a copied DDP model has none, whatever hooks the model lists."""
+    """Return True if the reducer has a hook; that of a copied DDP model has none, even if the model lists hooks."""
     told = _told(ddp)
     return bool(told.get("comm_hook") if told else getattr(ddp, "_comm_hooks", None))
 
 
 def _averaged(ddp: DistributedDataParallel) -> int | None:
-    """How many parameters the reducer has."""
+    """Return the number of parameters in the reducer."""
     return _told(ddp).get("num_parameter_tensors")
 
 
 def _told(ddp: DistributedDataParallel) -> Mapping[str, Any]:
-    """What the reducer says of itself, which nothing public tells."""
+    """Return the logging data of the reducer, which has no public API."""
     look: Any = getattr(ddp, "_get_ddp_logging_data", dict)
     return look()
 
 
 def _check_tracked(ddp: DistributedDataParallel, named: Sequence[tuple[str, Tensor]]) -> None:
-    """What has changed between wrapping and attach: DDP does not follow, and hooks would never be called."""
-    tracked: Any = getattr(ddp, "_module_parameters", None)  # no public list; where there is none, forward checks later
+    """Raise an error if parameters changed between wrapping and attach: DDP would never call a hook for them."""
+    tracked: Any = getattr(ddp, "_module_parameters", None)  # not public; without it, the forward hook checks later
     if tracked is None:
         return
     known, here = {id(param) for param in tracked}, {id(param): name for name, param in inside(ddp).named_parameters()}

@@ -1,9 +1,9 @@
-"""The one communication hook of a DDP model, and what passes through it.
+"""The communication hook of a DDP model, and the exchange of its buckets.
 
 The last bucket's hook waits for all exchanges: DDP would wait right after it anyway, and an error raised here keeps
 its type.
 
-DDP reads a hook's signature: its parameter is named ``bucket`` and annotated with the class itself, so this file
+DDP checks a hook's signature: its parameter must be named ``bucket`` and annotated with the class itself, so this file
 has no ``from __future__ import annotations``.
 """
 
@@ -40,7 +40,7 @@ WAY_OUT = (
 
 
 class Dispatcher:
-    """The one hook of a DDP model; without a session it does what DDP does without a hook."""
+    """The only hook of a DDP model; without a session it averages buckets as DDP does without a hook."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
@@ -48,24 +48,24 @@ class Dispatcher:
         self.params: list[Tensor] = []
         self.scheduler = Scheduler()
         self.bucketed = Bucketed(False)
-        self.planned: list[Bucket] | None = None  # the buckets of the exchange under way
-        self.absent: list[str] = []  # what no bucket of the last exchange held
+        self.planned: list[Bucket] | None = None  # the buckets of the current exchange
+        self.absent: list[str] = []  # parameters in no bucket of the last exchange
         self.late: list[Tensor] = []  # parameters whose gradients were added to after their exchange
-        self.watches = contextlib.ExitStack()  # who looks for them
-        self.sparse: list[Future] = []  # exchanges of sparse gradients, which are DDP's own
-        self.used: set[int] | None = None  # parameters that this backward reached, where DDP looks for unused ones
+        self.watches = contextlib.ExitStack()  # the hooks that find them
+        self.sparse: list[Future] = []  # all-reduces of sparse gradients, as DDP does them
+        self.used: set[int] | None = None  # parameters that this backward reached, if DDP allows unused ones
         self.exchanged_since_step = False
-        self.missing = 0  # parameters of the pass under way that have not come yet
-        self.first: Tensor | None = None  # the one that came first
+        self.missing = 0  # parameters that no bucket of the current pass has held yet
+        self.first: Tensor | None = None  # the first parameter of its first bucket
         self.warned = self.watching = False
         self.joined: Joined | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copied or pickled DDP has lost its hook; so what it holds of ours does nothing."""
+        """Make a dispatcher without a session: a copied or pickled DDP model has lost its hook."""
         return Dispatcher, (None,)
 
     def install(self, session: Session, ddp: DistributedDataParallel) -> None:
-        """Pass this model's gradients through the session from now on."""
+        """Exchange this model's gradients through the session from now on."""
         exchanged, apart = {unit.name: unit.param for unit in session.units}, ignored(ddp)
         self.params = list(exchanged.values())
         self.parameters = Parameters(
@@ -95,7 +95,7 @@ class Dispatcher:
         self._watch_no_more()
 
     def before_forward(self, ddp: DistributedDataParallel, *_: object) -> None:
-        """What is wrong is said here, where it does no harm: DDP does not survive an error in its hook."""
+        """Check the session and the model here, because DDP does not survive an error in its hook."""
         if self.session is None:
             return
         self.session.check()
@@ -108,17 +108,17 @@ class Dispatcher:
         self.bucketed.check()
         self._check_waits(ddp)
         if self.exchanged_since_step and all(param.grad is None for param in self.params):
-            self.exchanged_since_step = False  # a step was left out, and its gradients are gone
+            self.exchanged_since_step = False  # the step was left out and its gradients cleared
         if not self.exchanged_since_step:
             return
-        if not ddp.require_backward_grad_sync:  # fine where an optimizer does not step on the sum, as in a GAN
+        if not ddp.require_backward_grad_sync:  # allowed if no optimizer steps on the sum, as in a GAN
             self._watch()
         elif not self.warned and not self.session.transaction.failed:
             self.warned = True
             warnings.warn(ACCUMULATED.format("ddp.no_sync()"), stacklevel=3)
 
     def _check_waits(self, ddp: DistributedDataParallel) -> None:
-        """DDP would wait for ever for the gradient of a parameter that is frozen or gone."""
+        """Raise an error if a parameter is frozen or gone, because DDP would wait for its gradient forever."""
         if not ddp.require_backward_grad_sync or (ddp.find_unused_parameters and not ddp.static_graph):
             return
         idle = {name for name, param in self.parameters.exchanged.items() if not param.requires_grad}
@@ -129,7 +129,7 @@ class Dispatcher:
             )
 
     def _watch(self) -> None:
-        """See what is added to gradients after their exchange, until the next or the optimizer's step."""
+        """Record gradients that change after their exchange, until the next exchange or the optimizer's step."""
         if not self.late and not self.watching:
             self.watching = True
             for param in self.params:
@@ -141,7 +141,7 @@ class Dispatcher:
         self.late.clear()
 
     def unfinished(self) -> list[str]:
-        """What DDP waits for, those first that have no gradient."""
+        """Return the parameters that DDP waits for, those without a gradient first."""
         if self.planned is None or self.session is None:
             return self.absent
         there = {unit.name for bucket in self.planned for unit in bucket.units}
@@ -154,7 +154,7 @@ class Dispatcher:
             self._watch_no_more()
 
     def reached(self, param: Tensor) -> None:
-        """Backward has added to the gradient of this parameter."""
+        """Note that the backward pass has added to the gradient of this parameter."""
         if self.used is not None:
             self.used.add(id(param))
 
@@ -177,7 +177,7 @@ class Dispatcher:
         planned = session.bucket(params)
         if self.planned is not None:
             self.planned.append(planned)
-        if not buffer.is_sparse and shadowed is None:  # a shadow's gradients are not what stands in the bucket
+        if not buffer.is_sparse and shadowed is None:  # a joined rank's bucket does not hold its gradients
             self.bucketed.look(params, _gradients(planned, bucket))
         done = self._pass_sparse(planned, buffer) if buffer.is_sparse else self._pass(session, planned, bucket, buffer)
         if shadowed is not None:
@@ -192,7 +192,7 @@ class Dispatcher:
         return done
 
     def _begins(self, bucket: GradBucket, params: list[Tensor]) -> bool:
-        """Whether a pass begins; in a static graph's first one DDP calls each bucket the first, and none the last."""
+        """Return True if a pass begins. In a static graph's first pass, DDP marks all buckets first, none last."""
         if bucket.index() != 0 or (self.missing > 0 and params[0] is not self.first):
             return False
         self.missing, self.first = len(self.params), params[0]
@@ -245,7 +245,7 @@ class Dispatcher:
         session.ledger.note(f"{name} has a sparse gradient; DDP's own all-reduce exchanges it, and it is not counted")
         statuses = session.transaction.statuses
 
-        def look(summed: Future) -> Tensor:  # the sum is the same on all ranks, and so is what they find in it
+        def look(summed: Future) -> Tensor:  # all ranks have the same sum, so they agree
             found = header.is_nonfinite(summed.value().coalesce().values()).view(1, 1)
             statuses.append(StepStatus(planned.units, torch.ones_like(found), found, found.new_zeros(())))
             return summed.value()
@@ -264,9 +264,9 @@ class Dispatcher:
 
 
 def _gradients(planned: Bucket, bucket: GradBucket) -> list[Tensor]:
-    """The gradients as views of the bucket, in real numbers.
+    """Return the gradients as views of the bucket, in real numbers.
 
-    Of complex ones ``bucket.gradients()`` finds none: it counts complex numbers in a buffer of real ones.
+    ``bucket.gradients()`` fails for complex parameters: it counts complex numbers in a buffer of real ones.
     """
     if not planned.units[0].param.is_complex():  # a bucket has one dtype
         return bucket.gradients()
@@ -276,7 +276,7 @@ def _gradients(planned: Bucket, bucket: GradBucket) -> list[Tensor]:
 
 
 def ignored(ddp: DistributedDataParallel) -> list[tuple[str, Tensor]]:
-    """What trains and is left out of DDP's averages."""
+    """Return the parameters that require a gradient and that DDP does not average."""
     named: list[tuple[str, Tensor]] = list(inside(ddp).named_parameters())
     return [(clean(name), param) for name, param in named if param.requires_grad and name in ddp.parameters_to_ignore]
 

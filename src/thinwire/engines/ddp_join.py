@@ -1,14 +1,14 @@
-"""DDP's ``join()``: a rank that has run out of data shadows the exchanges of those that have not.
+"""DDP's ``join()``: a rank that has run out of data shadows the exchanges of the other ranks.
 
-What was observed of it and shaped this:
+Behaviour of DDP that this code depends on:
 
-* DDP calls the hook on such a rank with buckets of zeros, outside of any backward pass, and drops what comes back.
-* It gives all ranks the last one's parameters in the end, but not the state of its optimizer.
+* DDP calls the hook on such a rank with buckets of zeros, outside of any backward pass, and ignores the result.
+* In the end, it gives all ranks the parameters of the last one, but not the state of its optimizer.
 
-So such a rank takes the step that the others take, with what they got: the session's step clock is the same on all
-ranks, and so are the parameters and the optimizer's state, as long as nothing but the optimizer has a part in a step.
-What the loop of the others does beside it, a scheduler or ``clip_grad_norm_`` every step, this rank can't know of: its
-parameters part until DDP replaces them, so nobody compares them until then, and its optimizer's state stays its own.
+So a joined rank takes each step that the others take, with the same gradients. The step clock, the parameters and the
+optimizer state stay equal on all ranks, if nothing but the optimizer takes part in a step. A joined rank does not see
+what the other ranks' loop does in addition, such as a scheduler or ``clip_grad_norm_``. Its parameters then differ, and
+are not compared, until DDP replaces them; its optimizer state stays different.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,17 +36,17 @@ class Joined:
 
     @property
     def active(self) -> bool:
-        """Whether the model is inside ``with ddp.join():``."""
+        """True inside ``with ddp.join():``."""
         config: Any = getattr(self._ddp(), "_join_config", None)
         return bool(getattr(config, "enable", False))
 
     @property
     def shadows(self) -> bool:
-        """Whether the bucket at hand is one of zeros, since this rank has joined."""
+        """True if the current bucket holds zeros, because this rank has joined."""
         return self.active and not in_backward()
 
     def check(self, session: Session) -> None:
-        """Before a step.
+        """Check the options of an active ``join()`` before a step.
 
         Raises:
             ThinwireError: as ``allow``.
@@ -55,10 +55,10 @@ class Joined:
             self.allow(session, getattr(self._ddp(), "_divide_by_initial_world_size", True))
 
     def allow(self, session: Session, divide_by_initial_world_size: bool) -> None:
-        """Say before ``join()`` begins what it can't do.
+        """Check that the session supports this ``join()``.
 
         Raises:
-            ThinwireError: the scaler, or what ``join()`` was given, can't go on without a rank.
+            ThinwireError: there is an enabled scaler, or gradients are divided by the ranks that still have data.
         """
         if not divide_by_initial_world_size:
             raise ThinwireError(
@@ -72,13 +72,13 @@ class Joined:
             )
 
     def take(self, pairs: Sequence[tuple[Tensor, Tensor]], done: Future) -> None:
-        """Keep the parameters of a bucket and what will stand in their gradients."""
+        """Keep the parameters of a bucket with the tensors that will hold their gradients."""
         self._exchanged.append((pairs, done))
 
     def follow(self, session: Session) -> None:
-        """All buckets are there: step as the others do, who have data."""
+        """After the last bucket, step the optimizer as the ranks with data do."""
         exchanged, self._exchanged = self._exchanged, []
-        if session.optimizer is None:  # then the session has gone on by itself
+        if session.optimizer is None:  # then the session commits by itself
             return
         idle = {id(unit.param) for unit in session.units if unit.name in unused(session.transaction.statuses)}
         for pairs, done in exchanged:
@@ -90,7 +90,7 @@ class Joined:
             param.grad = None
 
     def tell(self, session: Session) -> None:
-        """Say once that ranks which have joined step otherwise than the others, where a look at them has shown it."""
+        """Warn once if the check of replicas has found that joined ranks step differently from the others."""
         strays = session.replicas.strays if session.replicas is not None else ()
         if not strays or self._told:
             return
@@ -106,9 +106,9 @@ class Joined:
 
 
 class Entry:
-    """Stands in for ``ddp.join``: what it can't do is said on entry, by all ranks.
+    """A replacement of ``ddp.join`` that checks its arguments on entry, on all ranks.
 
-    Later a rank without a batch would wait in it for those that refuse to begin a step.
+    An error later, at the start of a step, would leave a rank without data waiting for the others.
     """
 
     def __init__(self, ddp: DistributedDataParallel, joined: Joined, session: Session) -> None:
@@ -116,13 +116,13 @@ class Entry:
 
     @classmethod
     def install(cls, ddp: DistributedDataParallel, joined: Joined, session: Session) -> Callable[[], object]:
-        """Put one in place; call what this returns to take it away."""
+        """Replace ``ddp.join``; returns a function that restores it."""
         mine = cls(ddp, joined, session)
         vars(ddp)["join"] = mine
         return mine.remove
 
     def remove(self) -> None:
-        """Take it away."""
+        """Restore DDP's own ``join``."""
         if (ddp := self._ddp()) is not None:
             vars(ddp).pop("join", None)
 
@@ -132,12 +132,12 @@ class Entry:
         enable: bool = True,
         throw_on_early_termination: bool = False,
     ) -> Any:
-        """Do what DDP's own does."""
+        """Check the arguments, then call DDP's own ``join``."""
         if enable and (session := self._session()) is not None:
             self._joined.allow(session, divide_by_initial_world_size)
         ddp: Any = self._ddp()
         return cast(Any, type(ddp)).join(ddp, divide_by_initial_world_size, enable, throw_on_early_termination)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copied or pickled model has its own ``join`` in its place."""
+        """Replace this object in a copied or pickled model by DDP's own ``join``."""
         return getattr, (self._ddp(), "join")

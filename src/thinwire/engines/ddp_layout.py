@@ -1,12 +1,12 @@
-"""How a gradient lies in a bucket of DDP.
+"""The strides of gradients in DDP's buckets.
 
-What was observed of DDP and shaped it:
+Behaviour of DDP that this code depends on:
 
-* A gradient goes in as its parameter lay when the buckets were made: at wrapping, and, where they are made anew, after
-  the first backward pass. ``GradBucket.gradients()`` answers as if all were contiguous. So a sample of the gradient
-  that autograd has left is compared with what stands in the bucket.
-* What a hook answers is read as the parameter lies then; with ``gradient_as_bucket_view=True``, as it has gone in.
-* There, a gradient is the bucket's own view, and ``module.to()`` moves it out of the bucket, which DDP never notices.
+* A gradient enters with the strides that its parameter had when the buckets were built: at wrapping or, if they are
+  rebuilt, after the first backward pass. ``GradBucket.gradients()`` assumes that all are contiguous. So a sample of
+  autograd's gradient is compared with the bucket's content.
+* DDP reads a hook's result with the parameter's strides; with ``gradient_as_bucket_view=True``, with those it entered.
+* With that option a gradient is a view of the bucket. ``module.to()`` moves it elsewhere, and DDP does not notice.
 """
 
 from collections.abc import Sequence
@@ -27,29 +27,29 @@ class Bucketed:
     """The strides of the gradients in the buckets of one DDP model, as far as they are known.
 
     Args:
-        views: whether gradients are views of the buckets.
+        views: True if gradients are views of the buckets.
     """
 
     def __init__(self, views: bool) -> None:
         self.views = views
-        self.left = False  # whether a gradient has left its bucket
+        self.left = False  # True if a gradient has left its bucket
         self.strides: dict[int, Strides] = {}
         self.sure: set[int] = set()
         self.exchanges = 0
 
     def begin(self) -> None:
-        """Another exchange; up to the second, the buckets may be others than before."""
+        """Begin an exchange; at the first two, DDP may have rebuilt the buckets."""
         self.exchanges += 1
         if self.exchanges <= 2:
             self.sure.clear()
 
     def changed(self) -> None:
-        """A parameter has changed its layout, and if the buckets are made anew, they follow."""
+        """Note that a parameter has changed its strides; if DDP rebuilds the buckets, they follow."""
         self.left = self.views and self.exchanges > 0
         self.exchanges = 0
 
     def check(self) -> None:
-        """Raises a ``ThinwireError`` where DDP no longer sees a gradient."""
+        """Raise a ``ThinwireError`` if DDP no longer sees a gradient."""
         if self.left:
             raise ThinwireError(
                 "the layout of a parameter was changed after wrapping with gradient_as_bucket_view=True, which takes "
@@ -58,7 +58,7 @@ class Bucketed:
             )
 
     def look(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Find out what is not known yet, given what DDP answers as gradients. Before they are changed."""
+        """Find the strides that are not known yet, from DDP's gradients; to be called before they are changed."""
         for param, grad in zip(params, grads, strict=True):
             if id(param) not in self.sure:
                 self._look(id(param), param, grad)
@@ -66,7 +66,7 @@ class Bucketed:
     def laid(
         self, params: Sequence[Tensor], grads: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-        """The gradients as their parameters lie; and what is to be written in the end from which copy among them."""
+        """Return gradients with their parameters' strides, and (bucket view, copy) pairs to write back at the end."""
         back: list[tuple[Tensor, Tensor]] = []
         answer: list[Tensor] = []
         for param, grad in zip(params, grads, strict=True):
@@ -79,13 +79,13 @@ class Bucketed:
         return answer, back
 
     def answered(self, param: Tensor, grad: Tensor) -> Tensor:
-        """What DDP will take for the gradient in the end."""
+        """Return the view of the bucket that DDP will read as the gradient."""
         return _seen(
             grad, self._strides(param, grad) if self.views or not is_dense(own(param)) else own(param).stride()
         )
 
     def _strides(self, param: Tensor, grad: Tensor) -> Strides:
-        """As far as they are known."""
+        """Return the known strides, or the likely ones."""
         mine = own(param)
         return self.strides.setdefault(id(param), mine.stride() if is_dense(mine) else grad.stride())
 
@@ -100,7 +100,7 @@ class Bucketed:
             self.check()
             self.strides[key] = local.stride()
             self.sure.add(key)
-        elif local is not None and self.exchanges & (self.exchanges - 1) == 0:  # what can't be told is asked rarely
+        elif local is not None and self.exchanges & (self.exchanges - 1) == 0:  # unclear: try rarely
             fits = [strides for strides in _orders(param, known) if _same(local, grad, strides)]
             self.strides[key] = fits[0] if fits else known
             if len(fits) == 1:
@@ -108,7 +108,7 @@ class Bucketed:
 
 
 def _orders(param: Tensor, known: Strides) -> list[Strides]:
-    """The strides that it may have had, in real numbers; what is known of it first."""
+    """Return the strides that the parameter may have had, in real numbers, the known ones first."""
     shape = param.shape
     orders = [param.stride(), torch.empty(shape, device="meta").stride()]
     if (few := {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shape))) is not None:
@@ -118,7 +118,7 @@ def _orders(param: Tensor, known: Strides) -> list[Strides]:
 
 
 def _same(local: Tensor, grad: Tensor, strides: Strides) -> bool:
-    """Whether a sample of the elements is the same, where ``grad`` has these strides; what is NaN, in both."""
+    """Return True if a sample of elements is equal, reading ``grad`` with these strides; NaN equals NaN."""
     n = local.numel()
     where = torch.randint(n, (min(n, SAMPLED),), generator=torch.Generator().manual_seed(n), device="cpu")
     at = torch.unravel_index(where.to(local.device), local.shape)

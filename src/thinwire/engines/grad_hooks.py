@@ -1,8 +1,8 @@
-"""Gradients that autograd brings one by one: in which order they leave, and when a backward pass has ended.
+"""Per-parameter gradient hooks: they bucket gradients and detect the end of the backward pass.
 
-A bucket leaves when its gradients are there, in one order on all ranks; where a parameter arrives more than once in a
-backward pass, when that has ended. On CPUs buckets whose messages are small wait for each other. DDP has this in its
-reducer; every other engine has it here.
+A bucket is sent when its gradients are complete, in one order on all ranks; if a parameter's hook fires more than once
+in a backward pass, at the end of it. On CPUs, buckets with small messages wait for each other. DDP does this in its
+reducer; all other engines use this file.
 """
 
 import warnings
@@ -32,15 +32,15 @@ from thinwire.session.backward import in_backward
 from thinwire.session.session import Session
 
 DEPARTURE = 3e-3
-"""Seconds of a core that a departure costs in the midst of a backward pass, since nothing of the code that compresses
-is in a cache then. What the link carries in this time can as well wait for the next bucket."""
+"""Seconds of CPU time to start an exchange during a backward pass, when the compression code is not in the cache. Fewer
+bytes than the link carries in this time wait for the next bucket."""
 USUAL = Link(1e9)
-"""What is assumed of a link that is not known."""
+"""The link that is assumed if the speed is not known: 1 Gb/s."""
 
 
 @dataclass(frozen=True, eq=False)
 class Owned:
-    """A parameter, where it stands in the model, and the number of the bucket that it travels in."""
+    """A parameter, its module and attribute name in the model, and the number of its bucket."""
 
     name: str
     param: Tensor
@@ -50,12 +50,12 @@ class Owned:
 
 
 class GradHooks:
-    """The hooks of one model whose gradients are exchanged where autograd has left them.
+    """The gradient hooks of one model, whose gradients are exchanged where autograd has left them.
 
     Args:
-        accumulating: how to let backward passes add up without an exchange, for messages.
-        exchanges: whether there is anybody to exchange with.
-        sparse: whether the optimizer gets a sparse gradient where little has arrived.
+        accumulating: the way to accumulate gradients without an exchange, for messages.
+        exchanges: True if there are other ranks to exchange with.
+        sparse: True if the optimizer gets sparse gradients for parameters of which few elements arrive.
     """
 
     def __init__(
@@ -67,23 +67,23 @@ class GradHooks:
         self.by_param = {id(one.param): one for one in owned}
         numbers = sorted({one.bucket for one in owned}, reverse=True)
         self.parts = [[one for one in owned if one.bucket == number] for number in numbers]
-        self.buckets = self.parts  # those of them that leave together
-        self.routing: Routing | None = None  # that this was decided for
+        self.buckets = self.parts  # ``parts``, joined where several are sent together
+        self.routing: Routing | None = None  # for which ``buckets`` was decided
         self.scheduler = Scheduler(sparse, eager=False)
         self.arrived: set[int] = set()
-        self.before: set[int] = set()  # what arrived in passes that only added up
+        self.before: set[int] = set()  # parameters that got gradients in passes without an exchange
         self.passes = Passes(self.end)
         self.paused = False
-        self.overlaps = False  # until one pass has shown that each parameter arrives once
+        self.overlaps = False  # True after a pass in which each hook fired at most once
         self.repeated = False
         self.left: list[tuple[list[Owned], list[Tensor], list[bool]]] = []
-        """The buckets that have left: their gradients, and which of them this rank has not, but perhaps another."""
+        """The sent buckets: parameters, gradients, and True for each gradient that this rank lacks (zeros)."""
         self.exchanged_since_step = False
         self.warned = False
-        self.checked = False  # since the last backward pass
-        self.ended = True  # whether the last exchange has
-        self.laid: list[tuple[Owned, Tensor]] = []  # gradients in place of others that lay otherwise
-        self.copied: list[tuple[Owned, Tensor]] = []  # instead of memory that is not the gradient's alone
+        self.checked = False  # True if the model was checked since the last backward pass
+        self.ended = True  # True if the last exchange has ended
+        self.laid: list[tuple[Owned, Tensor]] = []  # copies of gradients that have other strides than the parameter
+        self.copied: list[tuple[Owned, Tensor]] = []  # copies of gradients that share memory with other tensors
         everything: list[tuple[str, Tensor]] = list(model.named_parameters())
         exchanged = {clean(name): param for name, param in everything if id(param) in self.by_param}
         others = [(clean(name), param) for name, param in everything if id(param) not in self.by_param]
@@ -96,8 +96,8 @@ class GradHooks:
         )  # fmt: skip
 
     def install(self, session: Session) -> None:
-        """Pass this model's gradients through the session from now on."""
-        arrives = WeakMethod(self.arrives)  # garbage collection does not look into this hook of a tensor
+        """Exchange this model's gradients through the session from now on."""
+        arrives = WeakMethod(self.arrives)  # weak, because the garbage collector can't see references in this hook
 
         def hook(param: Tensor) -> None:
             if (call := arrives()) is not None:
@@ -121,43 +121,43 @@ class GradHooks:
     # -- what an engine adds ---------------------------------------------------------------------------------------
 
     def check_same(self, session: Session) -> None:
-        """Raises a ``ThinwireError`` where the parameters are no longer those of ``attach``."""
+        """Raise a ``ThinwireError`` if the parameters are no longer those of ``attach``."""
         self.parameters.check(session)
 
     def unfinished(self) -> list[str]:
-        """What an exchange that has not ended waits for."""
+        """Return the names of the parameters that the current exchange waits for."""
         return [] if self.ended else [one.name for one in self.owned if id(one.param) not in self.arrived]
 
     def begin_exchange(self, session: Session) -> None:
-        """A new exchange begins."""
+        """Begin a new exchange."""
 
     def count_arrival(self, session: Session, one: Owned) -> None:
-        """Book what brought this gradient."""
+        """Add the bytes of the reduce-scatter that produced this gradient to the ledger."""
 
     def shares(self, grad: Tensor) -> bool:
-        """Tell whether another tensor may live in the memory of a gradient."""
+        """Return True if another tensor may use the memory of a gradient."""
         return False
 
     def closing(self, session: Session) -> bool | None:
-        """All have landed; whether what the engine itself remembers was not finite, None where that is nothing."""
+        """Finish an exchange; returns True if the engine's own state was nonfinite, None if it has no state."""
         return None
 
     # -- the passes ------------------------------------------------------------------------------------------------
 
     def before_forward(self, *_: object) -> None:
-        """What is wrong is said here, where it does no harm."""
+        """Check the model and the session before the forward pass, where an error does no harm."""
         if self.session is None or not torch.is_grad_enabled() or in_backward():
             return
         self.check_same(self.session)
         self.checked = True
         self.session.check()
         if self.exchanged_since_step and all(one.param.grad is None for one in self.owned):
-            self.exchanged_since_step = False  # a step was left out, and its gradients are gone
-        if not self.paused:  # fine where an optimizer does not step on the sum, as in a GAN
+            self.exchanged_since_step = False  # the step was left out and its gradients cleared
+        if not self.paused:  # allowed if no optimizer steps on the sum, as in a GAN
             self._warn_of_old(self.session, 0)
 
     def _warn_of_old(self, session: Session, new: int) -> None:
-        """Gradients that were exchanged already are about to be added to; ``new``: how many may be there."""
+        """Warn if gradients would be added to exchanged ones; ``new``: number of gradients that are allowed."""
         if not self.exchanged_since_step or self.warned or session.transaction.failed:
             return
         if sum(one.param.grad is not None for one in self.owned) > new:
@@ -168,12 +168,12 @@ class GradHooks:
         self.exchanged_since_step = False
 
     def begin(self, session: Session) -> None:
-        """The first gradient of a backward pass."""
+        """Begin an exchange at the first gradient of a backward pass."""
         under_way = self.passes.enter()
         if under_way.begun:
             return
         try:
-            if not self.checked:  # not everything that brings gradients comes by before_forward
+            if not self.checked:  # a backward pass can run without a call of before_forward
                 self.check_same(session)
             self.checked = False
             self._warn_of_old(session, 1)
@@ -185,15 +185,15 @@ class GradHooks:
             self.scheduler.begin()
             self.exchanged_since_step = session.optimizer is not None
             session.begin_step()
-            if self.routing is not session.stages.routing:  # which is another at every stage
+            if self.routing is not session.stages.routing:  # each stage has its own routing
                 self._join(session)
             self.begin_exchange(session)
         except Exception:
-            self.passes.over()  # whoever keeps the error keeps the pass alive
+            self.passes.over()  # explicitly, because the error's traceback keeps the pass alive
             raise
 
     def arrives(self, param: Tensor) -> None:
-        """The gradient of this parameter is there."""
+        """Handle the gradient of this parameter, which autograd has just accumulated."""
         if (session := self.session) is None:
             return
         if self.paused:
@@ -208,7 +208,7 @@ class GradHooks:
                 f"the gradient of {one.name} is gone before it was exchanged; leave out the hook that steps in backward"
             )
         if self.repeated and self.overlaps:
-            self.overlaps = False  # the next pass waits for its end
+            self.overlaps = False  # the next pass sends at its end
             raise ThinwireError(
                 f"{one.name} was reduced twice in one backward pass, which it was not in the pass before; run a module "
                 "as often in every step"
@@ -218,10 +218,10 @@ class GradHooks:
             self._send(session, self.buckets[len(self.left)])
 
     def _join(self, session: Session) -> None:
-        """Decide which buckets leave together; the same on all ranks."""
+        """Decide which buckets are sent together; the same on all ranks."""
         routing, world = session.stages.routing, session.collective.world
         enough = DEPARTURE * (routing.link or USUAL).bandwidth / 8
-        # on CUDA it costs this core nothing; and on other routes than this the bits depend on what travels together
+        # not on CUDA, where starting costs no CPU time, nor on other routes, where joining changes the result's bits
         joins = routing.route == "all_gather" and not any(one.param.is_cuda for one in self.owned)
         joined: list[list[Owned]] = []
         sent = enough
@@ -246,7 +246,7 @@ class GradHooks:
     def _send(self, session: Session, bucket: list[Owned]) -> None:
         for one in bucket:
             if (grad := one.param.grad) is not None and (grad.is_conj() or grad.is_neg()):
-                one.param.grad = grad.resolve_conj().resolve_neg()  # memory held something else than the gradient
+                one.param.grad = grad.resolve_conj().resolve_neg()  # raw memory must hold the gradient's values
         found = [one.param.grad for one in bucket]
         grads = [
             torch.zeros_like(own(one.param)) if grad is None
@@ -263,13 +263,13 @@ class GradHooks:
                 session.collective.mean_inside(flat(grad), session.timeout)
             here = session.collective.any_inside(here, grads[0], session.timeout)
         planned = session.bucket([one.param for one in bucket])
-        if self.sparse:  # its memory is free once what replaces it has arrived
+        if self.sparse:  # frees the memory once the result has arrived
             for one in bucket:
                 one.param.grad = None
         self.scheduler.send(session, planned, grads, grads[0], here)
 
     def _unshared(self, one: Owned, grad: Tensor) -> Tensor:
-        """The gradient, or a copy: what is sent from its memory is overwritten, which nobody else may notice."""
+        """Return the gradient, or a copy if its memory is shared, because the exchange overwrites it."""
         if not self.shares(grad):
             return grad
         copy = grad.clone()
@@ -277,7 +277,7 @@ class GradHooks:
         return copy
 
     def _write_back(self) -> None:
-        """Write what has arrived in copies where the gradients lie, now that backward has ended; once into a place."""
+        """Copy results to the gradients' own memory at the end of backward; of overlapping ones only to the first."""
         end, each = 0, [(own(cast(Tensor, one.param.grad)), one, copy) for one, copy in self.copied]
         for grad, one, copy in sorted(each, key=lambda found: found[0].data_ptr()):
             if grad.data_ptr() < end:
@@ -287,7 +287,7 @@ class GradHooks:
             end = max(end, grad.data_ptr() + grad.nbytes)
 
     def _dense(self, one: Owned, grad: Tensor) -> Tensor:
-        """The gradient as its parameter lies in memory, whose place it will take."""
+        """Return a dense copy with the parameter's strides, which will replace the gradient."""
         found = own(grad.to_dense() if grad.is_sparse else grad)
         dense = torch.empty_like(own(one.param), dtype=found.dtype).copy_(found)
         self.laid.append((one, dense))
@@ -295,10 +295,10 @@ class GradHooks:
 
     @undisturbed
     def end(self) -> None:
-        """The backward pass has ended."""
+        """Send the remaining buckets at the end of the backward pass, and wait for all."""
         session, now = self.session, self.passes.now
         self.passes.over()
-        if session is None or now is None or not now.begun:  # nothing was reduced
+        if session is None or now is None or not now.begun:  # no gradients to exchange
             return
         for bucket in self.buckets[len(self.left) :]:
             self._send(session, bucket)
@@ -307,7 +307,7 @@ class GradHooks:
         reached = used(session.transaction.statuses) if any(made for _, _, made in each) else set[str]()
         for one, grad, made in each:
             if made:
-                if session.stages.by_param[id(one.param)].name in reached:  # by another rank
+                if session.stages.by_param[id(one.param)].name in reached:  # another rank has a gradient
                     one.param.grad = cast(Any, wrapped(grad, one.param))
             elif self.sparse:
                 one.param.grad = grad

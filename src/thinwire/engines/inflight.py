@@ -1,8 +1,8 @@
-"""One bucket on its way through the network.
+"""In-flight buckets.
 
-The engine starts every stage of it. Whoever waits for it receives what has arrived; or a callback of the last stage
-does so eagerly. A bucket in flight must not hold the session: a callback runs on a thread of the process group, which
-would die on its own thread if it were the last to hold it.
+The engine starts every stage of an exchange. ``wait`` decodes the result; if eager, a callback of the last stage does.
+An in-flight bucket must not hold the session: a callback runs on a thread of the process group. If it held the last
+reference, the process group would be destroyed on its own thread.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ class BucketInFlight:
     """One bucket between ``send`` and ``receive``.
 
     Args:
-        outbox: the messages, until they have been started.
-        used: for each unit, whether this rank used it.
-        statuses: ``receive`` adds here what all ranks learned.
-        eager: receive as soon as the exchange has ended, as a future promises; on CUDA that only queues work. On CPUs a
-            second thread would take a core away from the backward pass, and find its code in no cache.
+        outbox: the messages, until their exchange is started.
+        used: for each unit, True if this rank used it.
+        statuses: ``receive`` appends the step statuses here.
+        eager: receive as soon as the exchange has ended, without a ``wait``; on CUDA that only queues work. On CPUs, a
+            second thread would take a core away from the backward pass, with a cold instruction cache.
     """
 
     bucket: Bucket
@@ -50,15 +50,15 @@ class BucketInFlight:
     sparse: bool
     eager: bool
     back: Sequence[tuple[Tensor, Tensor]] = ()
-    """Tensors to write to, and those of ``grads`` to copy there, where a gradient lies otherwise in memory."""
+    """Pairs (target, source among ``grads``) to copy at the end, for gradients with other strides in the bucket."""
     inbox: list[InFlight] = field(default_factory=list[InFlight])
     promise: Future | None = None
-    """The future returned before the last stage was started, or where the result is received late."""
+    """Future returned to DDP before the last collective started, or if ``wait`` receives the result."""
     completed: Future | None = None
     """If ``eager``, completes with the buffer once the gradients are in it."""
 
     def done(self) -> Future:
-        """Return a future that completes with the buffer; never, where ``wait`` raises."""
+        """Return a future that completes with the buffer; it never does if ``wait`` raises."""
         if self.completed is not None:
             return self.completed
         if self.promise is None:
@@ -66,14 +66,14 @@ class BucketInFlight:
         return self.promise
 
     def started(self, inbox: list[InFlight]) -> None:
-        """Take the started exchange; where it has one stage, the rest follows by itself."""
+        """Take the started exchange; an eager exchange of one stage then completes by itself."""
         self.outbox.messages.clear()
         self.inbox, self.since = inbox, time.perf_counter()
         if self.eager and not self.bucket.relays and not any(arrived.then for arrived in inbox):
             self._complete()
 
     def advance(self, worker: Worker, collective: Collective, timeout: float) -> None:
-        """Wait for all stages but the last, and start what follows each."""
+        """Wait for all stages but the last, and start the stage after each."""
         if self.completed is not None:
             return
         with self._waiting():
@@ -89,7 +89,7 @@ class BucketInFlight:
             self._complete()
 
     def wait(self, timeout: float) -> None:
-        """Wait until the gradients are there."""
+        """Wait until the gradients hold the result."""
         with self._waiting():
             self._await(timeout)
         if self.eager:
@@ -102,7 +102,7 @@ class BucketInFlight:
             arrived.wait(timeout)
 
     def _waiting(self) -> contextlib.AbstractContextManager[object]:
-        """Count the seconds; an eager exchange, which nobody waits for, counts its own."""
+        """Measure the time of waiting; an eager exchange measures its own."""
         return contextlib.nullcontext() if self.eager else Stopwatch(self.row, "exchange_seconds")
 
     def _complete(self) -> None:
@@ -115,7 +115,7 @@ class BucketInFlight:
 
     def _finish(self, _: Future) -> Tensor:
         for arrived in self.inbox:
-            arrived.future.wait()  # raises what the exchange raised; all have ended, or on CUDA have been enqueued
+            arrived.future.wait()  # raises the exchange's error; all have ended, or are enqueued on CUDA
         self.row.exchange_seconds += time.perf_counter() - self.since
         return self._receive()
 
@@ -130,7 +130,7 @@ class BucketInFlight:
                 self.outbox.cleared, self.sparse, self.turn,
             )  # fmt: skip
         self.statuses.extend(found)
-        if not all(self.used) and (idle := unused(found)):  # DDP leaves a view of the bucket as it is
+        if not all(self.used) and (idle := unused(found)):  # DDP does not clear a bucket view itself
             for unit, grad in zip(self.bucket.units, self.grads, strict=True):
                 if unit.name in idle:
                     grad.zero_()

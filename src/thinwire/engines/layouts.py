@@ -1,4 +1,4 @@
-"""How parameters lie in memory, of what dtype and shape they are and where: as at attach, or what is done about it."""
+"""Changes of parameters' strides, dtypes, shapes and devices since attach: followed if possible, else an error."""
 
 from collections.abc import Mapping
 from typing import TypeAlias
@@ -17,10 +17,10 @@ DTYPE, DEVICE, SHAPE, STRIDES = range(4)
 
 
 class Layouts:
-    """What has been known of some parameters, to be compared with what is.
+    """The known layouts of some parameters.
 
     Args:
-        again: what to do where a change can't be followed.
+        again: the advice in the error for a change that can't be followed.
     """
 
     def __init__(self, named: Mapping[str, Tensor], again: str) -> None:
@@ -28,7 +28,7 @@ class Layouts:
         self.known: list[tuple[Tensor, str, Lies]] = [(param, name, _lies(param)) for name, param in named.items()]
 
     def check(self, session: Session) -> bool:
-        """Whether a layout has changed, which has been followed then. A collective call where it has.
+        """Follow changed strides; returns True if any have changed, and then it is a collective call.
 
         Raises:
             ThinwireError: something has changed that can't be followed; nothing has been sent.

@@ -1,7 +1,7 @@
-"""Hooks on a model that no copy of it has.
+"""Hooks on a model that do nothing in its copies.
 
-``copy.deepcopy`` and ``pickle`` take the hooks of a module along, and what ours hold, as a process group, can't be
-copied or pickled. A copy has no session.
+``copy.deepcopy`` and ``pickle`` include the hooks of a module. Ours hold objects that can't be copied or pickled, such
+as a process group; and a copy has no session.
 """
 
 import contextlib
@@ -10,9 +10,9 @@ from typing import Any
 
 
 class Hook:
-    """Calls ``call``; what stands in its place in a copy, or in a pickle, takes anything and does nothing.
+    """A hook that calls ``call``; in a copy or a pickle it is replaced by a function that does nothing.
 
-    That is a name of the standard library, so a pickled model can be read where thinwire is not installed.
+    That function is from the standard library, so a pickled model can be read where thinwire is not installed.
     """
 
     def __init__(self, call: Callable[..., Any]) -> None:

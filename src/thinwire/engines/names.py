@@ -1,8 +1,8 @@
-"""The name of a parameter, whatever its module was wrapped in; residuals and checkpoints go by it."""
+"""Parameter names without wrappers; residuals and checkpoints are keyed by them."""
 
 INSERTED = {"_orig_mod", "_checkpoint_wrapped_module"}
 
 
 def clean(name: str) -> str:
-    """The parameter's name, without what ``torch.compile`` and ``checkpoint_wrapper`` put in."""
+    """Return the parameter's name without the parts that ``torch.compile`` and ``checkpoint_wrapper`` insert."""
     return ".".join(part for part in name.split(".") if part not in INSERTED)

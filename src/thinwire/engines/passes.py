@@ -1,7 +1,7 @@
-"""When a backward pass begins, ends or dies, which autograd tells nobody but whoever has queued a callback in it.
+"""Begin, end and failure of backward passes, which autograd reports only to callbacks queued in the pass.
 
-A callback runs when its graph task is done. Recomputing a checkpointed module may run a graph task inside another
-(``use_reentrant=True``), so the first to ask is not always asked from the outer one: whoever recomputes asks before.
+A callback runs when its graph task is done. Reentrant checkpointing (``use_reentrant=True``) runs a nested graph task.
+The callback must be queued in the outer one, so it is queued before a nested one starts.
 """
 
 from collections.abc import Callable
@@ -11,27 +11,27 @@ from thinwire.session.backward import queue
 
 
 class Pass:
-    """One backward pass. Only autograd holds it, so it is gone when the pass is over, be it by an error."""
+    """One backward pass. Only autograd holds it, so it is freed when the pass ends or fails."""
 
     def __init__(self, ended: Callable[[], None]) -> None:
         self.ended = ended
         self.begun = False
-        """Whether it has brought gradients."""
+        """True after the first gradient."""
         self.last = False
 
     def __call__(self) -> None:
         if self.last:
             self.ended()
             return
-        self.last = True  # FSDP2 may have queued its own after this, and that still brings gradients
+        self.last = True  # queue again, after FSDP2's callback, which still produces gradients
         queue(self)
 
 
 class Passes:
-    """The passes of one model; at most one is under way.
+    """The backward passes of one model; at most one runs at a time.
 
     Args:
-        ended: called at the end of each.
+        ended: called at the end of each pass.
     """
 
     def __init__(self, ended: Callable[[], None]) -> None:
@@ -43,7 +43,7 @@ class Passes:
         return self._now() if self._now is not None else None
 
     def enter(self) -> Pass:
-        """The pass under way, which begins here if none is. Only inside a backward pass."""
+        """Return the current pass, or begin one. Only to be called in a backward pass."""
         if (now := self.now) is None:
             now = Pass(self.ended)
             queue(now)
@@ -51,5 +51,5 @@ class Passes:
         return now
 
     def over(self) -> None:
-        """Autograd may hold the pass a moment longer."""
+        """Forget the current pass, which autograd may hold a moment longer."""
         self._now = None

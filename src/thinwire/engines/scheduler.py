@@ -1,7 +1,7 @@
-"""The bucket scheduler: starts the exchanges of one backward pass, and follows them to their end, for every engine.
+"""The bucket scheduler: starts the exchanges of one backward pass and waits for them, in every engine.
 
-Collectives are started by ``send`` and ``end``, in the order of the calls, and never from a callback; ``end`` waits for
-all of them, so an error raised there keeps its type.
+``send`` and ``end`` start collectives in the order of the calls, never from a callback. ``end`` waits for all of them,
+so an error raised there keeps its type.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ Back: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 
 
 class Scheduler:
-    """Holds buckets for clipping, lets small messages travel together, and follows all buckets until they are received.
+    """A scheduler that holds buckets for clipping, joins small messages, and completes all buckets.
 
     Args:
-        sparse: whether a gradient of which few elements have arrived takes its place among ``grads`` as a sparse one.
-        eager: whether somebody waits for the futures, so that they must complete by themselves; see ``BucketInFlight``.
+        sparse: True to replace a gradient in ``grads`` by a sparse tensor if few of its elements arrive.
+        eager: True if a callback completes each future, False if ``end`` does; see ``BucketInFlight``.
     """
 
     def __init__(self, sparse: bool = False, eager: bool = True) -> None:
@@ -41,11 +41,11 @@ class Scheduler:
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
         self.held: list[tuple[Bucket, list[Tensor], Tensor, Sequence[bool], Back, Future]] = []
         self.flights: list[BucketInFlight] = []
-        self.waiting: list[BucketInFlight] = []  # those that have not departed
-        self.saved = 0  # exchanges that this saved in the step under way
+        self.waiting: list[BucketInFlight] = []  # buckets that are not sent yet
+        self.saved = 0  # exchanges that joining has saved in the current step
 
     def begin(self) -> None:
-        """A new step; what an earlier one left is forgotten."""
+        """Begin a step and forget buckets of an earlier one."""
         self.held.clear()
         self.flights.clear()
         self.waiting.clear()
@@ -55,21 +55,21 @@ class Scheduler:
         self, session: Session, bucket: Bucket, grads: list[Tensor], buffer: Tensor, used: Sequence[bool],
         back: Back = (),
     ) -> Future:  # fmt: skip
-        """Take one bucket; the future completes with ``buffer`` once what was received stands in ``grads``, by ``end``.
+        """Take one bucket; the future completes with ``buffer`` when ``grads`` hold the result, by the end of ``end``.
 
         Args:
-            buffer: what ``grads`` are views of, or any one of them: it tells the device.
-            used: which of the units this rank used.
-            back: what is written back from copies among ``grads``.
+            buffer: the tensor that ``grads`` are views of, or any one of them; it gives the device.
+            used: for each unit, True if this rank used it.
+            back: pairs (target, copy among ``grads``) to write back at the end.
         """
         if session.method.clip is None:
             return self._exchange(session, bucket, grads, buffer, used, back)
-        done = in_future(buffer)  # the norm of all gradients is known only when the last bucket is there
+        done = in_future(buffer)  # clipping needs the norm of all gradients, known after the last bucket
         self.held.append((bucket, grads, buffer, used, back, done))
         return done
 
     def end(self, session: Session) -> None:
-        """The last bucket is there: wait until all have landed.
+        """Wait until all buckets are completed, after the last one was sent.
 
         Raises:
             ThinwireError: an exchange has failed.
@@ -77,14 +77,14 @@ class Scheduler:
         if session.method.clip is not None and self.held:
             self._exchange_held(session, session.method.clip)
         self._start(session)
-        for stage in (self._advance, self._wait):  # the last stage of every bucket is on its way before any is awaited
+        for stage in (self._advance, self._wait):  # start the last stage of all buckets before waiting for any
             for flight in self.flights:
                 try:
                     stage(session, flight)
                 except Exception as error:
                     names = [unit.name for unit in flight.bucket.units]
                     failure = exchange_failed(session.collective, session.step, names, error)
-                    if stage == self._advance and not isinstance(error, NoAnswer):  # the others await the next stage
+                    if stage == self._advance and not isinstance(error, NoAnswer):  # others await the next stage
                         session.collective.leave(str(failure))
                     raise failure from error
         if self.saved:
@@ -97,7 +97,7 @@ class Scheduler:
 
     @contextlib.contextmanager
     def side_stream(self, tensor: Tensor) -> Generator[None]:
-        """On CUDA, work beside the backward pass, after what has been queued so far."""
+        """Run the body on a side stream on CUDA, parallel to the backward pass and after the work queued so far."""
         if not tensor.is_cuda:
             yield
             return
@@ -119,11 +119,11 @@ class Scheduler:
         self, session: Session, bucket: Bucket, grads: list[Tensor], buffer: Tensor, used: Sequence[bool],
         back: Back = (),
     ) -> Future:  # fmt: skip
-        """Send one bucket; small ones wait for the next, to travel together."""
+        """Send one bucket; a small one waits for the next, to be sent together."""
         step, row = session.step, session.row
         bucket.book(row, session.collective)
         with self.side_stream(buffer), Stopwatch(row, "send_seconds"):
-            if (self.sparse or back) and buffer.is_cuda:  # nobody else may hold them when they have landed
+            if (self.sparse or back) and buffer.is_cuda:  # they may be freed elsewhere before the exchange ends
                 for grad in grads:
                     grad.record_stream(torch.cuda.current_stream(grad.device))
             outbox = pipeline.send(
@@ -143,7 +143,7 @@ class Scheduler:
         return flight.done()
 
     def _start(self, session: Session) -> None:
-        """Start the exchange of all that wait."""
+        """Start the exchange of all waiting buckets."""
         if not self.waiting:
             return
         waiting, self.waiting = self.waiting, []

@@ -1,7 +1,7 @@
 """The simulator: N workers in one process, through the same ``send`` and ``receive`` as the real run.
 
-One model stands for all replicas, since they are bit-equal; what differs between workers is their data and their
-local state. It answers, on one machine, what compression would cost a model with 32 workers.
+One model stands for all replicas, since they are bit-equal. Workers differ only in their data and their local state.
+So one machine shows, for instance, what compression would cost a model with 32 workers.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ from thinwire.session.transaction import Policy
 
 @dataclass(frozen=True)
 class Simulation:
-    """What a simulated training left: the mean loss over workers of each step, and the ledger of one worker."""
+    """The result of a simulated training: the mean loss over workers of each step, and the ledger of one worker."""
 
     losses: list[float]
     ledger: Ledger
@@ -43,9 +43,9 @@ class SimulatedWorkers:
     """N workers that train one model; ``step`` is one optimizer step of all of them.
 
     Args:
-        model: stands for every replica; buffers follow the first worker, as in DDP.
+        model: stands for every replica; all workers use the first worker's buffers, as in DDP.
         method, optimizer, seed, kernels, policy: as for ``thinwire.attach``.
-        workers: how many.
+        workers: the number of workers.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class SimulatedWorkers:
         self.layouts = Layouts(dict(named), "simulate again")
 
     def step(self, loss: Callable[[int], Tensor]) -> float:
-        """One optimizer step; ``loss(worker)`` runs the model on that worker's batch. Answers the mean loss."""
+        """Make one optimizer step and return the mean loss; ``loss(worker)`` runs the model on that worker's batch."""
         session = self.session
         session.check()
         self.layouts.check(session)
@@ -87,7 +87,7 @@ class SimulatedWorkers:
         bucket.book(session.row, session.collective)
         reached = [False] * len(params)
         for worker, peer in zip(session.workers, self.peers, strict=True):
-            if worker.rank == 1:  # the first worker's buffers are what all go on with
+            if worker.rank == 1:  # all workers continue with the first worker's buffers
                 kept = [buffer.clone() for buffer in self.model.buffers()]
             self._restore(before)
             for param in params:
@@ -120,7 +120,7 @@ class SimulatedWorkers:
                 turn=session.turn,
             )
         for param, out, used in zip(params, outs, reached, strict=True):
-            param.grad = wrapped(out, param) if used else None  # what no worker used has no gradient, as in DDP
+            param.grad = wrapped(out, param) if used else None  # as in DDP, no gradient if no worker used it
         session.end_step()
         self.optimizer.step()
         return total / len(self.peers)
@@ -146,17 +146,17 @@ def simulate(
 ) -> Simulation:
     """Train ``model`` as ``workers`` data-parallel workers would, in one process.
 
-    The parameters at the end are those of the real run with as many processes and threads each: bit-equal where
-    payloads are gathered, and to float tolerance where an all-reduce of more than two picks its own order.
+    The final parameters are those of a real run with the same number of processes, and threads in each: bit-equal if
+    payloads are gathered; within float tolerance if an all-reduce over more than two ranks sums in its own order.
 
     Args:
         model: trained in place.
-        method: how gradients are exchanged.
-        optimizer: of the model's parameters, or several; left as ``detach()`` leaves it.
-        batches: ``batches(worker, step)`` is the batch of that worker at that step.
-        loss: ``loss(model, batch)`` is a scalar.
-        workers: how many, from 1.
-        steps: optimizer steps.
+        method: compresses the gradients.
+        optimizer: of the model's parameters, or several; it ends as after ``detach()``.
+        batches: ``batches(worker, step)`` returns the batch of that worker at that step.
+        loss: ``loss(model, batch)`` returns a scalar.
+        workers: the number of workers, at least 1.
+        steps: the number of optimizer steps.
         seed, kernels, policy: as for ``attach``.
         after_step: called with the step and the mean loss.
 

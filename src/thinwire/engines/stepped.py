@@ -1,7 +1,7 @@
-"""What an optimizer is about to step on, and whether it has been exchanged.
+"""A check before each optimizer step that its gradients have been exchanged.
 
-Where it has not, every rank steps on a gradient of its own, and replicas part without a word. In a step as it should
-be, an exchange has ended since the last one; only where none has, gradients are looked at.
+Without an exchange, every rank would step on its own gradient, and replicas would silently differ. Normally an exchange
+has ended since the last step; only if none has, the gradients themselves are checked.
 """
 
 import gc
@@ -24,14 +24,14 @@ Marks: TypeAlias = dict[int, tuple[int, int]]
 
 
 class Steps:
-    """Follows the steps of all optimizers that hold a parameter of one model, whether ``attach`` was given them or not.
+    """The check of all optimizers that hold a parameter of one model, even those that ``attach`` was not given.
 
     Args:
         exchanged: the parameters whose gradients are exchanged, by name.
-        apart: the others of the model.
-        way_out: how gradients get exchanged, for the message.
-        unfinished: names of parameters that an exchange waits for.
-        late: of a parameter whose gradient was added to after its exchange.
+        apart: the other parameters of the model.
+        way_out: advice on how to exchange the gradients, for the message.
+        unfinished: returns the names of parameters that an exchange waits for.
+        late: returns the parameters whose gradients were added to after their exchange.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class Steps:
         self.exchanged = False
         self.session: Session | None = None
         self.stepped: WeakKeyDictionary[torch.optim.Optimizer, Marks] = WeakKeyDictionary()
-        """What those that have stepped since the last exchange have stepped on."""
+        """Marks of the gradients used by each optimizer that has stepped since the last exchange."""
         self.held: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, list[Tensor]]] = WeakKeyDictionary()
-        """Of each, how many parameters it has, and those of them that are exchanged."""
+        """For each optimizer, its number of parameters, and those of them that are exchanged."""
         self.closures: WeakSet[torch.optim.Optimizer] = WeakSet()
 
     def install(self, session: Session) -> None:
@@ -68,20 +68,20 @@ class Steps:
             session.cleanup.callback(handle.remove)
 
     def ended(self) -> None:
-        """An exchange has ended, so what optimizers find is the same on all ranks."""
+        """Note that an exchange has ended, so gradients are the same on all ranks."""
         self.exchanged = True
         self.stepped.clear()
 
     def before(self, optimizer: torch.optim.Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """An optimizer is about to step.
+        """Check the gradients of an optimizer before its step.
 
         Raises:
-            ThinwireError: it would step on what was not exchanged.
+            ThinwireError: it would step on gradients that were not exchanged.
         """
         if not (mine := self._mine(optimizer)):
             return
         if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
-            self.closures.add(optimizer)  # which brings the gradients and their exchange
+            self.closures.add(optimizer)  # checked after the step: the closure runs backward and the exchange
             return
         self._check(optimizer, mine)
 
@@ -95,7 +95,7 @@ class Steps:
 
     def _check(self, optimizer: torch.optim.Optimizer, mine: list[Tensor]) -> None:
         if (session := self.session) is None or (session.transaction.failed and session.optimizer is not None):
-            return  # the session takes the gradients away
+            return  # the session clears the gradients
         if not self.exchanged or optimizer in self.stepped:
             marks = self.stepped.get(optimizer, {})
             new = [p for p in mine if (grad := p.grad) is not None and marks.get(id(p)) != _mark(grad)]
@@ -121,7 +121,7 @@ class Steps:
             )
 
     def _mine(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        """What of an optimizer is exchanged here."""
+        """Return the optimizer's parameters that are exchanged here."""
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         known = self.held.get(optimizer)
         if known is None or known[0] != count:
@@ -133,7 +133,7 @@ class Steps:
         return known[1]
 
     def _warn_of_foreign(self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> None:
-        """An optimizer steps on a parameter that nobody averages."""
+        """Warn if the optimizer steps a parameter whose gradient is not averaged."""
         known = self.apart.union(*(other.names for other in _following))
         foreign = [p for p in params if p.requires_grad and id(p) not in known and not isinstance(p, DTensor)]
         if not foreign:
@@ -159,8 +159,8 @@ def inside(ddp: DistributedDataParallel) -> nn.Module:
 
 
 def wrappers() -> list[DistributedDataParallel]:
-    """Every DDP model that lives in this process; a pass over all objects, to be made rarely."""
-    kinds = {DistributedDataParallel}  # abstract, so issubclass() is slow, and there are a million objects
+    """Return every DDP model in this process. Slow, because it visits all Python objects."""
+    kinds = {DistributedDataParallel}  # isinstance() would be slow for this class, over a million objects
     while more := {each for kind in kinds for each in kind.__subclasses__()} - kinds:
         kinds |= more
     return [one for one in gc.get_objects() if type(one) in kinds]
@@ -171,13 +171,13 @@ def _mark(grad: Tensor) -> tuple[int, int]:
 
 
 def _moves(param: Tensor) -> bool:
-    """Whether its gradient is other than zero."""
+    """Return True if the parameter's gradient has a nonzero element."""
     grad = cast(Tensor, param.grad)
     return bool((grad.coalesce().values() if grad.is_sparse else own(grad)).count_nonzero())
 
 
 def _weak(method: Callable[..., None]) -> Callable[..., None]:
-    """Hooks of all optimizers outlive a session that nobody detached, and must not keep it."""
+    """Return a hook with a weak reference: hooks of all optimizers outlive a session, and must not keep it alive."""
     call = WeakMethod(method)
 
     def hook(*args: Any) -> None:

@@ -1,7 +1,6 @@
-"""The parameters of a model as they were at attach, and what has become of them since.
+"""A check before each forward pass that the parameters of a model are those of attach.
 
-Looked at before each forward pass. The quick look compares identities and layouts alone; only where something has
-changed is the model walked through.
+The quick check compares only identities and layouts; if something has changed, all modules are visited.
 """
 
 import warnings
@@ -18,13 +17,13 @@ from thinwire.session.session import Session
 
 
 class Parameters:
-    """What is exchanged of a model, and what else there is in it.
+    """The exchanged parameters of a model, and its others.
 
     Args:
         exchanged: the parameters whose gradients are exchanged, by name.
-        apart: the names of those that are left out although they train.
-        since: after what they are not to change, for messages.
-        again: what to do where they have.
+        apart: the names of trained parameters that are not exchanged.
+        since: the event after which they must not change, for messages.
+        again: advice for the error if they have changed.
 
     Raises:
         ThinwireError: by ``check``; nothing has been sent then.
@@ -44,19 +43,19 @@ class Parameters:
         self.exchanged = dict(exchanged)
         self.layouts = Layouts(exchanged, again)
         self.gone: set[str] = set()
-        """What is exchanged and no longer in the model."""
+        """Names of exchanged parameters that are no longer in the model."""
         self._take()
         self.known = {id(param) for _, param in self._walk()}
 
     def check(self, session: Session) -> bool:
-        """What has changed is an error, or where it can be it is followed, which is a collective call, and True."""
+        """Check all parameters; returns True if changed strides were followed, and then it is a collective call."""
         if not self._as_before():
             self._look()
             self._take()
         return self.layouts.check(session)
 
     def _walk(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter once. What FSDP2 has gathered for now is the sharded one that it was before."""
+        """Yield each parameter once; for one that FSDP2 has gathered, its sharded parameter."""
         seen: set[int] = set()
         modules: list[tuple[str, nn.Module]] = [*self.model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
         for path, module in modules:
@@ -67,7 +66,7 @@ class Parameters:
                     yield clean(f"{path}.{leaf}" if path else leaf), param
 
     def _take(self) -> None:
-        """Keep what the quick look compares."""
+        """Record what the quick check compares."""
         modules: list[nn.Module] = [*self.model.modules()]  # pyright: ignore[reportUnknownArgumentType]
         self.places: list[tuple[Mapping[str, object], str, object]] = []
         self.sizes: list[tuple[Mapping[str, object], int]] = []
@@ -107,7 +106,7 @@ class Parameters:
 
 
 def warn_of_apart(names: Sequence[str], why: str) -> None:
-    """What trains and is not exchanged."""
+    """Warn of trained parameters that are not exchanged."""
     warnings.warn(
         f"parameter {names[0]!r} trains and its gradient is not averaged over the ranks, since {why} ({len(names)} "
         "such parameters): replicas part where gradients differ, unless you average them yourself",
@@ -120,5 +119,5 @@ def _parameters(module: nn.Module) -> "dict[str, Tensor | None]":
 
 
 def _gathered(now: object) -> bool:
-    """Whether this may stand where FSDP2 keeps a sharded parameter between two passes."""
+    """Return True for a parameter that FSDP2 may have gathered in place of a sharded one."""
     return isinstance(now, Tensor) and not isinstance(now, DTensor)

@@ -1,1 +1,1 @@
-"""FSDP2 (``fully_shard``): its reduce-scatters and all-gathers, and the replicas of its shards."""
+"""The engine for FSDP2 (``fully_shard``): reduce-scatters, all-gathers, and exchanges between replicas of a shard."""

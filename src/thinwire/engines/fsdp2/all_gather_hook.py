@@ -1,7 +1,7 @@
 """The compressed parameter all-gather of one ``fully_shard`` module.
 
-Every rank, the sender too, works with what arrives, so all of them hold the same weights. The forward and the backward
-pass of a step gather the same values: a compressor draws by the step. The optimizer keeps the exact shards.
+Every rank, including the sender, uses the decoded values, so all ranks have the same weights. The forward and backward
+pass of a step gather the same values, because random rounding depends on the step. The optimizer has exact shards.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ _native: Callable[..., Any] = getattr(dist, _name)
 
 
 class Passes(Protocol):
-    """What an all-gather needs of the hooks of its model."""
+    """The part of a model's hooks that an all-gather uses."""
 
     session: Session | None
     shards: ProcessGroup
@@ -37,7 +37,7 @@ class Passes(Protocol):
 
 
 class Gather:
-    """The all-gather of one module, in the form that ``set_custom_all_gather`` wants."""
+    """The all-gather of one module, with the interface of ``set_custom_all_gather``."""
 
     def __init__(self, shards: Passes, name: str, compressor: Compressor) -> None:
         self.shards, self.name, self.compressor = shards, name, compressor
@@ -50,10 +50,10 @@ class Gather:
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> Any:
         session = self.shards.session
-        if session is None or not input_tensor.is_floating_point():  # bytes, where a module mixes dtypes
+        if session is None or not input_tensor.is_floating_point():  # bytes, if a module mixes dtypes
             return _native(output_tensor, input_tensor, group=group, async_op=async_op)
         along = self.shards.shards
-        if (world := group.size()) != along.world:  # reshard_after_forward=<int>: parts of what has been rounded
+        if (world := group.size()) != along.world:  # reshard_after_forward=<int>: these values are already rounded
             sent = wire_bytes("all_gather", input_tensor.nbytes, world)
             self.shards.gathered(input_tensor.numel(), sent, world)
             return _native(output_tensor, input_tensor, group=group, async_op=async_op)

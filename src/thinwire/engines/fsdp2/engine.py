@@ -1,13 +1,13 @@
-"""FSDP2 (``fully_shard``): what is checked and set up; ``shards.py`` has what passes through.
+"""Checks and setup for FSDP2 (``fully_shard``); ``shards.py`` has the hooks.
 
-What was observed of FSDP2 and shaped it:
+Behaviour of FSDP2 that this code depends on:
 
-* With native HSDP the all-reduce over replicas is its own. So the model is sharded over one dimension, and the exchange
-  between replicas is ours: it begins where FSDP2 has reduce-scattered a gradient.
-* There it calls the hooks of ``Tensor.register_post_accumulate_grad_hook`` of the sharded parameter, after the division
-  and the cast. The hook of ``set_all_reduce_hook`` is called a moment before, with a flat buffer and no word of which
-  parameters lie in it, or where. So the former are used: a unit is a parameter's shard, by the parameter's name.
-* What replaces the reduce-scatter can never be taken back (there is no getter), so it stays and does what FSDP2 does.
+* Native HSDP does the all-reduce over replicas itself. So the model must be sharded over one dimension, and thinwire
+  exchanges gradients between replicas, as soon as FSDP2 has reduce-scattered them.
+* FSDP2 then calls the hooks of ``Tensor.register_post_accumulate_grad_hook`` of the sharded parameter, after the
+  division and the cast. It calls the hook of ``set_all_reduce_hook`` shortly before, with a flat buffer that does not
+  tell its parameters or their places. So the former is used: a unit is a parameter's shard, with the parameter's name.
+* A custom reduce-scatter can't be removed (there is no getter). So it stays; without a session it does FSDP2's own.
 """
 
 from collections.abc import Sequence
@@ -60,21 +60,21 @@ def is_fsdp1(model: nn.Module) -> bool:
 
 
 def sharded_talk(model: nn.Module, replicate: DeviceMesh | None, timeout: float) -> BothAxes:
-    """All ranks of a model that went through ``fully_shard`` on a mesh of one dimension."""
+    """Return the control channel of all ranks of a model that is sharded on a mesh of one dimension."""
     mesh = next(param.device_mesh for param in model.parameters() if isinstance(param, DTensor))
     replicas = Local.of(1)[0] if replicate is None else ProcessGroup(replicate.get_group(), timeout)
     return BothAxes(replicas, ProcessGroup(mesh.get_group(), timeout))
 
 
 class Fsdp2:
-    """One FSDP2 model, about to be attached to.
+    """An FSDP2 model, before it is attached.
 
     Args:
         options, timeout: see ``thinwire.attach``.
-        steps: whether there is an optimizer whose steps can be followed.
+        steps: True if ``attach`` was given an optimizer.
 
     Raises:
-        ThinwireError: it is sharded in a way that leaves nothing to exchange, or on meshes that don't fit.
+        ThinwireError: no sharded parameter requires a gradient, or the meshes don't fit.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Fsdp2:
         self.scatter = Rule(scatter, NoMemory()) if isinstance(scatter, Compressor) else scatter
 
     def _reshard(self) -> None:
-        """After an evaluation the parameters of the root are still whole, and rounded where all_gather= rounds."""
+        """Free gathered parameters: after an evaluation the root's are still whole, and rounded by ``all_gather=``."""
         for _, module in self.modules:
             module.reshard()
 
@@ -144,20 +144,20 @@ class Fsdp2:
                 "reduce_scatter remembers what it lost, which is final when the optimizer steps; pass optimizer="
             )
         needed = {"set_custom_reduce_scatter": "2.9", "set_force_sum_reduction_for_comms": "2.9"}
-        if rule.memory.stateful:  # its residual has the size of the buffer, which must not change
+        if rule.memory.stateful:  # the residual has the buffer's size, which must stay the same
             needed["set_reduce_scatter_unused_params"] = "2.13"
         for method, since in needed.items():
             check_method(self.modules[0][1], method, since)
 
     def _check_gather(self, compressor: Compressor) -> None:
         check_flat("all_gather", "all-gather carries flat weights", compressor)
-        Rule(compressor, NoMemory())  # refuses what leaves elements out
+        Rule(compressor, NoMemory())  # raises an error for sparsifiers
         if (omega := compressor.traits.variance(2**20)) is not None and omega > 1.0:
             raise ThinwireError(
                 f"all_gather={type(compressor).__name__} adds noise of {omega:.2g} times the energy of the weights; "
                 "the limit is 1: use thinwire.compressors.Quantize(8), or more bits"
             )
-        if omega and not self.steps:  # to lose something and be unbiased, it must draw
+        if omega and not self.steps:  # a lossy unbiased compressor is random
             raise ThinwireError(
                 f"all_gather={type(compressor).__name__} draws anew in each step, so that both passes of one see the "
                 "same weights, and only the optimizer tells steps apart; pass optimizer=, or round to nearest, as "
@@ -223,7 +223,7 @@ _attached: WeakKeyDictionary[nn.Module, ref[Shards]] = WeakKeyDictionary()  # a 
 
 
 def check_method(module: object, name: str, since: str) -> None:
-    """Raises a ``ThinwireError`` that names the versions where FSDP2 has no such method yet."""
+    """Raise a ``ThinwireError`` that names the versions if this FSDP2 does not have the method yet."""
     if not hasattr(module, name):
         raise ThinwireError(
             f"this needs FSDPModule.{name}(), which came with torch {since}; here is {torch.__version__}: upgrade "
@@ -233,11 +233,11 @@ def check_method(module: object, name: str, since: str) -> None:
 
 
 def _owned(model: nn.Module, modules: Sequence[tuple[str, Any]]) -> list[OwnedShard]:
-    """The sharded parameters that require a gradient, with the number of the module that they travel with."""
+    """Return the sharded parameters that require a gradient, with the number of their ``fully_shard`` module."""
     numbers = {name: number for number, (name, _) in enumerate(modules)}
     owned: list[OwnedShard] = []
     for name, param in model.named_parameters():
-        if not param.requires_grad or not isinstance(param, DTensor):  # what FSDP2 ignores, it does not average either
+        if not param.requires_grad or not isinstance(param, DTensor):  # FSDP2 does not average ignored parameters
             continue
         path, _, leaf = name.rpartition(".")
         above = path
@@ -252,19 +252,19 @@ def _owned(model: nn.Module, modules: Sequence[tuple[str, Any]]) -> list[OwnedSh
 
 
 def _state(module: FSDPModule) -> Any:
-    """What FSDP2 keeps of a module, which nothing public shows; None where a version of torch keeps it elsewhere."""
+    """Return FSDP2's private state of a module; None if this version of torch keeps it elsewhere."""
     look: Any = getattr(module, "_get_fsdp_state", None)
     return look() if look is not None else None
 
 
 def _travels(module: FSDPModule, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which PyTorch reduce-scatters gradients of this module's parameters, which are kept as ``dtype``."""
+    """Return the dtype in which PyTorch reduce-scatters the gradients of this module's ``dtype`` parameters."""
     policy: Any = getattr(_state(module), "_mp_policy", None)
     return getattr(policy, "reduce_dtype", None) or getattr(policy, "param_dtype", None) or dtype
 
 
 def _check_one_group(name: str, module: FSDPModule) -> None:
-    groups: Any = getattr(_state(module), "_fsdp_param_groups", ())  # without it, PyTorch refuses, in install()
+    groups: Any = getattr(_state(module), "_fsdp_param_groups", ())  # if missing, PyTorch raises an error in install()
     if len(groups) > 1:
         raise ThinwireError(
             f"{name or 'the model'} has {len(groups)} groups of parameters, by the meshes that its shard_placement_fn "
@@ -274,7 +274,7 @@ def _check_one_group(name: str, module: FSDPModule) -> None:
 
 
 def _shards(params: list[Tensor], timeout: float) -> ProcessGroup:
-    """The ranks that the parameters are sharded over."""
+    """Return the process group of the ranks that the parameters are sharded over."""
     meshes: list[DeviceMesh] = [cast(DTensor, param).device_mesh for param in params]
     for param, mesh in zip(params, meshes, strict=True):
         placements = cast(DTensor, param).placements

@@ -11,20 +11,20 @@ from thinwire.methods.method import Rule
 
 @dataclass(frozen=True)
 class Fsdp2Options:
-    """Options of ``attach`` for FSDP2: who the replicas are, and how shards exchange gradients and parameters.
+    """Options of ``attach`` for FSDP2: the mesh of replicas, and compression of gradients and parameters across shards.
 
     Args:
-        replicate: the mesh, of one dimension, over the replicas of each shard: the reduce-scattered gradients are
-            exchanged over it by the method, and residuals have the size of a shard. None for no replicas.
-        reduce_scatter: how gradients travel between the ranks that a parameter is sharded over, e.g.
-            ``Quantize(8, rounding="stochastic")``; None for PyTorch's own. A ``Rule(compressor, ErrorFeedback())``
-            remembers what it lost, at the cost of two unsharded gradients a rank, which is what FSDP2 saves.
-        all_gather: how parameters travel between those ranks, e.g. ``Quantize(8)``; None for PyTorch's own. The passes
-            then work with rounded weights, and the optimizer with exact ones. One that draws, with
-            ``rounding="stochastic"``, needs ``optimizer=``.
+        replicate: the mesh, of one dimension, over the replicas of each shard. The method exchanges reduce-scattered
+            gradients over it, and residuals have the size of a shard. None for no replicas.
+        reduce_scatter: the compressor of gradients between the ranks that a parameter is sharded over, e.g.
+            ``Quantize(8, rounding="stochastic")``; None for PyTorch's reduce-scatter. ``Rule(compressor,
+            ErrorFeedback())`` adds a residual. It needs memory for two unsharded gradients a rank.
+        all_gather: the compressor of parameters between those ranks, e.g. ``Quantize(8)``; None for PyTorch's
+            all-gather. Forward and backward then use rounded weights, and the optimizer exact ones. A compressor with
+            random rounding (``rounding="stochastic"``) needs ``optimizer=``.
 
     Raises:
-        ThinwireError: one of them is not of its kind.
+        ThinwireError: an option has a wrong type.
 
     **Wire**: along the shard axis ``(N-1)/N`` of the payloads of all gradients, and the same of all parameters in each
     of the two passes; between replicas that of the method.

@@ -26,7 +26,7 @@ _native: Callable[..., Any] = getattr(dist, _name)
 
 
 class Passes(Protocol):
-    """What a reduce-scatter needs of the hooks of its model."""
+    """The part of a model's hooks that a reduce-scatter uses."""
 
     session: Session | None
     shards: ProcessGroup
@@ -36,14 +36,14 @@ class Passes(Protocol):
 
 
 class Scatter:
-    """The reduce-scatter of one module, in the form that ``set_custom_reduce_scatter`` wants."""
+    """The reduce-scatter of one module, with the interface of ``set_custom_reduce_scatter``."""
 
     def __init__(self, shards: Passes, name: str, rule: Rule) -> None:
         self.shards, self.module, self.rule = shards, name, rule
         self.name = f"reduce-scatter of {name}"
         self.worker: Worker | None = None
         self.written = False
-        """The next states are those of the step under way."""
+        """True if the next states are those of the current step."""
         self.found: Tensor | None = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -68,7 +68,7 @@ class Scatter:
             self.worker = Worker(first + along.rank, session.seed, states, kernels=session.workers[0].kernels)
         if memory.stateful:
             self._write(rows)
-            if session.loss_scale != 1.0:  # what the others send is without it, until the sum is made
+            if session.loss_scale != 1.0:  # the others' rows are sent unscaled; the sum is scaled again
                 rows[along.rank].div_(session.loss_scale)
         bucket = reduced(self.name, self.rule.compressor, memory, rows, along.rank, first)
         exchange(
@@ -88,20 +88,20 @@ class Scatter:
         self.found = header.is_nonfinite(rows)
 
     def begin(self) -> None:
-        """A new step begins: what an earlier one wrote, and no optimizer made final, is void."""
+        """Begin a step; states of an earlier one that no optimizer step committed are void."""
         self.written = False
 
     def commit(self) -> None:
-        """The optimizer has stepped: what was written is final."""
+        """Commit the states of the step after the optimizer has stepped."""
         if self.written and self.worker is not None:
             self.worker.local[self.name].commit()
         self.written = False
 
     def forget(self) -> None:
-        """Let go of what is remembered."""
+        """Free the residuals."""
         self.worker = None
 
     def nonfinite(self) -> bool | None:
-        """Tell whether something that is remembered was not finite; None where nothing is remembered."""
+        """Return True if a gradient was nonfinite before it was reduced; None without a memory."""
         found, self.found = self.found, None
         return None if found is None else bool(found)

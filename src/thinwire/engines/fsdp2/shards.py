@@ -1,6 +1,6 @@
-"""What passes through an FSDP2 model: its reduce-scatters, and between replicas what they leave on this rank.
+"""Gradient hooks of an FSDP2 model: its reduce-scatters, and the exchange of their results between replicas.
 
-A bucket is what one ``fully_shard`` module holds, the last module first.
+A bucket holds the parameters of one ``fully_shard`` module; the last module comes first.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ from thinwire.session.session import Session
 
 @dataclass(frozen=True, eq=False)
 class OwnedShard(Owned):
-    """A sharded parameter; its bucket is the number of the ``fully_shard`` module that it travels with."""
+    """A sharded parameter; its bucket is the number of its ``fully_shard`` module."""
 
     travels: torch.dtype
-    """What PyTorch's own reduce-scatter sends of its gradient."""
+    """The dtype in which PyTorch's reduce-scatter sends its gradient."""
 
     @property
     def scattered(self) -> int:
-        """Elements of the reduce-scattered buffer that are for one rank, padding included."""
+        """Elements of the reduce-scattered buffer for one rank, padding included."""
         dim, (_, world) = cast(int, shard_dim(self.param)), place(self.param)
         return -(-self.param.shape[dim] // world) * (self.param.numel() // max(1, self.param.shape[dim]))
 
@@ -40,8 +40,8 @@ class Shards(GradHooks):
     """The hooks of one FSDP2 model.
 
     Args:
-        modules: those that went through ``fully_shard``.
-        exchanges: whether there are replicas.
+        modules: the ``fully_shard`` modules.
+        exchanges: True if there are replicas.
         shards: the ranks that the model is sharded over.
     """
 
@@ -57,12 +57,12 @@ class Shards(GradHooks):
         self.modules, self.shards = modules, shards
         self.shard_of = {id(one.param): one for one in owned}
         self.scatters: list[Scatter] = []
-        self.gathers = 0.0, 0.0  # bytes of all-gathers since the last step, and what fp32 would have sent
+        self.gathers = 0.0, 0.0  # bytes sent by all-gathers since the last step, and bytes in fp32
 
     def install(self, session: Session) -> None:
         super().install(session)
         session.on_commit.extend(scatter.commit for scatter in self.scatters)
-        recomputes = cast(Any, torch.compiler.disable(self.recomputes))  # as all hooks of FSDP2 are
+        recomputes = cast(Any, torch.compiler.disable(self.recomputes))  # as FSDP2 does for its hooks
         for module in self.modules:
             session.cleanup.callback(module.register_forward_pre_hook(Hook(recomputes)).remove)
 
@@ -72,7 +72,7 @@ class Shards(GradHooks):
             scatter.forget()
 
     def recomputes(self, *_: object) -> None:
-        """A checkpointed module is run again: in the outer pass, which brings its gradients perhaps in an inner one."""
+        """Enter the outer backward pass when a checkpointed module is recomputed, before a nested pass may start."""
         if self.session is not None and in_backward():
             self.passes.enter()
 
@@ -88,12 +88,12 @@ class Shards(GradHooks):
             self.count(session, numbers * self.shards.world, sent)
 
     def count(self, session: Session, elements: int, sent: float) -> None:
-        """Book one reduce-scatter of so many elements."""
+        """Add one reduce-scatter of so many elements to the ledger."""
         cast(Mesh, session.collective).sent_inside += sent
         session.row.inside_dense_bytes += wire_bytes("all_to_all", elements * 4, self.shards.world)
 
     def gathered(self, elements: int, sent: float, world: int) -> None:
-        """One all-gather of so many elements of each rank; booked at the end of the next backward pass."""
+        """Count one all-gather of so many elements a rank; the ledger gets it at the end of the next backward pass."""
         plain = wire_bytes("all_gather", elements * 4, world)
         self.gathers = self.gathers[0] + sent, self.gathers[1] + plain
 
@@ -104,7 +104,7 @@ class Shards(GradHooks):
         return cast(Mesh, session.collective).any_replica(any(found), session.timeout) if found else None
 
     def memory_bytes(self, rule: Rule) -> int:
-        """What a reduce-scatter that remembers keeps on this rank."""
+        """Return the bytes of a reduce-scatter's residuals on this rank."""
         own_dtype = rule.memory.dtype(self.owned[0].param.dtype)
         elements = sum(one.scattered for one in self.shard_of.values())
         return 2 * elements * self.shards.world * own_dtype.itemsize
