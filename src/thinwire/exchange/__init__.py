@@ -1,1 +1,1 @@
-"""The journey of a gradient: read ``pipeline.py`` first."""
+"""The exchange of gradients over the network: read ``pipeline.py`` first."""

@@ -1,4 +1,4 @@
-"""What all ranks sent of one piece, added in their order, so that every rank has the same bits."""
+"""The sum of all ranks' payloads of one piece, in rank order, so that every rank has the same bits."""
 
 import math
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ def added(
     alpha: float = 1.0,
     most: float = math.inf,
 ) -> Found | None:
-    """Ascending indices of the elements that any rank sent, and the sum of ``alpha`` times the values at each.
+    """Return the ascending indices of the elements that any rank sent, and ``alpha`` times the sum of their values.
 
-    None where more than a share ``most`` of the elements might be among them.
+    Return None if more than the fraction ``most`` of the elements might be among them.
 
     Args:
-        payloads: of the piece, and whose each is.
-        like: of the shape and dtype of the piece; values are summed in float32 at least.
+        payloads: the ranks and their payloads of the piece.
+        like: a tensor of the shape and dtype of the piece; values are summed in float32 at least.
         state: the compressor's.
         ctx: of the piece, on any rank.
     """

@@ -1,9 +1,9 @@
-"""Which collective a payload takes.
+"""Buckets, and the choice of a collective for each payload.
 
-Payloads that can be summed take one all-reduce, all others one all-gather, or two phases; so a bucket needs one
-message, or two where it holds both. Where a method compresses, and the summable payloads of the whole model (biases,
-norms) are small, they take the way of the compressed ones: that saves a round trip, and does not depend on how the
-model is cut into buckets. Payloads whose elements a leader chooses take a broadcast of the choice, and an all-reduce.
+Summable payloads take one all-reduce, all others one all-gather or two phases. So a bucket needs one message, or two if
+it holds both kinds. If the method compresses, and the summable payloads of the whole model (biases, norms) are small,
+they are gathered with the compressed ones: that saves a round trip, and does not depend on how the model is cut into
+buckets. Payloads whose elements a leader selects take a broadcast of the selection, then an all-reduce.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from thinwire.report.ledger import StepRow
 
 @dataclass(frozen=True)
 class Routing:
-    """How a method wants its compressed units carried, and over which link as far as that is known."""
+    """The route that a method chooses for compressed units, and the link if it is known."""
 
     route: RouteName = "all_gather"
     second: float = 1.0
@@ -39,18 +39,18 @@ class Routing:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Units whose gradients are ready together, and the messages that carry them."""
+    """Units whose gradients are exchanged together, and the routes of their messages."""
 
     units: tuple[Unit, ...]
     routes: tuple[Route, ...]
 
     @cached_property
     def lossy(self) -> frozenset[int]:
-        """The units that their method compresses."""
+        """The indices of the units that the method compresses."""
         return frozenset(i for i, unit in enumerate(self.units) if unit.compressed)
 
     def wire_bytes(self, world: int) -> tuple[float, float]:
-        """Bytes a worker sends for this bucket in a step: in all, and for the compressed units with the head."""
+        """Return the bytes a worker sends for this bucket: in all, and for the compressed units with the header."""
         total = compressed = 0.0
         for route in self.routes:
             all_of_it, lossy = route.wire_bytes(world, self.lossy)
@@ -59,7 +59,7 @@ class Bucket:
         return total, compressed
 
     def book(self, row: StepRow, collective: Collective) -> None:
-        """Write down what this rank sends for this bucket in a step; its total comes from the collective itself."""
+        """Add this rank's bytes for this bucket to the ledger row; the collective counts the total itself."""
         world, share = collective.world, 1 / collective.lanes
         row.compressed_wire_bytes += self.wire_bytes(world)[1] * share
         for i, unit in enumerate(self.units):
@@ -69,7 +69,7 @@ class Bucket:
 
     @property
     def joins(self) -> bool:
-        """Whether its message can travel in one all-gather with those of other buckets."""
+        """True if its message can share one all-gather with those of other buckets."""
         return len(self.routes) == 1 and self.routes[0].kind == "all_gather"
 
     @property
@@ -79,7 +79,7 @@ class Bucket:
 
 
 def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(), step: int = 0) -> Bucket:
-    """Sort the units of a bucket into messages, of the shapes that they have at this step."""
+    """Sort the units of a bucket into messages, with the payload shapes of this step."""
     payloads = [payload_like(unit.compressor, unit.like, step) for unit in units]
     summed: dict[torch.dtype, list[int]] = {}
     led: dict[torch.dtype, list[int]] = {}
@@ -123,7 +123,7 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
 
 
 def seconds(routes: Sequence[Route], routing: Routing, world: int) -> float:
-    """What the model says of these exchanges, one after the other."""
+    """Return the estimated seconds of these exchanges, one after the other."""
     if routing.link is None:
         raise ThinwireError("route 'auto' chooses by the speed of the link, which is not known here")
     return sum(routing.link.seconds(kind, nbytes, world) for route in routes for kind, nbytes in route.stages)

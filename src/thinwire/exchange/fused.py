@@ -1,4 +1,4 @@
-"""Compensation and compression of each piece: in one pass over memory where a threshold chooses the elements."""
+"""Compensation and compression of each piece; in one pass over memory if a threshold selects the elements."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -27,16 +27,16 @@ def select(
     scale: float,
     clear: bool = True,
 ) -> dict[int, Found]:
-    """Do what the memories and the selections of these pieces do, as far as a kernel can, for all of them together.
+    """Compensate and select the elements of all pieces that the fused kernel can handle, together.
 
     Args:
         grads: of the units.
         contexts: of the pieces.
-        clear: whether gradients are to be zero afterwards.
+        clear: True to set gradients to zero afterwards.
 
     Returns:
-        For each piece that was done: what is sent, ascending. Its next state is written, what is asked is the new
-        residual.
+        For each piece that was handled: the elements to send, in ascending order. The piece's next state is written;
+        the compensated tensor is the new residual.
     """
     works: dict[int, Pass] = {}
     selections: dict[int, Selection] = {}
@@ -58,7 +58,7 @@ def select(
 
 
 def warm_up_kernels(units: Sequence[Unit], kernels: Kernels, clear: bool = True) -> None:
-    """Compile what will run, so that no training step has to wait for it. ``clear``: see ``select``."""
+    """Compile the kernels that will run, so that no training step waits for it. ``clear``: see ``select``."""
     kinds = {(accumulation(unit.memory), unit.own.dtype, unit.like.dtype, unit.param.device) for unit in units}
     for rule, grad, state, device in kinds:
         if rule is not None:
@@ -67,7 +67,7 @@ def warm_up_kernels(units: Sequence[Unit], kernels: Kernels, clear: bool = True)
             work = Pass(rule, torch.zeros(65, dtype=grad, device=device), v, new_v, *momentum, clear=clear)
             if kernels.runs(work):
                 threshold = kernels.kth(kernels.sample(work, 0, 4, 2), 1).clamp_(min=smallest(state))
-                kernels.kth(torch.zeros(2**14, dtype=state, device=device), 1)  # a long sample takes another way
+                kernels.kth(torch.zeros(2**14, dtype=state, device=device), 1)  # long samples use another kernel
                 kernels.accumulate([work], [Cut(threshold, 65)])
                 found, values = kernels.look(new_v, Cut(threshold, 65))
                 coded = kernels.encode_indices(found, 65)
@@ -80,7 +80,7 @@ def warm_up_kernels(units: Sequence[Unit], kernels: Kernels, clear: bool = True)
 
 
 def _pass(unit: Unit, piece: Piece, grad: Tensor, worker: Worker, scale: float, clear: bool) -> Pass | None:
-    """None where the memory has to do more, or tensors lie differently in memory."""
+    """Return arguments for the fused kernel; None if the memory can't be fused now, or if strides or dtypes differ."""
     rule, local = accumulation(unit.memory), worker.local[unit.name]
     if rule is None or "carried" in local.now:
         return None
@@ -102,20 +102,20 @@ def compress(
         chosen: the elements sent, if ``select`` has compensated and selected already.
 
     Returns:
-        The compensated tensor, its payload, and the tensor that the receivers decode from it: None where nothing is
-        remembered and nobody measures, since decoding takes time.
+        The compensated tensor, its payload, and the tensor that the receivers decode from it. The last is None if no
+        memory or measurement needs it, since decoding takes time.
     """
     local = worker.local[unit.name]
     now, new, known = (piece.of_state(state) for state in (local.now, local.next, unit.shared.now))
     if chosen is not None:
         x = new[cast(Fusable, unit.memory).fused_slots[0]]
-        selector = cast(Thresholded, unit.compressor)  # which has answered a sampling
+        selector = cast(Thresholded, unit.compressor)  # since ``select`` used its sampling
         payload = selector.encode(chosen[0], unit.held(chosen[1], loss_scale), x.numel(), ctx)
         own = selector.own(payload, chosen[0], x, known, ctx)
     else:
         x = unit.memory.compensate(piece.of(grad), piece.of(unit.own), known | now, new, 1.0 / loss_scale, ctx)
         if (carried := now.get("carried")) is not None:  # the residual that an earlier method left
-            # not in place: what is asked may be a momentum itself, in which it would go on counting
+            # not in place: x may be the momentum buffer itself, which must not include the residual
             x = torch.add(x, carried, alpha=1.0 if unit.memory.stateful else loss_scale).to(x.dtype)
         payload = unit.compressor.compress(unit.held(x, loss_scale), known, ctx)
         watched = unit.memory.stateful or worker.looks(unit)

@@ -3,10 +3,10 @@
     gradient -> [compensate -> compress] -> wire -> collective -> wire -> [decompress -> update] -> optimizer
                  -------- send --------      ------- route -------         ------- receive ------
 
-``send`` and ``receive`` never communicate and ``route`` never computes. On a route of two stages ``relay`` stands
-between them: the ranks combine what has arrived, and route it once more. All engines and the simulator call these four
-functions, on every route, and only the collective differs. So the simulator equals the real run, and bytes are counted
-in one place.
+``send`` and ``receive`` never communicate, and ``route`` never computes. On a route of two stages, ``relay`` runs
+between them: the ranks combine what has arrived, and route the result. All engines and the simulator call these four
+functions, on every route; only the collective differs. So the simulator equals the real run, and bytes are counted in
+one place.
 """
 
 from collections.abc import Sequence, Set
@@ -37,7 +37,7 @@ class Outbox:
 
     messages: list[Tensor]
     cleared: frozenset[int]
-    """The units whose gradients are zero now, so that what arrives can be added to them."""
+    """The units whose gradients are zero now, so that the decoded values can be added to them."""
 
 
 @undisturbed
@@ -53,8 +53,8 @@ def send(
 ) -> Outbox:
     """Turn one rank's gradients into its messages, one for each route of the bucket.
 
-    The local state is written here, to be final once the optimizer has stepped. Gradients may be overwritten; ``clear``
-    asks for zeros where they were read last, to be added to. ``turn``: see ``Context.phase``.
+    The next local state is written here; it is committed when the optimizer steps. Gradients may be overwritten.
+    ``clear``: set them to zero after the last read, if possible in the same pass. ``turn``: see ``Context.phase``.
     """
     messages: list[Tensor] = []
     cleared: set[int] = set()
@@ -73,7 +73,7 @@ def send(
             compress(unit, piece, grad, worker, contexts[j], selected.get(j), loss_scale)
             for j, (piece, unit, grad) in enumerate(named)
         ]
-        # what was compressed may be the residual itself, which the exchange must not overwrite; a gradient it may
+        # the compressed tensor may be the residual itself, which the exchange must not overwrite; a gradient may be
         in_place = all(x is grads[piece.unit] for piece, (x, _, _) in zip(route.pieces, compressed, strict=True))
         payloads = [payload for _, payload, _ in compressed]
         messages.append(route.pack(payloads, route.header(bucket.units, payloads, used, step), in_place=in_place))
@@ -87,7 +87,7 @@ def route(
 ) -> list[list[InFlight]]:
     """Start the exchange of every message of these buckets, and return before it has ended.
 
-    Several buckets have one gathered message each (``Bucket.joins``); these travel in one, which saves latency.
+    Several buckets must have one gathered message each (``Bucket.joins``). They are sent as one to save latency.
     """
     if len(buckets) == 1:
         each = zip(buckets[0].routes, messages[0], strict=True)
@@ -99,7 +99,7 @@ def route(
 
 @undisturbed
 def relay(bucket: Bucket, inbox: Sequence[InFlight], worker: Worker, step: int, collective: Carrier) -> list[InFlight]:
-    """Combine what has arrived and start the second stage: owners send means, followers what their leader chose."""
+    """Combine what has arrived and start the second stage: owners send means, others the leader's selection."""
     each = zip(bucket.routes, inbox, strict=True)
     return [route.relay(bucket.units, arrived, worker, step, collective) for route, arrived in each]
 
@@ -117,14 +117,14 @@ def receive(
     sparse: bool = False,
     turn: int | None = None,
 ) -> list[StepStatus]:
-    """Turn what has arrived into the gradients for the optimizer, written to ``outs``.
+    """Decode the received messages into the gradients for the optimizer, written to ``outs``.
 
-    The result is the same on every rank, bit for bit: payloads are added in rank order. If any rank sent a value that
-    is not finite, an element of every gradient becomes NaN on every rank, so that a loss scaler skips on all of them.
+    The result is bit-identical on every rank: payloads are added in rank order. If any rank sent a nonfinite value,
+    an element of every gradient becomes NaN on every rank, so that a loss scaler skips the step on all of them.
 
     Args:
-        cleared: the units whose ``outs`` are zero, where nothing needs to be overwritten.
-        sparse: replace the ``outs`` of a unit by a sparse tensor where few elements arrive.
+        cleared: the units whose ``outs`` are zero, so that values can be added without overwriting first.
+        sparse: replace the ``outs`` of a unit by a sparse tensor if few of its elements arrive.
     """
     statuses: list[StepStatus] = []
     for route, arrived in zip(bucket.routes, inbox, strict=True):
@@ -133,7 +133,7 @@ def receive(
         if headers is not None:
             used, nonfinite, apart = header.decode(headers, len(route.units))
             statuses.append(StepStatus(tuple(bucket.units[i] for i in route.units), used, nonfinite, apart))
-            if nonfinite.is_cuda or bool(nonfinite.any()):  # on CUDA nobody waits to see
+            if nonfinite.is_cuda or bool(nonfinite.any()):  # on CUDA without a synchronization
                 poison = torch.zeros((), dtype=torch.float32, device=nonfinite.device)
                 poison.masked_fill_(nonfinite.any(), torch.nan)
         for i in route.by_unit:
@@ -143,7 +143,7 @@ def receive(
             if poison is not None:
                 (mean.values() if mean.is_sparse else flat(mean))[:1].add_(poison)
             grad = unit.memory.receive(mean, unit.own, unit.shared.now, unit.shared.next, ctx)
-            if (pending := unit.shared.now.get("carried")) is not None:  # the mean that an earlier method left
+            if (pending := unit.shared.now.get("carried")) is not None:  # the mean residual of an earlier method
                 grad.add_(pending, alpha=1.0 if unit.memory.stateful else loss_scale)
             if unit.memory.stateful and loss_scale != 1.0:
                 grad.mul_(loss_scale)
@@ -155,7 +155,7 @@ def exchange(
     bucket: Bucket, grads: list[Tensor], outs: list[Tensor], worker: Worker, step: int, collective: Carrier,
     timeout: float, loss_scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """Make the whole journey at once, and wait for its end; for exchanges inside of a pass. ``outs`` are written."""
+    """Run the whole exchange and wait for it, for exchanges within a forward or backward pass. Writes ``outs``."""
     outbox = send(bucket, grads, worker, step, [True] * len(grads), loss_scale, clear=False)
     [inbox] = route([bucket], [outbox.messages], collective, step)
     for arrived in inbox:

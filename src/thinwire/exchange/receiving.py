@@ -1,4 +1,4 @@
-"""What a unit receives: the mean over all senders, as a gradient or, where few elements arrive, as a sparse tensor."""
+"""The received mean of a unit over all senders, as a dense gradient or, if few elements arrive, a sparse tensor."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from thinwire.exchange.units import Unit
 from thinwire.kernels.reference import REFERENCE
 
 FEW = 1 / 32
-"""Of the elements, over all senders: above that an optimizer is faster with a dense gradient."""
+"""Largest fraction of elements, over all senders, for a sparse result; above it, a dense one is faster to step on."""
 
 
 def mean_of(
@@ -31,12 +31,12 @@ def mean_of(
     zero: bool,
     sparse: bool,
 ) -> Tensor:
-    """The mean of what all senders sent of one unit, added in their order; the same on every rank, bit for bit.
+    """Return the mean of all senders' payloads of one unit, added in rank order; bit-identical on every rank.
 
     Args:
         decoder: of the payloads.
         pieces: of the unit, with their numbers in the route.
-        out: where it is written, if it is dense and of a dtype that is summed as it is.
+        out: gets the result, if that is dense and sums in the dtype of ``out``.
         zero: ``out`` is zero.
         sparse: the result may be a sparse tensor.
     """
@@ -61,17 +61,17 @@ def mean_of(
         for later, (rank, payloads) in enumerate(senders):
             got = decoder.decompress(payloads[j], part, known, _of(ctx, unit, piece, rank, ctx.kernels))
             got.add_to(part, share) if later or (zero and mean is out) else got.write_to(part, share)
-        if unit.compressor.traits.summable and not unit.gathered:  # the only sender is the mean
+        if unit.compressor.traits.summable and not unit.gathered:  # the only payload is the mean
             new = piece.of_state(unit.shared.next)
             commit(decoder, senders[0][1][j], part, known, new, _of(ctx, unit, piece, 0, None))
     return mean
 
 
 def written(grad: Tensor, out: Tensor, *, saturates: bool) -> Tensor:
-    """What the optimizer gets: ``grad`` in ``out``, or itself where it is sparse.
+    """Return the gradient for the optimizer: ``grad`` written to ``out``, or ``grad`` itself if it is sparse.
 
     Args:
-        saturates: whether what is finite stays so in float16. Else, under a loss scale, an overflow skips the step.
+        saturates: True to clamp finite values to float16's range. Else, with a loss scale, an overflow skips the step.
     """
     if grad.is_sparse or grad is out:
         return grad
@@ -86,17 +86,17 @@ def _of(ctx: Context, unit: Unit, piece: Piece, rank: int, kernels: Kernels | No
 
 
 def _check(there: Tensor, n: int) -> None:
-    """On CUDA nobody waits to see.
+    """Check received indices, on CPUs only, as CUDA would need a synchronization.
 
     Raises:
-        IndexError: an index from the network lies outside of the n elements.
+        IndexError: an index from the network is not below n.
     """
     if there.device.type == "cpu" and there.numel() and int(there[-1]) >= n:
         raise IndexError(f"an index of {int(there[-1])} has arrived for {n} elements")
 
 
 def _as_sparse(found: Sequence[Found], like: Tensor, kernels: Kernels) -> Tensor:
-    """Of runs that follow each other."""
+    """Return the sparse tensor of these runs, which follow each other."""
     there, total = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
     where = kernels.coordinates(there, like.shape)
     return torch.sparse_coo_tensor(where, total.to(like.dtype), like.shape, is_coalesced=True, check_invariants=False)

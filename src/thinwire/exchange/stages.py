@@ -1,4 +1,4 @@
-"""What a session sends by at a stage of its method: the density, the routes, and the messages that a bucket makes."""
+"""Stages of a method: the density, the routes, and the bucket plans of a session at its current stage."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from thinwire.report.ledger import Ledger
 
 
 class Stages:
-    """Plans a bucket once for each composition, stage and phase."""
+    """The bucket plans of the current stage, one for each composition and phase."""
 
     def __init__(self, collective: Collective, ledger: Ledger) -> None:
         self.collective, self.ledger = collective, ledger
@@ -23,30 +23,30 @@ class Stages:
         self.buckets: dict[tuple[int, ...], Bucket] = {}
         self.routing = Routing()
         self.reads = False
-        """A step ends by reading what messages said."""
+        """True if a step ends by reading its step statuses."""
 
     def begin(
         self, units: Sequence[Unit], method: Method, density: float | None, link: Link | None, turn_bytes: float
     ) -> None:
-        """A stage of this density begins, None for the method's own."""
+        """Begin a stage of this density; None for the method's own."""
         self.by_param = {id(unit.param): unit for unit in units}
         self.buckets.clear()
         self._period = math.lcm(*(unit.method_compressor.traits.period for unit in units))
         self.routing = Routing(method.route, method.second_stage_density_ratio, link)
-        # one turn after the other takes its time also on a link without latency
+        # a link without latency also takes time to start a message
         settings = (method.route, method.second_stage_density_ratio, turn_bytes or TURN_BYTES)
         for note in set_stage(units, density, self.collective.world, *settings):
             self.ledger.note(note)
 
     def heads(self, units: Sequence[Unit], method: Method, optional: bool, carried: bool) -> None:
-        """Which messages have a head, and whether a step ends by reading them.
+        """Decide which messages have a header, and if a step ends by reading them.
 
-        While a residual without a home is carried, a method that remembers nothing needs them too. Where nothing is
-        remembered, they are not waited for on CUDA, nor told to other shards of what is sent as it is.
+        While a residual of an earlier method is pending, a method without a memory needs headers too. Without memory or
+        pending residual, a step does not wait for them on CUDA, nor on a sharded model whose units are all dense.
 
         Args:
-            optional: one rank may use a parameter where another does not, and only messages tell.
-            carried: a residual without a home waits for the next step.
+            optional: True if a parameter may be unused on some ranks only, which only messages tell.
+            carried: True if a residual of an earlier method is sent with the next step.
         """
         guarded = carried or any(rule.memory.stateful for rule in method.rules)
         for unit in units:
@@ -57,10 +57,10 @@ class Stages:
         self.buckets.clear()
 
     def bucket(self, params: Sequence[Tensor], turn: int) -> Bucket:
-        """The bucket of these parameters in an exchange of this turn.
+        """Return the bucket of these parameters in an exchange of this turn.
 
         Raises:
-            ThinwireError: one of them is none of the units.
+            ThinwireError: a parameter was not in the model at attach.
         """
         own = tuple(map(id, params))
         key = (turn % self._period, *own)

@@ -1,4 +1,4 @@
-"""States in two copies, so that a step can be taken back bit for bit."""
+"""States in two copies, so that a step can be undone bit for bit."""
 
 from collections.abc import Set
 from dataclasses import dataclass, field
@@ -8,9 +8,9 @@ from thinwire.core.interfaces import State
 
 @dataclass
 class TwoCopies:
-    """A state as the last finished step left it (``now``), and as the step under way makes it (``next``).
+    """A state after the last finished step (``now``), and the one that the current step writes (``next``).
 
-    Two copies make a step that can be taken back bit for bit, without another pass over memory.
+    With two copies, a step can be undone bit for bit without another pass over memory.
     """
 
     now: State = field(default_factory=State)
@@ -18,11 +18,11 @@ class TwoCopies:
 
     @staticmethod
     def of(state: State) -> "TwoCopies":
-        """A fresh state, twice."""
+        """Return both copies of a fresh state."""
         return TwoCopies(state, {key: value.clone() for key, value in state.items()})
 
     def align(self, rests: Set[str]) -> None:
-        """Let ``next`` have the tensors that ``now`` has, of its own but for what ``rests``."""
+        """Give ``next`` the same keys as ``now``: copies, but for ``rests``, keys whose tensor both share."""
         kept = {key: value for key, value in self.now.items() if key != "carried"}
         for key, value in kept.items():
             if key in rests:
@@ -33,5 +33,5 @@ class TwoCopies:
             del self.next[key]
 
     def commit(self) -> None:
-        """The step is final; what only ``now`` had was for this step alone."""
+        """Make the step final: swap the copies. Keys that only ``now`` had were for this step, and are dropped."""
         self.now, self.next = self.next, {key: value for key, value in self.now.items() if key in self.next}

@@ -1,4 +1,4 @@
-"""The status of a step: what the headers of its messages tell all ranks alike."""
+"""The status of a step, from the headers of its messages; the same on all ranks."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ class StepStatus:
     units: tuple[Unit, ...]
     used: Tensor  # bool [senders, units]
     nonfinite: Tensor  # bool [senders, units]
-    apart: Tensor  # bool []: whether ranks are at different steps
+    apart: Tensor  # bool []: True if ranks are at different steps
 
 
 def used(statuses: Iterable[StepStatus]) -> set[str]:
-    """The names of units that any rank has used; on CUDA it waits."""
+    """Return the names of units that any rank has used; synchronizes on CUDA."""
     return {status.units[i].name for status in statuses for i in status.used.any(0).nonzero().flatten()}
 
 
 def unused(statuses: Iterable[StepStatus]) -> set[str]:
-    """The names of units that no rank has used, of those that a message tells of; on CUDA it waits."""
+    """Return the names of units in these statuses that no rank has used; synchronizes on CUDA."""
     idle = ((status, status.used.any(0).logical_not()) for status in statuses)
     return {status.units[i].name for status, flags in idle for i in flags.nonzero().flatten()}

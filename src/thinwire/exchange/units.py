@@ -1,7 +1,7 @@
-"""From parameters to units: each parameter gets its compressor and memory, resolved once and not in the step.
+"""Units: parameters with their compressors and memories, which are resolved once and not in the step.
 
-A unit is what is compressed at once; here, one parameter. Everything is keyed by its name, which neither a bucket
-rebuild nor a restart changes.
+A unit is compressed as a whole; here, it is one parameter. Everything is keyed by its name, because a bucket rebuild or
+a restart does not change it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
 
 DENSE = Cast()
 GATHER_BYTES = 2**20
-"""Uncompressed parameters of this size, all together, may be gathered with the compressed ones, while the bytes that
-this adds take no longer than the turns of the all-reduce that it saves."""
+"""Uncompressed parameters of up to this size in all may be gathered with the compressed ones, if the added bytes take
+no longer than the rounds of the all-reduce that this saves."""
 TURN_BYTES = 2**14
-"""What a link carries while a message sets out, where its latency is not known: 0.13 ms at 1 Gb/s."""
+"""Bytes that a link carries in its latency, if that is not known: 0.13 ms at 1 Gb/s."""
 
 
 @dataclass
 class Unit:
-    """One parameter, how it is compressed, and the state that is equal on all ranks."""
+    """One parameter with its compressor, its memory, and the state that is equal on all ranks."""
 
     name: str
     param: Tensor
@@ -56,85 +56,85 @@ class Unit:
     memory: Memory
     shared: TwoCopies = field(default_factory=TwoCopies)
     method_compressor: Compressor = DENSE
-    """What the method asks for, before a warm-up or the break-even rule changed it."""
+    """The method's compressor, before a warm-up or the break-even rule changes it."""
     guarded: bool = False
-    """Whether a gradient that is not finite makes all ranks skip the step: where the method remembers anything."""
+    """True if a nonfinite gradient makes all ranks skip the step, because the method has a stateful memory."""
     optional: bool = False
-    """Whether one rank may use it in a step where another does not, and nobody but the message tells."""
+    """True if it may be unused on some ranks only, which only messages tell."""
     gathered: bool = False
-    """Whether its payload is gathered although it could be summed."""
+    """True if its payload is gathered although it could be summed."""
     kept: bool = False
-    """Whether the optimizer wants it dense at all steps."""
+    """True if the optimizer requires it dense at all steps."""
     seed: int = 0
     declined: str | None = None
-    """Why an earlier rule that was written for it does not count."""
+    """The reason why an earlier rule that matches the unit was not used."""
 
     @property
     def own(self) -> Tensor:
-        """What this rank holds of the parameter, and what is compressed."""
+        """The part of the parameter that this rank holds, which is compressed."""
         return own(self.param)
 
     @property
     def like(self) -> Tensor:
-        """A meta tensor with the shape, strides and dtype of what is compressed."""
+        """A meta tensor with the shape, strides and dtype of the compressed tensor."""
         return torch.empty_like(self.own, device="meta", dtype=self.memory.dtype(self.own.dtype))
 
     @property
     def compressed(self) -> bool:
-        """Whether the method compresses this unit, be it sent dense for now or not."""
+        """True if the method compresses this unit, even if it is sent dense for now."""
         return self.method_compressor != DENSE
 
     @property
     def told(self) -> bool:
-        """Whether its messages have a head: not where they may be what lies in memory, and all ranks know the rest."""
+        """True if its messages need a header; without one, a message can be a view of the gradients."""
         return self.guarded or self.compressed or self.optional
 
     @property
     def replicated(self) -> Set[str]:
-        """What both parts of its memory's state have."""
+        """The slots that its memory keeps in both the local and the shared state."""
         return replicated(self.memory)
 
     @property
     def exact(self) -> bool:
-        """Whether what is asked arrives as it is."""
+        """True if the unit is sent uncompressed at this stage."""
         return self.compressor == DENSE
 
     @property
     def saturates(self) -> float:
-        """See ``Context``; half of the range where it is summed on the way, since rounded parts may be more."""
+        """See ``Context``; half of the range if payloads are summed, since a sum of rounded values may exceed it."""
         summed = self.compressor.traits.leader_selected or (self.compressor.traits.summable and not self.gathered)
         return (0.5 if summed else 1.0) if feeds_back(self.memory) else 0.0
 
     def held(self, x: Tensor, loss_scale: float) -> Tensor:
-        """As much of ``x`` as a float16 gradient can hold, where the rest comes back; else ``x`` itself."""
+        """Return ``x`` limited to the range of a float16 gradient if the memory keeps the rest; else ``x`` itself."""
         if self.param.dtype != torch.float16 or x.dtype == torch.float16 or not feeds_back(self.memory):
             return x
         return shortened(x, x.dtype, torch.finfo(torch.float16).max / loss_scale)
 
     def grad_like(self, grad: Tensor) -> Tensor:
-        """``grad`` with the strides of the parameter, which is how DDP lays it out in its buckets."""
+        """Return ``grad`` with the strides of the parameter, as DDP lays it out in its buckets."""
         param = self.own
         if grad.stride() == param.stride() or not is_dense(param):
             return grad
         return grad.as_strided(param.shape, param.stride(), grad.storage_offset())
 
     def fresh_local(self) -> TwoCopies:
-        """One rank's state before the first step."""
+        """Return one rank's state before the first step."""
         return TwoCopies.of(local_state(self.memory, self._blank()))
 
     def fresh_shared(self) -> TwoCopies:
-        """The state before the first step that is equal on all ranks: the memory's, and the compressor's."""
+        """Return the shared state of the memory and the compressor before the first step."""
         return TwoCopies.of(shared_state(self.memory, self._blank()) | self.init_packed())
 
     def init_packed(self) -> State:
-        """The part of it that is the compressor's."""
+        """Return the compressor's part of the fresh shared state."""
         return self.method_compressor.init(self._blank(), Context(self.seed, 0, self.name, 0))
 
     def _blank(self) -> Tensor:
         return torch.empty_like(self.own, dtype=self.memory.dtype(self.own.dtype))
 
     def go_on_with(self, memory: Memory, workers: Sequence["Worker"]) -> None:
-        """Take the same memory with other settings, between two steps; what is remembered stays what it is."""
+        """Replace the memory by one with other settings, between two steps; its state is kept."""
         old, self.memory = self.memory, memory
         shared = self.shared.now
         for worker in workers:
@@ -149,23 +149,23 @@ class Unit:
         self.align(workers)
 
     def align(self, workers: Sequence["Worker"]) -> None:
-        """Let the next states have what the present ones have; what rests is one tensor in both."""
+        """Give the next states the keys of the present ones; see ``TwoCopies.align``."""
         for state in (self.shared, *(worker.local[self.name] for worker in workers)):
             state.align(rests(self.memory))
 
     def describe(self) -> str:
-        """One line that must be the same on all ranks."""
+        """Return one line that must be the same on all ranks."""
         shape = f"shape {tuple(self.param.shape)}, strides {self.own.stride()}, {self.param.dtype}"
         return f"{shape}, {registry.to_json(self.method_compressor)}, {registry.to_json(self.memory)}"
 
 
 def payload_like(compressor: Compressor, like: Tensor, step: int = 0) -> Payload:
-    """The shapes and dtypes of a payload, by running the compressor on a meta tensor."""
+    """Return a payload of meta tensors with its shapes and dtypes, by compressing a meta tensor."""
     return compressor.compress(like, {}, replace(NOWHERE, step=step))
 
 
 def payload_nbytes(compressor: Compressor, like: Tensor) -> int:
-    """Bytes of a payload, the mean where they change from step to step, rounded up."""
+    """Return the bytes of a payload; their mean, rounded up, if they change from step to step."""
     steps = range(compressor.traits.period)
     return -(-sum(t.nbytes for step in steps for t in payload_like(compressor, like, step)) // compressor.traits.period)
 
@@ -173,10 +173,10 @@ def payload_nbytes(compressor: Compressor, like: Tensor) -> int:
 def resolve(
     named: Iterable[tuple[str, Tensor]], method: Method, settings: Mapping[str, Absorbed], seed: int = 0
 ) -> list[Unit]:
-    """The units of these parameters under a method, with fresh shared state.
+    """Return the units of these parameters for a method, with fresh shared state.
 
     Args:
-        settings: what the optimizer did for each parameter, for the memories that absorb it.
+        settings: the optimizer's settings for each parameter, for the memories that take them over.
     """
     units: list[Unit] = []
     guarded = any(rule.memory.stateful for rule in method.rules)
@@ -196,7 +196,7 @@ def resolve(
 
 
 def check_sum(unit: Unit) -> None:
-    """What keeps count of what it sent, as every rank does of the mean, must be summed as it was sent."""
+    """Reject a replicated estimate with a sum below 32 bits: the local and shared estimates would drift apart."""
     compressor = unit.method_compressor
     if unit.replicated and (compressor.traits.summable or compressor.traits.leader_selected):
         dtype = payload_like(compressor, unit.like)[0].dtype
@@ -208,7 +208,7 @@ def check_sum(unit: Unit) -> None:
 
 
 def overflows(units: Sequence[Unit]) -> list[str]:
-    """Notes for the ledger: which gradients become infinite where they are beyond the dtype that they are sent in."""
+    """Return ledger notes on gradients that become infinite if they exceed float16, in which they are sent."""
     short = [
         unit.name
         for unit in units
@@ -220,7 +220,7 @@ def overflows(units: Sequence[Unit]) -> list[str]:
 
 
 def bytes_alone(compressor: Compressor, like: Tensor, world: int, route: RouteName, second: float) -> float:
-    """Bytes a worker sends for a unit alone, on the route that takes the fewest of those allowed."""
+    """Return the bytes a worker sends for a unit alone, on the allowed route that takes the fewest."""
     if compressor.traits.summable:
         return wire_bytes("all_reduce", payload_nbytes(compressor, like), world)
     if compressor.traits.leader_selected:
@@ -243,15 +243,15 @@ def set_stage(
     second: float = 1.0,
     turn_bytes: float = TURN_BYTES,
 ) -> list[str]:
-    """Give each unit the compressor of a warm-up stage (None: the final one), or none where dense is cheaper.
+    """Set each unit's compressor for a warm-up stage (``density=None``: the final one), or send it dense if cheaper.
 
     Args:
         route, second: of the method.
         turn_bytes: see ``TURN_BYTES``.
 
     Returns:
-        Notes for the ledger: what goes by another rule than it was meant for, and what is sent dense because compressed
-        it would be more bytes.
+        Notes for the ledger, e.g. on units that a later rule handles, and on units that are sent dense because their
+        payloads would be larger.
     """
     declined: dict[str, list[str]] = {}
     for unit in units:
@@ -294,7 +294,7 @@ def set_stage(
 
 
 def all_dense(units: Sequence[Unit], method: Method, density: float | None) -> str | None:
-    """A word to the user where a method compresses, no warm-up is under way, and yet every unit is sent dense."""
+    """Return a message if a compressing method, outside of its warm-up, sends every unit dense; else None."""
     if density is not None or not all(unit.exact for unit in units) or all(r.compressor == DENSE for r in method.rules):
         return None
     if any(unit.compressed for unit in units):

@@ -1,4 +1,4 @@
-"""A worker: one rank, the state that only it has, and those who measure it."""
+"""Workers: one rank each, with its local state and its measurements."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ from thinwire.exchange.units import Unit
 from thinwire.kernels.reference import REFERENCE
 
 PROBE_EVERY = 100
-"""Steps."""
+"""Steps from one measurement to the next."""
 
 
 @dataclass
 class Probe:
-    """Measures what compression loses; it reads all that it looks at once, so it looks at few steps."""
+    """The measurement of the compression error. It reads every tensor once, so only few steps are measured."""
 
     lost: list[Tensor] = field(default_factory=list[Tensor])
     asked: list[Tensor] = field(default_factory=list[Tensor])
@@ -26,28 +26,28 @@ class Probe:
     def look(self, x: Tensor, own: Decompressed) -> None:
         indices, values = own.entries()
         before = flat(x)[indices].double()
-        asked = flat(x).double().square().sum()  # as below, so that what loses nothing loses exactly 0
+        asked = flat(x).double().square().sum()  # summed as below, so that a lossless unit has an error of exactly 0
         self.asked.append(asked)
         self.lost.append(asked - before.square().sum() + (before - values).square().sum())
 
     @property
     def error(self) -> float | None:
-        """``||x - sent||² / ||x||²`` over all that was looked at."""
+        """``||x - sent||² / ||x||²`` over all measured tensors; None without any."""
         asked = sum(float(a) for a in self.asked)
         return sum(float(e) for e in self.lost) / asked if asked else None
 
 
 class Watch(Protocol):
-    """Looks at what a worker is asked to send; it must neither change nor keep it."""
+    """An observer of the tensors that a worker compresses; it must neither change nor keep them."""
 
     def look(self, name: str, x: Tensor, run: tuple[int, int] | None) -> None:
-        """``x`` is what the compressor of the unit of this name is given: all of it, or a run of its elements."""
+        """Observe ``x``, the compensated tensor of the unit of this name, or a run of its elements."""
         ...
 
 
 @dataclass
 class Worker:
-    """One rank, and the state that only it has: ``local[unit name]``."""
+    """One rank, and its local state: ``local[unit name]``."""
 
     rank: int
     seed: int = 0
@@ -55,16 +55,16 @@ class Worker:
     probe: Probe | None = None
     kernels: Kernels = REFERENCE
     watch: Watch | None = None
-    """A policy's, where it needs to see what is compressed."""
+    """The observer of a policy that needs the compensated tensors."""
     held: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """What was asked of units until it is known what of it is sent."""
+    """Compensated tensors of leader-selected units, kept until the leader's selection arrives."""
 
     def looks(self, unit: Unit) -> bool:
-        """True if somebody measures this unit in this step."""
+        """Return True if this unit is measured or watched in this step."""
         return self.watch is not None or (self.probe is not None and unit.compressed)
 
     def look(self, unit: Unit, x: Tensor, own: Decompressed, run: tuple[int, int] | None = None) -> None:
-        """Show what is asked of a unit, or of a run of its elements, and what is sent of it, to whoever measures."""
+        """Give a unit's compensated tensor, or a run of it, and its sent part to the measurement and the watch."""
         if self.probe is not None and unit.compressed:
             self.probe.look(x, own)
         if self.watch is not None:
@@ -72,6 +72,6 @@ class Worker:
 
 
 def carry(units: Sequence[Unit], workers: Sequence[Worker]) -> bool:
-    """Whether an earlier method left something that waits for the next step."""
+    """Return True if a residual of an earlier method is sent with the next step."""
     local = (state for worker in workers for state in worker.local.values())
     return any("carried" in state.now for state in (*local, *(unit.shared for unit in units)))

@@ -1,1 +1,1 @@
-"""Routes: the ways through the network that compute something on the way."""
+"""Routes: the collectives that carry a message, with the computations between them."""

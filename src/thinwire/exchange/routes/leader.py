@@ -1,13 +1,13 @@
-"""One rank chooses and all follow: what a worker sends does not grow with the number of workers.
+"""The leader-selected route: one rank selects the elements, and the bytes per worker do not grow with their number.
 
-At step t (``Context.phase``) rank ``t mod N`` is the leader. It broadcasts which elements it chose; then every rank
-sends what it was asked there, and one all-reduce carries the sum. So no rank knows what it will have sent before it has
-heard its leader: what was asked is held until then, and the residual is settled between the stages.
+At step t (``Context.phase``) rank ``t mod N`` is the leader. It broadcasts the indices it selected. Then all ranks sum
+their values at these indices with one all-reduce. A rank does not know which elements it sends until the leader's
+message arrives: it keeps the compensated tensor, and updates the residual between the stages.
 
 Source: C. Chen et al., "ScaleCom: Scalable Sparsified Gradient Compression for Communication-Efficient Distributed
 Training", 2020, arXiv:2104.11125, algorithm 1.
 
-Departures: every rank makes a choice of its own, which counts at its turn alone: so it finds what is not finite.
+Departures: every rank selects elements at every step, though only the leader's count, to detect nonfinite values.
 """
 
 from collections.abc import Sequence
@@ -31,23 +31,23 @@ from thinwire.exchange.workers import Worker
 
 
 def leader(turn: int, world: int) -> int:
-    """The rank whose choice counts: no message has to say so, since ``turn`` is the same on all ranks."""
+    """Return the rank that selects the elements; no message needs it, since ``turn`` is the same on all ranks."""
     return turn % world
 
 
 @dataclass(frozen=True)
 class Led(Route):
-    """Units of which a leader's choice of elements is broadcast, and what all have there is summed."""
+    """A route that broadcasts the leader's selection of elements, and sums all ranks' values there."""
 
     choices: Layout
-    """What the leader sends."""
+    """Layout of the leader's message."""
     values: Layout
-    """What is summed, and the head, all of ``dtype``."""
+    """Layout of the summed message: the values and the header, all of ``dtype``."""
 
     relays: ClassVar[bool] = True
 
     def pack(self, payloads: Sequence[Payload], header: Sequence[Payload], *, in_place: bool) -> Tensor:
-        """The choice, and the head, which waits for the second stage."""
+        """Return the selection, and the header, which is sent in the second stage."""
         choice = self.choices.pack([payload[1:] for payload in payloads])
         return torch.cat([choice, *(t.view(torch.uint8) for payload in header for t in payload)])
 
@@ -78,7 +78,7 @@ class Led(Route):
     def opened(self, arrived: InFlight) -> tuple[Senders, Tensor | None]:
         summed = self.values.unpack(arrived.answer().view(torch.uint8))
         choices = self.choices.unpack(cast(Tensor, arrived.side_data))
-        payloads = [(*values, *choice) for values, choice in zip(summed, choices, strict=False)]  # the head comes after
+        payloads = [(*values, *choice) for values, choice in zip(summed, choices, strict=False)]  # header last
         return [(0, payloads)], summed[-1][0].unsqueeze(0) if self.has_header else None
 
     @property
@@ -86,4 +86,4 @@ class Led(Route):
         return [("broadcast", self.choices.nbytes), ("all_reduce", self.values.nbytes)]
 
     def plain_bytes(self, world: int, lossy: frozenset[int]) -> float:
-        return 0.0  # what follows a leader is compressed
+        return 0.0  # leader-selected units are compressed

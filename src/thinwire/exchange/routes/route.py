@@ -1,4 +1,4 @@
-"""The interface of a route: which pieces of a bucket share a message, and how it travels and is opened."""
+"""The interface of a route: the pieces of a bucket that share a message, its collectives, and its decoding."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from thinwire.exchange.units import Unit
 from thinwire.exchange.workers import Worker
 
 Senders: TypeAlias = Sequence[tuple[int, Sequence[Payload]]]
-"""Ranks, and the payloads of the pieces from each; a sum counts as one."""
+"""Ranks with their payloads, one for each piece; a sum counts as one rank."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Route(ABC):
     units: tuple[int, ...]
     pieces: tuple[Piece, ...]
     dtype: torch.dtype
-    """The dtype that the message is viewed as; all of it has one dtype where it is summed."""
+    """The dtype that the message is viewed as; a summed message has one dtype."""
     has_header: bool
-    """True if the message has a header; it needs none where nothing is remembered."""
+    """True if the message has a header; see ``Unit.told``."""
 
     relays: ClassVar[bool] = False
     """True if the route has a second stage, before which ranks compute."""
@@ -50,7 +50,7 @@ class Route(ABC):
     def header(
         self, units: Sequence[Unit], payloads: Sequence[Payload], used: Sequence[bool], step: int
     ) -> list[Payload]:
-        """The header of a message of these payloads, if it has one."""
+        """Return the header of a message of these payloads, in a list that is empty if it has none."""
         if not self.has_header:
             return []
         totals: list[Tensor] = []
@@ -62,7 +62,7 @@ class Route(ABC):
             found = [headers.total(values) for values in each]
             totals.append(torch.stack(found).sum() if len(found) > 1 else [*found, payloads[0][0].new_zeros(())][0])
         nonfinite = headers.nonfinite_of(torch.stack(totals))
-        if not nonfinite.is_cuda and bool(nonfinite.any()):  # or a sum of what is finite has overflowed
+        if not nonfinite.is_cuda and bool(nonfinite.any()):  # maybe only the total has overflowed
             nonfinite = torch.stack(
                 [torch.stack([*map(headers.is_nonfinite, each), nonfinite.new_zeros(())]).any() for each in first]
             )
@@ -70,7 +70,7 @@ class Route(ABC):
 
     @abstractmethod
     def pack(self, payloads: Sequence[Payload], header: Sequence[Payload], *, in_place: bool) -> Tensor:
-        """The message of one rank: the payloads of the pieces, and the header. ``in_place`` allows a view of them."""
+        """Return one rank's message: the pieces' payloads and the header. ``in_place`` allows a view of them."""
 
     def update_residual(self, unit: Unit, piece: Piece, x: Tensor, own: Decompressed | None, worker: Worker) -> None:
         """Update the residual before the exchange starts, since the sender knows what the receivers will get."""
@@ -88,19 +88,19 @@ class Route(ABC):
 
     @abstractmethod
     def opened(self, arrived: InFlight) -> tuple[Senders, Tensor | None]:
-        """The payloads and the headers of a finished exchange."""
+        """Return the payloads and the headers of a finished exchange."""
 
     def decoder(self, unit: Unit) -> Compressor:
-        """The compressor that decodes the payloads of a finished exchange."""
+        """Return the compressor that decodes the payloads of a finished exchange."""
         return unit.compressor
 
     def combine(
         self, unit: Unit, i: int, senders: Senders, out: Tensor, ctx: Context, *, zero: bool, sparse: bool
     ) -> Tensor:
-        """Return the mean over the senders of unit ``i``, or what else the route makes of their payloads.
+        """Return the mean over the senders of unit ``i``, or another combination of their payloads.
 
         Args:
-            out: it is written here, if it is dense and of a dtype that is summed as it is.
+            out: gets the result, if that is dense and sums in the dtype of ``out``.
             zero: ``out`` is zero.
             sparse: the result may be a sparse tensor.
         """
@@ -109,13 +109,13 @@ class Route(ABC):
     @property
     @abstractmethod
     def stages(self) -> Sequence[tuple[Kind, int]]:
-        """The collectives of the route, and the bytes of the message that a worker hands to each."""
+        """The collectives of the route, with the bytes of a worker's message to each."""
 
     @abstractmethod
     def plain_bytes(self, world: int, lossy: frozenset[int]) -> float:
-        """Bytes that a worker sends for the payloads of units that are not in ``lossy``."""
+        """Return the bytes that a worker sends for the payloads of units that are not in ``lossy``."""
 
     def wire_bytes(self, world: int, lossy: frozenset[int]) -> tuple[float, float]:
-        """Bytes that a worker sends: in all, and for the units in ``lossy``, with the header if there are any."""
+        """Return the bytes a worker sends: in all, and for units in ``lossy``, with the header if there are any."""
         total = sum(wire_bytes(kind, nbytes, world) for kind, nbytes in self.stages)
         return total, 0.0 if lossy.isdisjoint(self.units) else total - self.plain_bytes(world, lossy)

@@ -1,10 +1,10 @@
-"""Routes of rows: a reduce-scatter, an all-reduce that is made of it, and an all-gather of parameters.
+"""Routes of rows: a reduce-scatter, an all-reduce built from it, and an all-gather of parameters.
 
-The unit is a flat buffer of which nothing but its name is known: what FSDP2 hands to its collectives, or a bucket
-that a process group is given. No message has a header.
+The unit is a flat buffer with a name: the argument of an FSDP2 collective, or a bucket of a process group. No message
+has a header.
 
-In a reduce-scatter every rank keeps the sum of one row of all ranks' buffers. A rank compresses what it sends to
-another once, and adds its own row as it is. The all-reduce gathers these sums, which their owners compress once more.
+In a reduce-scatter every rank keeps the sum of one row of all ranks' buffers. A rank compresses each row that it sends
+once, and adds its own row uncompressed. The all-reduce gathers the sums; their owners compress them once more.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from thinwire.exchange.workers import Worker
 
 @lru_cache(maxsize=1024)
 def layout_of(compressor: Compressor, numel: int, dtype: torch.dtype) -> Layout:
-    """The layout of a message of that many elements in a row."""
+    """Return the layout of a compressed row of that many elements."""
     return Layout([payload_like(compressor, torch.empty(numel, dtype=dtype, device="meta"))])
 
 
@@ -47,12 +47,12 @@ class Row(Piece):
 
 @dataclass(frozen=True)
 class GatheredRows(Route):
-    """An all-gather of parameters: all ranks work with what arrives, the sender too.
+    """An all-gather of parameters: all ranks, including the sender, use the decoded values.
 
     Args:
         layout: of a row.
-        rank: of this process among those that exchange.
-        first: the number that the first of them has in the whole run, so that all draw differently.
+        rank: of this process in the group that exchanges.
+        first: the global number of the group's rank 0, so that all ranks use different random numbers.
     """
 
     layout: Layout
@@ -77,7 +77,7 @@ class GatheredRows(Route):
         return out
 
     def context(self, ctx: Context, key: str, rank: int) -> Context:
-        """The context in which a rank has compressed a row."""
+        """Return the context in which a rank has compressed a row."""
         return replace(ctx, unit=key, rank=self.first + rank, kernels=None)
 
     @property
@@ -90,7 +90,7 @@ class GatheredRows(Route):
 
 @dataclass(frozen=True)
 class ReducedRows(GatheredRows):
-    """A reduce-scatter: ``out = mine + sum of C(row)`` over the rows that others send here, in float32 at least.
+    """A reduce-scatter: ``out = mine + sum of C(row)`` over the received rows, in float32 at least.
 
     Args:
         mine: this rank's own row, ``[n]``; it may be overwritten.
@@ -114,7 +114,7 @@ class ReducedRows(GatheredRows):
         return self.total(unit, senders, ctx)
 
     def total(self, unit: Unit, senders: Senders, ctx: Context) -> Tensor:
-        """The sum of this rank's row, in the order of the ranks, its own first."""
+        """Return the sum of this rank's row: its own first, then the others' in rank order."""
         total = self.mine.to(float_at_least_32(self.mine.dtype))
         like = torch.empty_like(total, dtype=unit.memory.dtype(self.mine.dtype))
         for rank, (payload,) in senders:
@@ -126,7 +126,7 @@ class ReducedRows(GatheredRows):
 
 @dataclass(frozen=True)
 class AllReducedRows(ReducedRows):
-    """An all-reduce: the sums of a reduce-scatter, compressed once more by their owners and gathered.
+    """An all-reduce: owners compress the sums of a reduce-scatter once more, and all ranks gather them.
 
     Args:
         sums: layout of a compressed sum.
@@ -162,13 +162,13 @@ class AllReducedRows(ReducedRows):
 
 
 def _unit(name: str, compressor: Compressor, memory: Memory, like: Tensor, rows: int = 1) -> Unit:
-    """A unit for a buffer of so many rows; only its shape and dtype are looked at."""
+    """Return a unit for a buffer of so many rows; only the shape and dtype of ``like`` matter."""
     buffer = torch.empty(rows * like.numel(), dtype=like.dtype, device="meta")
     return Unit(name, buffer, compressor, memory, method_compressor=compressor, gathered=True)
 
 
 def gathered(name: str, compressor: Compressor, memory: Memory, like: Tensor, rank: int, first: int) -> Bucket:
-    """The bucket that gathers the shards of all ranks, each like ``like`` ``[n]``."""
+    """Return the bucket that gathers the shards of all ranks, each like ``like`` ``[n]``."""
     layout = layout_of(compressor, like.numel(), like.dtype)
     route = GatheredRows("all_gather", (0,), (Piece(0),), torch.uint8, False, layout, rank, first)
     return Bucket((_unit(name, compressor, memory, like),), (route,))
@@ -177,13 +177,13 @@ def gathered(name: str, compressor: Compressor, memory: Memory, like: Tensor, ra
 def reduced(
     name: str, compressor: Compressor, memory: Memory, rows: Tensor, rank: int, first: int, *, to_all: bool = False
 ) -> Bucket:
-    """The bucket that sums rows ``[world, n]``, each for the rank of its number.
+    """Return the bucket that sums rows ``[world, n]``; rank r gets row r.
 
     Args:
         to_all: gather the sums, which makes it an all-reduce.
 
     **Wire**: ``(N-1) / N`` of the payloads of all rows, where float32 takes ``4 (N-1) / N`` bytes an element; twice
-    that to all.
+    that with ``to_all``.
     """
     world, n = rows.shape
     pieces = tuple(Row(0, (r * n, (r + 1) * n), r) for r in range(world) if r != rank)
@@ -195,15 +195,15 @@ def reduced(
 
 
 def payload_bytes(compressor: Compressor, x: Tensor, world: int) -> int:
-    """Bytes that an all-reduce of rows sends in place of the ``x.nbytes`` of ``x``."""
+    """Return the bytes of the payloads of ``x``, which an all-reduce of rows sends instead of ``x.nbytes``."""
     return world * layout_of(compressor, -(-x.numel() // world), float_at_least_32(x.dtype)).nbytes
 
 
 def check_flat(argument: str, carries: str, compressor: Compressor) -> None:
-    """Refuse a compressor that can't work on any run of elements by itself.
+    """Check that a compressor can compress a flat run of elements without a state.
 
     Raises:
-        ThinwireError: it is such a one.
+        ThinwireError: it can't.
     """
     if compressor.traits.min_ndim or compressor.traits.period != 1 or compressor.init(NUMBER, NOWHERE):
         raise ThinwireError(

@@ -1,19 +1,19 @@
-"""Two phases: what a worker sends does not grow with the number of workers.
+"""The two-phase route: the bytes that a worker sends do not grow with the number of workers.
 
-The elements of a bucket are cut, in order, into N equal runs, and rank r owns the r-th. Every rank compresses each
-piece (a run of one unit) on its own and sends it to its owner alone; the owner adds the N payloads, compresses their
-mean once more, and sends that to all. A worker sends ``(N-1)/N (C1 + C2)`` bytes, where C1 and C2 are what one rank's
-whole bucket takes in either phase; an all-gather sends ``(N-1) C1``.
+The elements of a bucket are cut, in order, into N runs of equal bytes, and rank r owns the r-th. Every rank compresses
+each piece (a run of one unit) separately and sends it to its owner only. The owner adds the N payloads, compresses
+their mean again, and sends it to all. A worker sends ``(N-1)/N (C1 + C2)`` bytes, where C1 and C2 are the bytes of one
+rank's whole bucket in the two phases; an all-gather sends ``(N-1) C1``.
 
-What the second compression leaves over is not lost: the owner takes it, times N, into its own residual
-(``Memory.sent`` with ``sign=1``). Pending is the mean of the residuals over the ranks, so that adds to it just what
-the owner could not send: "sent + residual = asked" holds without any more state.
+The error of the second compression is not lost: the owner adds it, times N, to its own residual (``Memory.sent`` with
+``sign=1``). The pending update is the mean of all ranks' residuals, so it grows by exactly what the owner could not
+send. So "sent + residual = compensated" holds without more state.
 
 Source: H. Tang et al., "DoubleSqueeze: Parallel Stochastic Gradient Descent with Double-Pass Error-Compensated
 Compression", 2019, arXiv:1905.05957, with an owner for each run instead of one server.
 
-Departures: DoubleSqueeze keeps the second error in a residual of its own, which would need a place in checkpoints and
-a rule for another world size; here it stands with the owner's first one.
+Departures: DoubleSqueeze keeps the second error in a residual of its own, which checkpoints would have to store and
+convert to other world sizes; here it is added to the owner's first residual.
 """
 
 from collections.abc import Sequence
@@ -40,10 +40,10 @@ from thinwire.exchange.workers import Worker
 
 
 def cut(units: Sequence[Unit], chosen: Sequence[int], world: int) -> list[list[Piece]]:
-    """The pieces that each rank owns; there are at most units + world - 1, and none is empty.
+    """Return the pieces that each rank owns; there are at most units + world - 1, and none is empty.
 
-    Units follow each other by name, so the order in which a bucket lists them does not matter. Runs are equal in bytes,
-    since rows are padded to one size: an element that is sent dense counts for many of those that are not.
+    Units are sorted by name, so their order in the bucket does not matter. Runs are equal in bytes, because rows are
+    padded to one size: one element that is sent dense counts as much as many compressed ones.
     """
     owned: list[list[Piece]] = [[] for _ in range(world)]
     nbytes = {i: payload_nbytes(units[i].compressor, units[i].like) for i in chosen}
@@ -63,17 +63,17 @@ def cut(units: Sequence[Unit], chosen: Sequence[int], world: int) -> list[list[P
 
 @dataclass(frozen=True)
 class Rows:
-    """A message of rows of one size, padded, and what lies in each."""
+    """A message of rows, padded to one size, with the layout of each."""
 
     layouts: tuple[Layout, ...]
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of a row."""
+        """Bytes of one row."""
         return max(layout.nbytes for layout in self.layouts)
 
     def fill(self, out: Tensor, row: int, payloads: Sequence[Payload]) -> None:
-        """Write one row; what it does not need is left."""
+        """Write one row; its padding is left unchanged."""
         if payloads:
             message = self.layouts[row].pack(payloads)
             out[: message.numel()] = message
@@ -81,14 +81,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class TwoPhase(Route):
-    """Units that go to their owners in pieces, and come back as means."""
+    """A route on which units go to their owners in pieces, and come back as means."""
 
     owned: tuple[tuple[Piece, ...], ...]
-    """The pieces of each rank; ``pieces`` is all of them in this order."""
+    """The pieces of each rank; ``pieces`` has all of them in this order."""
     first: Rows
-    """What a rank sends to each owner, with its head in every row."""
+    """The message of a rank, one row for each owner, each with the header."""
     second: Rows
-    """What each owner sends to all."""
+    """The messages of the owners to all ranks."""
     budget: float
     """Density of the second phase over that of the first."""
 
@@ -118,10 +118,10 @@ class TwoPhase(Route):
         return replace(collective.all_gather(message), side_data=columns[-1] if self.has_header else None)
 
     def _pass_on(self, unit: Unit, piece: Piece, payloads: Sequence[Payload], worker: Worker, step: int) -> Payload:
-        """The owner's part: add what all ranks sent of a piece, compress the mean, and keep what that leaves."""
+        """Sum all ranks' payloads of an owned piece, compress the mean, and add the error to the residual."""
         world, like, known = len(payloads), piece.of(unit.like), piece.of_state(unit.shared.now)
         key = piece.key(unit.name)
-        # a rank beyond them all, whoever owns it
+        # a rank number above all others, whichever rank owns the piece
         ctx = Context(worker.seed, step, key, world, worker.kernels, saturates=unit.saturates)
         there, total = cast(Found, added(unit.compressor, [*enumerate(payloads)], like, known, ctx))
         mean = Sparse(there, total, there.numel() / like.numel())
@@ -150,7 +150,7 @@ class TwoPhase(Route):
         plain = 0
         for layouts in (self.first.layouts, self.second.layouts):
             for pieces, layout in zip(self.owned, layouts, strict=True):
-                sizes = zip(pieces, layout.unit_nbytes, strict=False)  # the head and the padding come after
+                sizes = zip(pieces, layout.unit_nbytes, strict=False)  # the header and the padding come last
                 plain += sum(size for piece, size in sizes if piece.unit not in lossy)
         return wire_bytes("all_to_all", plain, world)
 
@@ -186,7 +186,7 @@ def two_phase(
 
 
 def without(x: Sparse, sent: Decompressed) -> Sparse:
-    """``x - sent``, where ``sent`` has no other elements than ``x``."""
+    """Return ``x - sent``; ``sent`` has only elements that ``x`` has."""
     indices, values = sent.entries()
     place = torch.searchsorted(x.indices, indices)
     return replace(x, values=x.values.index_add(0, place, values.to(x.values.dtype), alpha=-1.0))

@@ -1,4 +1,4 @@
-"""All-reduce and all-gather: the routes on which units are sent whole, to all ranks, in one stage."""
+"""All-reduce and all-gather: the routes that send whole units to all ranks in one stage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from thinwire.exchange.routes.route import Route, Senders
 
 @dataclass(frozen=True)
 class Whole(Route):
-    """Units that are sent whole to all ranks: summed on the way, or gathered."""
+    """A route that sends whole units to all ranks: all-reduced or gathered."""
 
     layout: Layout
 
@@ -39,5 +39,5 @@ class Whole(Route):
         return [(self.kind, self.layout.nbytes)]
 
     def plain_bytes(self, world: int, lossy: frozenset[int]) -> float:
-        sizes = zip(self.units, self.layout.unit_nbytes, strict=False)  # the head and the padding come after
+        sizes = zip(self.units, self.layout.unit_nbytes, strict=False)  # the header and the padding come last
         return wire_bytes(self.kind, sum(size for i, size in sizes if i not in lossy), world)
