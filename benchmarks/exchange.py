@@ -51,7 +51,7 @@ def plan(blocks: int, hidden: int, density: float, route: str, world: int, link:
 
 
 def stages_of(bucket: Bucket) -> Stages:
-    return [stage for group in bucket.groups for stage in group.stages]
+    return [stage for group in bucket.routes for stage in group.stages]
 
 
 def fitted(timed: Sequence[tuple[int, int, Kind, float]]) -> dict[Kind, np.ndarray]:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from thinwire.exchange.messages import Piece
 
 from benchmarks.figures import spread
 from thinwire._version import __version__
@@ -20,6 +19,7 @@ from thinwire.compressors import TopK
 from thinwire.core import Context, State, files
 from thinwire.core.loops import Kernels
 from thinwire.exchange.fused import select
+from thinwire.exchange.pieces import Piece
 from thinwire.exchange.states import TwoCopies
 from thinwire.exchange.units import Unit
 from thinwire.exchange.workers import Worker

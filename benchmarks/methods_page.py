@@ -135,11 +135,13 @@ def page() -> str:
         f"| `{row.__name__}` | {cell(first_sentence(row))} | {cell(section(row, 'Wire'))} "
         f"| {cell(section(row, 'Source'))} |"
         for row in registry.COMPRESSORS.values()
+        if row.__module__.startswith("thinwire.")
     ]
     memories = [
         f"| `{row.__name__}` | {cell(first_sentence(row))} | {cell(section(row, 'State'))} "
         f"| {cell(section(row, 'Source'))} |"
         for row in registry.MEMORIES.values()
+        if row.__module__.startswith("thinwire.")
     ]
     tables = {"recipes": map(recipe_row, recipes), "compressors": parts, "memories": memories}
     return TEMPLATE.format(**{name: "\n".join(rows) for name, rows in tables.items()})

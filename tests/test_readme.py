@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import thinwire
+from thinwire.core import registry
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +46,8 @@ PLACES = (
 )  # fmt: skip
 
 
-def test_examples_in_docstrings():
+def test_examples_in_docstrings(monkeypatch):
+    monkeypatch.setattr(registry, "COMPRESSORS", dict(registry.COMPRESSORS))  # an example registers one
     names = {
         "torch": torch,
         "thinwire": thinwire,

@@ -263,7 +263,8 @@ def test_json_round_trip(part):
 
 
 def test_every_row_is_in_the_battery():
-    assert {type(case) for case in CASES} == set(registry.COMPRESSORS.values())
+    ours = {row for row in registry.COMPRESSORS.values() if row.__module__.startswith("thinwire.")}
+    assert {type(case) for case in CASES} >= ours
 
 
 def test_unknown_rows():

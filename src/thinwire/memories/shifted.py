@@ -47,7 +47,7 @@ class EF21(Memory, Infers):
 
     Example:
         >>> memory, x = EF21(), torch.tensor([3.0, 1.0])
-        >>> new = local_state(memory, x)
+        >>> new = {"estimate": torch.empty(2)}
         >>> memory.compensate(x, x, {"estimate": torch.tensor([2.5, 0.0])}, new)
         tensor([0.5000, 1.0000])
 
@@ -148,7 +148,7 @@ class EControl(Memory):
 
     Example:
         >>> memory, g = EControl(0.5), torch.tensor([2.0, 1.0])
-        >>> new = local_state(memory, g)
+        >>> new = {"estimate": torch.empty(2), "residual": torch.empty(2)}
         >>> memory.compensate(g, g, {"residual": torch.tensor([0.0, 1.0]), "estimate": torch.tensor([2.0, 0.0])}, new)
         tensor([0.0000, 1.5000])
 
