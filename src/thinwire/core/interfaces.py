@@ -160,9 +160,9 @@ class Memory(ABC):
         """Return the compensated tensor to compress, from the local gradient times ``scale`` (1 / loss scale)."""
 
     def sent(self, decoded: Decompressed, new: State, sign: float = -1.0) -> None:  # noqa: B027
-        """Subtract ``decoded``, which the receivers get, from the pending residual: add ``sign`` times it.
+        """Record that receivers get ``decoded``: add ``sign`` times it to a residual, ``-sign`` times to an estimate.
 
-        ``sign=1.0`` adds back what the owner of a piece could not pass on.
+        ``sign=1.0`` takes back what the owner of a piece could not pass on.
         """
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:

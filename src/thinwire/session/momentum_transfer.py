@@ -69,7 +69,7 @@ class Handover:
         """The groups whose optimizer is in its step, and their settings outside of it."""
         self.warned = False
 
-    # -- what is written -------------------------------------------------------------------------------------------
+    # -- the settings ----------------------------------------------------------------------------------------------
 
     def written(self) -> Written:
         """Return the settings of the groups now."""

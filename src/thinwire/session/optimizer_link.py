@@ -55,7 +55,7 @@ class Joint:
         return self.partner.rule() if self.partner else "takes no part"
 
     def hold(self, attached: bool, units: Sequence[Unit]) -> None:
-        """Tell the optimizer whether it is attached; a momentum that it keeps moves to the units, or back."""
+        """Mark the optimizer as attached or not; a momentum that it keeps moves to the units, or back."""
         self.marked = -1.0
         if not self.partner or not (attached or self.partner.attached):
             return
