@@ -33,7 +33,7 @@ def main() -> None:
         rows.append(Row(case, "heldout_loss", statistics.median(losses), min(losses), max(losses)))
         shares: list[str] = []
         for metric, ours, theirs in (
-            ("share_of_gradients", "inside_bytes", "inside_dense_bytes"),
+            ("share_of_gradients", "within_node_bytes", "within_node_dense_bytes"),
             ("share_of_parameters", "gather_bytes", "gather_dense_bytes"),
         ):
             share = last[ours] / last[theirs] if last.get(theirs) else 1.0

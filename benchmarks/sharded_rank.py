@@ -52,7 +52,7 @@ def train(case: str, seed: int, steps: int, width: int) -> dict[str, float]:
     found: dict[str, float] = {}
     if wire is not None:
         row = wire.ledger.rows[-1]
-        for name in ("inside_bytes", "inside_dense_bytes", "gather_bytes", "gather_dense_bytes"):
+        for name in ("within_node_bytes", "within_node_dense_bytes", "gather_bytes", "gather_dense_bytes"):
             found[name] = getattr(row, name)
         wire.detach()  # what is evaluated are the exact weights
     with torch.no_grad():

@@ -362,7 +362,7 @@ def test_a_residual_that_meets_differences_is_delivered_once():
     advance(param, sim, 1)
     sent = (before - param.detach()) / 0.1
     torch.testing.assert_close(sent - states_of(sim)[1]["estimate"], pending)
-    assert "carried" not in states_of(sim)[1]
+    assert "pending_residual" not in states_of(sim)[1]
     assert_mirrored(sim)
 
 
@@ -401,11 +401,11 @@ def _switch(rank):
     for step, method in enumerate([None, ef21(0.1), None]):
         if method is not None:
             wire.set_method(method)
-            kept = all("carried" in u.shared.now for u in wire.units if u.compressed)
+            kept = all("pending_residual" in u.shared.now for u in wire.units if u.compressed)
         optimizer.zero_grad()
         loss_of(ddp, batch(rank, step)).backward()
         optimizer.step()
-    left = not any("carried" in u.shared.now for u in wire.units)
+    left = not any("pending_residual" in u.shared.now for u in wire.units)
     wire.detach()
     return kept, left
 
@@ -527,11 +527,11 @@ def test_a_carried_residual_passes_to_a_filter_and_to_who_is_absent():
     sim = small_run(model, thinwire.topk(0.1))
     pending = sim.session.workers[0].local["0.weight"].now["residual"].clone()
     sim.session.set_method(thinwire.dense())
-    assert torch.equal(sim.session.workers[0].local["0.weight"].now["carried"], pending)
+    assert torch.equal(sim.session.workers[0].local["0.weight"].now["pending_residual"], pending)
     sim.session.set_method(of_matrices(TopK(0.1), ErrorFeedback(beta=0.1)))
     now = sim.session.workers[0].local["0.weight"].now
     assert torch.equal(now["residual"], pending)
-    assert "carried" not in now
+    assert "pending_residual" not in now
     sim.session.set_method(thinwire.methods.ef21_pp(TopK(0.1), participation=0.5))
     for _ in range(4):
         sim.step(lambda worker: model(torch.ones(4, 12)).square().mean())
@@ -541,7 +541,7 @@ def test_what_is_dropped_at_detach_is_said_of_what_was_carried_too():
     sim = small_run(whole_and_small(), thinwire.topk(0.1))
     sim.session.set_method(thinwire.dense())
     sim.session.detach()
-    assert any("was dropped" in note for note in sim.session.ledger.notes)
+    assert any("discarded the gradient that was not sent yet" in note for note in sim.session.ledger.notes)
 
 
 def test_a_warm_up_of_density_one_is_dense_whatever_codes_the_values():

@@ -1,6 +1,7 @@
 """A compressor and a memory of a user's own: every engine, checkpoints, JSON, the laws, and what is refused."""
 
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ import thinwire
 from tests.engines import models, sharded
 from thinwire import Compressor, Fsdp2Options, Memory, Method, Rule, ThinwireError, register
 from thinwire.core import Role, Slot, Sparse, Traits, flat, registry
+from thinwire.engines.simulator import SimulatedWorkers
+from thinwire.methods.given import method_of
 from thinwire.testing import check_compressor, check_memory
 
 
@@ -194,5 +197,95 @@ def test_broken_laws_are_named(monkeypatch):
         def sent(self, decoded, new, sign=-1.0):
             new["left over"].zero_()
 
-    with pytest.raises(AssertionError, match="is not the sum of the gradients"):
+    with pytest.raises(AssertionError, match="does not give back slot 'left over'"):
         check_memory(Forgetful())
+
+    @register("lossy")
+    @dataclass(frozen=True)
+    class Lossy(Halving):
+        def compensate(self, grad, param, old, new, scale=1.0, ctx=None):
+            return torch.add(0.5 * old["left over"], grad, alpha=scale, out=new["left over"]).clone()
+
+    with pytest.raises(AssertionError, match="is not the sum of the gradients"):
+        check_memory(Lossy())
+
+    @register("unscaled")
+    @dataclass(frozen=True)
+    class Unscaled(Halving):
+        def compensate(self, grad, param, old, new, scale=1.0, ctx=None):
+            return torch.add(old["left over"], grad, out=new["left over"]).clone()
+
+    with pytest.raises(AssertionError, match="does not multiply the gradient by scale"):
+        check_memory(Unscaled())
+
+
+def test_what_is_pending_follows_the_role_and_not_the_name():
+    """A method without such a slot sends it with the next step; another world drops it with a note, or averages it."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(32, 24)
+    sim = SimulatedWorkers(model, OWN, torch.optim.SGD(model.parameters(), lr=1.0), 2)
+    grads = [torch.randn(24, 32) for _ in range(2)]
+    before = model.weight.detach().clone()
+    sim.step(lambda worker: (model.weight * grads[worker]).sum() + 0.0 * model.bias.sum())
+    pending = sum(w.local["weight"].now["left over"] for w in sim.session.workers) / 2
+    assert float(pending.norm()) > 0.0
+    sim.session.set_method(thinwire.dense())
+    sim.step(lambda worker: 0.0 * (model.weight.sum() + model.bias.sum()))
+    torch.testing.assert_close(before - model.weight.detach(), sum(grads) / 2, rtol=1e-5, atol=1e-5)
+    sim.session.set_method(OWN)
+    sim.step(lambda worker: (model.weight * grads[worker]).sum() + 0.0 * model.bias.sum())
+    sim.session.detach()
+    assert any("discarded the gradient that was not sent yet" in note for note in sim.session.ledger.notes)
+
+
+def test_a_compressor_that_says_nothing_gets_error_feedback():
+    assert method_of(EveryNth(8)).rules[0].memory == thinwire.memories.ErrorFeedback()
+
+    @dataclass(frozen=True)
+    class Silent(EveryNth):
+        traits = Traits()
+
+    register("silent")(Silent)
+    assert method_of(Silent(8)).rules[0].memory == thinwire.memories.ErrorFeedback()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: register(EveryNth), "register needs a name"),
+        (
+            lambda: register("a")(dataclass(type("A", (Compressor,), {"compress": None, "decompress": None}))),
+            "A is not frozen",
+        ),
+        (lambda: register("b")(type("B", (EveryNth,), {})), "B is no dataclass"),
+        (lambda: register("c")(_made("C", summable=True)), "C.summable has no effect"),
+        (lambda: register("d")(_made("D", __annotations__={"kind": int}, kind=1)), "D has a setting 'kind'"),
+        (lambda: registry.to_json(EveryNth(torch.float32)), r"EveryNth.n is torch.float32, which JSON can't hold"),
+        (lambda: Rule(_made("W", traits=Traits(warm_started=True))(), Halving()), "need the capability WarmStarted"),
+        (lambda: Rule(_made("L", traits=Traits(leader_selected=True))(), Halving()), "need the capability LeaderS"),
+        (lambda: Rule(EveryNth(8), _Reserved()), "a reserved name"),
+        (lambda: thinwire.TopK, r"thinwire has no TopK; it is thinwire.compressors.TopK"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(make, message):
+    with pytest.raises((ThinwireError, AttributeError), match=message):
+        make()
+
+
+def _made(name, **members):
+    return dataclass(frozen=True)(type(name, (EveryNth,), members))
+
+
+@dataclass(frozen=True)
+class _Reserved(Halving):
+    @property
+    def slots(self):
+        return {"pending_residual": Slot(Role.PENDING)}
+
+
+def test_a_method_can_be_pickled_when_its_traits_can_not():
+    method = Method("own", (Rule(EveryNth(8), Halving()),))
+    assert method.rules[0].compressor.traits.needs_feedback
+    assert pickle.loads(pickle.dumps(thinwire.topk(0.1))) == thinwire.topk(0.1)
+    assert "traits" not in thinwire.compressors.TopK(0.1).__getstate__()
+    assert pickle.loads(pickle.dumps(method)) == method

@@ -17,7 +17,8 @@ from benchmarks.same_bits.methods import METHODS, OPTIMIZERS, Chosen
 from benchmarks.same_bits.public import public as tw
 
 STEPS = 5
-BYTES = ("wire_bytes", "dense_bytes", "inside_bytes", "gather_bytes")
+BYTES = (("wire_bytes",), ("dense_bytes",), ("within_node_bytes", "inside_bytes"), ("gather_bytes",))
+"""Of a step, with what other revisions call them."""
 Found = dict[str, Any]
 """``params``, ``states`` and ``bytes``."""
 
@@ -149,12 +150,21 @@ class Run:
     def found(self) -> Found:
         """End it, and say what it has left."""
         names = {name for name, _ in self.inner.named_parameters()}
-        states = {"/".join(path): digest(t) for path, t in tensors_of(self.wire.state_dict()) if names & {*path}}
+        states = {
+            "/".join(path).replace("carried", "pending_residual"): digest(t)
+            for path, t in tensors_of(self.wire.state_dict())
+            if names & {*path}
+        }
         states |= optimizer_states("optimizer", *self.optimizers)
-        rows = [[getattr(row, name, None) for name in BYTES] for row in self.wire.ledger.rows]
+        rows = [[figure(row, *names) for names in BYTES] for row in self.wire.ledger.rows]
         self.wire.detach()
         states |= optimizer_states("detached", *self.optimizers)
         return {"params": [*self.params, digest(*self.inner.parameters())], "states": states, "bytes": rows}
+
+
+def figure(row: Any, *names: str) -> Any:
+    """The first of these attributes that a step has."""
+    return next((getattr(row, name) for name in names if hasattr(row, name)), None)
 
 
 def optimizer_states(label: str, *optimizers: torch.optim.Optimizer) -> dict[str, str]:
@@ -207,5 +217,5 @@ def simulated(method: str, workers: int, kernels: str, **options: Any) -> Found:
         after_step=lambda step, value: params.append(digest(*model.parameters())),
         **options,
     )
-    rows = [[getattr(row, name, None) for name in BYTES] for row in result.ledger.rows]
+    rows = [[figure(row, *names) for names in BYTES] for row in result.ledger.rows]
     return {"params": params, "states": optimizer_states("detached", optimizer), "bytes": rows}

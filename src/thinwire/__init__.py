@@ -64,3 +64,11 @@ __all__ = [
     "topk",
     "zeroone_adam",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Raise an AttributeError that says where a part stands."""
+    for place in (compressors, memories, methods, optim, policies):
+        if name in place.__all__:
+            raise AttributeError(f"thinwire has no {name}; it is {place.__name__}.{name}")
+    raise AttributeError(f"module 'thinwire' has no attribute {name!r}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.comm.collectives import TIMEOUT, Collective, Talk
+from thinwire.comm.collectives import TIMEOUT, Collective, ControlChannel
 from thinwire.comm.control import ATTACH, Together
 from thinwire.comm.link import Link
 from thinwire.comm.process_group import ProcessGroup
@@ -24,7 +24,7 @@ from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
 from thinwire.engines.bare import Plain
 from thinwire.engines.ddp import Ddp
-from thinwire.engines.fsdp2.engine import Fsdp2, is_fsdp1, is_fsdp2, sharded_talk
+from thinwire.engines.fsdp2.engine import Fsdp2, is_fsdp1, is_fsdp2, sharded_channel
 from thinwire.engines.fsdp2.fsdp2_options import Fsdp2Options
 from thinwire.exchange.workers import Worker
 from thinwire.kernels.select import Choice, choose
@@ -46,7 +46,7 @@ class Engine(Protocol):
     """The connection to a model: it collects gradients and passes them through the session."""
 
     @property
-    def talk(self) -> Talk:
+    def channel(self) -> ControlChannel:
         """The control channel of all ranks of the model."""
         ...
 
@@ -168,8 +168,8 @@ def attach(
         wire = thinwire.attach(model, thinwire.dgc(0.001), optimizer=optimizer, process_group=dist.group.WORLD)
     """
     model = unwrapped(model)
-    talk = _talk(model, process_group, fsdp2, timeout)
-    with Together(talk, *ATTACH) as together:
+    channel = _channel(model, process_group, fsdp2, timeout)
+    with Together(channel, *ATTACH) as together:
         with together.alone():
             model = model_of(model, dist.is_initialized())
             steps = optimizer_of("optimizer", joined(optimizer))
@@ -197,7 +197,7 @@ def attach(
                 "check_every": check_every,
             }
             lines = [*((key, str(value)) for key, value in said.items()), *replicas.described]
-        agree(engine.talk, lines)
+        agree(engine.channel, lines)
         collective = engine.collective(asked["emulate_link"], together)
         try:
             if not engine.begins_alike:
@@ -273,9 +273,9 @@ def _engine(
     )
 
 
-def _talk(
+def _channel(
     model: nn.Module, process_group: dist.ProcessGroup | None, fsdp2: Fsdp2Options | None, timeout: float | timedelta
-) -> Talk:
+) -> ControlChannel:
     """Return a control channel to the ranks to tell if this rank can't attach: those of the model if they are known."""
     alone = Local.of(1)[0]
     if not (dist.is_available() and dist.is_initialized()) or cast(object, process_group) is OUTSIDE:
@@ -286,7 +286,7 @@ def _talk(
         if isinstance(model, DistributedDataParallel):
             return ProcessGroup(cast(dist.ProcessGroup, model.process_group), patience)
         if is_fsdp2(model):
-            return sharded_talk(model, fsdp2.replicate if fsdp2 is not None else None, patience)
+            return sharded_channel(model, fsdp2.replicate if fsdp2 is not None else None, patience)
         if process_group is not None:
             return ProcessGroup(process_group, patience)
     except Exception:  # the checks report the error later

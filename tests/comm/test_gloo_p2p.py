@@ -21,15 +21,15 @@ def _rows(world, nbytes, seed, rank):
 
 def _exchanged(groups, sizes):
     """Whether all get what they should, with everything under way at once."""
-    flights = []
+    in_flight = []
     for seed, (nbytes, group) in enumerate(itertools.product(sizes, groups)):
         every = [_rows(group.world, nbytes, seed, rank) for rank in range(group.world)]
         rows = every[group.rank]
-        flights.append((group.all_gather(rows[0].clone()), torch.stack([other[0] for other in every])))
-        flights.append((group.all_to_all(rows), torch.stack([other[group.rank] for other in every])))
-    for flight, _ in flights:
+        in_flight.append((group.all_gather(rows[0].clone()), torch.stack([other[0] for other in every])))
+        in_flight.append((group.all_to_all(rows), torch.stack([other[group.rank] for other in every])))
+    for flight, _ in in_flight:
         flight.future.wait()
-    return all(torch.equal(flight.answer(), expected) for flight, expected in flights)
+    return all(torch.equal(flight.answer(), expected) for flight, expected in in_flight)
 
 
 def _every_way(rank, sizes):
@@ -109,9 +109,9 @@ if group.rank == 1:
     os._exit(0)
 if what == "is gone":
     time.sleep(0.5)
-flights = [start(), start()]
+in_flight = [start(), start()]
 if what != "leaves":
-    for flight in flights:
+    for flight in in_flight:
         try:
             flight.wait(1.0)
         except RuntimeError as error:

@@ -18,7 +18,7 @@ def _contract(rank):
     everyone = ProcessGroup(dist.group.WORLD)
     inside, between, made = groups_of(everyone, 2)
     nodes = Nodes(everyone, inside, between, made)
-    assert (nodes.world, nodes.rank, nodes.lanes) == (2, rank // 2, 2)
+    assert (nodes.world, nodes.rank, nodes.local_ranks) == (2, rank // 2, 2)
     for nbytes in (8, 24, 1000):
         mine = torch.arange(nbytes, dtype=torch.uint8)
         last = nodes.all_gather(mine + nodes.rank).advance(30)
@@ -34,9 +34,9 @@ def _contract(rank):
         last = nodes.all_reduce(torch.full(shape, 1.5 + nodes.rank)).advance(30)
         last.future.wait()
         assert torch.equal(last.answer(), torch.full(shape, 4.0))
-    assert nodes.any_inside([rank == 1, False, True], mine, 30) == [rank < 2, False, True]
+    assert nodes.any_within_node([rank == 1, False, True], mine, 30) == [rank < 2, False, True]
     assert 1390 <= nodes.sent <= 1590, "half of every message, padded, and a step; an all-reduce sends one message"
-    assert nodes.sent_inside > nodes.sent
+    assert nodes.sent_within_node > nodes.sent
     assert not nodes.apart()
     sends = {
         "sum": lambda x: nodes.all_reduce(x.to(torch.float16)),
@@ -73,7 +73,7 @@ def _train(rank, method, options, how, steps=12, **attach):
     saved = wire.state_dict()
     wire.load_state_dict(saved)
     facts = close(wire)
-    facts["inside"] = rows[-1].inside_bytes
+    facts["inside"] = rows[-1].within_node_bytes
     return flat_parameters(model), residuals, facts, int(saved["rank"].to_local()), saved["world"]
 
 
@@ -169,7 +169,7 @@ LEFT_OUT += [("ddp", dgc(0.02, route="two_phase"), 3), ("ddp", scalecom(0.05), 2
 def test_a_step_that_a_rank_of_any_lane_leaves_out_is_an_error_on_all(world4):
     for rank, found in enumerate(world4.run(_leaves_out_a_step, LEFT_OUT, timeout=240)):
         for (engine, method, who), (step, error) in zip(LEFT_OUT, found, strict=True):
-            assert error.startswith(f"step {2 - (rank == who)}: the step clocks of the ranks have parted"), (
+            assert error.startswith(f"step {2 - (rank == who)}: ranks are at different steps"), (
                 engine, method.name, who, error,
             )  # fmt: skip
             assert step == 2, (engine, method.name, who)

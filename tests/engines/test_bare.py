@@ -531,7 +531,7 @@ def _departures(rank, method, link):
         end(wire)
     finally:
         bare.BUCKET, pipeline.send = before, send
-    joined = [note for note in wire.ledger.notes if note.startswith("2 buckets leave as 1")]
+    joined = [note for note in wire.ledger.notes if note.startswith("2 buckets are sent as 1")]
     return sends.count(2), len(joined), flat_parameters(model)
 
 

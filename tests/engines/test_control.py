@@ -217,10 +217,10 @@ class _Alone:
 
 
 def test_an_error_that_could_not_be_told_is_not_taken_for_a_known_one():
-    talk, known = _Alone(), []
+    channel, known = _Alone(), []
 
     def call():
-        with Together(talk, "attach()") as together:
+        with Together(channel, "attach()") as together:
             try:
                 with together.alone():
                     raise ValueError("of its own")
@@ -232,7 +232,7 @@ def test_an_error_that_could_not_be_told_is_not_taken_for_a_known_one():
         call()
     assert known == [False], "whoever cleans up must not ask the others"
     assert is_known(raised.value)
-    assert talk.left == ["attach() failed on rank 1: ValueError: of its own"]
+    assert channel.left == ["attach() failed on rank 1: ValueError: of its own"]
     assert "connection closed" in raised.value.__notes__[0]
 
 
@@ -245,7 +245,7 @@ def test_whatever_a_rank_raises_is_told_to_the_others(world2, engine):
 def _in_the_middle(rank):
     """What is raised between two exchanges can't be told by a third: it is left in the store."""
     found = []
-    for kind, place in ((ValueError, (Plain, "_held")), (MemoryError, ("thinwire.session.migrate.hand_on",))):
+    for kind, place in ((ValueError, (Plain, "_held")), (MemoryError, ("thinwire.session.migrate.migrate",))):
         group = dist.new_group([0, 1])
         _, optimizer, attach = start("plain", group, dgc(0.1), timeout=15.0)
         with pytest.MonkeyPatch.context() as patch:

@@ -395,9 +395,9 @@ def _change_method(rank):
             facts.append((kept, optimizer.param_groups[0]["momentum"], len(before)))
         if step == 8:
             wire.set_method(dense())
-            facts.append("carried" in wire.workers[0].local["middle.weight"].now)
+            facts.append("pending_residual" in wire.workers[0].local["middle.weight"].now)
         if step == 9:
-            facts.append("carried" in wire.workers[0].local["middle.weight"].now)
+            facts.append("pending_residual" in wire.workers[0].local["middle.weight"].now)
             wire.set_method(dgc(0.01))
             facts.append(optimizer.param_groups[0]["momentum"])
         optimizer.zero_grad()

@@ -58,7 +58,7 @@ def _run(rank, shape, runs):
         facts = {}
         if wire is not None:
             rows = list(wire.ledger.rows)
-            for key in (f"{what}{plain}_bytes" for what in ("inside", "gather") for plain in ("", "_dense")):
+            for key in (f"{what}{plain}_bytes" for what in ("within_node", "gather") for plain in ("", "_dense")):
                 facts[key] = sum(getattr(row, key) for row in rows)
             for key in ("wire_bytes", "dense_bytes"):
                 facts[key] = sum(getattr(row, key) for row in rows)
@@ -107,8 +107,8 @@ def test_eight_bits_of_reduce_scatter(world2, options):
     if options != HALF:  # there plain FSDP2 leaves out the weight decay of what is unused, as its gradient is None
         torch.testing.assert_close(exact[0], plain[0], rtol=1e-6, atol=1e-6)
     assert 0 < (short[0] - exact[0]).abs().max() < 0.1
-    assert short[1]["inside_bytes"] <= 0.27 * short[1]["inside_dense_bytes"]
-    assert exact[1]["inside_bytes"] == exact[1]["inside_dense_bytes"]
+    assert short[1]["within_node_bytes"] <= 0.27 * short[1]["within_node_dense_bytes"]
+    assert exact[1]["within_node_bytes"] == exact[1]["within_node_dense_bytes"]
     assert "| ratio of the reduce-scatter to fp32           | 4.0" in short[1]["report"]
 
 
@@ -118,11 +118,11 @@ def test_four_bits_of_reduce_scatter_and_eight_of_all_gather(world2):
     runs = ran(world2, (1, 2), EXACT, four, gathering, gathering | {"mixed": True}, EXACT | {"mixed": True})
     exact, short, gathered, mixed, exact_mixed = runs
     assert 0 < (short[0] - exact[0]).abs().max() < 0.3
-    assert short[1]["inside_bytes"] <= 0.15 * short[1]["inside_dense_bytes"]
+    assert short[1]["within_node_bytes"] <= 0.15 * short[1]["within_node_dense_bytes"]
     for (got, facts), (expected, _) in ((gathered, exact), (mixed, exact_mixed)):
         assert 0 < (got - expected).abs().max() < 0.1
         assert 0 < facts["gather_bytes"] <= 0.27 * facts["gather_dense_bytes"]
-        assert facts["inside_bytes"] == facts["inside_dense_bytes"]
+        assert facts["within_node_bytes"] == facts["within_node_dense_bytes"]
     assert exact[1]["gather_bytes"] == 0
     assert "| ratio of the all-gather to fp32" in gathered[1]["report"]
 
@@ -156,7 +156,7 @@ def test_compression_between_replicas(world4):
         assert facts["wire_bytes"] < facts["dense_bytes"]
         assert (facts["error"] > 0) != (name == "1-bit"), "which begins with a dense step"
         assert facts["step"] == steps[name]
-    assert found["both"]["inside_bytes"] <= 0.27 * found["both"]["inside_dense_bytes"]
+    assert found["both"]["within_node_bytes"] <= 0.27 * found["both"]["within_node_dense_bytes"]
     assert any("the variance is frozen" in note for note in found["1-bit"]["notes"])
     assert sum("L-GreCo plans" in note for note in found["planned"]["notes"]) == 2
 
@@ -354,6 +354,7 @@ def _errors(rank):
     refused("noise", model, dense(), all_gather=QSGD(2))
     refused("matrices", model, dense(), all_gather=thinwire.compressors.PowerSGD(1))
     refused("momentum", model, dense(), reduce_scatter=Rule(QSGD(8), thinwire.memories.Momentum()))
+    refused("mean", model, dense(), optimizer=optimizer, reduce_scatter=Rule(QSGD(8), thinwire.memories.EF21()))
     refused("no optimizer", model, dense(), reduce_scatter=Rule(QSGD(8), ErrorFeedback()))
     refused("ranks differ", model, dense(), reduce_scatter=QSGD(8, block=32 + rank))
     wire = thinwire.attach(
@@ -388,6 +389,7 @@ def test_errors(world2):
         "noise": "all_gather=QSGD adds noise of 2",
         "matrices": "all_gather=PowerSGD needs matrices",
         "momentum": "reduce_scatter with Momentum",
+        "mean": "reduce_scatter with EF21, which does something with the mean",
         "no optimizer": "pass optimizer=",
         "ranks differ": "ranks differ: rank 0 has reduce_scatter: QSGD(bits=8, block=32, norm='l2')",
         "twice": "dense is attached to this model; call wire.set_method(), or wire.detach() first",
@@ -609,7 +611,7 @@ def _shards_alone(rank):
         model, optimizer = _stack(mesh, mp_policy=MixedPrecisionPolicy(*policy))
         wire = thinwire.attach(model, dense(), optimizer=optimizer)
         model(_x(rank, 0)).float().square().mean().backward()
-        sent[name] = wire.ledger.rows[0].inside_bytes
+        sent[name] = wire.ledger.rows[0].within_node_bytes
         wire.detach()
     drawing = Quantize(8, rounding="stochastic")
     with pytest.raises(ThinwireError, match="draws anew in each step"):

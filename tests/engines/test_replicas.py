@@ -150,7 +150,7 @@ def test_a_step_that_one_rank_leaves_out_is_an_error_on_all_whatever_the_route(w
     for rank, found in enumerate(world2.run(_leaves_out_a_step, LEFT_OUT, timeout=180)):
         for (engine, method, *_), (step, error) in zip(LEFT_OUT, found, strict=True):
             assert step == 2, (engine, method.name, error)
-            assert error.startswith(f"step {2 - rank}: the step clocks of the ranks have parted: "), error
+            assert error.startswith(f"step {2 - rank}: ranks are at different steps: "), error
             assert "rank 0 is at step 2, rank 1 at 1. Some ranks called optimizer.step()" in error
 
 
@@ -252,7 +252,7 @@ def test_the_first_parameter_that_differs_is_named_on_all_ranks(world2, where):
             if options.get("check_every") == 0:
                 assert error == ""
                 continue
-            begins = "the ranks begin with different weights: " if where == "attach" else "the replicas have parted: "
+            begins = "the ranks begin with different weights: " if where == "attach" else "replicas differ: "
             assert f"{begins}parameter {name!r} is not the same on all ranks: rank 1 differs from rank 0" in error, (
                 engine,
                 error,

@@ -10,8 +10,14 @@ import thinwire
 from tests.engines import models, sharded
 from thinwire import Fsdp2Options, dgc, powersgd, scalecom, topk
 from thinwire.comm.process_group import ProcessGroup
+from thinwire.comm.simulated import Local
 from thinwire.compressors import Quantize
+from thinwire.core.interfaces import local_state
 from thinwire.exchange import pipeline
+from thinwire.exchange.routes.rows import reduced
+from thinwire.exchange.states import TwoCopies
+from thinwire.exchange.workers import Worker
+from thinwire.memories import ErrorFeedback
 
 SPIED = ("send", "route", "relay", "receive")
 ONE_STAGE, TWO_STAGES = {"send", "route", "receive"}, set(SPIED)
@@ -90,7 +96,7 @@ METHODS = {
     "all_gather": (dgc(0.05), {"Whole"}, ONE_STAGE),
     "all_reduce": (powersgd(1, min_compression_rate=0.0), {"Whole"}, ONE_STAGE),
     "two_phase": (dgc(0.05, route="two_phase"), {"TwoPhase"}, TWO_STAGES),
-    "leader": (scalecom(0.05), {"Led"}, TWO_STAGES),
+    "leader": (scalecom(0.05), {"LeaderRoute"}, TWO_STAGES),
 }
 
 
@@ -118,3 +124,28 @@ def test_all_engines_pass_through_the_pipeline(world2):
     for found in world2.run(_each, timeout=120.0):
         assert len(found) == 16
         assert all(found.values()), found
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0, 1000.0])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_reduced_row_keeps_the_loss_scale_of_its_own(world, scale):
+    """In float16 the own row must not be divided by the scale: small gradients would be gone."""
+    grads = [(1e-8 * torch.randn(world * 500) * scale).to(torch.float16) for _ in range(world)]
+    memory, outs = ErrorFeedback(), []
+    buckets, inboxes = [], []
+    for rank, peer in enumerate(Local.of(world)):
+        states = {"w": TwoCopies.of(local_state(memory, torch.empty((world - 1) * 500)))}
+        worker = Worker(rank, local=states)
+        rows = grads[rank].clone().view(world, 500)
+        buckets.append(reduced("w", Quantize(8), memory, rows, rank, 0, scale))
+        outbox = pipeline.send(buckets[-1], [rows.view(-1)], worker, 0, [True], scale, clear=False)
+        inboxes += pipeline.route([buckets[-1]], [outbox.messages], peer, 0)
+    for bucket, inbox in zip(buckets, inboxes, strict=True):
+        out = torch.full((500,), torch.nan, dtype=torch.float16)
+        pipeline.receive(bucket, inbox, [out], 0, 0, scale)
+        outs.append(out)
+    exact = sum(grad.double() for grad in grads).view(world, 500)
+    if scale > 1.0:
+        error = (torch.stack(outs).double() - exact).norm() / exact.norm()
+        assert (0.0 if world == 1 else 1e-6) <= error < 0.02
+    assert torch.stack(outs).isfinite().all()

@@ -31,7 +31,21 @@ WORLDS = (1, 2, 3, 4)
 SHAPE = (6, 5)
 NUMBERS = (0, 1, 2, 3, 4, -1, 17, 2**31, 2**62 - 1, 2**62, 2**63, -(2**63), 10**5000, True, False)
 REALS = (0.0, -0.0, 0.5, 0.9, 0.999999, 1.0, 1e-320, 1e38, 1e300, float("nan"), float("inf"), float("-inf"))
-TEXTS = ("", "w", "b", "residual", "momentum", "carried", "decay", "kind", "none", "\ud800", "[" * 3000, "\n", "{}")
+TEXTS = (
+    "",
+    "w",
+    "b",
+    "residual",
+    "momentum",
+    "pending_residual",
+    "decay",
+    "kind",
+    "none",
+    "\ud800",
+    "[" * 3000,
+    "\n",
+    "{}",
+)
 DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8,
     torch.bool, torch.complex64,
@@ -220,7 +234,7 @@ def check(restored: checkpoint.Restored, made: Session) -> None:
     for unit in made.units:
         fresh = unit.fresh_local().now, unit.fresh_shared().now
         local, shared = restored.local[unit.name], restored.shared[unit.name]
-        assert local.keys() - {"carried"} == fresh[0].keys(), local.keys()
+        assert local.keys() - {"pending_residual"} == fresh[0].keys(), local.keys()
         assert shared.keys() == fresh[1].keys(), shared.keys()
         for key, got in [*local.items(), *shared.items()]:
             assert type(got) is torch.Tensor

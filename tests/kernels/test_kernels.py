@@ -393,7 +393,7 @@ def test_what_a_kernel_cannot_do_is_left_to_the_memory(kernels):
         worker = Worker(0, kernels=kernels)
         worker.local["w"] = unit.fresh_local()
         if accumulation(memory) is not None:
-            worker.local["w"].now["carried"] = torch.ones(400, 500)
+            worker.local["w"].now["pending_residual"] = torch.ones(400, 500)
         assert not select([unit], [Piece(0)], [torch.randn(400, 500)], worker, [Context(0, 0, "w", 0)], 1.0)
 
 

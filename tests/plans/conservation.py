@@ -73,7 +73,7 @@ def _corrected(case: Case) -> Sides:
 def _momentum(case: Case) -> Sides:
     memory, p = case.memory, case.param
     decoupled = memory.decay == "decoupled"
-    g = case.gradient + case.before("carried") + (0.0 if decoupled else memory.weight_decay * p)
+    g = case.gradient + case.before("pending_residual") + (0.0 if decoupled else memory.weight_decay * p)
     b = memory.momentum * case.shared_old.get("momentum", torch.zeros_like(p)) + g
     if memory.momentum:
         yield "momentum after averaging", case.shared_new["momentum"], b
@@ -84,7 +84,7 @@ def _momentum(case: Case) -> Sides:
 
 def _none(case: Case) -> Sides:
     if case.exact:
-        yield "sent = asked", case.received, case.gradient + case.before("carried")
+        yield "sent = asked", case.received, case.gradient + case.before("pending_residual")
 
 
 def _vote(case: Case) -> Sides:
@@ -95,7 +95,7 @@ def _vote(case: Case) -> Sides:
             yield "the momentum of a voter", new["momentum"], beta * old["momentum"] + (1.0 - beta) * g
         asked = [state["momentum"] for state in case.new]
     yield "nothing but sides", case.received, case.received.sign()
-    if any("carried" in state for state in case.old):
+    if any("pending_residual" in state for state in case.old):
         return
     votes = _mean([x if case.exact else x.sign() for x in asked])
     clear = votes.abs() > 1e-3 * votes.abs().amax() if votes.numel() else votes.bool()
@@ -167,7 +167,7 @@ def check(
     if not all(bool(x.isfinite().all()) for x in (*g, received, param)):
         return []
     old, new, shared = [w.before[name] for w in workers], [w.after[name] for w in workers], first.shared_before[name]
-    received = received - shared.get("carried", torch.zeros_like(param))
+    received = received - shared.get("pending_residual", torch.zeros_like(param))
     case = Case(memory, stage == DENSE, g, old, new, shared, first.shared_after[name], received, param)
     states = [x for state in (*old, *new, shared, case.shared_new) for x in state.values()]
     largest = max((float(x.abs().max()) for x in (*g, received, *states, param * 0.1) if x.numel()), default=0.0)

@@ -138,7 +138,7 @@ def folded(plan: Plan, told: list[Told]) -> Found:
     """At another number of ranks each has the mean of what was pending, and replicas stay alike."""
     new = [one for one in told if one.folded is not None]
     for name in told[0].saved if new else ():
-        for key in ("residual", "momentum", "estimate", "average", "carried"):
+        for key in ("residual", "momentum", "estimate", "average", "pending_residual"):
             rows = [one.saved[name][key].double() for one in told if key in one.saved[name]]
             for one in new:
                 local, _ = one.folded or ({}, {})

@@ -14,7 +14,7 @@ from thinwire.comm.link import Kind, wire_bytes
 def counted(group: dist.ProcessGroup | None) -> Iterator[list[float]]:
     """The bytes that this rank sends to a group meanwhile, in a list of one."""
     total, kept = [0.0], {name: getattr(dist, name) for name in ("all_reduce", "all_to_all_single", "broadcast")}
-    gather, talk, talking = process_group._all_gather, process_group.ProcessGroup.exchange_text, [False]
+    gather, channel, talking = process_group._all_gather, process_group.ProcessGroup.exchange_text, [False]
 
     def watching(call: Any, kind: Kind, which: int) -> Any:
         def made(*args: Any, **kwargs: Any) -> Any:
@@ -28,7 +28,7 @@ def counted(group: dist.ProcessGroup | None) -> Iterator[list[float]]:
     def talked(*args: Any, **kwargs: Any) -> Any:  # control traffic is not counted
         talking[0] = True
         try:
-            return talk(*args, **kwargs)
+            return channel(*args, **kwargs)
         finally:
             talking[0] = False
 
@@ -40,6 +40,6 @@ def counted(group: dist.ProcessGroup | None) -> Iterator[list[float]]:
     try:
         yield total
     finally:
-        process_group._all_gather, process_group.ProcessGroup.exchange_text = gather, talk
+        process_group._all_gather, process_group.ProcessGroup.exchange_text = gather, channel
         for name, call in kept.items():
             setattr(dist, name, call)

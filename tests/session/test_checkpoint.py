@@ -186,7 +186,7 @@ def _other_method(rank):
     notes = [note for note in wire.ledger.notes if "starts from zero" in note]
     wire.set_method(dense())
     wire.load_state_dict(saved)
-    carried = torch.equal(wire.workers[0].local["middle.weight"].now["carried"], residual)
+    carried = torch.equal(wire.workers[0].local["middle.weight"].now["pending_residual"], residual)
     wire.detach()
     return kept, notes, carried
 
@@ -381,12 +381,12 @@ def test_a_residual_that_overflows_in_the_units_of_the_present_memory_is_refused
 
 
 def test_only_what_is_carried_is_pending_in_the_shared_state():
-    session, state = _changed("shared.w", {"carried": torch.ones(6, 5), "residual": torch.ones(6, 5)})
+    session, state = _changed("shared.w", {"pending_residual": torch.ones(6, 5), "residual": torch.ones(6, 5)})
     state = {**state, "version": 1}  # from before there were checksums
     del state["checks"]
     restored = restore(state, session.units, 0, 1, "error")
     assert any("its bytes were not checked" in note for note in restored.notes)
-    assert list(restored.shared["w"]) == ["carried"]
+    assert list(restored.shared["w"]) == ["pending_residual"]
     assert torch.equal(restored.local["w"]["residual"], state["local"]["w"]["residual"][0])
     assert any("residual has no place" in note for note in restored.notes)
 

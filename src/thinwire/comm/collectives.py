@@ -122,7 +122,7 @@ class Carrier(Protocol):
         ...
 
 
-class Talk(Protocol):
+class ControlChannel(Protocol):
     """A control channel between ranks."""
 
     @property
@@ -130,7 +130,7 @@ class Talk(Protocol):
     @property
     def world(self) -> int: ...
     @property
-    def everyone(self) -> "Talk":
+    def everyone(self) -> "ControlChannel":
         """The control channel of all ranks of the model, one member per rank."""
         ...
 
@@ -159,7 +159,7 @@ class Talk(Protocol):
         ...
 
 
-class Collective(Talk, Carrier, Protocol):
+class Collective(ControlChannel, Carrier, Protocol):
     """The interface that carries messages between workers. ``sent`` counts the bytes that this worker has sent."""
 
     @property
@@ -172,17 +172,17 @@ class Collective(Talk, Carrier, Protocol):
         ...
 
     @property
-    def keepers(self) -> "Collective":
+    def checkpoint_group(self) -> "Collective":
         """The checkpoint group: the ranks that each have a row in a checkpoint."""
         ...
 
     @property
-    def lanes(self) -> int:
+    def local_ranks(self) -> int:
         """Number of local ranks: the ranks of one worker, each of which sends a part of its message."""
         ...
 
     @property
-    def sent_inside(self) -> float:
+    def sent_within_node(self) -> float:
         """Bytes that this rank has sent within the node."""
         ...
 
@@ -194,11 +194,11 @@ class Collective(Talk, Carrier, Protocol):
         """Return True if messages since ``at`` show that local ranks are at different steps; blocks."""
         ...
 
-    def mean_inside(self, gradients: Tensor, timeout: float) -> None:
+    def mean_within_node(self, gradients: Tensor, timeout: float) -> None:
         """Average over the local ranks in place; blocks."""
         ...
 
-    def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
+    def any_within_node(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
         """Return for each unit True if any local rank used it; blocks."""
         ...
 
@@ -230,15 +230,15 @@ class Collective(Talk, Carrier, Protocol):
 class OneLevel:
     """A base for collectives in which every rank is a worker."""
 
-    lanes = 1
-    sent_inside = 0.0
+    local_ranks = 1
+    sent_within_node = 0.0
 
     @property
     def everyone(self) -> Any:
         return self
 
     @property
-    def keepers(self) -> Any:
+    def checkpoint_group(self) -> Any:
         return self
 
     def at(self, step: int) -> None:
@@ -247,10 +247,10 @@ class OneLevel:
     def apart(self) -> bool:
         return False
 
-    def mean_inside(self, gradients: Tensor, timeout: float) -> None:
+    def mean_within_node(self, gradients: Tensor, timeout: float) -> None:
         pass
 
-    def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
+    def any_within_node(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
         return list(used)
 
     def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:
@@ -269,12 +269,12 @@ def exchange_failed(collective: Collective, step: int, names: Sequence[str], err
     return failed(collective, f"step {step}: the exchange of {what}", error, "Restart from the last checkpoint")
 
 
-def failed(talk: Talk, what: str, error: Exception, way_out: str) -> ThinwireError:
+def failed(channel: ControlChannel, what: str, error: Exception, way_out: str) -> ThinwireError:
     """Make the error for a failed collective call."""
-    lost = talk.lost() if isinstance(error, NoAnswer) else Lost()
+    lost = channel.lost() if isinstance(error, NoAnswer) else Lost()
     if lost.raised:
         return ThinwireError(f"{lost.raised}. {way_out}.")
     reason = (str(error) or repr(error)).splitlines()[0].rstrip(".! ")
     return ThinwireError(
-        f"{what} failed on rank {talk.everyone.rank}{'; ' * bool(str(lost))}{lost}: {reason}. {way_out}."
+        f"{what} failed on rank {channel.everyone.rank}{'; ' * bool(str(lost))}{lost}: {reason}. {way_out}."
     )

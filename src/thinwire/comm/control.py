@@ -9,7 +9,7 @@ from collections.abc import Generator
 from types import TracebackType
 from typing import Self
 
-from thinwire.comm.collectives import NoAnswer, Talk, failed
+from thinwire.comm.collectives import ControlChannel, NoAnswer, failed
 from thinwire.comm.texts import is_known, known_to_all
 from thinwire.core.errors import ThinwireError
 
@@ -24,13 +24,13 @@ class Together:
     """One such call: every rank learns of an error that leaves the ``with`` block.
 
     Args:
-        talk: the control channel; a collective if there is one already.
+        channel: the control channel; a collective if there is one already.
         what: the name of the call, for errors.
         way_out: advice for errors when a rank did not answer.
     """
 
-    def __init__(self, talk: Talk, what: str, way_out: str = "Restart from the last checkpoint") -> None:
-        self.talk, self.what, self.way_out = talk, what, way_out
+    def __init__(self, channel: ControlChannel, what: str, way_out: str = "Restart from the last checkpoint") -> None:
+        self.channel, self.what, self.way_out = channel, what, way_out
 
     def __enter__(self) -> Self:
         return self
@@ -41,8 +41,8 @@ class Together:
         if error is None or is_known(error):
             return
         if isinstance(error, NoAnswer):
-            raise known_to_all(failed(self.talk, self.what, error, self.way_out)) from error
-        self.talk.leave(self._told(error))
+            raise known_to_all(failed(self.channel, self.what, error, self.way_out)) from error
+        self.channel.leave(self._told(error))
         known_to_all(error)
 
     @contextlib.contextmanager
@@ -58,7 +58,7 @@ class Together:
             if not is_known(error):
                 self._tell(error)
             raise
-        for text in self.talk.everyone.exchange_text(""):
+        for text in self.channel.everyone.exchange_text(""):
             if text:
                 raise known_to_all(ThinwireError(text))
 
@@ -66,7 +66,7 @@ class Together:
         patience = None if isinstance(error, Exception) else GRACE
         text = self._told(error)
         try:
-            self.talk.everyone.exchange_text(text, patience)
+            self.channel.everyone.exchange_text(text, patience)
         except (NoAnswer, ThinwireError) as reason:  # ``__exit__`` leaves the message in the store
             error.add_note(f"The other ranks could not be told: {reason}")
         else:
@@ -74,4 +74,4 @@ class Together:
 
     def _told(self, error: BaseException) -> str:
         said = str(error) if isinstance(error, ThinwireError) else f"{type(error).__name__}: {error}"
-        return f"{self.what} failed on rank {self.talk.everyone.rank}: {said[:TOLD]}"
+        return f"{self.what} failed on rank {self.channel.everyone.rank}: {said[:TOLD]}"

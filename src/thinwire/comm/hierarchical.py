@@ -84,15 +84,15 @@ class Nodes:
         self.everyone = everyone
         self.inside, self.between, self._made = inside, between, made
         self.rank, self.world = between.rank, between.world
-        self.lanes, self._lane = inside.world, inside.rank
-        self.label = f"{between.label}, between {self.world} nodes of {self.lanes} ranks"
+        self.local_ranks, self._local_rank = inside.world, inside.rank
+        self.label = f"{between.label}, between {self.world} nodes of {self.local_ranks} ranks"
         link = between.link
-        self.link = link and Link(link.bandwidth * self.lanes, link.latency)
+        self.link = link and Link(link.bandwidth * self.local_ranks, link.latency)
         self._step = 0
         self._parted: list[Tensor] = []  # for each exchange since ``at``: True if its steps differ
 
     @property
-    def keepers(self) -> Collective:
+    def checkpoint_group(self) -> Collective:
         return self.everyone
 
     @property
@@ -100,13 +100,13 @@ class Nodes:
         return self.between.sent
 
     @property
-    def sent_inside(self) -> float:
+    def sent_within_node(self) -> float:
         return self.inside.sent
 
-    def mean_inside(self, gradients: Tensor, timeout: float) -> None:
-        self.inside.all_reduce(gradients.mul_(1.0 / self.lanes)).wait(timeout)
+    def mean_within_node(self, gradients: Tensor, timeout: float) -> None:
+        self.inside.all_reduce(gradients.mul_(1.0 / self.local_ranks)).wait(timeout)
 
-    def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
+    def any_within_node(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
         flags = torch.tensor(used, dtype=torch.float32, device=gradients.device)
         return [bool(flag) for flag in self.inside.all_reduce(flags).wait(timeout)]
 
@@ -148,8 +148,8 @@ class Nodes:
 
     def _part(self, rows: Tensor, more: int) -> Tensor:
         """Return this rank's columns of uint8 ``[rows, nbytes]``, padded, plus ``more`` columns of zeros."""
-        width = -(-rows.shape[1] // (self.lanes * ROW_ALIGNMENT)) * ROW_ALIGNMENT
-        mine = rows[:, self._lane * width : (self._lane + 1) * width]
+        width = -(-rows.shape[1] // (self.local_ranks * ROW_ALIGNMENT)) * ROW_ALIGNMENT
+        mine = rows[:, self._local_rank * width : (self._local_rank + 1) * width]
         return torch.nn.functional.pad(mine, (0, width - mine.shape[1] + more))
 
     def _clocked(self, rows: Tensor) -> Tensor:
@@ -175,10 +175,10 @@ class Nodes:
             parted: computes from these columns, ``[local ranks, rows, more]``, True if the steps differ; bool ``[]``.
             whole: computes the answer from the rows.
         """
-        lanes = self.lanes
+        local_ranks = self.local_ranks
 
         def arrange(parts: Tensor) -> Tensor:
-            each = parts.view(lanes, rows, -1)
+            each = parts.view(local_ranks, rows, -1)
             self._parted.append(parted(each[..., -more:].contiguous()))
             return whole(each[..., :-more].transpose(0, 1).reshape(rows, -1))
 

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from thinwire.core.checks import of_type, real, settle, shown
+from thinwire.core.checks import check_fields, of_type, real, shown
 from thinwire.core.errors import ThinwireError
 
 Kind: TypeAlias = Literal["all_reduce", "all_gather", "all_to_all", "broadcast"]
@@ -69,7 +69,7 @@ class Link:
 
     def __post_init__(self) -> None:
         bits = real(0.0, above=True, hint=", in bits per second, e.g. 1e9; Link.parse('1gbit') reads text")
-        settle(self, bandwidth=bits, latency=real(0.0, hint=", in seconds, e.g. 0.0005"))
+        check_fields(self, bandwidth=bits, latency=real(0.0, hint=", in seconds, e.g. 0.0005"))
 
     @staticmethod
     def read(name: str, given: Any) -> "Link | None":

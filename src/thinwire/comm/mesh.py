@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from thinwire.comm.collectives import Collective, InFlight, NoAnswer, Talk, failed
+from thinwire.comm.collectives import Collective, ControlChannel, InFlight, NoAnswer, failed
 from thinwire.comm.liveness import Lost
 from thinwire.comm.process_group import ProcessGroup
 from thinwire.comm.texts import heard
@@ -25,13 +25,13 @@ from thinwire.core.sharding import shape_of, shard_dim
 class BothAxes:
     """The control channel of all ranks of the mesh; a rank is its replica times the number of shards plus its shard."""
 
-    def __init__(self, replicas: Talk, shards: Talk) -> None:
+    def __init__(self, replicas: ControlChannel, shards: ControlChannel) -> None:
         self.replicas, self.shards = replicas, shards
         self.rank = replicas.rank * shards.world + shards.rank
         self.world = replicas.world * shards.world
 
     @property
-    def everyone(self) -> Talk:
+    def everyone(self) -> ControlChannel:
         return self
 
     def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
@@ -96,8 +96,8 @@ class Mesh:
         ThinwireError: the two axes do not form a mesh.
     """
 
-    lanes = 1
-    sent_inside = 0.0
+    local_ranks = 1
+    sent_within_node = 0.0
     """Bytes that this rank has sent along the shard axis; the sender adds them."""
 
     def __init__(
@@ -128,7 +128,7 @@ class Mesh:
         return self.replicas.sent
 
     @property
-    def keepers(self) -> Collective:
+    def checkpoint_group(self) -> Collective:
         return self
 
     def all_reduce(self, message: Tensor) -> InFlight:
@@ -149,10 +149,10 @@ class Mesh:
     def apart(self) -> bool:
         return False
 
-    def mean_inside(self, gradients: Tensor, timeout: float) -> None:
+    def mean_within_node(self, gradients: Tensor, timeout: float) -> None:
         pass  # the reduce-scatter has done it
 
-    def any_inside(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
+    def any_within_node(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
         return list(used)
 
     def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from thinwire.compressors import chunked_indices
 from thinwire.compressors.sampling import largest_of_each
 from thinwire.core.capabilities import Adjustable
-from thinwire.core.checks import settle, share, whole
+from thinwire.core.checks import check_fields, share, whole
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
@@ -52,7 +52,7 @@ class BlockTopK(Compressor, Adjustable):
     block: int = 4096
 
     def __post_init__(self) -> None:
-        settle(self, density=share("0.01"), block=whole(1))
+        check_fields(self, density=share("0.01"), block=whole(1))
 
     def with_density(self, density: float) -> "BlockTopK":
         return replace(self, density=max(density, self.density))

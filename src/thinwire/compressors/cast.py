@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from thinwire.core.checks import dtype, optional, settle
+from thinwire.core.checks import check_fields, dtype, optional
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
@@ -49,7 +49,7 @@ class Cast(Compressor):
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        settle(self, dtype=optional(dtype(tuple(DTYPES), OWN)))
+        check_fields(self, dtype=optional(dtype(tuple(DTYPES), OWN)))
 
     @cached_property
     def traits(self) -> Traits:

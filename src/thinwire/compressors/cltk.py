@@ -9,7 +9,7 @@ from torch import Tensor
 from thinwire.compressors.sampling import Sampling
 from thinwire.compressors.sparse import TopK
 from thinwire.core.capabilities import Adjustable, LeaderSelected, Thresholded
-from thinwire.core.checks import settle, share
+from thinwire.core.checks import check_fields, share
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
@@ -48,7 +48,7 @@ class CLTK(Compressor, Adjustable, Thresholded, LeaderSelected):
     density: float
 
     def __post_init__(self) -> None:
-        settle(self, density=share("0.01"))
+        check_fields(self, density=share("0.01"))
 
     @cached_property
     def _own(self) -> TopK:

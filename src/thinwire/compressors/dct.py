@@ -11,7 +11,7 @@ from thinwire.compressors import chunked_indices
 from thinwire.compressors.sampling import largest_of_each
 from thinwire.core.ambient import full_precision
 from thinwire.core.capabilities import Adjustable
-from thinwire.core.checks import settle, share, whole
+from thinwire.core.checks import check_fields, share, whole
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
@@ -118,7 +118,7 @@ class DctTopK(Compressor, Adjustable):
     chunk: int = 64
 
     def __post_init__(self) -> None:
-        settle(self, density=share("32 / 4096"), chunk=whole(1))
+        check_fields(self, density=share("32 / 4096"), chunk=whole(1))
 
     def with_density(self, density: float) -> "DctTopK":
         return replace(self, density=max(density, self.density))

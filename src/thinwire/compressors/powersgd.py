@@ -14,7 +14,7 @@ from torch import Tensor
 
 from thinwire.core.ambient import full_precision
 from thinwire.core.capabilities import ErrorTable, WarmStarted
-from thinwire.core.checks import real, settle, whole
+from thinwire.core.checks import check_fields, real, whole
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
@@ -120,7 +120,7 @@ class PowerSGD(Compressor, WarmStarted, ErrorTable):
     min_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        settle(
+        check_fields(
             self,
             rank=whole(1, says="it must be at least 1 and whole, and 4 is a safe start"),
             min_rate=real(0.0, hint=", which takes every matrix"),

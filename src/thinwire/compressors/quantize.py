@@ -12,7 +12,7 @@ from torch import Tensor
 from thinwire.coding.bitpack import pack_fields, unpack_fields
 from thinwire.compressors.block_scales import as_float32, count, in_blocks, l2, scale_of
 from thinwire.core.capabilities import ErrorTable
-from thinwire.core.checks import one_of, settle, whole
+from thinwire.core.checks import check_fields, one_of, whole
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
@@ -74,7 +74,7 @@ class QSGD(Compressor, ErrorTable):
             "QSGD takes 2 to 8: of 1 bit the sign would be all, with 2^0 - 1 = 0 magnitudes; use Sign() with "
             "ErrorFeedback(), or TernGrad(), and beyond 8 Cast('float16')"
         )
-        settle(self, bits=whole(2, 8, says=says), block=whole(1), norm=one_of("l2", "max"))
+        check_fields(self, bits=whole(2, 8, says=says), block=whole(1), norm=one_of("l2", "max"))
 
     @property
     def levels(self) -> int:
@@ -164,7 +164,7 @@ class Quantize(Compressor, ErrorTable):
 
     def __post_init__(self) -> None:
         bits = whole(1, 8, says="Quantize takes 1 to 8, whole; beyond, use Cast('float16')")
-        settle(self, bits=bits, block=whole(1), rounding=one_of("nearest", "stochastic"))
+        check_fields(self, bits=bits, block=whole(1), rounding=one_of("nearest", "stochastic"))
 
     @cached_property
     def traits(self) -> Traits:

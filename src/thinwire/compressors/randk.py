@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thinwire.coding.header import is_nonfinite
 from thinwire.core.capabilities import Adjustable
-from thinwire.core.checks import flag, settle, share
+from thinwire.core.checks import check_fields, flag, share
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
@@ -73,7 +73,7 @@ class RandK(Compressor, Adjustable):
     scaled: bool = True
 
     def __post_init__(self) -> None:
-        settle(self, density=share("0.01"), shared=flag, scaled=flag)
+        check_fields(self, density=share("0.01"), shared=flag, scaled=flag)
 
     def with_density(self, density: float) -> "RandK":
         return replace(self, density=max(density, self.density))

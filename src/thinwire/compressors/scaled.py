@@ -17,7 +17,7 @@ from thinwire.core.capabilities import (
     title,
     with_density,
 )
-from thinwire.core.checks import of_type, settle
+from thinwire.core.checks import check_fields, of_type
 from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Payload, State, Traits
@@ -78,7 +78,7 @@ class Scaled(Compressor, WarmStarted, Adjustable, TakesSparse):
     compressor: Compressor
 
     def __post_init__(self) -> None:
-        settle(
+        check_fields(
             self, compressor=of_type(Compressor, "Scaled takes an unbiased compressor, such as QSGD(2) or RandK(0.01)")
         )
         if self.compressor.traits.variance(2**20) is None:

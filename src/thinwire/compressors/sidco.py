@@ -12,7 +12,7 @@ from torch import Tensor
 from thinwire.compressors.sparse import VALUES, TopK
 from thinwire.compressors.threshold import bounded
 from thinwire.core.capabilities import Adjustable, TakesSparse
-from thinwire.core.checks import one_of, optional, settle, share, whole
+from thinwire.core.checks import check_fields, one_of, optional, share, whole
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
@@ -118,9 +118,9 @@ class SIDCo(Compressor, Adjustable, TakesSparse):
 
     def __post_init__(self) -> None:
         stages = optional(whole(1, hint=", or None to adapt it"))
-        settle(self, density=share("0.01"), stages=stages, fit=one_of(*FITS), values=VALUES)
+        check_fields(self, density=share("0.01"), stages=stages, fit=one_of(*FITS), values=VALUES)
 
-    def packer(self) -> TopK:
+    def decoder(self) -> TopK:
         """Return the compressor that encodes and decodes a selection."""
         return TopK(self.density, self.values)
 
@@ -135,7 +135,7 @@ class SIDCo(Compressor, Adjustable, TakesSparse):
         return Traits(
             splittable=True,
             needs_feedback=self.density < 1.0,
-            keeps_values=self.packer().traits.keeps_values,
+            keeps_values=self.decoder().traits.keeps_values,
             contraction=self._contraction,
         )
 
@@ -168,20 +168,20 @@ class SIDCo(Compressor, Adjustable, TakesSparse):
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         if x.is_meta:
-            return self.packer().compress(x, state, ctx)
+            return self.decoder().compress(x, state, ctx)
         chosen = self._chosen(flat(x).abs(), x.numel())
-        return self.packer().encode(chosen, flat(x)[chosen], x.numel(), ctx)
+        return self.decoder().encode(chosen, flat(x)[chosen], x.numel(), ctx)
 
     def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
         chosen = self._chosen(x.values.abs(), like.numel())
-        return self.packer().encode(x.indices[chosen], x.values[chosen].to(like.dtype), like.numel(), ctx)
+        return self.decoder().encode(x.indices[chosen], x.values[chosen].to(like.dtype), like.numel(), ctx)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        return self.packer().decompress(payload, like, state, ctx)
+        return self.decoder().decompress(payload, like, state, ctx)
 
     def _chosen(self, magnitude: Tensor, n: int) -> Tensor:
         """Return the ascending indices of the magnitudes ``[m]`` to send, for a tensor of n elements."""
-        k, m = self.packer().k(n), magnitude.numel()
+        k, m = self.decoder().k(n), magnitude.numel()
         if m == 0:
             return magnitude.new_empty(0, dtype=torch.int64)
         tau = self.threshold(magnitude, min(1.0, k / m)) if magnitude.isfinite().all() else 0.0  # NaN goes first

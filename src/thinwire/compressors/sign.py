@@ -9,7 +9,7 @@ from torch import Tensor
 
 from thinwire.coding.bitpack import pack_bits, unpack_bits
 from thinwire.compressors.block_scales import as_float32, count, in_blocks, l2, scale_of
-from thinwire.core.checks import one_of, settle, whole
+from thinwire.core.checks import check_fields, one_of, whole
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
@@ -54,7 +54,7 @@ class Sign(Compressor):
     scale: Literal["l1", "l2", "none"] = "l1"
 
     def __post_init__(self) -> None:
-        settle(self, block=whole(1), scale=one_of("l1", "l2", "none"))
+        check_fields(self, block=whole(1), scale=one_of("l1", "l2", "none"))
 
     @cached_property
     def traits(self) -> Traits:

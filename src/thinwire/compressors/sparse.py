@@ -14,7 +14,7 @@ from thinwire.coding import values as codes
 from thinwire.compressors.cast import DTYPES, OWN, dtype_named
 from thinwire.compressors.sampling import EXACT_BELOW, Sampling, sample_size
 from thinwire.core.capabilities import Adjustable, ErrorTable, SumsSparsely, TakesSparse, Thresholded
-from thinwire.core.checks import dtype, one_of, optional, real, settle, share, whole
+from thinwire.core.checks import check_fields, dtype, one_of, optional, real, share, whole
 from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Payload, State, Traits
@@ -71,7 +71,7 @@ class TopK(Compressor, Adjustable, Thresholded, SumsSparsely, TakesSparse, Error
     attempts: int = 10
 
     def __post_init__(self) -> None:
-        settle(
+        check_fields(
             self,
             density=share("0.001"),
             values=VALUES,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from thinwire.coding.bitpack import pack_trits, unpack_trits
 from thinwire.compressors.block_scales import as_float32, l2, scale_of
-from thinwire.core.checks import optional, real, settle
+from thinwire.core.checks import check_fields, optional, real
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
@@ -49,7 +49,9 @@ class TernGrad(Compressor):
     clip_rms: float | None = 2.5
 
     def __post_init__(self) -> None:
-        settle(self, clip_rms=optional(real(0.0, above=True, hint=", in root mean squares, or None for no clipping")))
+        check_fields(
+            self, clip_rms=optional(real(0.0, above=True, hint=", in root mean squares, or None for no clipping"))
+        )
 
     @cached_property
     def traits(self) -> Traits:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from thinwire.compressors.sparse import VALUES, TopK
 from thinwire.core.capabilities import Adjustable, TakesSparse
-from thinwire.core.checks import real, settle, share
+from thinwire.core.checks import check_fields, real, share
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
@@ -62,9 +62,9 @@ class Threshold(Compressor, Adjustable, TakesSparse):
 
     def __post_init__(self) -> None:
         threshold = real(0.0, above=True, hint="; TopK(density) needs none")
-        settle(self, threshold=threshold, capacity=share("0.01", "the most kept/total"), values=VALUES)
+        check_fields(self, threshold=threshold, capacity=share("0.01", "the most kept/total"), values=VALUES)
 
-    def packer(self) -> TopK:
+    def decoder(self) -> TopK:
         """Return the compressor that encodes and decodes a selection."""
         return TopK(self.capacity, self.values)
 
@@ -79,7 +79,7 @@ class Threshold(Compressor, Adjustable, TakesSparse):
         return Traits(
             splittable=True,
             needs_feedback=True,
-            keeps_values=self.packer().traits.keeps_values,
+            keeps_values=self.decoder().traits.keeps_values,
             contraction=self._contraction,
         )
 
@@ -88,14 +88,14 @@ class Threshold(Compressor, Adjustable, TakesSparse):
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         if x.is_meta:
-            return self.packer().compress(x, state, ctx)
+            return self.decoder().compress(x, state, ctx)
         flattened = flat(x)
-        chosen = bounded(flattened.abs(), self.threshold, self.packer().k(x.numel()))
-        return self.packer().encode(chosen, flattened[chosen], x.numel(), ctx)
+        chosen = bounded(flattened.abs(), self.threshold, self.decoder().k(x.numel()))
+        return self.decoder().encode(chosen, flattened[chosen], x.numel(), ctx)
 
     def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        chosen = bounded(x.values.abs(), self.threshold, self.packer().k(like.numel()))
-        return self.packer().encode(x.indices[chosen], x.values[chosen].to(like.dtype), like.numel(), ctx)
+        chosen = bounded(x.values.abs(), self.threshold, self.decoder().k(like.numel()))
+        return self.decoder().encode(x.indices[chosen], x.values[chosen].to(like.dtype), like.numel(), ctx)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        return self.packer().decompress(payload, like, state, ctx)
+        return self.decoder().decompress(payload, like, state, ctx)

@@ -43,10 +43,10 @@ def full_precision() -> Generator[None]:
         short: list[tuple[Any, str]] = [
             (kind, kind.fp32_precision) for kind in kinds if kind.fp32_precision not in ("none", "ieee")
         ]
-        _users += 1
-        _short.extend(short)
         for kind, _ in short:
             kind.fp32_precision = "ieee"
+        _users += 1
+        _short.extend(short)
     try:
         yield
     finally:

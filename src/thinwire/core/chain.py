@@ -25,7 +25,7 @@ from thinwire.core.capabilities import (
     together,
     with_density,
 )
-from thinwire.core.checks import of_type, settle
+from thinwire.core.checks import check_fields, of_type
 from thinwire.core.context import NOWHERE, NUMBER, Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Payload, State, Traits
@@ -62,7 +62,7 @@ class Chain(Compressor, WarmStarted, Adjustable, Thresholded, SumsSparsely, Take
 
     def __post_init__(self) -> None:
         beside = of_type(Compressor, "what stands beside >> is a compressor, as in TopK(0.01) >> Quantize(4)")
-        settle(self, first=beside, then=beside)
+        check_fields(self, first=beside, then=beside)
         first, then = title(self.first), title(self.then)
         kept, coder = self.first.traits, self.then.traits
         if coder.period != 1 or coder.min_ndim or self.then.init(NUMBER, NOWHERE):

@@ -29,7 +29,7 @@ SHORT = {
 """Other names of dtypes."""
 
 
-def settle(part: object, **checks: Check) -> None:
+def check_fields(part: object, **checks: Check) -> None:
     """Check the fields of a frozen dataclass and replace them by the normalised values; for ``__post_init__``."""
     for name, check in checks.items():
         object.__setattr__(part, name, check(name, getattr(part, name)))

@@ -82,6 +82,9 @@ class Compressor(ABC):
         """The facts that routes, rules and memories use."""
         return Traits()
 
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in vars(self).items() if key != "traits"}  # may hold what can't be pickled
+
     def init(self, like: Tensor, ctx: Context) -> State:
         """Return the state of a fresh unit; ``ctx.rank`` is 0 on every rank."""
         return {}
@@ -142,7 +145,7 @@ class Memory(ABC):
     @property
     def stateful(self) -> bool:
         """True if it has state, which nonfinite gradients must not reach."""
-        return bool(self.slots)
+        return True
 
     @property
     def linear(self) -> bool:

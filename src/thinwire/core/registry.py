@@ -5,14 +5,16 @@ the catalogue. Those of this package and a user's own are registered alike.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any, TypeVar, cast
 
 from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Memory
+from thinwire.core.interfaces import Compressor, Memory, Traits
 
 COMPRESSORS: dict[str, type[Compressor]] = {}
 MEMORIES: dict[str, type[Memory]] = {}
+
+JSON = (str, int, float, bool, type(None), tuple, dict)
 
 Kind = TypeVar("Kind", bound=type[Compressor] | type[Memory])
 
@@ -43,13 +45,12 @@ def register(name: str) -> Callable[[Kind], Kind]:
         'first half'
     """
 
+    if not isinstance(cast(object, name), str) or not name:
+        raise ThinwireError('register needs a name: write @thinwire.register("name") above the class')
+
     def add(kind: Kind) -> Kind:
         rows = _rows(kind)
-        if not is_dataclass(kind):
-            raise ThinwireError(
-                f"{kind.__name__} is no dataclass, so its settings can't be compared between ranks; write "
-                f"@thinwire.register({name!r}) above @dataclass(frozen=True)"
-            )
+        _check_class(kind, name)
         for taken in (COMPRESSORS.get(name), MEMORIES.get(name)):
             if taken is not None and _place(taken) != _place(kind):
                 raise ThinwireError(
@@ -60,6 +61,23 @@ def register(name: str) -> Callable[[Kind], Kind]:
         return kind
 
     return add
+
+
+def _check_class(kind: type, name: str) -> None:
+    above = f"write @thinwire.register({name!r}) above @dataclass(frozen=True)"
+    if "__dataclass_fields__" not in vars(kind):
+        raise ThinwireError(f"{kind.__name__} is no dataclass, so ranks can't compare its settings; {above}")
+    if not cast(Any, kind).__dataclass_params__.frozen:
+        raise ThinwireError(f"{kind.__name__} is not frozen, and a setting that changes would part the ranks; {above}")
+    names = {field.name for field in fields(cast(Any, kind))}
+    if taken := names & {"kind", "traits", "slots"}:
+        raise ThinwireError(f"{kind.__name__} has a setting {min(taken)!r}, a name that is taken; give it another")
+    if issubclass(kind, Compressor):
+        known = {field.name for field in fields(Traits)} - names
+        if stray := known & vars(kind).keys():
+            raise ThinwireError(
+                f"{kind.__name__}.{min(stray)} has no effect: write traits = Traits({min(stray)}=...) in the class"
+            )
 
 
 def _rows(kind: type) -> dict[str, Any]:
@@ -96,6 +114,12 @@ def to_json(part: Compressor | Memory) -> dict[str, Any]:
         )
     pairs = ((f.name, getattr(part, f.name)) for f in fields(cast(Any, part)))
     row = {key: to_json(v) if isinstance(v, Compressor) else v for key, v in pairs}
+    for key, value in row.items():
+        if not isinstance(value, JSON):
+            raise ThinwireError(
+                f"{kind.__name__}.{key} is {value!r}, which JSON can't hold; take a text, a number, a bool, None, a "
+                "tuple of them, or a compressor"
+            )
     where = {} if kind.__module__.startswith("thinwire.") else {"class": ".".join(_place(kind))}
     return {"kind": name, **where, **row}
 

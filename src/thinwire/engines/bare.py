@@ -64,7 +64,7 @@ class Plain:
         if cast(object, group) is dist.GroupMember.NON_GROUP_MEMBER:  # what torch returns on a rank outside the group
             raise ThinwireError(f"process_group is {group!r}; this rank must be in the group that trains the model")
         self.group = group
-        self.talk = ProcessGroup(group, timeout)
+        self.channel = ProcessGroup(group, timeout)
         groups: Any = getattr(optimizer, "param_groups", ())
         # settings that stay in the optimizer, or return to it, unless the method owns the momentum
         self.kept = {(key, group[key]) for group in groups for key in KEPT_OUT if group.get(key)}
@@ -90,7 +90,7 @@ class Plain:
             )
 
     def exchanged(self) -> list[tuple[str, Tensor]]:
-        check_nodes(self.talk, self.nodes)
+        check_nodes(self.channel, self.nodes)
         modules: list[tuple[str, nn.Module]] = [*self.model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
         for name, module in modules:
             if isinstance(module, (DistributedDataParallel, nn.DataParallel)):
@@ -174,18 +174,20 @@ class Plain:
     begins_alike = True
 
     def compared(self, every: int) -> Replicas:
-        return Replicas([(clean(name), param) for name, param in self.model.named_parameters()], self.talk, every=every)
+        return Replicas(
+            [(clean(name), param) for name, param in self.model.named_parameters()], self.channel, every=every
+        )
 
     def collective(self, link: Link | None, together: Together) -> Collective:
-        return levels(self.talk, self.nodes, link)
+        return levels(self.channel, self.nodes, link)
 
     def share(self, session: Session) -> None:
         held = self._held()
-        agree(self.talk, [(f"tensor {name!r}", f"of shape {tuple(x.shape)}, {x.dtype}") for name, x in held])
+        agree(self.channel, [(f"tensor {name!r}", f"of shape {tuple(x.shape)}, {x.dtype}") for name, x in held])
         for _, x in held:
             whole = x.contiguous()  # the broadcast sends raw memory
             if whole.numel():
-                self.talk.broadcast(whole.view(-1).view(torch.uint8), 0).wait(session.timeout, on_host=True)
+                self.channel.broadcast(whole.view(-1).view(torch.uint8), 0).wait(session.timeout, on_host=True)
             if whole is not x:
                 x.copy_(whole)
 

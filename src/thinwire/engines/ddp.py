@@ -42,12 +42,12 @@ class Ddp:
 
     def __init__(self, ddp: DistributedDataParallel, nodes: int | DeviceMesh | None, timeout: float = TIMEOUT) -> None:
         self.ddp, self.nodes = ddp, nodes
-        self.talk = ProcessGroup(cast(dist.ProcessGroup, ddp.process_group), timeout)
+        self.channel = ProcessGroup(cast(dist.ProcessGroup, ddp.process_group), timeout)
         # the session holds this function, so it must not hold the DDP model
         self.fits = partial(_check_sparse, cast(nn.Module, ddp.module))  # pyright: ignore[reportUnknownMemberType]
 
     def exchanged(self) -> list[tuple[str, Tensor]]:
-        check_nodes(self.talk, self.nodes)
+        check_nodes(self.channel, self.nodes)
         return _exchanged(self.ddp)
 
     @staticmethod
@@ -60,10 +60,10 @@ class Ddp:
         module = cast(nn.Module, self.ddp.module)  # pyright: ignore[reportUnknownMemberType]
         ignored: set[str] = cast(Any, self.ddp).parameters_to_ignore  # DDP does not keep those equal
         named = [(clean(name), param) for name, param in module.named_parameters() if name not in ignored]
-        return Replicas(named, self.talk, every=every)
+        return Replicas(named, self.channel, every=every)
 
     def collective(self, link: Link | None, together: Together) -> Collective:
-        return levels(self.talk, self.nodes, link)
+        return levels(self.channel, self.nodes, link)
 
     def share(self, session: Session) -> None:
         pass  # DDP has made the replicas equal
@@ -71,7 +71,7 @@ class Ddp:
     def install(self, session: Session) -> None:
         dispatcher = _dispatchers.get(self.ddp)
         if dispatcher is None:
-            dispatcher = _dispatchers[self.ddp] = Dispatcher(self.talk.group)
+            dispatcher = _dispatchers[self.ddp] = Dispatcher(self.channel.group)
             self.ddp.register_comm_hook(None, dispatcher.hook)
         dispatcher.install(session, self.ddp)
         if apart := ignored(self.ddp):

@@ -229,11 +229,11 @@ class Dispatcher:
         self, session: Session, planned: Bucket, bucket: GradBucket, buffer: Tensor
     ) -> torch.futures.Future[torch.Tensor]:
         params = [unit.param for unit in planned.units]
-        session.collective.mean_inside(buffer, session.timeout)
+        session.collective.mean_within_node(buffer, session.timeout)
         grads, back = self.bucketed.laid(params, _gradients(planned, bucket))
         used = [self.used is None or id(unit.param) in self.used for unit in planned.units]
         if self.used is not None:
-            used = session.collective.any_inside(used, buffer, session.timeout)
+            used = session.collective.any_within_node(used, buffer, session.timeout)
         return self.scheduler.send(session, planned, grads, buffer, used, back)
 
     def _pass_sparse(self, planned: Bucket, buffer: Tensor) -> torch.futures.Future[torch.Tensor]:

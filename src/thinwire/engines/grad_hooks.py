@@ -31,7 +31,7 @@ from thinwire.exchange.units import bytes_alone
 from thinwire.session.backward import in_backward
 from thinwire.session.session import Session
 
-DEPARTURE = 3e-3
+START_COST = 3e-3
 """Seconds of CPU time to start an exchange during a backward pass, when the compression code is not in the cache. Fewer
 bytes than the link carries in this time wait for the next bucket."""
 USUAL = Link(1e9)
@@ -220,7 +220,7 @@ class GradHooks:
     def _join(self, session: Session) -> None:
         """Decide which buckets are sent together; the same on all ranks."""
         routing, world = session.stages.routing, session.collective.world
-        enough = DEPARTURE * (routing.link or USUAL).bandwidth / 8
+        enough = START_COST * (routing.link or USUAL).bandwidth / 8
         # not on CUDA, where starting costs no CPU time, nor on other routes, where joining changes the result's bits
         joins = routing.route == "all_gather" and not any(one.param.is_cuda for one in self.owned)
         joined: list[list[Owned]] = []
@@ -235,8 +235,8 @@ class GradHooks:
         self.routing, self.buckets = routing, joined
         if len(joined) < len(self.parts) and world > 1:
             session.ledger.note(
-                f"{len(self.parts)} buckets leave as {len(joined)}: on a CPU a departure costs as much as "
-                f"{enough:,.0f} bytes on a link of {routing.link or f'{USUAL}, which is assumed'}"
+                f"{len(self.parts)} buckets are sent as {len(joined)}: on a CPU, starting an exchange takes as long as "
+                f"sending {enough:,.0f} bytes on a link of {routing.link or f'{USUAL}, which is assumed'}"
             )
 
     def _is_there(self, bucket: Sequence[Owned]) -> bool:
@@ -258,10 +258,10 @@ class GradHooks:
         if not self.exchanges:
             return
         here = [id(one.param) in self.arrived or id(one.param) in self.before for one in bucket]
-        if session.collective.lanes > 1:
+        if session.collective.local_ranks > 1:
             for grad in grads:
-                session.collective.mean_inside(flat(grad), session.timeout)
-            here = session.collective.any_inside(here, grads[0], session.timeout)
+                session.collective.mean_within_node(flat(grad), session.timeout)
+            here = session.collective.any_within_node(here, grads[0], session.timeout)
         planned = session.bucket([one.param for one in bucket])
         if self.sparse:  # frees the memory once the result has arrived
             for one in bucket:

@@ -40,14 +40,14 @@ class Scheduler:
         self.sparse, self.eager = sparse, eager
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
         self.held: list[tuple[Bucket, list[Tensor], Tensor, Sequence[bool], Back, Future]] = []
-        self.flights: list[BucketInFlight] = []
+        self.in_flight: list[BucketInFlight] = []
         self.waiting: list[BucketInFlight] = []  # buckets that are not sent yet
         self.saved = 0  # exchanges that joining has saved in the current step
 
     def begin(self) -> None:
         """Begin a step and forget buckets of an earlier one."""
         self.held.clear()
-        self.flights.clear()
+        self.in_flight.clear()
         self.waiting.clear()
         self.saved = 0
 
@@ -78,22 +78,22 @@ class Scheduler:
             self._exchange_held(session, session.method.clip)
         self._start(session)
         for stage in (self._advance, self._wait):  # start the last stage of all buckets before waiting for any
-            for flight in self.flights:
+            for sent in self.in_flight:
                 try:
-                    stage(session, flight)
+                    stage(session, sent)
                 except Exception as error:
-                    names = [unit.name for unit in flight.bucket.units]
+                    names = [unit.name for unit in sent.bucket.units]
                     failure = exchange_failed(session.collective, session.step, names, error)
                     if stage == self._advance and not isinstance(error, NoAnswer):  # others await the next stage
                         session.collective.leave(str(failure))
                     raise failure from error
         if self.saved:
-            stages = sum(len(route.stages) for flight in self.flights for route in flight.bucket.routes)
+            stages = sum(len(route.stages) for sent in self.in_flight for route in sent.bucket.routes)
             session.ledger.note(
-                f"{stages - self.saved} exchanges a step for {len(self.flights)} buckets: gathered messages of less "
+                f"{stages - self.saved} exchanges a step for {len(self.in_flight)} buckets: gathered messages of less "
                 f"than {session.turn_bytes:,.0f} bytes travel together"
             )
-        self.flights.clear()
+        self.in_flight.clear()
 
     @contextlib.contextmanager
     def side_stream(self, tensor: Tensor) -> Generator[None]:
@@ -108,12 +108,12 @@ class Scheduler:
         with torch.cuda.stream(stream):
             yield
 
-    def _advance(self, session: Session, flight: BucketInFlight) -> None:
-        with self.side_stream(flight.buffer):
-            flight.advance(session.workers[0], session.collective, session.timeout)
+    def _advance(self, session: Session, sent: BucketInFlight) -> None:
+        with self.side_stream(sent.buffer):
+            sent.advance(session.workers[0], session.collective, session.timeout)
 
-    def _wait(self, session: Session, flight: BucketInFlight) -> None:
-        flight.wait(session.timeout)
+    def _wait(self, session: Session, sent: BucketInFlight) -> None:
+        sent.wait(session.timeout)
 
     def _exchange(
         self, session: Session, bucket: Bucket, grads: list[Tensor], buffer: Tensor, used: Sequence[bool],
@@ -129,18 +129,18 @@ class Scheduler:
             outbox = pipeline.send(
                 bucket, grads, session.workers[0], step, used, session.loss_scale, not self.sparse, session.turn
             )
-        flight = BucketInFlight(
+        sent = BucketInFlight(
             bucket, outbox, grads, buffer, used, session.seed, step, session.turn, session.loss_scale, row,
             session.transaction.statuses, session.workers[0].kernels, self.sparse,
             self.eager or buffer.is_cuda, back,
         )  # fmt: skip
-        self.flights.append(flight)
+        self.in_flight.append(sent)
         if not bucket.joins or (self.waiting and self.waiting[0].buffer.device != buffer.device):
             self._start(session)
-        self.waiting.append(flight)
+        self.waiting.append(sent)
         if not bucket.joins or sum(one.outbox.messages[0].nbytes for one in self.waiting) >= session.turn_bytes:
             self._start(session)
-        return flight.done()
+        return sent.done()
 
     def _start(self, session: Session) -> None:
         """Start the exchange of all waiting buckets."""
@@ -149,14 +149,14 @@ class Scheduler:
         waiting, self.waiting = self.waiting, []
         with self.side_stream(waiting[0].buffer):
             inboxes = pipeline.route(
-                [flight.bucket for flight in waiting],
-                [flight.outbox.messages for flight in waiting],
+                [sent.bucket for sent in waiting],
+                [sent.outbox.messages for sent in waiting],
                 session.collective,
                 session.turn,
             )
         self.saved += len(waiting) - 1
-        for flight, inbox in zip(waiting, inboxes, strict=True):
-            flight.started(inbox)
+        for sent, inbox in zip(waiting, inboxes, strict=True):
+            sent.started(inbox)
 
     def _exchange_held(self, session: Session, threshold: float) -> None:
         by_name = {u.name: g for bucket, grads, *_ in self.held for u, g in zip(bucket.units, grads, strict=True)}

@@ -19,7 +19,7 @@ from thinwire.comm.link import Kind, Link, wire_bytes
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Payload
 from thinwire.exchange.pieces import Piece
-from thinwire.exchange.routes.leader import Led
+from thinwire.exchange.routes.leader import LeaderRoute
 from thinwire.exchange.routes.route import Route
 from thinwire.exchange.routes.two_phase import two_phase
 from thinwire.exchange.routes.whole import Whole
@@ -60,7 +60,7 @@ class Bucket:
 
     def book(self, row: StepRow, collective: Collective) -> None:
         """Add this rank's bytes for this bucket to the ledger row; the collective counts the total itself."""
-        world, share = collective.world, 1 / collective.lanes
+        world, share = collective.world, 1 / collective.local_ranks
         row.compressed_wire_bytes += self.wire_bytes(world)[1] * share
         for i, unit in enumerate(self.units):
             plain = wire_bytes("all_reduce", unit.own.numel() * 4, world) * share
@@ -101,11 +101,11 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
         layout = Layout([*(payloads[i] for i in chosen), *headers], ROW_ALIGNMENT if kind == "all_gather" else 1)
         return Whole(kind, tuple(chosen), tuple(map(Piece, chosen)), dtype, bool(headers), layout)
 
-    def following(chosen: list[int], dtype: torch.dtype) -> Led:
+    def following(chosen: list[int], dtype: torch.dtype) -> LeaderRoute:
         headers = header_of(chosen, dtype)
         values = Layout([*(payloads[i][:1] for i in chosen), *headers], 1)
         choices = Layout([payloads[i][1:] for i in chosen])
-        return Led("broadcast", tuple(chosen), tuple(map(Piece, chosen)), dtype, bool(headers), choices, values)
+        return LeaderRoute("broadcast", tuple(chosen), tuple(map(Piece, chosen)), dtype, bool(headers), choices, values)
 
     def in_pieces(chosen: list[int]) -> Route:
         return two_phase(units, chosen, header_of(chosen, torch.uint8), routing.second, world)

@@ -82,7 +82,7 @@ def warm_up_kernels(units: Sequence[Unit], kernels: Kernels, clear: bool = True)
 def _pass(unit: Unit, piece: Piece, grad: Tensor, worker: Worker, scale: float, clear: bool) -> Pass | None:
     """Return arguments for the fused kernel; None if the memory can't be fused now, or if strides or dtypes differ."""
     rule, local = accumulation(unit.memory), worker.local[unit.name]
-    if rule is None or "carried" in local.now:
+    if rule is None or "pending_residual" in local.now:
         return None
     pending, momentum = cast(Fusable, unit.memory).fused_slots
     like = [(t.stride(), t.dtype) for t in (local.now[pending], local.next[pending])]
@@ -114,7 +114,7 @@ def compress(
         own = selector.own(payload, chosen[0], x, known, ctx)
     else:
         x = unit.memory.compensate(piece.of(grad), piece.of(unit.own), known | now, new, 1.0 / loss_scale, ctx)
-        if (carried := now.get("carried")) is not None:  # the residual that an earlier method left
+        if (carried := now.get("pending_residual")) is not None:  # the residual that an earlier method left
             # not in place: x may be the momentum buffer itself, which must not include the residual
             x = torch.add(x, carried, alpha=1.0 if unit.memory.stateful else loss_scale).to(x.dtype)
         payload = unit.compressor.compress(unit.held(x, loss_scale), known, ctx)

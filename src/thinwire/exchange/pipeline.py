@@ -143,11 +143,12 @@ def receive(
             if poison is not None:
                 (mean.values() if mean.is_sparse else flat(mean))[:1].add_(poison)
             grad = unit.memory.receive(mean, unit.own, unit.shared.now, unit.shared.next, ctx)
-            if (pending := unit.shared.now.get("carried")) is not None:  # the mean residual of an earlier method
+            if (pending := unit.shared.now.get("pending_residual")) is not None:  # of an earlier method
                 grad.add_(pending, alpha=1.0 if unit.memory.stateful else loss_scale)
-            if unit.memory.stateful and loss_scale != 1.0:
+            if unit.memory.stateful and loss_scale != 1.0 and route.unscaled:
                 grad.mul_(loss_scale)
-            outs[i] = written(grad, out, saturates=feeds_back(unit.memory) and loss_scale == 1.0)
+            saturates = feeds_back(unit.memory) and loss_scale == 1.0 and route.unscaled
+            outs[i] = written(grad, out, saturates=saturates)
     return statuses
 
 

@@ -43,7 +43,12 @@ def mean_of(
     wide, share = float_at_least_32(out.dtype), 1.0 / len(senders)
     mean = out if out.dtype == wide else torch.empty_like(out, dtype=wide)  # short dtypes are summed in float32
     whole = sparse and mean is out and out.ndim > 0 and out.is_contiguous()
-    if whole and passes_on(unit.memory) and not decoder.traits.warm_started and "carried" not in unit.shared.now:
+    if (
+        whole
+        and passes_on(unit.memory)
+        and not decoder.traits.warm_started
+        and "pending_residual" not in unit.shared.now
+    ):
         found: list[Found] = []
         for j, piece in pieces:
             theirs, known = [(rank, payloads[j]) for rank, payloads in senders], piece.of_state(unit.shared.now)

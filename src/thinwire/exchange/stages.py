@@ -35,10 +35,15 @@ class Stages:
         self.routing = Routing(method.route, method.second_stage_density_ratio, link)
         # a link without latency also takes time to start a message
         settings = (method.route, method.second_stage_density_ratio, turn_bytes or TURN_BYTES)
+        if method.second_stage_density_ratio != 1.0 and method.route == "all_gather":
+            self.ledger.note("second_stage_density_ratio has no effect: route='all_gather' has one stage")
+        summed = [unit for unit in units if unit.compressed and unit.method_compressor.traits.summable]
+        if method.route != "all_gather" and summed:
+            self.ledger.note(f"route={method.route!r} has no effect for {summed[0].name}: its payloads are summed")
         for note in set_stage(units, density, self.collective.world, *settings):
             self.ledger.note(note)
 
-    def heads(self, units: Sequence[Unit], method: Method, optional: bool, carried: bool) -> None:
+    def set_headers(self, units: Sequence[Unit], method: Method, optional: bool, carried: bool) -> None:
         """Decide which messages have a header, and if a step ends by reading them.
 
         While a residual of an earlier method is pending, a method without a memory needs headers too. Without memory or
@@ -51,7 +56,7 @@ class Stages:
         guarded = carried or any(rule.memory.stateful for rule in method.rules)
         for unit in units:
             unit.guarded, unit.optional = guarded, optional
-        whole = self.collective.everyone.world == self.collective.world * self.collective.lanes
+        whole = self.collective.everyone.world == self.collective.world * self.collective.local_ranks
         told = whole or any(unit.compressed for unit in units)
         self.reads = guarded or (told and not any(unit.param.is_cuda for unit in units))
         self.buckets.clear()

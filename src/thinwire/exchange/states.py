@@ -23,7 +23,7 @@ class TwoCopies:
 
     def align(self, rests: Set[str]) -> None:
         """Give ``next`` the same keys as ``now``: copies, but for ``rests``, keys whose tensor both share."""
-        kept = {key: value for key, value in self.now.items() if key != "carried"}
+        kept = {key: value for key, value in self.now.items() if key != "pending_residual"}
         for key, value in kept.items():
             if key in rests:
                 self.next[key] = value

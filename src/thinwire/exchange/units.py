@@ -31,7 +31,7 @@ from thinwire.core.interfaces import (
 from thinwire.core.memory_capabilities import OwnsMomentum, absorb, absorbed, rests
 from thinwire.core.sharding import own
 from thinwire.core.supported import check_complex, check_parameter
-from thinwire.core.tensors import is_dense, shortened
+from thinwire.core.tensors import shortened
 from thinwire.exchange.states import TwoCopies
 from thinwire.methods.method import Method, RouteName
 
@@ -110,13 +110,6 @@ class Unit:
         if self.param.dtype != torch.float16 or x.dtype == torch.float16 or not feeds_back(self.memory):
             return x
         return shortened(x, x.dtype, torch.finfo(torch.float16).max / loss_scale)
-
-    def grad_like(self, grad: Tensor) -> Tensor:
-        """Return ``grad`` with the strides of the parameter, as DDP lays it out in its buckets."""
-        param = self.own
-        if grad.stride() == param.stride() or not is_dense(param):
-            return grad
-        return grad.as_strided(param.shape, param.stride(), grad.storage_offset())
 
     def fresh_local(self) -> TwoCopies:
         """Return one rank's state before the first step."""

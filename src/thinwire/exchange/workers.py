@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from thinwire.core.interfaces import Role, named
 from thinwire.core.loops import Kernels
 from thinwire.core.tensors import Decompressed, flat
 from thinwire.exchange.states import TwoCopies
@@ -71,7 +72,18 @@ class Worker:
             self.watch.look(unit.name, x, run)
 
 
-def carry(units: Sequence[Unit], workers: Sequence[Worker]) -> bool:
+def has_pending(units: Sequence[Unit], workers: Sequence[Worker]) -> bool:
     """Return True if a residual of an earlier method is sent with the next step."""
     local = (state for worker in workers for state in worker.local.values())
-    return any("carried" in state.now for state in (*local, *(unit.shared for unit in units)))
+    return any("pending_residual" in state.now for state in (*local, *(unit.shared for unit in units)))
+
+
+def pending_residuals(units: Sequence[Unit], workers: Sequence[Worker]) -> list[Tensor]:
+    """Return every tensor that holds gradients that were not sent yet."""
+    return [
+        state.now[key]
+        for unit in units
+        for state in (unit.shared, *(worker.local[unit.name] for worker in workers))
+        for key in (*named(unit.memory, Role.PENDING), "pending_residual")
+        if key in state.now
+    ]

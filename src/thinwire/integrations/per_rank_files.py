@@ -36,14 +36,14 @@ def save(wire: Session, folder: str | Path) -> None:
     Raises:
         ThinwireError: the folder is not a path of a filesystem, or the file can't be written.
     """
-    place, talk = _local(folder), wire.collective.everyone
-    path = place / f"thinwire-rank{talk.rank}-of-{talk.world}.pt"
+    place, channel = _local(folder), wire.collective.everyone
+    path = place / f"thinwire-rank{channel.rank}-of-{channel.world}.pt"
     for killed in files.leftovers(path):
         killed.unlink(missing_ok=True)
     state = _plain(wire.state_dict())
     files.write(path, lambda file: torch.save(state, file))
     for other, world in _files(place).items():
-        if world != talk.world:  # from an earlier run with another number of ranks
+        if world != channel.world:  # from an earlier run with another number of ranks
             (place / other).unlink(missing_ok=True)
 
 
@@ -60,16 +60,16 @@ def load(wire: Session, folder: str | Path, on_world_change: OnWorldChange = "er
     Raises:
         ThinwireError: there are no files, or one is missing or damaged, or as ``Session.load_state_dict``.
     """
-    talk = wire.collective.everyone
+    channel = wire.collective.everyone
     with Together(wire.collective, f"step {wire.step}: loading a checkpoint") as together:
         with together.alone():  # all ranks load, or none
-            given = _read(_local(folder), talk.rank, talk.world)
+            given = _read(_local(folder), channel.rank, channel.world)
             if given is None and strict:
                 raise ThinwireError(
                     f"there is no thinwire-rank*.pt in {folder}; the checkpoint was saved without an attached session. "
                     "Begin with nothing remembered by strict=False, or give the folder that has them"
                 )
-        agree(talk, [("checkpoint", "none" if given is None else "there")])
+        agree(channel, [("checkpoint", "none" if given is None else "there")])
     if given is None:
         wire.ledger.note(f"step {wire.step}: nothing remembered was found in {folder}")
         return
@@ -78,8 +78,8 @@ def load(wire: Session, folder: str | Path, on_world_change: OnWorldChange = "er
 
 def remove(wire: Session, folder: str | Path) -> None:
     """Remove this rank's file, and the folder if that was the last one."""
-    place, talk = _local(folder), wire.collective.everyone
-    (place / f"thinwire-rank{talk.rank}-of-{talk.world}.pt").unlink(missing_ok=True)
+    place, channel = _local(folder), wire.collective.everyone
+    (place / f"thinwire-rank{channel.rank}-of-{channel.world}.pt").unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # other ranks' files are still there
         place.rmdir()
 

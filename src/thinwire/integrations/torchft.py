@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 from thinwire.comm.collectives import TIMEOUT, Future, InFlight, in_future
 from thinwire.comm.link import wire_bytes
 from thinwire.core import registry
+from thinwire.core.ambient import undisturbed
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
 from thinwire.core.tensors import flat
@@ -139,6 +140,7 @@ class CompressedProcessGroup(ProcessGroupWrapper):
     def _dense(self, tensors: list[Tensor]) -> float:
         return sum(wire_bytes("all_reduce", x.nbytes, self.size()) for x in tensors)
 
+    @undisturbed
     def _all_reduce(self, x: Tensor, carrier: "_Carrier") -> None:
         """Sum ``x`` over the ranks in place, the same bits on each; after an error it may be anything."""
         width = -(-x.numel() // carrier.world)

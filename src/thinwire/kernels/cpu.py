@@ -19,7 +19,7 @@ from torch import Tensor
 from thinwire.coding import elias_fano
 from thinwire.core.loops import Cut, Found, Pass
 from thinwire.kernels import cpu_bits, cpu_blocks
-from thinwire.kernels.reference import BITS, REFERENCE, above, kth_largest, settled
+from thinwire.kernels.reference import BITS, REFERENCE, above, kth_largest, resolved
 
 BLOCK = cpu_blocks.BLOCK
 MIN_BLOCKS = 2**12
@@ -81,11 +81,11 @@ class Cpu:
         for i, (work, cut) in enumerate(zip(works, cuts, strict=True)):
             parts, again = [found[i] for found in done if i in found], partial(self.above, work.new_residual)
             found = again(cut.threshold) if None in parts else joined(parts, work.new_residual.dtype)
-            answers.append(settled(found, cut, again, self))
+            answers.append(resolved(found, cut, again, self))
         return answers
 
     def look(self, x: Tensor, cut: Cut) -> Found:
-        return settled(self.above(x, cut.threshold), cut, partial(self.above, x), self)
+        return resolved(self.above(x, cut.threshold), cut, partial(self.above, x), self)
 
     def fill(self, indices: Tensor, values: Tensor, k: int) -> Found:
         return REFERENCE.fill(indices, values, k)

@@ -81,7 +81,7 @@ class Reference:
 
     def accumulate(self, works: Sequence[Pass], cuts: Sequence[Cut]) -> list[Found]:
         return [
-            settled(self._one(work, cut), cut, partial(above, work.new_residual), self)
+            resolved(self._one(work, cut), cut, partial(above, work.new_residual), self)
             for work, cut in zip(works, cuts, strict=True)
         ]
 
@@ -97,7 +97,7 @@ class Reference:
         return search.found()
 
     def look(self, x: Tensor, cut: Cut) -> Found:
-        return settled(above(x, cut.threshold), cut, partial(above, x), self)
+        return resolved(above(x, cut.threshold), cut, partial(above, x), self)
 
     def fill(self, indices: Tensor, values: Tensor, k: int) -> Found:
         there = values != 0  # True for NaN
@@ -166,7 +166,7 @@ class Reference:
         pass
 
 
-def settled(found: Found, cut: Cut, again: Callable[[Tensor], Found], kernels: Kernels) -> Found:
+def resolved(found: Found, cut: Cut, again: Callable[[Tensor], Found], kernels: Kernels) -> Found:
     """Return the ``k`` elements to send, from all ``found`` above the threshold; ``again`` searches below it."""
     if found[0].numel() < cut.enough:
         levels = cut.levels()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from thinwire.core.absorbed import Absorbed
-from thinwire.core.checks import real, settle
+from thinwire.core.checks import check_fields, real
 from thinwire.core.context import NOWHERE, Context
 from thinwire.core.interfaces import Memory, Role, Slot, State
 from thinwire.core.memory_capabilities import FollowsOptimizer, GivesMomentum, HasDenseForm, ScaledResidual
@@ -51,7 +51,7 @@ class CompressedMomentum(Memory, FollowsOptimizer, GivesMomentum, HasDenseForm, 
     beta1: float = 0.9
 
     def __post_init__(self) -> None:
-        settle(self, beta1=real(0.0, 1.0, below=True, hint=", e.g. 0.9"))
+        check_fields(self, beta1=real(0.0, 1.0, below=True, hint=", e.g. 0.9"))
 
     @property
     def slots(self) -> Mapping[str, Slot]:

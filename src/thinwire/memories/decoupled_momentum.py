@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinwire.core.checks import flag, real, settle
+from thinwire.core.checks import check_fields, flag, real
 from thinwire.core.context import NOWHERE, Context
 from thinwire.core.interfaces import Memory, Role, Slot, State
 from thinwire.core.memory_capabilities import HasDenseForm
@@ -42,7 +42,7 @@ class DecoupledMomentum(Memory, HasDenseForm):
     sign: bool = True
 
     def __post_init__(self) -> None:
-        settle(self, decay=real(0.0, 1.0, below=True, hint=", e.g. 0.999"), sign=flag)
+        check_fields(self, decay=real(0.0, 1.0, below=True, hint=", e.g. 0.999"), sign=flag)
 
     @property
     def slots(self) -> Mapping[str, Slot]:

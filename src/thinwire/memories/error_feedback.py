@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from thinwire.core.checks import dtype, real, settle
+from thinwire.core.checks import check_fields, dtype, real
 from thinwire.core.context import NOWHERE, Context
 from thinwire.core.interfaces import Memory, Role, Slot, State
 from thinwire.core.loops import Accumulation
@@ -33,6 +33,10 @@ def signs(x: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class NoMemory(Memory, PassesOn):
     """The empty memory, which passes the gradient on as it is, loss scale included, without error feedback."""
+
+    @property
+    def stateful(self) -> bool:
+        return False
 
     @property
     def linear(self) -> bool:
@@ -71,7 +75,7 @@ class ErrorFeedback(Memory, Fusable, PassesOn):
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        settle(
+        check_fields(
             self,
             state_dtype=STATE,
             decay=real(0.0, 1.0, above=True, hint=": it multiplies the residual, e.g. 0.999"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinwire.core.checks import real, settle
+from thinwire.core.checks import check_fields, real
 from thinwire.core.context import NOWHERE, Context
 from thinwire.core.interfaces import Compressor, Memory, Role, Slot, State
 from thinwire.core.memory_capabilities import AcceptsBias, HasDenseForm
@@ -46,15 +46,11 @@ class MajorityVote(Memory, AcceptsBias, HasDenseForm):
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        settle(self, momentum=real(0.0, 1.0, below=True, hint=", e.g. 0.9"))
+        check_fields(self, momentum=real(0.0, 1.0, below=True, hint=", e.g. 0.9"))
 
     @property
     def slots(self) -> Mapping[str, Slot]:
         return {"momentum": Slot(Role.MOMENTUM)} if self.momentum else {}
-
-    @property
-    def stateful(self) -> bool:
-        return True  # also without a momentum: the sign must not meet a loss scale
 
     def makes_up_for(self, compressor: Compressor) -> bool:
         return compressor.traits.votes

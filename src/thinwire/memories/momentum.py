@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from thinwire.core.absorbed import Absorbed
-from thinwire.core.checks import Check, flag, one_of, real, settle
+from thinwire.core.checks import Check, check_fields, flag, one_of, real
 from thinwire.core.context import NOWHERE, Context
 from thinwire.core.interfaces import Memory, Role, Slot, State
 from thinwire.core.loops import Accumulation
@@ -75,7 +75,7 @@ class MomentumCorrection(Memory, OwnsMomentum, Fusable, PassesOn, ScaledResidual
     state_dtype: StateDtype = "float32"
 
     def __post_init__(self) -> None:
-        settle(self, **SGD, masking=flag, mask_below_density=real(0.0, 1.0), state_dtype=STATE)
+        check_fields(self, **SGD, masking=flag, mask_below_density=real(0.0, 1.0), state_dtype=STATE)
 
     @property
     def slots(self) -> Mapping[str, Slot]:
@@ -184,7 +184,7 @@ class Momentum(Memory, OwnsMomentum, HasDenseForm):
     decay: WeightDecay = "separate"
 
     def __post_init__(self) -> None:
-        settle(self, **SGD)
+        check_fields(self, **SGD)
 
     @property
     def uncompressed(self) -> "Momentum":
@@ -193,10 +193,6 @@ class Momentum(Memory, OwnsMomentum, HasDenseForm):
     @property
     def slots(self) -> Mapping[str, Slot]:
         return {"momentum": Slot(Role.MOMENTUM, "shared", wide=True)} if self.momentum else {}
-
-    @property
-    def stateful(self) -> bool:
-        return True  # also without a momentum: weight decay must not meet a loss scale
 
     @property
     def linear(self) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from thinwire.core.checks import of_type, optional, real, settle
+from thinwire.core.checks import check_fields, of_type, optional, real
 from thinwire.core.context import NOWHERE, NUMBER, Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Memory, Role, Slot, State
@@ -67,7 +67,7 @@ class EF21(Memory, Infers):
     downlink: Compressor | None = None
 
     def __post_init__(self) -> None:
-        settle(
+        check_fields(
             self,
             eta=real(0.0, 1.0, above=True, hint=": it is the newest gradient's weight, e.g. 0.1"),
             participation=real(0.0, 1.0, above=True, hint=": it is a probability"),
@@ -161,7 +161,7 @@ class EControl(Memory):
     eta: float
 
     def __post_init__(self) -> None:
-        settle(self, eta=real(0.0, 1.0, hint=", and about the density to be stable"))
+        check_fields(self, eta=real(0.0, 1.0, hint=", and about the density to be stable"))
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad)

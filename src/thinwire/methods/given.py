@@ -16,7 +16,7 @@ from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Memory
 from thinwire.core.memory_capabilities import uncompressed
 from thinwire.memories.error_feedback import ErrorFeedback, NoMemory
-from thinwire.methods.method import Method, Rule
+from thinwire.methods.method import TYPICAL, Method, Rule
 
 EXAMPLES = "thinwire.dgc(0.001) with SGD, thinwire.topk(0.01) with any optimizer, thinwire.dense()"
 RECIPES: dict[str, Callable[..., Method]] = {
@@ -37,7 +37,9 @@ def method_of(given: Any) -> Method:
         return given
     if isinstance(given, Compressor):
         registry.to_json(given)  # says what is missing of one that ranks could not compare
-        memory = ErrorFeedback() if given.traits.needs_feedback else NoMemory()
+        traits = given.traits
+        silent = traits.contraction(TYPICAL) is None and traits.variance(TYPICAL) is None  # it may be biased
+        memory = ErrorFeedback() if traits.needs_feedback or silent else NoMemory()
         return _with_rest(Rule(given, memory, min_ndim=2))
     if isinstance(given, Rule):
         return _with_rest(given)

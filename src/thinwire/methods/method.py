@@ -10,13 +10,15 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 from thinwire.core import registry
-from thinwire.core.capabilities import declines, title
-from thinwire.core.checks import of_type, one_of, optional, real, settle, shown, whole
+from thinwire.core.capabilities import LeaderSelected, WarmStarted, declines, title
+from thinwire.core.checks import check_fields, of_type, one_of, optional, real, shown, whole
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Memory, feeds_back
 from thinwire.core.memory_capabilities import OwnsMomentum, makes_up_for
 from thinwire.methods.warmup import Warmup
 
+RESERVED = "pending_residual"
+"""The key of a residual that an earlier method left, in every state."""
 TYPICAL = 2**20
 """Number of elements for which a rule is checked."""
 ROUTING = ("route", "second_stage_density_ratio")
@@ -35,7 +37,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         example = "a rule is Rule(compressor, memory), e.g. Rule(TopK(0.01), ErrorFeedback())"
-        settle(
+        check_fields(
             self,
             compressor=of_type(Compressor, example),
             memory=of_type(Memory, example),
@@ -49,6 +51,13 @@ class Rule:
                 f"{kind} is biased, and {type(self.memory).__name__} forgets what it does not send: training need not "
                 "converge; use a memory like ErrorFeedback(), or an unbiased compressor such as RandK or QSGD"
             )
+        for says, kind_of in ((traits.warm_started, WarmStarted), (traits.leader_selected, LeaderSelected)):
+            if says and not isinstance(self.compressor, kind_of):
+                raise ThinwireError(f"the traits of {kind} need the capability {kind_of.__name__}; derive from it")
+        if isinstance(self.compressor, WarmStarted) and traits.warm_started and not traits.summable:
+            raise ThinwireError(f"{kind} is warm-started, which needs a mean of payloads; its traits must be summable")
+        if RESERVED in self.memory.slots:
+            raise ThinwireError(f"{type(self.memory).__name__} has a slot {RESERVED!r}, a reserved name; take another")
         alpha = traits.contraction(TYPICAL)
         if feeds_back(self.memory) and alpha is not None and alpha <= 0.0:
             scaled = "" if traits.variance(TYPICAL) is None else f"Scaled({kind}(...)), "
@@ -96,7 +105,7 @@ class Method:
     second_stage_density_ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        settle(
+        check_fields(
             self,
             name=of_type(str, "it is the method's name in tables, e.g. 'mine'"),
             rules=_rules,

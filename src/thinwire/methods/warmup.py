@@ -6,7 +6,7 @@ Source: Y. Lin et al., "Deep Gradient Compression", 2018, arXiv:1712.01887, sect
 from dataclasses import dataclass
 from typing import Any, cast
 
-from thinwire.core.checks import optional, settle, share, shown, whole
+from thinwire.core.checks import check_fields, optional, share, shown, whole
 from thinwire.core.errors import ThinwireError
 
 PAPER = (0.25, 0.0625, 0.015625, 0.004)
@@ -48,7 +48,7 @@ class Warmup:
     steps_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
-        settle(
+        check_fields(
             self,
             steps=whole(0, hint=", of optimizer steps, or of epochs with steps_per_epoch="),
             stages=_densities,

@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from thinwire.core.errors import ThinwireError
 from thinwire.core.sharding import own, wrapped
-from thinwire.optim.partner import FreezeStep, Freezing, Partner, fresh
+from thinwire.optim.method_optimizer import FreezeStep, Freezing, MethodOptimizer, fresh
 from thinwire.optim.rare import is_sparse, lifted, quiet
 
 
@@ -77,7 +77,7 @@ class OneBitAdam(Freezing):
         apply(param, grad, state["exp_avg_sq"], group, math.inf if fixed else t, t)
 
 
-class ZeroOneAdam(Partner):
+class ZeroOneAdam(MethodOptimizer):
     """AdamW whose variance is updated in ever rarer dense steps; other steps send gradients in one bit per element.
 
     ``t in T_v``: dense, and ``v = beta2 v + (1 - beta2) g^2``; else one bit, and ``v`` stays. ``m = beta1 m + (1 -

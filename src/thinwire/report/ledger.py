@@ -23,8 +23,8 @@ class StepRow:
     dense_bytes: float = 0.0  # what dense fp32 would have sent
     compressed_wire_bytes: float = 0.0  # only of the units that the method compresses
     compressed_dense_bytes: float = 0.0
-    inside_bytes: float = 0.0  # within the node or along the shard axis; not part of wire_bytes
-    inside_dense_bytes: float = 0.0  # what fp32 would have sent along the shard axis
+    within_node_bytes: float = 0.0  # within the node or along the shard axis; not part of wire_bytes
+    within_node_dense_bytes: float = 0.0  # what fp32 would have sent along the shard axis
     gather_bytes: float = 0.0  # of compressed all-gathers of parameters since the last step
     gather_dense_bytes: float = 0.0
     send_seconds: float = 0.0
@@ -100,12 +100,14 @@ class Ledger:
             ),
             ("decompress, ms", f"{statistics.median(row.receive_seconds for row in last) * 1e3:.2f}"),
         ]
-        if any(row.inside_bytes for row in last):
-            sharded = any(row.inside_dense_bytes for row in last)
+        if any(row.within_node_bytes for row in last):
+            sharded = any(row.within_node_dense_bytes for row in last)
             what = "of the reduce-scatter" if sharded else "inside the node"
-            lines.append((f"bytes {what} per step and rank", f"{statistics.median(r.inside_bytes for r in last):,.0f}"))
+            lines.append(
+                (f"bytes {what} per step and rank", f"{statistics.median(r.within_node_bytes for r in last):,.0f}")
+            )
             if sharded:
-                ratio = _median_ratio((row.inside_dense_bytes, row.inside_bytes) for row in last)
+                ratio = _median_ratio((row.within_node_dense_bytes, row.within_node_bytes) for row in last)
                 lines.append(("ratio of the reduce-scatter to fp32", f"{ratio:,.1f}"))
         if any(row.gather_bytes for row in last):
             lines.append(

@@ -225,7 +225,7 @@ def restore(
                 if held := [mine[key] for key in pending if key in mine]:
                     size = float(norm(held))
                     notes.append(f"{unit.name}: a mean pending update of norm {size:.3g} was dropped")
-                mine = {key: value for key, value in mine.items() if key not in pending | {"carried"}}
+                mine = {key: value for key, value in mine.items() if key not in pending | {"pending_residual"}}
         gain = residual_gain(was) / residual_gain(unit.memory)
         fresh, begun = unit.fresh_local().now, unit.fresh_shared().now
         packed, largest = unit.init_packed(), _largest(unit)
@@ -238,12 +238,12 @@ def restore(
         before = replicated(was)
         alone = (before | unit.replicated) - (before & unit.replicated & mine.keys() & both.keys())
         if unit.replicated:  # what is asked is a difference, to which nothing pending can be added
-            alone |= {"carried", *(pending - fresh.keys())}
+            alone |= {"pending_residual", *(pending - fresh.keys())}
         for key in alone & mine.keys():
             notes.append(f"{unit.name}: the checkpoint's {key} has no place in the present method and was dropped")
         left = _without(mine, alone)
         new_local[unit.name] = _fit(left | inferred(unit.memory, left), fresh, gain, unit, notes, pending)
-        new_shared[unit.name] = _fit(_without(both, alone - {"carried"}), begun, None, unit, notes)
+        new_shared[unit.name] = _fit(_without(both, alone - {"pending_residual"}), begun, None, unit, notes)
     if version == 1 and "checks" not in state:
         notes.append("the checkpoint is from before there were checksums, so its bytes were not checked")
     else:
@@ -262,10 +262,10 @@ def _fit(
         waits: the slots of ``saved`` that hold a pending residual.
     """
     fitted = dict(fresh)
-    home = next((key for key in named(unit.memory, Role.PENDING) if key in fresh), "carried")
+    home = next((key for key in named(unit.memory, Role.PENDING) if key in fresh), "pending_residual")
     for key, value in saved.items():
-        pending = key == "carried" or key in waits
-        place = key if key in fresh else "carried" if key == "carried" else home if pending else None
+        pending = key == "pending_residual" or key in waits
+        place = key if key in fresh else "pending_residual" if key == "pending_residual" else home if pending else None
         if place is None:
             notes.append(f"{unit.name}: the checkpoint's {key} has no place in the present method and was dropped")
         else:

@@ -44,7 +44,7 @@ def apart(steps: Sequence[int]) -> str:
 def parted(step: int, others: str) -> str:
     """Return the error text of a rank at ``step``; ``others`` is what ``apart`` returned."""
     return (
-        f"step {step}: the step clocks of the ranks have parted: {others}. Some ranks called optimizer.step() where "
+        f"step {step}: ranks are at different steps: {others}. Some ranks called optimizer.step() where "
         "others did not, so their weights differ too. Restart from the last checkpoint, and call optimizer.step() on "
         "all ranks or on none"
     )

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 from thinwire._version import __version__
-from thinwire.comm.collectives import Collective, Talk
+from thinwire.comm.collectives import Collective, ControlChannel
 from thinwire.comm.control import Together
 from thinwire.comm.texts import known_to_all
 from thinwire.core.capabilities import inherit
@@ -19,16 +19,16 @@ from thinwire.session.checkpoint import Restored
 from thinwire.session.momentum_transfer import averaged, averaged_buffer
 
 
-def agree(talk: Talk, lines: Sequence[tuple[str, str]]) -> None:
+def agree(channel: ControlChannel, lines: Sequence[tuple[str, str]]) -> None:
     """Compare the settings of all ranks, and name the first difference. A collective call.
 
     Raises:
         ThinwireError: the ranks have different settings.
     """
     mine = hashlib.sha256(repr(lines).encode("utf-8", "backslashreplace")).hexdigest()
-    if len(set(talk.exchange_text(mine))) == 1:
+    if len(set(channel.exchange_text(mine))) == 1:
         return
-    ranks = [text.split("\n") for text in talk.exchange_text("\n".join(f"{k}: {v}" for k, v in lines))]
+    ranks = [text.split("\n") for text in channel.exchange_text("\n".join(f"{k}: {v}" for k, v in lines))]
     for line in range(max(map(len, ranks))):
         said = [rank[line] if line < len(rank) else "nothing" for rank in ranks]
         if other := next((r for r in range(len(said)) if said[r] != said[0]), None):
@@ -60,16 +60,16 @@ def restore_alike(together: Together, collective: Collective, restore: Callable[
     return restored
 
 
-def hand_on_all(
+def migrate_all(
     before: Sequence[Unit], after: Sequence[Unit], workers: Sequence[Worker], collective: Collective, timeout: float
 ) -> None:
     """Migrate the state of each old unit to the new unit of the same name. A collective call."""
     known = {unit.name: unit for unit in before}
     for unit in after:
-        hand_on(known.get(unit.name), unit, workers, collective, timeout)
+        migrate(known.get(unit.name), unit, workers, collective, timeout)
 
 
-def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: Collective, timeout: float) -> None:
+def migrate(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: Collective, timeout: float) -> None:
     """Migrate the state of the old unit, as far as the new unit has slots for it. A collective call.
 
     A replicated estimate migrates in both parts (local and shared) or not at all. If the new unit compresses a
@@ -87,10 +87,12 @@ def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: 
         _keep(left | inferred(new.memory, left), worker.local[new.name].now, old.memory, new.memory, gain)
     known = {k: v for k, v in old.shared.now.items() if k not in (alone | packed.keys())}
     _keep(known, new.shared.now, old.memory, new.memory)
-    carried = [worker.local[new.name].now.pop("carried") for worker in workers if _settles(new, worker)]
+    carried = [worker.local[new.name].now.pop("pending_residual") for worker in workers if _has_no_place(new, worker)]
     if carried:
         mean = averaged(carried, collective, timeout)
-        new.shared.now["carried"] = new.shared.now["carried"] + mean if "carried" in new.shared.now else mean
+        new.shared.now["pending_residual"] = (
+            new.shared.now["pending_residual"] + mean if "pending_residual" in new.shared.now else mean
+        )
     for key, value in inherit(new.method_compressor, old.shared.now, packed).items():
         new.shared.now[key], new.shared.next[key] = value.clone(), value.clone()
     same = set(old.shared.now) == set(new.shared.now) and set(was[0].now) == set(workers[0].local[new.name].now)
@@ -104,9 +106,9 @@ def hand_on(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: 
             take_buffer(new.memory, buffer, worker.local[new.name].now, new.shared.now)
 
 
-def _settles(unit: Unit, worker: Worker) -> bool:
+def _has_no_place(unit: Unit, worker: Worker) -> bool:
     """Return True if a pending residual can't be added to this unit's compensated tensor."""
-    return bool(unit.replicated) and "carried" in worker.local[unit.name].now
+    return bool(unit.replicated) and "pending_residual" in worker.local[unit.name].now
 
 
 def _keep(old: State, new: State, was: Memory, memory: Memory, gain: float = 1.0) -> None:
@@ -118,13 +120,13 @@ def _keep(old: State, new: State, was: Memory, memory: Memory, gain: float = 1.0
         was, memory: the memories of the two states.
         gain: factor of a pending residual.
     """
-    slots, pending = memory.slots, named(was, Role.PENDING) | {"carried"}
-    home = next((key for key in named(memory, Role.PENDING) if key in new), "carried")
+    slots, pending = memory.slots, named(was, Role.PENDING) | {"pending_residual"}
+    home = next((key for key in named(memory, Role.PENDING) if key in new), "pending_residual")
     for key, value in old.items():
         fits = key in new and (key not in was.slots or slots[key].role is was.slots[key].role)
         kept = key if fits else home if key in pending else None
         if kept is not None:
             value = value * gain if key in pending and gain != 1.0 else value
-            if (key != kept or key == "carried") and kept in new:
+            if (key != kept or key == "pending_residual") and kept in new:
                 value = value + new[kept]
             new[kept] = value.to(new[kept].dtype) if kept in new else value

@@ -37,7 +37,7 @@ Written: TypeAlias = list[tuple[Any, ...]]
 """The number of parameters and the settings of each parameter group."""
 
 
-class Handover:
+class MomentumTransfer:
     """The momentum transfer of a model's SGD optimizers: takes their settings, follows changes, and gives them back.
 
     Args:

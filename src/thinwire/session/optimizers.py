@@ -139,8 +139,8 @@ def check_optimizer(
     """
     if optimizer is None:
         raise ThinwireError(
-            f"{method} remembers what it did not send, and what a step changes in that is final only when the "
-            "optimizer steps; pass optimizer="
+            f"{method} must see optimizer.step(), which makes its residuals final: call "
+            "attach(..., optimizer=optimizer)"
         )
     held = holders(optimizer, named)
     if missing := [name for name, _ in named if name not in held]:

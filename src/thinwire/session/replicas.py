@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from thinwire.comm.collectives import Talk
+from thinwire.comm.collectives import ControlChannel
 from thinwire.comm.texts import known_to_all
 from thinwire.core.errors import ThinwireError
 from thinwire.core.sharding import own
@@ -29,7 +29,7 @@ class Replicas:
 
     Args:
         named: this rank's parameters; they are ignored if no other rank holds the same.
-        talk: the control channel of all ranks of the model.
+        channel: the control channel of all ranks of the model.
         parts: the number of shards of the model: rank r holds the same as rank r + parts.
         every: exchanges from one check to the next; 0 for no check.
 
@@ -37,14 +37,16 @@ class Replicas:
         ThinwireError: ``every`` is not a whole number of at least 0.
     """
 
-    def __init__(self, named: Sequence[tuple[str, Tensor]], talk: Talk, parts: int = 1, every: int = EVERY) -> None:
+    def __init__(
+        self, named: Sequence[tuple[str, Tensor]], channel: ControlChannel, parts: int = 1, every: int = EVERY
+    ) -> None:
         if type(every) is not int or every < 0:
             raise ThinwireError(f"check_every is {every!r}; it is a number of exchanges, or 0 for no check")
         held = [(name, param) for name, param in named if _has_bits(param)]
         self.described = [(f"parameter {name!r}", f"of shape {tuple(p.shape)}, {p.dtype}") for name, p in held]
         """Lines that must be equal on all ranks before values are compared, as the number of texts depends on them."""
-        self.named = held if talk.world > parts else []
-        self.talk, self.parts, self.every = talk, parts, every
+        self.named = held if channel.world > parts else []
+        self.channel, self.parts, self.every = channel, parts, every
         self.aside = False
         """True if other ranks' parameters will replace this rank's; the engine sets it before a check."""
         self.strays: Sequence[int] = ()
@@ -54,7 +56,7 @@ class Replicas:
     def due(self) -> bool:
         """Count one more exchange; returns True if a check is due, the same on all ranks."""
         self._begun += 1
-        return self.every > 0 and self._begun % self.every == 0 and self.talk.world > 1
+        return self.every > 0 and self._begun % self.every == 0 and self.channel.world > 1
 
     def begin(self) -> None:
         """Compare the parameters, once all ranks have the same ``described``, before the first exchange. A collective
@@ -83,14 +85,14 @@ class Replicas:
             refuse(parted(step, others))
         if differs:
             refuse(
-                f"step {step}: the replicas have parted: {differs}. Something changed it on some ranks only. Restart "
+                f"step {step}: replicas differ: {differs}. Something changed it on some ranks only. Restart "
                 "from the last checkpoint, and change parameters on all ranks alike; check_every=0 turns this check off"
             )
 
     def _look(self, step: int) -> tuple[list[int], str]:
         """Return all ranks' steps, and a text with the first parameter that differs and its ranks, or ""."""
         hashes = [fingerprint(own(param)) for _, param in self.named]
-        said = [text.split() for text in self.talk.exchange_text(f"{step} {self._said(hashes)}")]
+        said = [text.split() for text in self.channel.exchange_text(f"{step} {self._said(hashes)}")]
         found = [text for _, text in said]
         self.strays = [r for r, text in enumerate(found) if text.startswith(ASIDE) and text[len(ASIDE) :] not in found]
         differs = self._first(hashes) if self._odd(found) else ""
@@ -109,7 +111,7 @@ class Replicas:
         return {rank: one for rank, one in others if said[rank] != said[one]}
 
     def _asked(self, hashes: Sequence[int]) -> dict[int, int]:
-        return self._odd(self.talk.exchange_text(self._said(hashes)))
+        return self._odd(self.channel.exchange_text(self._said(hashes)))
 
     def _first(self, hashes: Sequence[int]) -> str:
         """Find the first parameter that differs by bisection, with 16 characters a round; all ranks do the same."""

@@ -20,22 +20,22 @@ from thinwire.comm.simulated import Local
 from thinwire.comm.texts import heard
 from thinwire.core.ambient import undisturbed_methods
 from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Role, named
+from thinwire.core.interfaces import Compressor
 from thinwire.core.loops import Kernels
 from thinwire.core.tensors import norm
 from thinwire.exchange.buckets import Bucket
 from thinwire.exchange.fused import warm_up_kernels
 from thinwire.exchange.stages import Stages
 from thinwire.exchange.units import TURN_BYTES, Unit, all_dense, resolve
-from thinwire.exchange.workers import PROBE_EVERY, Probe, Worker, carry
+from thinwire.exchange.workers import PROBE_EVERY, Probe, Worker, has_pending, pending_residuals
 from thinwire.methods.given import method_of
 from thinwire.methods.method import Method, Rule
 from thinwire.report.ledger import Ledger, StepRow
 from thinwire.session import checkpoint
 from thinwire.session.copies import OfThisRun
 from thinwire.session.detached import changing, leave_behind
-from thinwire.session.migrate import agree, describe, hand_on_all, restore_alike
-from thinwire.session.momentum_transfer import Handover, log, remembering, warn_once
+from thinwire.session.migrate import agree, describe, migrate_all, restore_alike
+from thinwire.session.momentum_transfer import MomentumTransfer, log, remembering, warn_once
 from thinwire.session.optimizers import Optimizers, check_optimizer, holders, release_optimizer
 from thinwire.session.relayout import follow
 from thinwire.session.replicas import Replicas
@@ -89,9 +89,8 @@ class Session(OfThisRun):
         self.no_sync: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         """For a model without a wrapper: gradients of backward passes in ``with wire.no_sync():`` add up, unsent."""
         self.loss_scale, self.stepping = 1.0, Stepping(self, optimizer, scaler)
-        self.joint = self.stepping.joint
-        self.on_commit: list[Callable[[], None]] = []
-        """Called when a step is final: an engine commits its own state."""
+        self.optimizer_link = self.stepping.optimizer_link
+        self.on_commit: list[Callable[[], None]] = []  # when a step is final, an engine commits its own state
         self.cleanup = contextlib.ExitStack()
         """Callbacks of detach(); engines add to it."""
         self.row = StepRow(0, method.name)
@@ -105,7 +104,7 @@ class Session(OfThisRun):
 
     # -- the method ------------------------------------------------------------------------------------------------
 
-    def _prepare(self, method: Method) -> tuple[list[Unit], Handover | None]:
+    def _prepare(self, method: Method) -> tuple[list[Unit], MomentumTransfer | None]:
         """Do everything about a method change that can fail, before anything is changed."""
         self.fits(method)
         if self.transaction.pending and not self.transaction.failed:
@@ -115,9 +114,9 @@ class Session(OfThisRun):
         if any(rule.memory.stateful for rule in method.rules):
             check_optimizer(self.optimizer, self.named, self, method.name)
         holders(self.optimizer, self.named)
-        handover = self.stepping.prepare(method)
-        settings = self.joint.agree(method, self.named) | (handover.settings if handover else {})
-        return resolve(self.named, method, settings, self.seed), handover
+        transfer = self.stepping.prepare(method)
+        settings = self.optimizer_link.agree(method, self.named) | (transfer.settings if transfer else {})
+        return resolve(self.named, method, settings, self.seed), transfer
 
     def _together(self, what: str) -> Together:
         return Together(self.collective, f"step {self.step}: {what}")
@@ -125,24 +124,29 @@ class Session(OfThisRun):
     def _install(self, method: Method | Compressor | Rule, together: Together) -> None:
         with together.alone():
             method = method_of(method)
-            units, handover = self._prepare(method)
-            rest = {"seed": self.seed, "step": self.step, "optimizer": self.joint.rule(), "link": self.collective.link}
-            described = describe(method, units, rest)
+            units, transfer = self._prepare(method)
+            rest = {
+                "seed": self.seed,
+                "step": self.step,
+                "optimizer": self.optimizer_link.rule(),
+                "link": self.collective.link,
+            }
+            described = describe(method, units, rest | {"link": self.collective.link})
             warm_up_kernels(units, self.workers[0].kernels)
         agree(self.collective.everyone, described)
         with changing(self, together.what):
             self.transaction.void()
-            self.stepping.leave(handover)
-            hand_on_all(self.units, units, self.workers, self.collective, self.timeout)
-            if said := self.stepping.enter(handover, units, method):
+            self.stepping.leave(transfer)
+            migrate_all(self.units, units, self.workers, self.collective, self.timeout)
+            if said := self.stepping.enter(transfer, units, method):
                 self._say(said)
             self.method, self.units = method, units
             self._take_link()
             with together.alone():
-                self.joint.hold(True, units)
+                self.optimizer_link.hold(True, units)
                 self._installed_at, self._density = self.step, -1.0
                 self.transaction.clock.all_at(self.step)
-                self._set_heads()
+                self._set_headers()
                 self._set_stage()
 
     def _take_link(self) -> None:
@@ -155,7 +159,7 @@ class Session(OfThisRun):
 
     def _stage(self, step: int) -> float | None:
         """Return the density of that step; None for the method's own."""
-        asked = self.joint.density(step - self.step)
+        asked = self.optimizer_link.density(step - self.step)
         warmup = self.method.warmup if asked is None else None
         return warmup.density(max(0, step - self._installed_at)) if warmup else asked
 
@@ -174,7 +178,7 @@ class Session(OfThisRun):
 
     def _set_stage(self) -> None:
         density = self._stage(self.step)
-        if self.joint.keep(density, self.units) or density != self._density:
+        if self.optimizer_link.keep(density, self.units) or density != self._density:
             self._density = density
             self.stages.begin(self.units, self.method, density, self._link, self.turn_bytes)
             if (idle := all_dense(self.units, self.method, density)) is not None:
@@ -215,7 +219,7 @@ class Session(OfThisRun):
             self._leave()
 
     def _give_back(self, collective: Collective) -> None:
-        self.joint.hold(False, self.units)
+        self.optimizer_link.hold(False, self.units)
         release_optimizer(self.optimizer, self)
         self.stepping.give_back(collective)
 
@@ -228,15 +232,11 @@ class Session(OfThisRun):
             warn_once(note)
 
     def _leave(self) -> None:
-        pending = [
-            state[key]
-            for unit in self.units
-            for state in (unit.shared.now, *(worker.local[unit.name].now for worker in self.workers))
-            for key in (*named(unit.memory, Role.PENDING), "carried")
-            if key in state
-        ]
-        if pending:
-            self.ledger.note(f"step {self.step}: detached; a residual of norm {float(norm(pending)):.3g} was dropped")
+        if pending := pending_residuals(self.units, self.workers):
+            self.ledger.note(
+                f"step {self.step}: detached; discarded the gradient that was not sent yet (norm "
+                f"{float(norm(pending)):.3g}). Normal at the end of training"
+            )
         self.cleanup.close()
         self.collective.close()
         leave_behind(self)
@@ -260,7 +260,7 @@ class Session(OfThisRun):
         """Follow parameters to a new memory layout; ``strides``: their old ones, by name. A collective call."""
         units = [unit for unit in self.units if unit.name in strides]
         agree(self.collective.everyone, [(f"unit {unit.name!r}", unit.describe()) for unit in units])
-        follow(units, self.workers, strides, self.joint.moves)
+        follow(units, self.workers, strides, self.optimizer_link.moves)
         self.stages.buckets.clear()
         self.ledger.note(f"step {self.step}: {units[0].name} and {len(units) - 1} more lie otherwise in memory")
 
@@ -275,21 +275,21 @@ class Session(OfThisRun):
         if text := self.transaction.complaint():
             self._say(text)
         self.row = StepRow(self.step, self.method.name)
-        self._sent_before = self.collective.sent, self.collective.sent_inside
+        self._sent_before = self.collective.sent, self.collective.sent_within_node
         self.loss_scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
         self.turn = self.transaction.clock.turn()
         self.collective.at(self.step)
         self._check_clocks()
         self._set_stage()
         self.stepping.begin()
-        self.joint.begin(self._density, self.units, self.workers)
+        self.optimizer_link.begin(self._density, self.units, self.workers)
         self.workers[0].probe = Probe() if self.step % PROBE_EVERY == 0 else None
 
     def end_step(self, bad: bool | None = None) -> None:
         """End a step, after the last bucket has arrived; ``bad``: True if the engine's own state was nonfinite."""
         row = self.row
         row.wire_bytes = self.collective.sent - self._sent_before[0]
-        row.inside_bytes = self.collective.sent_inside - self._sent_before[1]
+        row.within_node_bytes = self.collective.sent_within_node - self._sent_before[1]
         if (probe := self.workers[0].probe) is not None:
             row.error = probe.error
         self.ledger.add(row)
@@ -312,9 +312,9 @@ class Session(OfThisRun):
         self.step += 1
         for call in self.on_commit:
             call()
-        self.joint.tell(self.ledger, self.step)
-        if self._carrying and not carry(self.units, self.workers):
-            self._set_heads()
+        self.optimizer_link.tell(self.ledger, self.step)
+        if self._has_pending and not has_pending(self.units, self.workers):
+            self._set_headers()
         if self.policy is not None:
             with self._together("the policy"):
                 self.policy.after_step(self)
@@ -322,11 +322,11 @@ class Session(OfThisRun):
     def expect_unused(self) -> None:
         """Allow from now on that a parameter is unused on some ranks only, which only messages tell."""
         self.optional = True
-        self._set_heads()
+        self._set_headers()
 
-    def _set_heads(self) -> None:
-        self._carrying = carry(self.units, self.workers)
-        self.stages.heads(self.units, self.method, self.optional, self._carrying)
+    def _set_headers(self) -> None:
+        self._has_pending = has_pending(self.units, self.workers)
+        self.stages.set_headers(self.units, self.method, self.optional, self._has_pending)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -336,10 +336,10 @@ class Session(OfThisRun):
         With ``torch.distributed.checkpoint``, save the session with the model: ``dcp.save({"wire": wire, ...})``. With
         ``torch.save``, every rank writes its own file.
         """
-        keepers = self.collective.keepers
-        clock = {"world": keepers.world, "step": self.step, "installed_at": self._installed_at}
-        worker = replace(self.workers[0], rank=keepers.rank)
-        return checkpoint.save(self.units, worker, keepers.rows, clock, self.method.to_json(), keepers.shared)
+        group = self.collective.checkpoint_group
+        clock = {"world": group.world, "step": self.step, "installed_at": self._installed_at}
+        worker = replace(self.workers[0], rank=group.rank)
+        return checkpoint.save(self.units, worker, group.rows, clock, self.method.to_json(), group.shared)
 
     def load_state_dict(
         self,
@@ -359,12 +359,12 @@ class Session(OfThisRun):
         self._load(lambda: state, on_world_change)
 
     def _load(self, read: Callable[[], Any], on_world_change: checkpoint.OnWorldChange) -> None:
-        keepers = self.collective.keepers
+        group = self.collective.checkpoint_group
         with self._together("loading a checkpoint") as together, remembering(self.units) as adopted:
             restored = restore_alike(
                 together,
                 self.collective,
-                lambda: checkpoint.restore(adopted(read()), self.units, keepers.rank, keepers.world, on_world_change),
+                lambda: checkpoint.restore(adopted(read()), self.units, group.rank, group.world, on_world_change),
             )
             with together.alone():
                 self._put(restored)
@@ -378,7 +378,7 @@ class Session(OfThisRun):
         self.stepping.restored()
         for note in restored.notes:
             self.ledger.note(note)
-        self._set_heads()
+        self._set_headers()
         self.transaction.clock.all_at(self.step)
         self._density = -1.0
         self._set_stage()

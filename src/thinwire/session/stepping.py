@@ -13,8 +13,8 @@ from thinwire.exchange.units import Unit
 from thinwire.exchange.workers import Worker
 from thinwire.methods.method import Method
 from thinwire.session.changed_gradients import Touched
-from thinwire.session.momentum_transfer import Handover
-from thinwire.session.optimizer_link import Joint
+from thinwire.session.momentum_transfer import MomentumTransfer
+from thinwire.session.optimizer_link import OptimizerLink
 from thinwire.session.optimizer_loads import Loads
 from thinwire.session.optimizers import Optimizers, each_of, holders
 from thinwire.session.transaction import Scaler, Transaction
@@ -49,9 +49,9 @@ class Stepping:
 
     def __init__(self, session: Stepped, optimizer: Optimizers | None, scaler: Scaler | None) -> None:
         self.session, self.optimizer = session, optimizer
-        self.joint = Joint(optimizer)
+        self.optimizer_link = OptimizerLink(optimizer)
         self.touched = Touched(scaler is not None and scaler.is_enabled())
-        self.handover: Handover | None = None
+        self.transfer: MomentumTransfer | None = None
         self._took = False
         self._loads: Loads | None = None
         self._rejoin = False
@@ -60,42 +60,42 @@ class Stepping:
 
     # -- the method ------------------------------------------------------------------------------------------------
 
-    def prepare(self, method: Method) -> Handover | None:
+    def prepare(self, method: Method) -> MomentumTransfer | None:
         """Return the momentum transfer that the method needs, or None; nothing is changed.
 
         Raises:
             ThinwireError: the optimizers don't fit the method.
         """
-        if self.handover is not None:
-            self.handover.written()  # restores the settings if a step failed
-        return Handover(self.optimizer, method, self.session.named) if method.absorbs else None
+        if self.transfer is not None:
+            self.transfer.written()  # restores the settings if a step failed
+        return MomentumTransfer(self.optimizer, method, self.session.named) if method.absorbs else None
 
-    def leave(self, handover: Handover | None) -> None:
+    def leave(self, transfer: MomentumTransfer | None) -> None:
         """Give momentum back before the units change, if the next method does not own it. A collective call."""
-        session, old = self.session, self.handover
+        session, old = self.session, self.transfer
         if old is None:
             return
         old.follow(session.units, session.workers)
-        if handover is None:
+        if transfer is None:
             self.give_back(session.collective)
 
     def give_back(self, collective: Collective) -> None:
         """Put momentum back into the optimizers. A collective call."""
-        handover, self.handover = self.handover, None
-        if handover is not None:
+        transfer, self.transfer = self.transfer, None
+        if transfer is not None:
             session = self.session
-            handover.give_back(session.units, session.workers, collective, session.timeout)
+            transfer.give_back(session.units, session.workers, collective, session.timeout)
 
-    def enter(self, handover: Handover | None, units: Sequence[Unit], method: Method) -> str | None:
+    def enter(self, transfer: MomentumTransfer | None, units: Sequence[Unit], method: Method) -> str | None:
         """Take the momentum for the new units; returns the message for the user, or None."""
-        before, self.handover = self.handover, handover
+        before, self.transfer = self.transfer, transfer
         self._stateful = any(rule.memory.stateful for rule in method.rules)
         held = holders(self.optimizer, self.session.named)
         self._held = {id(one): [u for u in units if held.get(u.name) is one] for one in each_of(self.optimizer)}
-        if handover is None or before is not None:
+        if transfer is None or before is not None:
             return None
-        self._took = handover.take(units, self.session.workers)
-        return handover.moved()
+        self._took = transfer.take(units, self.session.workers)
+        return transfer.moved()
 
     def start(self, cleanup: ExitStack) -> None:
         """Install the hooks on the optimizers; ``cleanup`` removes them."""
@@ -115,9 +115,9 @@ class Stepping:
         Raises:
             ThinwireError: no memory can follow their settings.
         """
-        if self.handover is not None:
-            self.handover.check(self.session.units)
-        self.joint.check()
+        if self.transfer is not None:
+            self.transfer.check(self.session.units)
+        self.optimizer_link.check()
         if self._loads is not None and torch.is_grad_enabled():
             self._loads.warn()
 
@@ -125,11 +125,11 @@ class Stepping:
         """Begin an exchange: the optimizers' present settings apply to it."""
         session = self.session
         if self._rejoin and self._loads is not None and not self._loads.restored:
-            self.joint.hold(True, session.units)
+            self.optimizer_link.hold(True, session.units)
         self._rejoin = False
         if self._loads is not None:
             self._loads.begin()
-        if self.handover is not None and self.handover.follow(session.units, session.workers):
+        if self.transfer is not None and self.transfer.follow(session.units, session.workers):
             warm_up_kernels(session.units, session.workers[0].kernels)
 
     def exchanged(self) -> None:
@@ -142,12 +142,12 @@ class Stepping:
         if pending:
             self.touched.look(optimizer, self._held[id(optimizer)], session.method, session.loss_scale)
         transaction.before_optimizer(optimizer, session.units, args, kwargs)
-        if self.handover is not None:
-            self.handover.before_step(optimizer, pending)
+        if self.transfer is not None:
+            self.transfer.before_step(optimizer, pending)
 
     def _after(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if self.handover is not None:
-            self.handover.after_step()
+        if self.transfer is not None:
+            self.transfer.after_step()
         if self.session.transaction.final(optimizer):
             if self._stateful:
                 self.session.commit(self._held[id(optimizer)], optimizer)
@@ -158,11 +158,11 @@ class Stepping:
 
     def restored(self) -> None:
         """Update the optimizers' side after the session has loaded its state."""
-        self.joint.hold(True, ())
+        self.optimizer_link.hold(True, ())
         for unit in self.session.units:
             unit.align(self.session.workers)
-        if self.handover is not None:
-            self.handover.seen = None
+        if self.transfer is not None:
+            self.transfer.seen = None
         if self._loads is not None:
             self._loads.complete()
 
@@ -173,9 +173,9 @@ class Stepping:
     def _loaded(self) -> bool:
         """Move a loaded optimizer checkpoint's momentum into the memory; returns True if there was any."""
         self._rejoin = True
-        if self.handover is None:
+        if self.transfer is None:
             return False
         session = self.session
         session.transaction.void()
-        self.handover.follow(session.units, session.workers)
-        return self.handover.take(session.units, session.workers)
+        self.transfer.follow(session.units, session.workers)
+        return self.transfer.take(session.units, session.workers)

@@ -30,14 +30,6 @@ class Scaler(Protocol):
     def is_enabled(self) -> bool: ...
 
 
-def check_options(timeout: float, on_nonfinite: OnNonfinite) -> None:
-    """Raise a ``ThinwireError`` if an option is not valid for ``thinwire.attach``."""
-    if not timeout > 0:
-        raise ThinwireError(f"timeout is {timeout}; it is in seconds and must be above 0")
-    if on_nonfinite not in ("skip", "raise"):
-        raise ThinwireError(f"on_nonfinite is {on_nonfinite!r}; choose 'skip' or 'raise'")
-
-
 class Policy(Protocol):
     """A policy that looks at a session after each step, and may change its method."""
 
@@ -116,7 +108,7 @@ class Transaction:
         beside: Callable[[Sequence[bool]], Sequence[bool]] = list,
         bad: bool = False,
         steps: Callable[[], Sequence[int]] = list,
-        parted_inside: bool = False,
+        apart_within_node: bool = False,
     ) -> None:
         """End the exchange, when all of it has arrived.
 
@@ -124,14 +116,14 @@ class Transaction:
             beside: maps flags of this rank to those that are True on any rank across shards.
             bad: True if something was nonfinite that no step status reports.
             steps: returns the steps of all ranks. A collective call.
-            parted_inside: True if ranks that share messages are at different steps.
+            apart_within_node: True if ranks that share messages are at different steps.
 
         Raises:
             ThinwireError: the ranks are not at the same step.
         """
         self.pending = self.looked = True
         said = self._said()
-        differ = parted_inside or any(differs for differs, _ in said)
+        differ = apart_within_node or any(differs for differs, _ in said)
         for status, (_, failed) in zip(self.statuses, said, strict=True):
             if failed and not differ:
                 self._fail(status, step)

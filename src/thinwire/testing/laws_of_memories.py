@@ -10,7 +10,7 @@ from thinwire import simulate
 from thinwire.compressors import Cast, TopK
 from thinwire.core import registry
 from thinwire.core.context import NOWHERE
-from thinwire.core.interfaces import Compressor, Memory, Role, local_state, shared_state
+from thinwire.core.interfaces import Compressor, Memory, Role, State, local_state, named, shared_state
 from thinwire.core.tensors import norm
 from thinwire.methods.method import Method, Rule
 
@@ -23,7 +23,8 @@ def check_memory(memory: Memory, compressor: Compressor | None = None) -> None:
     It is registered and equal after a round trip through JSON. Its slots and ``dtype`` agree. ``compensate`` and
     ``sent`` write every element of the next local state and nothing of the last one; ``receive`` does so with the
     shared state. If it has one pending slot and no other, what is pending and what was sent add up to all gradients.
-    It trains a model with two simulated workers, with fewer bytes than dense.
+    A scale is applied, and what comes back unsent is
+    taken in. It trains a model with two simulated workers on both routes, with fewer bytes than dense.
 
     Args:
         compressor: one that fits it; None for ``TopK(0.1)``.
@@ -54,8 +55,22 @@ def _check_states(memory: Memory, compressor: Compressor) -> None:
     x = memory.compensate(grad, param, old, new, 1.0, NOWHERE)
     assert x.shape == grad.shape, f"compensate() returns a tensor of shape {tuple(x.shape)} for {tuple(grad.shape)}"
     assert x.dtype == memory.dtype(torch.float32), f"compensate() returns {x.dtype}, and dtype() says {like.dtype}"
-    payload = compressor.compress(x, {}, NOWHERE)
-    memory.sent(compressor.decompress(payload, x, {}, NOWHERE), new)
+    _check_scale(memory, grad, param, old, x)
+    x = x.clone()  # it may be a slot
+    decoded = compressor.decompress(compressor.compress(x, {}, NOWHERE), x, {}, NOWHERE)
+    before = {key: value.clone() for key, value in new.items()}
+    memory.sent(decoded, new)
+    again = {key: value.clone() for key, value in new.items()}
+    memory.sent(decoded, again, sign=1.0)
+    for key in (*named(memory, Role.PENDING), *named(memory, Role.ESTIMATE)):
+        if key in new:
+            torch.testing.assert_close(
+                again[key],
+                before[key],
+                rtol=0.02,
+                atol=0.02,
+                msg=f"sent() with sign=1.0 does not give back slot {key!r}",
+            )
     told = {key: torch.full_like(x, torch.nan) for key, x in shared.items()}
     out = memory.receive(torch.randn(30, 20), param, {key: old[key] for key in shared}, told, NOWHERE)
     for key, value in (new | told).items():
@@ -63,6 +78,14 @@ def _check_states(memory: Memory, compressor: Compressor) -> None:
     assert not bool(out.isnan().any()), "receive() reads what is not written yet"
     for key, value in old.items():
         assert torch.equal(value, kept[key]), f"slot {key!r} of the last state is written to; only the next one may be"
+
+
+def _check_scale(memory: Memory, grad: Tensor, param: Tensor, old: State, x: Tensor) -> None:
+    """A gradient that is 8 times as large, with a scale of 1/8, is the same gradient."""
+    if memory.stateful:
+        new = {key: torch.full_like(value, torch.nan) for key, value in old.items()}
+        scaled = memory.compensate(8.0 * grad, param, old, new, 0.125, NOWHERE)
+        assert torch.equal(scaled, x), "compensate() does not multiply the gradient by scale (1 / loss scale)"
 
 
 def _check_conservation(memory: Memory, compressor: Compressor) -> None:
@@ -86,7 +109,6 @@ def _check_conservation(memory: Memory, compressor: Compressor) -> None:
 def _check_training(memory: Memory, compressor: Compressor) -> None:
     torch.manual_seed(0)
     model, target = nn.Linear(32, 24), torch.randn(32, 24)
-    method = Method("checked", (Rule(compressor, memory, min_ndim=2), Rule(Cast(), memory)))
 
     def batches(worker: int, step: int) -> Tensor:
         return torch.randn(16, 32, generator=torch.Generator().manual_seed(100 * step + worker))
@@ -94,7 +116,9 @@ def _check_training(memory: Memory, compressor: Compressor) -> None:
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         return (model(x) - x @ target).square().mean()
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    result = simulate(model, method, optimizer=optimizer, batches=batches, loss=loss, workers=2, steps=STEPS)
-    assert all(value == value for value in result.losses), "the loss is not finite"
-    assert result.ledger.ratio > 1.0, f"it sends {1 / result.ledger.ratio:.2f} times the bytes of dense"
+    for route in ("all_gather", "two_phase"):
+        method = Method("checked", (Rule(compressor, memory, min_ndim=2), Rule(Cast(), memory)), route=route)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        result = simulate(model, method, optimizer=optimizer, batches=batches, loss=loss, workers=2, steps=STEPS)
+        assert all(value == value for value in result.losses), "the loss is not finite"
+        assert result.ledger.ratio > 1.0, f"it sends {1 / result.ledger.ratio:.2f} times the bytes of dense"

@@ -19,7 +19,6 @@ from thinwire.exchange.pipeline import exchange
 from thinwire.exchange.routes.rows import gathered
 from thinwire.exchange.states import TwoCopies
 from thinwire.exchange.workers import Worker
-from thinwire.memories.error_feedback import NoMemory
 from thinwire.session.session import Session
 
 # torch 2.13 renames all_gather_into_tensor and warns at the old name.
@@ -59,7 +58,7 @@ class Gather:
             return _native(output_tensor, input_tensor, group=group, async_op=async_op)
         first, before = session.collective.rank * along.world, along.sent
         name = f"all-gather of {self.name}"
-        bucket = gathered(name, self.compressor, NoMemory(), input_tensor, along.rank, first)
+        bucket = gathered(name, self.compressor, input_tensor, along.rank, first)
         worker = Worker(first + along.rank, session.seed, {name: TwoCopies()})
         exchange(bucket, [input_tensor], [output_tensor], worker, session.step, along, session.timeout)
         self.shards.gathered(input_tensor.numel(), along.sent - before, along.world)

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from thinwire.comm.collectives import TIMEOUT, Collective, Talk
+from thinwire.comm.collectives import TIMEOUT, Collective, ControlChannel
 from thinwire.comm.control import Together
 from thinwire.comm.emulated import Paced
 from thinwire.comm.link import Link
@@ -30,7 +30,7 @@ from thinwire.comm.process_group import ProcessGroup
 from thinwire.comm.simulated import Local
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
-from thinwire.core.memory_capabilities import OwnsMomentum
+from thinwire.core.memory_capabilities import OwnsMomentum, passes_on
 from thinwire.core.sharding import own, shard_dim
 from thinwire.engines.fsdp2.all_gather_hook import Gather
 from thinwire.engines.fsdp2.fsdp2_options import Fsdp2Options
@@ -59,7 +59,7 @@ def is_fsdp1(model: nn.Module) -> bool:
     return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
-def sharded_talk(model: nn.Module, replicate: DeviceMesh | None, timeout: float) -> BothAxes:
+def sharded_channel(model: nn.Module, replicate: DeviceMesh | None, timeout: float) -> BothAxes:
     """Return the control channel of all ranks of a model that is sharded on a mesh of one dimension."""
     mesh = next(param.device_mesh for param in model.parameters() if isinstance(param, DTensor))
     replicas = Local.of(1)[0] if replicate is None else ProcessGroup(replicate.get_group(), timeout)
@@ -94,7 +94,7 @@ class Fsdp2:
             raise ThinwireError(f"replicate is a mesh of {replicate.ndim} dimensions; it must have one: {ONE_LINE}")
         self.group = replicate.get_group() if replicate is not None else None
         self.replicas: Collective = ProcessGroup(self.group, timeout) if self.group is not None else Local.of(1)[0]
-        self.talk: Talk = BothAxes(self.replicas, self.shards)
+        self.channel: ControlChannel = BothAxes(self.replicas, self.shards)
         scatter, self.gather = options.reduce_scatter, options.all_gather
         self.scatter = Rule(scatter, NoMemory()) if isinstance(scatter, Compressor) else scatter
 
@@ -139,6 +139,11 @@ class Fsdp2:
                 f"reduce_scatter with {type(rule.memory).__name__}: an optimizer's momentum can't move into what every "
                 "rank remembers of the whole gradient; use NoMemory(), or ErrorFeedback()"
             )
+        if not passes_on(rule.memory):
+            raise ThinwireError(
+                f"reduce_scatter with {type(rule.memory).__name__}, which does something with the mean; here each rank "
+                "gets a sum of its own: use NoMemory(), or ErrorFeedback()"
+            )
         if rule.memory.stateful and not self.steps:
             raise ThinwireError(
                 "reduce_scatter remembers what it lost, which is final when the optimizer steps; pass optimizer="
@@ -175,7 +180,7 @@ class Fsdp2:
 
     def compared(self, every: int) -> Replicas:
         named = [(clean(name), p) for name, p in self.model.named_parameters() if isinstance(p, DTensor)]
-        return Replicas(named, self.talk, self.shards.world, every)
+        return Replicas(named, self.channel, self.shards.world, every)
 
     def collective(self, link: Link | None, together: Together) -> Collective:
         columns = columns_of(self.shards, self.group)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from thinwire.core.checks import of_type, optional, settle
+from thinwire.core.checks import check_fields, of_type, optional
 from thinwire.core.interfaces import Compressor
 from thinwire.methods.method import Rule
 
@@ -41,7 +41,7 @@ class Fsdp2Options:
     def __post_init__(self) -> None:
         mesh = 'pass a mesh of one dimension, e.g. mesh["replicate"] of init_device_mesh(...)'
         coder = "pass a compressor, e.g. thinwire.compressors.Quantize(8"
-        settle(
+        check_fields(
             self,
             replicate=optional(of_type(DeviceMesh, mesh)),
             reduce_scatter=optional(of_type((Compressor, Rule), f"{coder}, rounding='stochastic'), or a Rule")),

@@ -63,14 +63,13 @@ class Scatter:
         rows, before = own(input_tensor).view(along.world, -1), along.sent
         first = session.collective.rank * along.world
         if self.worker is None:
-            blank = torch.empty_like(rows.view(-1), dtype=memory.dtype(rows.dtype))
+            blank = torch.empty_like(rows[1:].reshape(-1), dtype=memory.dtype(rows.dtype))  # none for its own row
             states = {self.name: TwoCopies.of(local_state(memory, blank))}
             self.worker = Worker(first + along.rank, session.seed, states, kernels=session.workers[0].kernels)
         if memory.stateful:
             self._write(rows)
-            if session.loss_scale != 1.0:  # the others' rows are sent unscaled; the sum is scaled again
-                rows[along.rank].div_(session.loss_scale)
-        bucket = reduced(self.name, self.rule.compressor, memory, rows, along.rank, first)
+        scale = session.loss_scale if memory.stateful else 1.0
+        bucket = reduced(self.name, self.rule.compressor, memory, rows, along.rank, first, scale)
         exchange(
             bucket, [rows.view(-1)], [own(output_tensor)], self.worker, session.step, along, session.timeout,
             session.loss_scale,

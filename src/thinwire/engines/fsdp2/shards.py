@@ -89,8 +89,8 @@ class Shards(GradHooks):
 
     def count(self, session: Session, elements: int, sent: float) -> None:
         """Add one reduce-scatter of so many elements to the ledger."""
-        cast(Mesh, session.collective).sent_inside += sent
-        session.row.inside_dense_bytes += wire_bytes("all_to_all", elements * 4, self.shards.world)
+        cast(Mesh, session.collective).sent_within_node += sent
+        session.row.within_node_dense_bytes += wire_bytes("all_to_all", elements * 4, self.shards.world)
 
     def gathered(self, elements: int, sent: float, world: int) -> None:
         """Count one all-gather of so many elements a rank; the ledger gets it at the end of the next backward pass."""
@@ -107,4 +107,4 @@ class Shards(GradHooks):
         """Return the bytes of a reduce-scatter's residuals on this rank."""
         own_dtype = rule.memory.dtype(self.owned[0].param.dtype)
         elements = sum(one.scattered for one in self.shard_of.values())
-        return 2 * elements * self.shards.world * own_dtype.itemsize
+        return 2 * elements * (self.shards.world - 1) * own_dtype.itemsize

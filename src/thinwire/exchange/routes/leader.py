@@ -36,7 +36,7 @@ def leader(turn: int, world: int) -> int:
 
 
 @dataclass(frozen=True)
-class Led(Route):
+class LeaderRoute(Route):
     """A route that broadcasts the leader's selection of elements, and sums all ranks' values there."""
 
     choices: Layout

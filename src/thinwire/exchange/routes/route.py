@@ -36,6 +36,8 @@ class Route(ABC):
     has_header: bool
     """True if the message has a header; see ``Unit.told``."""
 
+    unscaled: ClassVar[bool] = True
+    """True if ``combine`` returns gradients without the loss scale, where the memory remembers something."""
     relays: ClassVar[bool] = False
     """True if the route has a second stage, before which ranks compute."""
 

@@ -9,7 +9,7 @@ once, and adds its own row uncompressed. The all-reduce gathers the sums; their 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import ClassVar
 
 import torch
@@ -20,13 +20,14 @@ from thinwire.comm.collectives import Carrier, InFlight
 from thinwire.comm.link import Kind
 from thinwire.core.context import NOWHERE, NUMBER, Context
 from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Memory, Payload
+from thinwire.core.interfaces import Compressor, Memory, Payload, State
 from thinwire.core.tensors import flat, float_at_least_32
 from thinwire.exchange.buckets import Bucket
 from thinwire.exchange.pieces import Piece
 from thinwire.exchange.routes.route import Route, Senders
 from thinwire.exchange.units import Unit, payload_like
 from thinwire.exchange.workers import Worker
+from thinwire.memories.error_feedback import NoMemory
 
 
 @lru_cache(maxsize=1024)
@@ -37,9 +38,13 @@ def layout_of(compressor: Compressor, numel: int, dtype: torch.dtype) -> Layout:
 
 @dataclass(frozen=True)
 class Row(Piece):
-    """The row that one rank sends to another."""
+    """The row that one rank sends to another; ``kept`` is its place in a state, which has none for the rank itself."""
 
     receiver: int = 0
+    kept: tuple[int, int] = (0, 0)
+
+    def of_state(self, state: State) -> State:
+        return {key: flat(value)[slice(*self.kept)] for key, value in state.items()}
 
     def key(self, name: str) -> str:
         return f"{name}[{self.receiver}]"
@@ -94,9 +99,17 @@ class ReducedRows(GatheredRows):
 
     Args:
         mine: this rank's own row, ``[n]``; it may be overwritten.
+        loss_scale: of this rank's row; what the others send is without it, if their memory remembers.
     """
 
     mine: Tensor
+    loss_scale: float
+
+    unscaled: ClassVar[bool] = False
+
+    @cached_property
+    def by_unit(self) -> dict[int, list[tuple[int, Piece]]]:
+        return {0: list(enumerate(self.pieces))}  # also where there is nobody to send to
 
     def pack(self, payloads: Sequence[Payload], header: Sequence[Payload], *, in_place: bool) -> Tensor:
         message = self.mine.new_zeros(len(payloads) + 1, self.layout.nbytes, dtype=torch.uint8)
@@ -120,7 +133,7 @@ class ReducedRows(GatheredRows):
         for rank, (payload,) in senders:
             if rank != self.rank:
                 sent = self.context(ctx, f"{unit.name}[{self.rank}]", rank)
-                unit.compressor.decompress(payload, like, {}, sent).add_to(total)
+                unit.compressor.decompress(payload, like, {}, sent).add_to(total, self.loss_scale)
         return total
 
 
@@ -167,16 +180,17 @@ def _unit(name: str, compressor: Compressor, memory: Memory, like: Tensor, rows:
     return Unit(name, buffer, compressor, memory, method_compressor=compressor, gathered=True)
 
 
-def gathered(name: str, compressor: Compressor, memory: Memory, like: Tensor, rank: int, first: int) -> Bucket:
+def gathered(name: str, compressor: Compressor, like: Tensor, rank: int, first: int) -> Bucket:
     """Return the bucket that gathers the shards of all ranks, each like ``like`` ``[n]``."""
     layout = layout_of(compressor, like.numel(), like.dtype)
     route = GatheredRows("all_gather", (0,), (Piece(0),), torch.uint8, False, layout, rank, first)
-    return Bucket((_unit(name, compressor, memory, like),), (route,))
+    return Bucket((_unit(name, compressor, NoMemory(), like),), (route,))
 
 
 def reduced(
-    name: str, compressor: Compressor, memory: Memory, rows: Tensor, rank: int, first: int, *, to_all: bool = False
-) -> Bucket:
+    name: str, compressor: Compressor, memory: Memory, rows: Tensor, rank: int, first: int, loss_scale: float = 1.0,
+    *, to_all: bool = False,
+) -> Bucket:  # fmt: skip
     """Return the bucket that sums rows ``[world, n]``; rank r gets row r.
 
     Args:
@@ -186,9 +200,10 @@ def reduced(
     that with ``to_all``.
     """
     world, n = rows.shape
-    pieces = tuple(Row(0, (r * n, (r + 1) * n), r) for r in range(world) if r != rank)
+    others = enumerate(r for r in range(world) if r != rank)
+    pieces = tuple(Row(0, (r * n, (r + 1) * n), r, (i * n, (i + 1) * n)) for i, r in others)
     layout = layout_of(compressor, n, memory.dtype(rows.dtype))
-    fixed = ("all_to_all", (0,), pieces, torch.uint8, False, layout, rank, first, rows[rank])
+    fixed = ("all_to_all", (0,), pieces, torch.uint8, False, layout, rank, first, rows[rank], loss_scale)
     sums = layout_of(compressor, n, float_at_least_32(rows.dtype))
     route = AllReducedRows(*fixed, sums) if to_all else ReducedRows(*fixed)
     return Bucket((_unit(name, compressor, memory, rows[0], world),), (route,))

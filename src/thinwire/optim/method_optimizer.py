@@ -27,7 +27,7 @@ UNKNOWN = 0.0
 """The density of an exchange that is not decided yet; no real density is 0."""
 
 
-class Partner(torch.optim.Optimizer):
+class MethodOptimizer(torch.optim.Optimizer):
     """An optimizer that decides, with the session, how its gradients are exchanged.
 
     Its decisions are the same on all ranks: they depend only on the steps made and on data that all ranks received.
@@ -138,7 +138,7 @@ class Partner(torch.optim.Optimizer):
                     yield state["exp_avg_sq"], state, group
 
 
-class Freezing(Partner):
+class Freezing(MethodOptimizer):
     """An optimizer that exchanges dense until its variance is frozen, by step or by ratio test, and compressed after.
 
     The ratio test measures ``||v / (1 - beta2^t)||_1`` over all parameters every ``1 / (1 - beta2)`` steps. It freezes
