@@ -203,7 +203,7 @@ class Collective(ControlChannel, Carrier, Protocol):
         ...
 
     def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:
-        """Whether each is so on any rank that holds another part of the same model; waits."""
+        """Return, for each flag, whether it is set on any rank with another shard of the same model; waits."""
         ...
 
     def norm_across_shards(self, norm: Tensor, timeout: float) -> Tensor:

@@ -69,9 +69,9 @@ def groups_of(
     ranks = dist.get_process_group_ranks(everyone.group)
     # every rank makes every group in one order: making only its own would find stale addresses in the store
     inside = [_group(ranks[i : i + nodes], everyone.timeout) for i in range(0, len(ranks), nodes)]
-    between = [_group(ranks[lane::nodes], everyone.timeout) for lane in range(nodes)]
-    node, lane = divmod(everyone.rank, nodes)
-    made = [inside[node], between[lane]]
+    between = [_group(ranks[local::nodes], everyone.timeout) for local in range(nodes)]
+    node, local_rank = divmod(everyone.rank, nodes)
+    made = [inside[node], between[local_rank]]
     return ProcessGroup(made[0], everyone.timeout), ProcessGroup(made[1], everyone.timeout), made
 
 

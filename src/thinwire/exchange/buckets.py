@@ -111,10 +111,10 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
         return two_phase(units, chosen, header_of(chosen, torch.uint8), routing.second, world)
 
     gathering: list[Route] = [whole("all_gather", gathered, torch.uint8)] if gathered else []
-    cuttable = [i for i in gathered if units[i].compressor.traits.splittable]
-    if routing.route != "all_gather" and any(units[i].own.numel() for i in cuttable):
-        rest = [i for i in gathered if i not in cuttable]
-        owned = [in_pieces(cuttable), *([whole("all_gather", rest, torch.uint8)] if rest else [])]
+    splittable = [i for i in gathered if units[i].compressor.traits.splittable]
+    if routing.route != "all_gather" and any(units[i].own.numel() for i in splittable):
+        rest = [i for i in gathered if i not in splittable]
+        owned = [in_pieces(splittable), *([whole("all_gather", rest, torch.uint8)] if rest else [])]
         if routing.route == "two_phase" or seconds(owned, routing, world) < seconds(gathering, routing, world):
             gathering = owned
     summing = [whole("all_reduce", chosen, dtype) for dtype, chosen in summed.items()]

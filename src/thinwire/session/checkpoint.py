@@ -255,7 +255,7 @@ def restore(
 def _fit(
     saved: State, fresh: State, gain: float | None, unit: Unit, notes: list[str], waits: Set[str] = frozenset()
 ) -> State:
-    """What the memory has a place for; a residual without one is carried to the next step.
+    """Return the slots that the memory has; a pending residual without one is sent with the next step.
 
     Args:
         gain: what a residual is scaled by; None for the shared state.
