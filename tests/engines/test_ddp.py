@@ -466,7 +466,7 @@ def _bad(rank, what):
     ("what", "message"),
     [
         ("adam", r"needs torch.optim.SGD, not AdamW; thinwire.topk\(density\) works with every optimizer"),
-        ("no optimizer", r"pass optimizer="),
+        ("no optimizer", r"must see optimizer\.step\(\)"),
         ("other parameters", r"parameter 'conv.weight' is not in the optimizer"),
         ("dampening", r"dampening=0.5"),
         ("no ddp", r"takes a DistributedDataParallel or .*, not Net; wrap the model first"),
