@@ -20,7 +20,6 @@ from thinwire.coding import header
 from thinwire.comm.collectives import Carrier, InFlight
 from thinwire.core.ambient import undisturbed
 from thinwire.core.context import Context
-from thinwire.core.interfaces import feeds_back
 from thinwire.core.loops import Kernels
 from thinwire.core.tensors import flat
 from thinwire.exchange.buckets import Bucket
@@ -147,7 +146,7 @@ def receive(
                 grad.add_(pending, alpha=1.0 if unit.memory.stateful else loss_scale)
             if unit.memory.stateful and loss_scale != 1.0 and route.unscaled:
                 grad.mul_(loss_scale)
-            saturates = feeds_back(unit.memory) and loss_scale == 1.0 and route.unscaled
+            saturates = unit.feeds_back and loss_scale == 1.0 and route.unscaled
             outs[i] = written(grad, out, saturates=saturates)
     return statuses
 

@@ -67,6 +67,7 @@ class Unit:
     """True if the optimizer requires it dense at all steps."""
     seed: int = 0
     declined: str | None = None
+    _fed: tuple[Memory, bool] | None = field(default=None, init=False, repr=False, compare=False)
     """The reason why an earlier rule that matches the unit was not used."""
 
     @property
@@ -95,6 +96,13 @@ class Unit:
         return replicated(self.memory)
 
     @property
+    def feeds_back(self) -> bool:
+        """True if what was not sent comes back."""
+        if self._fed is None or self._fed[0] is not self.memory:  # asked several times a step
+            self._fed = self.memory, feeds_back(self.memory)
+        return self._fed[1]
+
+    @property
     def exact(self) -> bool:
         """True if the unit is sent uncompressed at this stage."""
         return self.compressor == DENSE
@@ -103,11 +111,11 @@ class Unit:
     def saturates(self) -> float:
         """See ``Context``; half of the range if payloads are summed, since a sum of rounded values may exceed it."""
         summed = self.compressor.traits.leader_selected or (self.compressor.traits.summable and not self.gathered)
-        return (0.5 if summed else 1.0) if feeds_back(self.memory) else 0.0
+        return (0.5 if summed else 1.0) if self.feeds_back else 0.0
 
     def held(self, x: Tensor, loss_scale: float) -> Tensor:
         """Return ``x`` limited to the range of a float16 gradient if the memory keeps the rest; else ``x`` itself."""
-        if self.param.dtype != torch.float16 or x.dtype == torch.float16 or not feeds_back(self.memory):
+        if self.param.dtype != torch.float16 or x.dtype == torch.float16 or not self.feeds_back:
             return x
         return shortened(x, x.dtype, torch.finfo(torch.float16).max / loss_scale)
 
