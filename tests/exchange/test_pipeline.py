@@ -139,6 +139,7 @@ def test_a_reduced_row_keeps_the_loss_scale_of_its_own(world, scale):
         rows = grads[rank].clone().view(world, 500)
         buckets.append(reduced("w", Quantize(8), memory, rows, rank, 0, scale))
         outbox = pipeline.send(buckets[-1], [rows.view(-1)], worker, 0, [True], scale, clear=False)
+        assert world == 1 or sum(message.nbytes for message in outbox.messages) < rows.nbytes
         inboxes += pipeline.route([buckets[-1]], [outbox.messages], peer, 0)
     for bucket, inbox in zip(buckets, inboxes, strict=True):
         out = torch.full((500,), torch.nan, dtype=torch.float16)

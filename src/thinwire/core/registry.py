@@ -90,9 +90,8 @@ def _rows(kind: type) -> dict[str, Any]:
 
 
 def _place(kind: type) -> tuple[str, str]:
-    module = (
-        "__main__" if kind.__module__ == "__mp_main__" else kind.__module__
-    )  # a script, in a process that it spawned
+    # A process that a script has spawned imports the script as __mp_main__.
+    module = "__main__" if kind.__module__ == "__mp_main__" else kind.__module__
     return module, kind.__qualname__
 
 

@@ -114,9 +114,9 @@ def compress(
         own = selector.own(payload, chosen[0], x, known, ctx)
     else:
         x = unit.memory.compensate(piece.of(grad), piece.of(unit.own), known | now, new, 1.0 / loss_scale, ctx)
-        if (carried := now.get("pending_residual")) is not None:  # the residual that an earlier method left
+        if (pending := now.get("pending_residual")) is not None:  # the residual that an earlier method left
             # not in place: x may be the momentum buffer itself, which must not include the residual
-            x = torch.add(x, carried, alpha=1.0 if unit.memory.stateful else loss_scale).to(x.dtype)
+            x = torch.add(x, pending, alpha=1.0 if unit.memory.stateful else loss_scale).to(x.dtype)
         payload = unit.compressor.compress(unit.held(x, loss_scale), known, ctx)
         watched = unit.memory.stateful or worker.looks(unit)
         own = unit.compressor.decompress(payload, x, known, ctx) if watched else None

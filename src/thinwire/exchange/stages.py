@@ -43,7 +43,7 @@ class Stages:
         for note in set_stage(units, density, self.collective.world, *settings):
             self.ledger.note(note)
 
-    def set_headers(self, units: Sequence[Unit], method: Method, optional: bool, carried: bool) -> None:
+    def set_headers(self, units: Sequence[Unit], method: Method, optional: bool, pending: bool) -> None:
         """Decide which messages have a header, and if a step ends by reading them.
 
         While a residual of an earlier method is pending, a method without a memory needs headers too. Without memory or
@@ -51,9 +51,9 @@ class Stages:
 
         Args:
             optional: True if a parameter may be unused on some ranks only, which only messages tell.
-            carried: True if a residual of an earlier method is sent with the next step.
+            pending: True if a residual of an earlier method is sent with the next step.
         """
-        guarded = carried or any(rule.memory.stateful for rule in method.rules)
+        guarded = pending or any(rule.memory.stateful for rule in method.rules)
         for unit in units:
             unit.guarded, unit.optional = guarded, optional
         whole = self.collective.everyone.world == self.collective.world * self.collective.local_ranks

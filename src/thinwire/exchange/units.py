@@ -67,8 +67,8 @@ class Unit:
     """True if the optimizer requires it dense at all steps."""
     seed: int = 0
     declined: str | None = None
-    _fed: tuple[Memory, bool] | None = field(default=None, init=False, repr=False, compare=False)
     """The reason why an earlier rule that matches the unit was not used."""
+    _fed: tuple[Memory, bool] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def own(self) -> Tensor:

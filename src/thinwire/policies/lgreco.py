@@ -188,8 +188,10 @@ class LGreCo:
         errors = [mean_row(table[unit.name] for table in tables) for unit in known]
         costs = [mean_row(theirs[unit.name] for _, theirs in said) for unit in known]  # shards may differ in size
         uniform = [options[unit.name].index(self._rule(unit).compressor) for unit in known]
-        if not all(math.isfinite(e) for row in errors for e in row) or not known:
-            session.ledger.note(f"step {session.step}: no new plan, since what was looked at is not finite")
+        finite = all(math.isfinite(e) for row in errors for e in row)
+        if not (known and finite):
+            why = "what was looked at is not finite" if known else "no unit was looked at on all ranks"
+            session.ledger.note(f"step {session.step}: no new plan, since {why}")
             return
         chosen = improve(costs, errors, uniform, self.slack, self.resolution)
         self.plan = {unit.name: options[unit.name][q] for unit, q in zip(known, chosen, strict=True)}

@@ -87,12 +87,11 @@ def migrate(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: 
         _keep(left | inferred(new.memory, left), worker.local[new.name].now, old.memory, new.memory, gain)
     known = {k: v for k, v in old.shared.now.items() if k not in (alone | packed.keys())}
     _keep(known, new.shared.now, old.memory, new.memory)
-    carried = [worker.local[new.name].now.pop("pending_residual") for worker in workers if _has_no_place(new, worker)]
-    if carried:
-        mean = averaged(carried, collective, timeout)
-        new.shared.now["pending_residual"] = (
-            new.shared.now["pending_residual"] + mean if "pending_residual" in new.shared.now else mean
-        )
+    pending = [worker.local[new.name].now.pop("pending_residual") for worker in workers if _has_no_place(new, worker)]
+    if pending:
+        mean = averaged(pending, collective, timeout)
+        earlier = new.shared.now.get("pending_residual")
+        new.shared.now["pending_residual"] = mean if earlier is None else earlier + mean
     for key, value in inherit(new.method_compressor, old.shared.now, packed).items():
         new.shared.now[key], new.shared.next[key] = value.clone(), value.clone()
     same = set(old.shared.now) == set(new.shared.now) and set(was[0].now) == set(workers[0].local[new.name].now)

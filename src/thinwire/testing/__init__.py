@@ -1,10 +1,12 @@
 """Laws that every compressor and every memory must keep, to be run on your own in your own tests.
 
-from thinwire.testing import check_compressor, check_memory
+Example::
 
-def test_mine():
-    check_compressor(MyCompressor(0.1))
-    check_memory(MyMemory())
+    from thinwire.testing import check_compressor, check_memory
+
+    def test_mine():
+        check_compressor(MyCompressor(0.1))
+        check_memory(MyMemory())
 """
 
 from thinwire.testing.laws_of_compressors import check_compressor
