@@ -26,6 +26,7 @@ from thinwire.engines.bare import Plain
 from thinwire.engines.ddp import Ddp
 from thinwire.engines.fsdp2.engine import Fsdp2, is_fsdp1, is_fsdp2, sharded_channel
 from thinwire.engines.fsdp2.fsdp2_options import Fsdp2Options
+from thinwire.engines.outer.engine import Outer
 from thinwire.exchange.workers import Worker
 from thinwire.kernels.select import Choice, choose
 from thinwire.methods.given import method_of
@@ -182,8 +183,11 @@ def attach(
             nodes, sharded = asked["ranks_per_node"], optional(OPTIONS)("fsdp2", fsdp2) or Fsdp2Options()
             patience: float = asked["timeout"]
             engine = _engine(model, steps, nodes, process_group, sparse_gradients, sharded, patience)
+            local = method.local is not None
+            if method.local is not None:
+                engine = _outer(model, engine, steps, method.local.every, scaler, sharded)
             named = engine.exchanged()
-            check_held(named, steps)
+            check_held(engine.live if isinstance(engine, Outer) else named, steps)
             engine.fits(method)
             replicas = engine.compared(check_every)
             chosen, note = choose(asked["kernels"], named[0][1].device)
@@ -204,8 +208,9 @@ def attach(
                 replicas.begin()
             worker = Worker(collective.rank, asked["seed"], kernels=chosen)
             session = Session(
-                named, method, collective, steps, worker.seed, [worker], scaler, on_nonfinite, patience, policy
-            )
+                named, method, collective, None if local else steps, worker.seed, [worker], scaler, on_nonfinite, patience,
+                policy, local,
+            )  # fmt: skip
         except BaseException:
             collective.close()
             raise
@@ -271,6 +276,32 @@ def _engine(
         f"{type(model).__name__}; wrap the model first, or pass process_group=dist.group.WORLD, after "
         f"init_process_group(), to exchange the gradients of the model as it is{inside(model)}"
     )
+
+
+def _outer(
+    model: nn.Module, engine: Engine, optimizer: Optimizers | None, every: int, scaler: Scaler | None, fsdp2: Fsdp2Options
+) -> Outer:
+    """Make the engine for local updates, over the engine that would exchange the model's gradients.
+
+    Raises:
+        ThinwireError: gradients would be averaged too, or there is nobody to exchange updates with.
+    """
+    if isinstance(engine, Ddp):
+        raise ThinwireError(
+            "the model is a DistributedDataParallel, which averages the gradients of all workers in each step, and local "
+            "updates are of each worker's own; attach to the model in it, ddp.module, with process_group="
+        )
+    if scaler is not None:
+        raise ThinwireError(
+            "scaler= is given, and a step that a GradScaler leaves out on one worker would leave that worker a step "
+            "behind in its round; train in bfloat16, without a scaler"
+        )
+    if isinstance(engine, Fsdp2) and (fsdp2.replicate is None or fsdp2.reduce_scatter or fsdp2.all_gather):
+        raise ThinwireError(
+            "local updates are exchanged between the replicas of a shard: pass fsdp2=Fsdp2Options(replicate="
+            'mesh["replicate"]), without reduce_scatter= and all_gather='
+        )
+    return Outer(model, engine, optimizer, every)
 
 
 def _channel(

@@ -18,6 +18,8 @@ from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
 from thinwire.core.sharding import own, wrapped
 from thinwire.engines.layouts import Layouts
+from thinwire.engines.outer.engine import anchor_of, check_local
+from thinwire.engines.outer.simulated import LocalSteps
 from thinwire.exchange import pipeline
 from thinwire.exchange.workers import Worker
 from thinwire.kernels.select import Choice, choose
@@ -70,12 +72,24 @@ class SimulatedWorkers:
         check_held(named, self.optimizer)
         chosen, note = choose(asked["kernels"], named[0][1].device if named else torch.device("cpu"))
         ranks = [Worker(rank, asked["seed"], kernels=chosen) for rank in range(workers)]
-        self.session = Session(named, method, self.peers[0], self.optimizer, asked["seed"], ranks, policy=policy)
+        local = method.local is not None
+        live = [param for _, param in named]
+        if local:
+            named = [(name, anchor_of(param)) for name, param in named]
+        steps = None if local else self.optimizer
+        self.session = Session(named, method, self.peers[0], steps, asked["seed"], ranks, policy=policy, commits=local)
         self.session.use_kernels(chosen, note)
         self.layouts = Layouts(dict(named), "simulate again")
+        self.local: LocalSteps | None = None
+        if local:
+            self.local = LocalSteps(self.session, self.peers, model, live, self.optimizer)
+            self.session.before_detach = self.local.rounds.end
+            self.session.fits = lambda method: check_local(method, [name for name, _ in named], self.local.rounds)
 
     def step(self, loss: Callable[[int], Tensor]) -> float:
         """Make one optimizer step and return the mean loss; ``loss(worker)`` runs the model on that worker's batch."""
+        if self.local is not None:
+            return self.local.step(loss)
         session = self.session
         session.check()
         self.layouts.check(session)

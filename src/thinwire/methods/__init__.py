@@ -3,6 +3,19 @@
 from thinwire.methods.basic import cast, dense, dgc, topk
 from thinwire.methods.feedback_family import econtrol, ef14, ef21, ef21_bc, ef21_pp, ef21_sgdm, ef21_w
 from thinwire.methods.lean import lean
+from thinwire.methods.local import PENALTIES, Local
+from thinwire.methods.local_updates import (
+    co2,
+    diloco,
+    local,
+    lookahead,
+    muloco,
+    post_local_sgd,
+    slowmo,
+    sparse_loco,
+    streaming_diloco,
+    updates,
+)
 from thinwire.methods.low_rank import powersgd
 from thinwire.methods.onebit import onebit_adam, onebit_lamb, zeroone_adam
 from thinwire.methods.options import IDENTITY, Options
@@ -11,11 +24,15 @@ from thinwire.methods.sparsified import decoupled_momentum, randk, scalecom, sid
 
 __all__ = [
     "IDENTITY",
+    "PENALTIES",
+    "Local",
     "Options",
     "cast",
+    "co2",
     "decoupled_momentum",
     "dense",
     "dgc",
+    "diloco",
     "econtrol",
     "ef14",
     "ef21",
@@ -25,17 +42,25 @@ __all__ = [
     "ef21_w",
     "ef_sign",
     "lean",
+    "local",
+    "lookahead",
     "maxmin",
+    "muloco",
     "natural",
     "onebit_adam",
     "onebit_lamb",
+    "post_local_sgd",
     "powersgd",
     "qsgd",
     "randk",
     "scalecom",
     "sidco",
     "signsgd",
+    "slowmo",
+    "sparse_loco",
+    "streaming_diloco",
     "terngrad",
     "topk",
+    "updates",
     "zeroone_adam",
 ]

@@ -15,6 +15,8 @@ from thinwire.core.checks import check_fields, of_type, one_of, optional, real, 
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Memory, feeds_back
 from thinwire.core.memory_capabilities import OwnsMomentum, makes_up_for
+from thinwire.methods import local as local_updates
+from thinwire.methods.local import Local
 from thinwire.methods.warmup import Warmup
 
 RESERVED = "pending_residual"
@@ -95,6 +97,8 @@ class Method:
             pieces to their owners, then the mean to all; the bytes per worker do not grow with the number of workers,
             but it compresses twice. ``"auto"``: the faster of the two for each bucket.
         second_stage_density_ratio: density of the second phase over that of the first, above 0.
+        local: the settings of local updates: what is exchanged is then not the gradient, but what the optimizer of each
+            worker has changed in several steps. None for gradients.
     """
 
     name: str
@@ -103,6 +107,7 @@ class Method:
     warmup: Warmup | None = None
     route: RouteName = "all_gather"
     second_stage_density_ratio: float = 1.0
+    local: Local | None = None
 
     def __post_init__(self) -> None:
         check_fields(
@@ -113,6 +118,7 @@ class Method:
             warmup=Warmup.read,
             route=one_of(*get_args(RouteName)),
             second_stage_density_ratio=real(0.0, above=True, hint=": it multiplies the density"),
+            local=optional(of_type(Local, "use thinwire.local(method, every=...)")),
         )
 
     @property
@@ -150,7 +156,8 @@ class Method:
             for rule in self.rules
         ]
         warmup = asdict(self.warmup) if self.warmup else None
-        rest = {"clip": self.clip, "warmup": warmup} | {key: getattr(self, key) for key in ROUTING}
+        local = {} if self.local is None else {"local": self.local.to_json()}
+        rest = {"clip": self.clip, "warmup": warmup, **local} | {key: getattr(self, key) for key in ROUTING}
         return json.dumps({"name": self.name, "rules": rules, **rest}, sort_keys=True)
 
     @staticmethod
@@ -170,6 +177,7 @@ class Method:
             )
             warmup = Warmup(**data["warmup"]) if data["warmup"] else None
             routing = {key: data[key] for key in ROUTING}
-            return Method(data["name"], rules, data["clip"], warmup, **routing)
+            local = local_updates.from_json(data.get("local"))
+            return Method(data["name"], rules, data["clip"], warmup, local=local, **routing)
         except (KeyError, TypeError, ValueError) as error:
             raise ThinwireError(f"this is not a method in JSON: {error!r}") from error

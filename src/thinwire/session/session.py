@@ -70,6 +70,7 @@ class Session(OfThisRun):
         on_nonfinite: OnNonfinite = "skip",
         timeout: float = TIMEOUT,
         policy: Policy | None = None,
+        commits: bool = False,
     ) -> None:
         self.named, self.collective, self.optimizer, self.seed = list(named), collective, optimizer, seed
         self.workers = list(workers or [Worker(collective.rank, seed)])
@@ -83,7 +84,8 @@ class Session(OfThisRun):
         """True if a parameter may be unused on some ranks only, which only messages tell; the engine sets it."""
         self.replicas: Replicas | None = None
         """The check of replicated parameters, or None; the engine sets it."""
-        self.scaler, self.timeout, self.policy = scaler, timeout, policy
+        self.scaler, self.timeout, self.policy, self.commits = scaler, timeout, policy, commits
+        self.before_detach: Callable[[], None] = lambda: None
         self.fits: Callable[[Method], None] = lambda method: None
         """Raises an error if a method can't be used with this model; the engine sets it."""
         self.no_sync: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
@@ -111,7 +113,7 @@ class Session(OfThisRun):
             raise ThinwireError(
                 "the gradients of the last backward are waiting for optimizer.step(); call it, then change"
             )
-        if any(rule.memory.stateful for rule in method.rules):
+        if any(rule.memory.stateful for rule in method.rules) and not self.commits:
             check_optimizer(self.optimizer, self.named, self, method.name)
         holders(self.optimizer, self.named)
         transfer = self.stepping.prepare(method)
@@ -204,6 +206,7 @@ class Session(OfThisRun):
 
         Gradients that were not sent yet are discarded; the ledger notes their norm. All threads end.
         """
+        self.before_detach()
         self._detach(self.collective)
 
     def abandon(self) -> None:
@@ -302,7 +305,7 @@ class Session(OfThisRun):
             with self._together("the check of replicas"):
                 self.replicas.check(self.step, self.transaction.refuse)
         self.stepping.exchanged()
-        if self.optimizer is None:
+        if self.optimizer is None and not self.commits:
             self.commit(self.units)
 
     def commit(self, units: Sequence[Unit], optimizer: torch.optim.Optimizer | None = None) -> None:

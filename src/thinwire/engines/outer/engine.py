@@ -1,0 +1,131 @@
+"""Checks and setup for local updates; ``rounds.py`` has the rounds.
+
+The model has no wrapper, or is sharded by ``fully_shard`` and replicated over a mesh. Its engine for gradients finds
+the parameters and makes the collective; only its hooks on gradients are not installed.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from thinwire.comm.collectives import Collective, ControlChannel
+from thinwire.comm.control import Together
+from thinwire.comm.link import Link
+from thinwire.core.errors import ThinwireError
+from thinwire.core.tensors import float_at_least_32
+from thinwire.engines.outer.replica import Replica, floating
+from thinwire.engines.outer.rounds import Rounds
+from thinwire.methods.method import Method
+from thinwire.session.optimizers import Optimizers, holders
+from thinwire.session.replicas import Replicas
+from thinwire.session.session import Session
+
+
+class Exchanger(Protocol):
+    """The engine for the gradients of the model: the part that local updates use."""
+
+    @property
+    def channel(self) -> ControlChannel: ...
+    def exchanged(self) -> list[tuple[str, Tensor]]: ...
+    def collective(self, link: Link | None, together: Together) -> Collective: ...
+    def share(self, session: Session) -> None: ...
+    def compared(self, every: int) -> Replicas: ...
+    @property
+    def begins_alike(self) -> bool: ...
+
+
+def anchor_of(param: Tensor) -> Tensor:
+    """Return a copy of a parameter, in float32 at least."""
+    return param.detach().clone().to(float_at_least_32(param.dtype))
+
+
+def check_local(method: Method, names: Sequence[str], rounds: Rounds | None) -> None:
+    """Raise a ``ThinwireError`` if the method makes no local updates, or does not fit the model or the present round."""
+    if (local := method.local) is None:
+        raise ThinwireError(
+            f"{method.name} exchanges gradients, and this model was attached for local updates; detach() and attach "
+            "again, or use thinwire.updates(...)"
+        )
+    if local.fragments > len(names):
+        raise ThinwireError(
+            f"fragments is {local.fragments}, and the model has {len(names)} parameters; use at most as many"
+        )
+    if rounds is not None and rounds.local != local:
+        if not rounds.begins:
+            raise ThinwireError(
+                f"inner step {rounds.inner} is in the middle of a round of {rounds.local.every}, which began with other "
+                "settings; change every= and the outer step after a round, or keep them: "
+                "thinwire.methods.local(exchange, every=...) with the same"
+            )
+        if rounds.local.fragments != local.fragments:
+            raise ThinwireError(
+                f"fragments changes from {rounds.local.fragments} to {local.fragments}; detach() and attach again"
+            )
+
+
+class Outer:
+    """A model for local updates, before it is attached.
+
+    Args:
+        model: its buffers are averaged if the method says so.
+        exchanger: the engine that would exchange its gradients.
+        optimizer: the inner optimizer.
+    """
+
+    def __init__(self, model: nn.Module, exchanger: Exchanger, optimizer: Optimizers | None, every: int) -> None:
+        if optimizer is None:
+            raise ThinwireError(
+                f"a round ends after {every} steps of the inner optimizer, which must be seen: call "
+                "attach(..., optimizer=optimizer)"
+            )
+        self.model, self.exchanger, self.optimizer = model, exchanger, optimizer
+        self.channel = exchanger.channel
+        self.rounds: Rounds | None = None
+
+    def exchanged(self) -> list[tuple[str, Tensor]]:
+        self.live = self.exchanger.exchanged()
+        held = holders(self.optimizer, self.live)
+        if missing := [name for name, _ in self.live if name not in held]:
+            raise ThinwireError(
+                f"parameter {missing[0]!r} is not in the inner optimizer ({len(missing)} are missing), so no worker "
+                "would change it; give it to the optimizer, or freeze it: requires_grad_(False)"
+            )
+        self.anchors = [(name, anchor_of(param)) for name, param in self.live]
+        return self.anchors
+
+    def fits(self, method: Method) -> None:
+        check_local(method, [name for name, _ in self.live], self.rounds)
+
+    @property
+    def no_sync(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        return contextlib.nullcontext
+
+    @property
+    def begins_alike(self) -> bool:
+        return self.exchanger.begins_alike
+
+    def compared(self, every: int) -> Replicas:
+        held = self.exchanger.compared(every)
+        return Replicas(self.anchors, held.channel, held.parts, min(every, 1))
+
+    def collective(self, link: Link | None, together: Together) -> Collective:
+        return self.exchanger.collective(link, together)
+
+    @torch.no_grad()
+    def share(self, session: Session) -> None:
+        self.exchanger.share(session)
+        for (_, anchor), (_, param) in zip(self.anchors, self.live, strict=True):
+            anchor.copy_(param)
+
+    def install(self, session: Session) -> None:
+        replica = Replica([param for _, param in self.live], self.optimizer, floating(self.model.buffers()))
+        self.rounds = rounds = Rounds(session, [replica], [session.collective])
+
+        def after(*_: object) -> None:
+            rounds.stepped()
+
+        session.before_detach = rounds.end
+        session.cleanup.callback(self.optimizer.register_step_post_hook(after).remove)
