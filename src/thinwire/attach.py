@@ -208,8 +208,8 @@ def attach(
                 replicas.begin()
             worker = Worker(collective.rank, asked["seed"], kernels=chosen)
             session = Session(
-                named, method, collective, None if local else steps, worker.seed, [worker], scaler, on_nonfinite, patience,
-                policy, local,
+                named, method, collective, None if local else steps, worker.seed, [worker], scaler, on_nonfinite,
+                patience, policy, local,
             )  # fmt: skip
         except BaseException:
             collective.close()
@@ -279,7 +279,12 @@ def _engine(
 
 
 def _outer(
-    model: nn.Module, engine: Engine, optimizer: Optimizers | None, every: int, scaler: Scaler | None, fsdp2: Fsdp2Options
+    model: nn.Module,
+    engine: Engine,
+    optimizer: Optimizers | None,
+    every: int,
+    scaler: Scaler | None,
+    fsdp2: Fsdp2Options,
 ) -> Outer:
     """Make the engine for local updates, over the engine that would exchange the model's gradients.
 
@@ -288,8 +293,8 @@ def _outer(
     """
     if isinstance(engine, Ddp):
         raise ThinwireError(
-            "the model is a DistributedDataParallel, which averages the gradients of all workers in each step, and local "
-            "updates are of each worker's own; attach to the model in it, ddp.module, with process_group="
+            "the model is a DistributedDataParallel, which averages the gradients of all workers in each step, and "
+            "local updates are of each worker's own; attach to the model in it, ddp.module, with process_group="
         )
     if scaler is not None:
         raise ThinwireError(

@@ -18,7 +18,7 @@ from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
 from thinwire.core.sharding import own, wrapped
 from thinwire.engines.layouts import Layouts
-from thinwire.engines.outer.engine import anchor_of, check_local
+from thinwire.engines.outer.engine import anchor_of
 from thinwire.engines.outer.simulated import LocalSteps
 from thinwire.exchange import pipeline
 from thinwire.exchange.workers import Worker
@@ -83,8 +83,6 @@ class SimulatedWorkers:
         self.local: LocalSteps | None = None
         if local:
             self.local = LocalSteps(self.session, self.peers, model, live, self.optimizer)
-            self.session.before_detach = self.local.rounds.end
-            self.session.fits = lambda method: check_local(method, [name for name, _ in named], self.local.rounds)
 
     def step(self, loss: Callable[[int], Tensor]) -> float:
         """Make one optimizer step and return the mean loss; ``loss(worker)`` runs the model on that worker's batch."""

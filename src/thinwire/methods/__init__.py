@@ -3,7 +3,7 @@
 from thinwire.methods.basic import cast, dense, dgc, topk
 from thinwire.methods.feedback_family import econtrol, ef14, ef21, ef21_bc, ef21_pp, ef21_sgdm, ef21_w
 from thinwire.methods.lean import lean
-from thinwire.methods.local import PENALTIES, Local
+from thinwire.methods.local_settings import PENALTIES, Local
 from thinwire.methods.local_updates import (
     co2,
     diloco,

@@ -13,7 +13,7 @@ from thinwire.core.interfaces import Compressor
 from thinwire.core.memory_capabilities import gives
 from thinwire.memories.error_feedback import ErrorFeedback
 from thinwire.methods.basic import dense, topk
-from thinwire.methods.local import Local
+from thinwire.methods.local_settings import Local
 from thinwire.methods.method import Method, Rule
 
 Exchange: TypeAlias = Method | Compressor | Rule | None
@@ -208,8 +208,8 @@ def muloco(
 
     **Wire**: about ``bits`` bits an element, once in ``every`` steps.
 
-    Source: B. Therien, X. Huang, I. Rish, E. Belilovsky, "MuLoCo: Muon is a practical inner optimizer for DiLoCo", 2025,
-    arXiv:2505.23725.
+    Source: B. Therien, X. Huang, I. Rish, E. Belilovsky, "MuLoCo: Muon is a practical inner optimizer for DiLoCo",
+    2025, arXiv:2505.23725.
 
     Departures: the outer learning rate multiplies the mean, never the residual.
     """
@@ -233,7 +233,7 @@ def co2(
     ``[-clip, clip]``; ``anchor -= lr m``. Round t+1 begins from the anchor.
 
     Args:
-        every, exchange, settings: as for ``local``. All of the exchange is hidden if it takes less than ``every`` steps.
+        every, exchange, settings: as for ``local``. The exchange is hidden if it takes less than ``every`` steps.
         lr, momentum, clip: of the outer step. A late outer step is stable if ``lr contraction < 1 - momentum``; the
             paper's momentum of 0.2 for up to 32 workers needs ``contraction=0.8``.
         penalty: divisor of late updates, see ``thinwire.methods.Local``.

@@ -15,8 +15,7 @@ from thinwire.core.checks import check_fields, of_type, one_of, optional, real, 
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Memory, feeds_back
 from thinwire.core.memory_capabilities import OwnsMomentum, makes_up_for
-from thinwire.methods import local as local_updates
-from thinwire.methods.local import Local
+from thinwire.methods.local_settings import Local
 from thinwire.methods.warmup import Warmup
 
 RESERVED = "pending_residual"
@@ -177,7 +176,7 @@ class Method:
             )
             warmup = Warmup(**data["warmup"]) if data["warmup"] else None
             routing = {key: data[key] for key in ROUTING}
-            local = local_updates.from_json(data.get("local"))
+            local = Local(**data["local"]) if data.get("local") else None
             return Method(data["name"], rules, data["clip"], warmup, local=local, **routing)
         except (KeyError, TypeError, ValueError) as error:
             raise ThinwireError(f"this is not a method in JSON: {error!r}") from error

@@ -249,6 +249,10 @@ class Session(OfThisRun):
         if self.collective.everyone.rank == 0:
             log.warning(text)  # Python shows warnings even if logging is not configured
 
+    def undo(self) -> None:
+        """Make the exchange that is not final void."""
+        self.transaction.void()
+
     # -- the step --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:

@@ -5,7 +5,7 @@ the parameters and makes the collective; only its hooks on gradients are not ins
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -42,23 +42,22 @@ def anchor_of(param: Tensor) -> Tensor:
     return param.detach().clone().to(float_at_least_32(param.dtype))
 
 
-def check_local(method: Method, names: Sequence[str], rounds: Rounds | None) -> None:
-    """Raise a ``ThinwireError`` if the method makes no local updates, or does not fit the model or the present round."""
+def check_local(method: Method, parameters: int, rounds: Rounds | None) -> None:
+    """Raise a ``ThinwireError`` if the method does not fit the model or the present round."""
     if (local := method.local) is None:
         raise ThinwireError(
             f"{method.name} exchanges gradients, and this model was attached for local updates; detach() and attach "
             "again, or use thinwire.updates(...)"
         )
-    if local.fragments > len(names):
+    if local.fragments > parameters:
         raise ThinwireError(
-            f"fragments is {local.fragments}, and the model has {len(names)} parameters; use at most as many"
+            f"fragments is {local.fragments}, and the model has {parameters} parameters; use at most as many"
         )
     if rounds is not None and rounds.local != local:
         if not rounds.begins:
             raise ThinwireError(
-                f"inner step {rounds.inner} is in the middle of a round of {rounds.local.every}, which began with other "
-                "settings; change every= and the outer step after a round, or keep them: "
-                "thinwire.methods.local(exchange, every=...) with the same"
+                f"inner step {rounds.inner} is in the middle of a round of {rounds.local.every}, which began with "
+                "other settings of local(...); change them after a round, or give the same ones here"
             )
         if rounds.local.fragments != local.fragments:
             raise ThinwireError(
@@ -97,7 +96,7 @@ class Outer:
         return self.anchors
 
     def fits(self, method: Method) -> None:
-        check_local(method, [name for name, _ in self.live], self.rounds)
+        check_local(method, len(self.live), self.rounds)
 
     @property
     def no_sync(self) -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from thinwire.methods.local import Local
+from thinwire.methods.local_settings import Local
 
 
 def move(mean: Tensor, momentum: Tensor | None, local: Local) -> Tensor:
@@ -35,4 +35,4 @@ def fragments_of(names: list[str], count: int) -> list[list[int]]:
         layer = path[: number + 1] if number is not None else path[:-1] or path
         layers.setdefault(".".join(layer), []).append(i)
     parts = list(layers.values()) if len(layers) >= count else [[i] for i in range(len(names))]
-    return [sum(parts[f::count], []) for f in range(count)]
+    return [[i for part in parts[f::count] for i in part] for f in range(count)]

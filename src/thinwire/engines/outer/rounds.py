@@ -4,21 +4,23 @@ One exchange is in flight at a time. It is decoded where its outer step is due, 
 the decoded mean then waits for its time, so a resumed run has the same bits.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from thinwire.comm.collectives import Collective, InFlight
-from thinwire.core.sharding import own
+from thinwire.comm.collectives import Collective, InFlight, exchange_failed
+from thinwire.comm.texts import known_to_all
+from thinwire.core.errors import ThinwireError
 from thinwire.core.tensors import norm
 from thinwire.engines.outer.outer_step import fragments_of, move
 from thinwire.engines.outer.replica import Replica, averaged
 from thinwire.exchange import pipeline
 from thinwire.exchange.buckets import Bucket
 from thinwire.exchange.units import Unit
-from thinwire.methods.local import Local
+from thinwire.methods.local_settings import Local
 from thinwire.report.ledger import Stopwatch
 from thinwire.session.clipping import clip
 from thinwire.session.session import Session
@@ -124,8 +126,8 @@ class Rounds:
 
     def _deltas(self, replica: Replica, chosen: Sequence[int]) -> list[Tensor]:
         """Return ``anchor - parameters``; the anchor in the parameter's dtype, as the worker began with it."""
-        units = self.session.units
-        return [own(units[i].param).to(replica.params[i].dtype).to(units[i].param.dtype) - replica.params[i] for i in chosen]
+        pairs = [(self.session.units[i].own, replica.params[i]) for i in chosen]
+        return [anchor.to(param.dtype).to(anchor.dtype) - param for anchor, param in pairs]
 
     def _exchange(self, fragment: int) -> None:
         local, chosen = self.local, self.fragments[fragment]
@@ -181,13 +183,12 @@ class Rounds:
         if flight is None:
             return
         bucket, inboxes = flight.bucket, flight.inboxes
-        with Stopwatch(session.row, "exchange_seconds"):
-            self._await(inboxes)
-        if bucket.relays:
-            each = zip(session.workers, self.peers, inboxes, strict=True)
-            inboxes = [pipeline.relay(bucket, inbox, worker, session.step, peer) for worker, peer, inbox in each]
-            with Stopwatch(session.row, "exchange_seconds"):
-                self._await(inboxes)
+        with self._waiting(flight):
+            arrive(inboxes, session.timeout)
+            if bucket.relays:
+                each = zip(session.workers, self.peers, inboxes, strict=True)
+                inboxes = [pipeline.relay(bucket, inbox, worker, session.step, peer) for worker, peer, inbox in each]
+                arrive(inboxes, session.timeout)
         outs = [torch.empty_like(unit.own) for unit in bucket.units]
         with Stopwatch(session.row, "receive_seconds"):
             session.transaction.statuses = pipeline.receive(
@@ -203,13 +204,31 @@ class Rounds:
         self.late = Late(flight.fragment, flight.due, outs, divisor)
         if session.transaction.failed or not all(bool(out.isfinite().all()) for out in outs):
             self.late.means = []
-            session.transaction.void()
+            self._refuse()
         else:
             session.commit(bucket.units)
 
-    def _await(self, inboxes: Sequence[Sequence[InFlight]]) -> None:
-        for arrived in (one for inbox in inboxes for one in inbox):
-            arrived.wait(self.session.timeout)
+    def _refuse(self) -> None:
+        """Take back the exchange of a nonfinite update, which all workers have seen."""
+        session, transaction = self.session, self.session.transaction
+        complaint = f"inner step {self.inner}: the update of a worker is not finite"
+        if not transaction.failed:  # dense messages have no header
+            session.ledger.skipped += 1
+            session.ledger.note(f"{complaint}; the round is taken back on all workers")
+        session.undo()
+        if transaction.on_nonfinite == "raise":
+            raise known_to_all(ThinwireError(f"{complaint}; the anchor is that of the round before"))
+
+    @contextlib.contextmanager
+    def _waiting(self, flight: Flight) -> Generator[None]:
+        """Measure the time of waiting, and name the ranks that did not answer."""
+        session = self.session
+        with Stopwatch(session.row, "exchange_seconds"):
+            try:
+                yield
+            except Exception as error:
+                names = [unit.name for unit in flight.bucket.units]
+                raise exchange_failed(session.collective, session.step, names, error) from error
 
     def finish(self, reset: bool = True) -> None:
         """Make the outer step of the exchange in flight. All ranks call it together.
@@ -244,7 +263,8 @@ class Rounds:
         for fragment, at in enumerate(self.exchanged_at):
             if at < self.inner:
                 self._exchange(fragment)
-        self.finish()
+                self.finish()
+        self._give(range(len(self.session.units)), 0.0)
 
     def _momentum(self, unit: Unit) -> Tensor | None:
         if self.local.momentum == 0.0:
@@ -271,3 +291,10 @@ class Rounds:
                     f"inner step {self.inner}: cleared nonfinite optimizer state of {cleared} on rank {worker.rank}"
                 )
         self._give(chosen, 0.0)
+
+
+def arrive(inboxes: Sequence[Sequence[InFlight]], timeout: float) -> None:
+    """Wait for all messages."""
+    for inbox in inboxes:
+        for arrived in inbox:
+            arrived.wait(timeout)

@@ -4,10 +4,10 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from thinwire.comm.simulated import Local
+from thinwire.engines.outer.engine import check_local
 from thinwire.engines.outer.replica import Replica, floating
 from thinwire.engines.outer.rounds import Rounds
 from thinwire.session.optimizers import Optimizers, each_of
@@ -65,7 +65,9 @@ class LocalSteps:
         self, session: Session, peers: Sequence[Local], model: nn.Module, live: Sequence[Tensor], optimizer: Optimizers
     ) -> None:
         self.replicas = [SimulatedReplica(model, live, optimizer) for _ in peers]
-        self.rounds = Rounds(session, self.replicas, peers)
+        self.rounds = rounds = Rounds(session, self.replicas, peers)
+        session.before_detach = rounds.end
+        session.fits = lambda method: check_local(method, len(live), rounds)
 
     def step(self, loss: Callable[[int], Tensor]) -> float:
         """Make one inner step of all workers and return the mean loss."""

@@ -41,9 +41,9 @@ def _penalty(name: str, value: Any) -> Any:
 class Local:
     """The settings of local updates, a part of a ``Method``.
 
-    ``delta = anchor - parameters`` after ``every`` steps; ``p = mean(delta) / penalty``; ``m = momentum m + p``, limited
-    to ``[-clip, clip]``; ``anchor -= lr (p + momentum m)`` with ``nesterov``, else ``lr m``; ``parameters = (1 - mix)
-    anchor + mix parameters``.
+    ``delta = anchor - parameters`` after ``every`` steps; ``p = mean(delta) / penalty``; ``m = momentum m + p``,
+    limited to ``[-clip, clip]``; ``anchor -= lr (p + momentum m)`` with ``nesterov``, else ``lr m``;
+    ``parameters = (1 - mix) anchor + mix parameters``.
 
     Args:
         every: inner optimizer steps in a round, at least 1.
@@ -101,8 +101,8 @@ class Local:
         )
         if self.fragments > self.every:
             raise ThinwireError(
-                f"fragments is {self.fragments} and every is {self.every}; each fragment needs an inner step of its own "
-                "in a round: use at most as many fragments as steps"
+                f"fragments is {self.fragments} and every is {self.every}; each fragment needs an inner step of its "
+                "own in a round: use at most as many fragments as steps"
             )
         if self.late:
             for name in ("fragments", "mix", "start"):
@@ -156,14 +156,15 @@ class Local:
             low, high = (middle, high) if stable else (low, middle)
         raise ThinwireError(
             f"lr is {self.lr:g} with momentum {self.momentum:g} and delay {self.delay!r}, and an error on a quadratic "
-            f"grows {growth:.3g} times a round; the largest stable lr is {low:.3g}. Use that or less, less momentum, or, "
-            f"if a round removes less than {self.contraction:.0%} of an error, say so: contraction=0.5"
+            f"grows {growth:.3g} times a round; the largest stable lr is {low:.3g}. Use that or less, less momentum, "
+            f"or, if a round removes less than {self.contraction:.0%} of an error, say so: contraction=0.5"
         )
 
     def to_json(self) -> dict[str, Any]:
         if callable(self.penalty):
+            name = getattr(self.penalty, "__qualname__", self.penalty)
             raise ThinwireError(
-                f"penalty is the function {getattr(self.penalty, '__qualname__', self.penalty)}, which JSON can't hold; "
+                f"penalty is the function {name}, which JSON can't hold; "
                 "add it to thinwire.methods.PENALTIES under a name on all ranks, and pass the name"
             )
         return asdict(self)
@@ -173,11 +174,11 @@ def growth_of(local: Local, removed: float, lr: float | None = None) -> float:
     """Return the growth of an error in one round, on a quadratic of which inner steps remove the share ``removed``."""
     lr, beta, mix, every = local.lr if lr is None else lr, local.momentum, local.mix, local.every
     anchor, x, m, p = np.eye(4)  # rows: how each now depends on the state at the start of the round
+    rest = (1.0 - removed) ** (1.0 / every)
     if local.late:
         x = anchor * (1.0 - removed)
         arrived, p = p, anchor - x
     else:
-        rest = (1.0 - removed) ** (1.0 / every)
         p = arrived = anchor - x
         x = x * rest**local.steps_late
     m = beta * m + arrived
@@ -185,9 +186,3 @@ def growth_of(local: Local, removed: float, lr: float | None = None) -> float:
     if not local.late:
         x = ((1.0 - mix) * anchor + mix * x) * rest ** (every - local.steps_late)
     return float(np.abs(np.linalg.eigvals(np.stack([anchor, x, m, p]))).max())
-
-
-def from_json(data: dict[str, Any] | None) -> Local | None:
-    """Read what ``Local.to_json`` wrote."""
-    return None if data is None else Local(**data)
-

@@ -1,0 +1,291 @@
+"""Local updates: the laws that tie them to known methods, the simulator to real processes, and what is sent to what is
+applied."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import thinwire
+from tests.engines.sharded import mesh_of, whole
+from thinwire import ThinwireError, dense, methods, topk
+from thinwire.engines.outer.outer_step import fragments_of
+from thinwire.engines.simulator import SimulatedWorkers
+from thinwire.methods.local_settings import Local, growth_of
+from thinwire.methods.method import Method
+
+RECIPES = {
+    "updates": methods.updates(topk(0.1)),
+    "post_local_sgd": methods.post_local_sgd(4, start=3, exchange=topk(0.1)),
+    "slowmo": methods.slowmo(4, exchange=topk(0.1)),
+    "diloco": methods.diloco(4, exchange=topk(0.1, values="int4")),
+    "streaming": methods.streaming_diloco(8, fragments=2, delay=2, exchange=topk(0.1)),
+    "sparse_loco": methods.sparse_loco(4, density=0.1),
+    "muloco": methods.muloco(4),
+    "co2": methods.co2(3, exchange=topk(0.1)),
+    "averaged": methods.local(topk(0.1), every=4, buffers="average", sync_moments=2),
+}
+
+
+class Net(nn.Module):
+    """Two blocks and a buffer that each worker changes."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 40)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(40, 40), nn.Tanh()) for _ in range(2))
+        self.last = nn.Linear(40, 4)
+        self.watches = dtype == torch.float32  # in float64, equal to models without buffers
+        self.register_buffer("seen", torch.zeros(16))
+        self.to(dtype)
+
+    def forward(self, x):
+        if self.watches:
+            with torch.no_grad():
+                self.seen.lerp_(x.mean(0).to(self.seen.dtype), 0.1)
+        x = torch.tanh(self.inner(x - self.seen))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x)
+
+
+def build(dtype=torch.float32, adam=True, lr=0.02, seed=0):
+    torch.manual_seed(seed)
+    model = Net(dtype)
+    kind = torch.optim.AdamW if adam else torch.optim.SGD
+    return model, kind(model.parameters(), lr=lr)
+
+
+def batch(worker, step, dtype=torch.float32):
+    return torch.randn(8, 16, generator=torch.Generator().manual_seed(1000 * step + worker), dtype=dtype)
+
+
+def loss_of(model, x):
+    return (model(x) - x[:, :4].cumsum(1)).square().mean()
+
+
+def flat(tensors):
+    return torch.cat([x.detach().flatten().double() for x in tensors])
+
+
+def simulated(method, workers=4, steps=12, dtype=torch.float64, **options):
+    model, optimizer = build(dtype, **options)
+    result = thinwire.simulate(
+        model, method, optimizer=optimizer, workers=workers, steps=steps, loss=loss_of,
+        batches=lambda worker, step: batch(worker, step, dtype),
+    )  # fmt: skip
+    return flat(model.parameters()), result
+
+
+def _train(rank, method, steps, stop=None):
+    model, optimizer = build(seed=rank)  # they start from those of rank 0
+    wire = thinwire.attach(model, method, optimizer=optimizer, process_group=dist.group.WORLD)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, batch(rank, step)).backward()
+        optimizer.step()
+    wire.detach()
+    facts = wire.ledger.wire_bytes, wire.ledger.dense_bytes, [row.error for row in wire.ledger.rows if row.error]
+    return flat(model.parameters()), flat(model.buffers()), facts, wire.ledger.notes
+
+
+def close(a, b):
+    assert torch.allclose(a, b, rtol=0.0, atol=1e-12), float((a - b).abs().max())
+
+
+def test_one_step_rounds_are_data_parallelism():
+    data_parallel, _ = simulated(dense(), adam=False)
+    for method in (
+        methods.local(every=1), methods.post_local_sgd(every=1), methods.post_local_sgd(every=99, start=12),
+        methods.updates(dense()),
+    ):  # fmt: skip
+        close(simulated(method, adam=False)[0], data_parallel)
+
+
+def test_updates_are_the_mean_of_local_steps():
+    """By hand: each worker keeps its own AdamW, and all continue from the mean of their parameters."""
+    pairs = [build(torch.float64) for _ in range(3)]
+    for step in range(6):
+        for worker, (model, optimizer) in enumerate(pairs):
+            optimizer.zero_grad()
+            loss_of(model, batch(worker, step, torch.float64)).backward()
+            optimizer.step()
+        with torch.no_grad():
+            for each in zip(*(model.parameters() for model, _ in pairs), strict=True):
+                mean = torch.stack([*each]).mean(0)
+                for param in each:
+                    param.copy_(mean)
+    close(simulated(methods.updates(dense()), workers=3, steps=6)[0], flat(pairs[0][0].parameters()))
+
+
+def test_one_whole_fragment_without_delay_is_diloco():
+    one = methods.streaming_diloco(4, fragments=1, delay=0, mix=0.0)
+    assert torch.equal(simulated(one)[0], simulated(methods.diloco(4))[0])
+
+
+def test_diloco_is_pytorchs_nesterov_on_the_mean_update():
+    pairs = [build(torch.float64) for _ in range(3)]
+    anchor = [p.detach().clone().requires_grad_() for p in pairs[0][0].parameters()]
+    outer = torch.optim.SGD(anchor, lr=0.7, momentum=0.9, nesterov=True)
+    for step in range(12):
+        for worker, (model, optimizer) in enumerate(pairs):
+            optimizer.zero_grad()
+            loss_of(model, batch(worker, step, torch.float64)).backward()
+            optimizer.step()
+        if step % 4 == 3:
+            with torch.no_grad():
+                for i, a in enumerate(anchor):
+                    a.grad = a - torch.stack([[*model.parameters()][i] for model, _ in pairs]).mean(0)
+                outer.step()
+                for model, _ in pairs:
+                    for a, param in zip(anchor, model.parameters(), strict=True):
+                        param.copy_(a)
+    close(simulated(methods.diloco(4), workers=3)[0], flat(anchor))
+
+
+def test_co2_of_single_steps_is_delayed_sgd():
+    """The mean gradient of a step moves the parameters at the end of the next."""
+    model, _ = build(torch.float64)
+    params, late, steps = [*model.parameters()], None, 7
+    for step in range(steps + 1):
+        grads = None
+        if step < steps:
+            each = [torch.autograd.grad(loss_of(model, batch(w, step, torch.float64)), params) for w in range(2)]
+            grads = [torch.stack(found).mean(0) for found in zip(*each, strict=True)]
+        if late is not None:
+            with torch.no_grad():
+                for param, grad in zip(params, late, strict=True):
+                    param.sub_(grad, alpha=0.02)
+        late = grads
+    method = methods.co2(1, penalty=None, clip=None)
+    close(simulated(method, workers=2, steps=steps, adam=False)[0], flat(params))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_simulator_equals_real_processes(world2, name):
+    method = RECIPES[name]
+    results = world2.run(_train, method, 10)
+    params, buffers, (sent, plain, errors), _ = results[0]
+    assert all(torch.equal(params, other) for other, *_ in results[1:])
+    assert torch.equal(buffers, results[1][1]) == (method.local.buffers == "average")
+    assert sent < plain
+    assert errors
+    mine, result = simulated(method, workers=2, steps=10, dtype=torch.float32)
+    assert torch.equal(mine, params)
+    assert result.ledger.wire_bytes == sent
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_four_workers_hold_one_anchor(world4, name):
+    results = world4.run(_train, RECIPES[name], 10)
+    assert all(torch.equal(results[0][0], other) for other, *_ in results[1:])
+    mine, _ = simulated(RECIPES[name], workers=4, steps=10, dtype=torch.float32)
+    assert torch.equal(mine, results[0][0]) or name == "averaged"  # its all-reduce sums in an order of its own
+
+
+def test_what_is_applied_and_pending_is_what_workers_moved():
+    """With lr=1 and no momentum, the anchors' way and the mean residual are the mean of what the workers moved."""
+    model, optimizer = build(torch.float64)
+    sim = SimulatedWorkers(model, methods.local(topk(0.05), every=3), optimizer, 4)
+    start = {unit.name: unit.param.clone() for unit in sim.session.units}
+    moved = {name: torch.zeros_like(x) for name, x in start.items()}
+    exchange = sim.local.rounds._exchange
+
+    def spied(fragment):
+        for replica in sim.local.replicas:
+            for unit, delta in zip(
+                sim.session.units, sim.local.rounds._deltas(replica, range(len(start))), strict=True
+            ):
+                moved[unit.name] += delta / 4
+        exchange(fragment)
+
+    sim.local.rounds._exchange = spied
+    for step in range(9):
+        sim.step(lambda worker, step=step: loss_of(model, batch(worker, step, torch.float64)))
+    for unit in sim.session.units:
+        applied = start[unit.name] - unit.param
+        residuals = [worker.local[unit.name].now.get("residual") for worker in sim.session.workers]
+        pending = sum(r for r in residuals if r is not None) / 4 if residuals[0] is not None else 0.0
+        close(applied + pending, moved[unit.name])
+    sim.session.detach()
+
+
+def _sharded(rank, method, steps):
+    mesh = mesh_of(2, 2)
+    torch.manual_seed(0)
+    model = Net()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh["shard"])
+    fully_shard(model, mesh=mesh["shard"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    wire = thinwire.attach(model, method, optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"]))
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, batch(rank, step)).backward()
+        optimizer.step()
+    wire.detach()
+    return whole(model), wire.ledger.wire_bytes, wire.ledger.dense_bytes
+
+
+@pytest.mark.parametrize("name", ["updates", "diloco", "streaming", "co2"])
+def test_shards_talk_to_the_same_shards(world4, name):
+    results = world4.run(_sharded, RECIPES[name], 10)
+    assert all(torch.equal(results[0][0], other) for other, *_ in results[1:])
+    assert results[0][1] < results[0][2]
+
+
+def test_growth_on_a_quadratic_is_that_of_the_characteristic_polynomial():
+    for momentum, lr in ((0.0, 0.99), (0.2, 0.79), (0.5, 0.49), (0.9, 0.09)):
+        local = Local(4, lr=lr, momentum=momentum, delay="round")
+        roots = torch.tensor([[1 + momentum, -(momentum + lr)], [1.0, 0.0]], dtype=torch.float64)
+        assert growth_of(local, 1.0) == pytest.approx(float(torch.linalg.eigvals(roots).abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: methods.diloco(0), "every is 0; it must be a whole number, at least 1"),
+        (lambda: methods.local(every=4, delay=4), "delay is 4 inner steps.*use at most 3"),
+        (lambda: methods.local(every=8, fragments=2, delay=4), "after 4 of every / fragments = 4.*at most 3"),
+        (lambda: methods.local(every=2, fragments=3), "fragments is 3 and every is 2"),
+        (lambda: methods.co2(4, lr=0.7, momentum=0.9), "the largest stable lr is 0.1"),
+        (lambda: methods.diloco(4, lr=3.0), "largest stable lr is 1"),
+        (lambda: methods.local(every=4, penalty="gap"), 'it needs delay="round"'),
+        (lambda: methods.local(thinwire.dgc(0.01), every=4), "exchange is dgc, which stands in for a part of"),
+        (lambda: methods.local(methods.updates(topk(0.1)), every=4), "makes local updates already"),
+        (lambda: methods.co2(4, mix=0.5), 'mix is 0.5, and delay="round"'),
+    ],
+)
+def test_bad_settings(make, says):
+    with pytest.raises(ThinwireError, match=says):
+        make()
+
+
+def test_json():
+    for method in RECIPES.values():
+        assert Method.from_json(method.to_json()) == method
+    with pytest.raises(ThinwireError, match="penalty is the function"):
+        methods.co2(4, penalty=lambda moved, first, every: 2.0).to_json()
+
+
+def test_fragments_hold_layers_in_turn():
+    names = ["embed.weight", *(f"blocks.{i}.{x}" for i in range(4) for x in ("w", "b")), "head.weight"]
+    first, second = fragments_of(names, 2)
+    assert [names[i] for i in first] == ["embed.weight", "blocks.1.w", "blocks.1.b", "blocks.3.w", "blocks.3.b"]
+    assert sorted(first + second) == list(range(len(names)))
+
+
+@pytest.mark.parametrize("exchange", [topk(0.1), dense()], ids=["topk", "dense"])
+def test_a_nonfinite_worker_takes_back_the_round_of_all(exchange):
+    model, optimizer = build()
+    sim = SimulatedWorkers(model, methods.local(exchange, every=2), optimizer, 3)
+    for step in range(8):
+        before = [unit.param.clone() for unit in sim.session.units]
+        fault = torch.tensor([1.0, torch.nan if step == 3 else 1.0, 1.0])
+        sim.step(lambda worker, step=step, fault=fault: loss_of(model, batch(worker, step)) * fault[worker])
+        if step == 3:
+            assert all(torch.equal(a, u.param) for a, u in zip(before, sim.session.units, strict=True))
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert sim.session.ledger.skipped == 1
+    sim.session.detach()
