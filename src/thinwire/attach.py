@@ -34,8 +34,9 @@ from thinwire.session.arguments import check_held, inside, model_of, optimizer_o
 from thinwire.session.migrate import agree
 from thinwire.session.optimizers import Optimizers, joined
 from thinwire.session.replicas import EVERY, Replicas
+from thinwire.session.rounds import OnNonfinite, OptimizerSteps, Scaler
 from thinwire.session.session import Session
-from thinwire.session.transaction import OnNonfinite, Policy, Scaler
+from thinwire.session.transaction import Policy
 
 OPTIONS = of_type(Fsdp2Options, 'pass thinwire.Fsdp2Options(replicate=mesh["replicate"])')
 OUTSIDE: object = dist.GroupMember.NON_GROUP_MEMBER
@@ -203,9 +204,8 @@ def attach(
             if not engine.begins_alike:
                 replicas.begin()
             worker = Worker(collective.rank, asked["seed"], kernels=chosen)
-            session = Session(
-                named, method, collective, steps, worker.seed, [worker], scaler, on_nonfinite, patience, policy
-            )
+            rounds = OptimizerSteps(steps, scaler, on_nonfinite)
+            session = Session(named, method, collective, rounds, worker.seed, [worker], patience, policy)
         except BaseException:
             collective.close()
             raise

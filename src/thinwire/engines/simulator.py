@@ -27,6 +27,7 @@ from thinwire.report.ledger import Ledger, Stopwatch
 from thinwire.session.arguments import ORDER, check_held, options
 from thinwire.session.clipping import clip
 from thinwire.session.optimizers import Optimizers, Several, joined
+from thinwire.session.rounds import OptimizerSteps
 from thinwire.session.session import Session
 from thinwire.session.transaction import Policy
 
@@ -70,7 +71,8 @@ class SimulatedWorkers:
         check_held(named, self.optimizer)
         chosen, note = choose(asked["kernels"], named[0][1].device if named else torch.device("cpu"))
         ranks = [Worker(rank, asked["seed"], kernels=chosen) for rank in range(workers)]
-        self.session = Session(named, method, self.peers[0], self.optimizer, asked["seed"], ranks, policy=policy)
+        rounds = OptimizerSteps(self.optimizer)
+        self.session = Session(named, method, self.peers[0], rounds, asked["seed"], ranks, policy=policy)
         self.session.use_kernels(chosen, note)
         self.layouts = Layouts(dict(named), "simulate again")
 
