@@ -5,7 +5,8 @@
 The demo's LSTM (momentum SGD) and a character transformer (AdamW), simulated workers, cosine learning rate to 0. The
 inner learning rate is tuned for each recipe and period, and for dense data parallelism, on a grid with one seed; the
 best is trained with all seeds. Bits are what a worker sent to each other one, on average over the whole run, per
-parameter and inner step; a dense all-reduce of N workers sends 64/N. Figures that the file holds already are not measured again.
+parameter and inner step; a dense all-reduce of N workers sends 64/N. Figures that the file holds already are not
+measured again.
 """
 
 import argparse

@@ -105,7 +105,9 @@ def main() -> None:
         low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
         rows.append(results.Row(form, "round_s", median, low, high))
         rows.append(results.Row(form, "over_local", median / local, low / local, high / local))
-        print(f"{form:<10} {median:7.3f} s a round, {median / local:.3f} of local ({low / local:.3f}-{high / local:.3f})")
+        print(  # a line
+            f"{form:<10} {median:7.3f} s a round, {median / local:.3f} of local ({low / local:.3f}-{high / local:.3f})"
+        )
     if args.json:
         results.write(args.json, results.meta(thinwire.__version__), rows)
 

@@ -35,8 +35,9 @@ from thinwire.session.arguments import check_held, inside, model_of, optimizer_o
 from thinwire.session.migrate import agree
 from thinwire.session.optimizers import Optimizers, joined
 from thinwire.session.replicas import EVERY, Replicas
+from thinwire.session.rounds import OnNonfinite, OptimizerSteps, Scaler
 from thinwire.session.session import Session
-from thinwire.session.transaction import OnNonfinite, Policy, Scaler
+from thinwire.session.transaction import Policy
 
 OPTIONS = of_type(Fsdp2Options, 'pass thinwire.Fsdp2Options(replicate=mesh["replicate"])')
 OUTSIDE: object = dist.GroupMember.NON_GROUP_MEMBER
@@ -183,9 +184,8 @@ def attach(
             nodes, sharded = asked["ranks_per_node"], optional(OPTIONS)("fsdp2", fsdp2) or Fsdp2Options()
             patience: float = asked["timeout"]
             engine = _engine(model, steps, nodes, process_group, sparse_gradients, sharded, patience)
-            local = method.local is not None
             if method.local is not None:
-                engine = _outer(model, engine, steps, method.local.every, scaler, sharded)
+                engine = _outer(model, engine, steps, scaler, on_nonfinite, sharded)
             named = engine.exchanged()
             check_held(engine.live if isinstance(engine, Outer) else named, steps)
             engine.fits(method)
@@ -207,10 +207,8 @@ def attach(
             if not engine.begins_alike:
                 replicas.begin()
             worker = Worker(collective.rank, asked["seed"], kernels=chosen)
-            session = Session(
-                named, method, collective, None if local else steps, worker.seed, [worker], scaler, on_nonfinite,
-                patience, policy, local,
-            )  # fmt: skip
+            rounds = engine.rounds if isinstance(engine, Outer) else OptimizerSteps(steps, scaler, on_nonfinite)
+            session = Session(named, method, collective, rounds, worker.seed, [worker], patience, policy)
         except BaseException:
             collective.close()
             raise
@@ -282,8 +280,8 @@ def _outer(
     model: nn.Module,
     engine: Engine,
     optimizer: Optimizers | None,
-    every: int,
     scaler: Scaler | None,
+    on_nonfinite: OnNonfinite,
     fsdp2: Fsdp2Options,
 ) -> Outer:
     """Make the engine for local updates, over the engine that would exchange the model's gradients.
@@ -306,7 +304,7 @@ def _outer(
             "local updates are exchanged between the replicas of a shard: pass fsdp2=Fsdp2Options(replicate="
             'mesh["replicate"]), without reduce_scatter= and all_gather='
         )
-    return Outer(model, engine, optimizer, every)
+    return Outer(model, engine, optimizer, on_nonfinite)
 
 
 def _channel(

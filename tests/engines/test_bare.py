@@ -228,7 +228,7 @@ def test_ranks_that_use_different_parameters(world2):
 def _poisoned(rank, scaled):
     model, optimizer, wire = start(rank, dgc(0.005), sparse_gradients=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
-    wire.scaler = scaler
+    wire.rounds.scaler = scaler
     for step in range(4):
         before = (
             flat_parameters(model),

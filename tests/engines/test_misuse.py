@@ -216,7 +216,7 @@ def test_step_clocks_that_part_are_an_error_on_all_ranks(world2, method, skipped
 
 def test_all_ranks_that_are_at_another_step_are_named():
     nothing = torch.zeros(3, 0) > 0
-    transaction = Transaction(None, Ledger("topk", 3, "simulated"), "skip")
+    transaction = Transaction(Ledger("topk", 3, "simulated"))
     transaction.statuses.append(StepStatus((), nothing, nothing, torch.tensor(True)))
     with pytest.raises(ThinwireError, match=r"rank 0 is at step 512, rank 2 at 511\."):
         transaction.end(512, steps=lambda: [512, 512, 511])

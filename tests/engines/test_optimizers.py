@@ -538,7 +538,7 @@ def test_a_memory_keeps_what_it_had_when_its_settings_change():
     before = [worker.local[unit.name].now["momentum"].clone() for worker in sim.session.workers]
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
-    sim.session.stepping.begin()
+    sim.session.optimizer_link.begin(None)
     assert "decay" not in unit.shared.now
     assert velocity.norm() > 0
     for worker, was in zip(sim.session.workers, before, strict=True):

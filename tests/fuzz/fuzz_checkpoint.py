@@ -25,6 +25,7 @@ with atheris.instrument_imports(include=["thinwire.session.checkpoint", "thinwir
 
 from thinwire import ThinwireError, dgc, topk
 from thinwire.comm.simulated import Local
+from thinwire.session.rounds import OptimizerSteps
 from thinwire.session.session import Session
 
 WORLDS = (1, 2, 3, 4)
@@ -57,7 +58,7 @@ def session(method, momentum: float) -> Session:
     torch.manual_seed(0)
     named = [("w", torch.nn.Parameter(torch.randn(SHAPE))), ("b", torch.nn.Parameter(torch.randn(5)))]
     optimizer = torch.optim.SGD([param for _, param in named], lr=0.1, momentum=momentum, weight_decay=0.01)
-    made = Session(named, method, Local.of(1)[0], optimizer)
+    made = Session(named, method, Local.of(1)[0], OptimizerSteps(optimizer))
     for state in (*made.workers[0].local.values(), *(unit.shared for unit in made.units)):
         for tensor in state.now.values():
             tensor.normal_()

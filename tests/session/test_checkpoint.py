@@ -16,6 +16,7 @@ from tests.world import World
 from thinwire import ThinwireError, Warmup, dense, dgc, topk
 from thinwire.comm.simulated import Local
 from thinwire.session.checkpoint import restore, save
+from thinwire.session.rounds import OptimizerSteps
 from thinwire.session.session import Session
 
 METHODS = {
@@ -290,7 +291,9 @@ def test_a_truncated_folder(world2, tmp_path):
 
 def _one_rank():
     weight = torch.nn.Parameter(torch.randn(6, 5))
-    session = Session([("w", weight)], dgc(0.1), Local.of(1)[0], torch.optim.SGD([weight], lr=0.1, momentum=0.9))
+    session = Session(
+        [("w", weight)], dgc(0.1), Local.of(1)[0], OptimizerSteps(torch.optim.SGD([weight], lr=0.1, momentum=0.9))
+    )
     state = save(
         session.units,
         session.workers[0],

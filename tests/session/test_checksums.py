@@ -17,6 +17,7 @@ from thinwire.comm.simulated import Local
 from thinwire.integrations import per_rank_files
 from thinwire.session import checksums
 from thinwire.session.checkpoint import restore, save
+from thinwire.session.rounds import OptimizerSteps
 from thinwire.session.session import Session
 
 METHODS = {
@@ -32,7 +33,7 @@ def _saved(name, world=1):
     named = [("w", torch.nn.Parameter(torch.randn(6, 5))), ("b", torch.nn.Parameter(torch.randn(3)))]
     momentum = {} if name == "ef21" else {"momentum": 0.9}
     optimizer = torch.optim.SGD([param for _, param in named], lr=0.1, **momentum)
-    session = Session(named, METHODS[name](), Local.of(1)[0], optimizer)
+    session = Session(named, METHODS[name](), Local.of(1)[0], OptimizerSteps(optimizer))
     for state in (*session.workers[0].local.values(), *(unit.shared for unit in session.units)):
         for tensor in state.now.values():
             tensor.normal_()
@@ -121,7 +122,7 @@ def test_a_piece_that_begins_anywhere(dtype):
 def test_odd_numbers_of_elements_in_the_rows_of_a_folder(dtype):
     named = [("w", torch.nn.Parameter(torch.randn(7, 5))), ("v", torch.nn.Parameter(torch.randn(33, 63)))]
     optimizer = torch.optim.SGD([param for _, param in named], lr=0.1, momentum=0.9)
-    session = Session(named, thinwire.dgc(0.1, state_dtype=dtype), Local.of(1)[0], optimizer)
+    session = Session(named, thinwire.dgc(0.1, state_dtype=dtype), Local.of(1)[0], OptimizerSteps(optimizer))
     states = []
     for session.workers[0].rank in range(3):
         for state in session.workers[0].local.values():

@@ -65,7 +65,7 @@ class Joined:
                 "ddp.join(divide_by_initial_world_size=False) divides by the ranks that still have data; thinwire "
                 "divides by all of them: leave it at True"
             )
-        if session.scaler is not None and session.scaler.is_enabled():
+        if session.rounds.scaled:
             raise ThinwireError(
                 "ddp.join() with attach(scaler=): the scale of a rank that has joined would stand still; give all "
                 "ranks as many batches (DistributedSampler(drop_last=True)), or train in bfloat16 without a scaler"

@@ -19,7 +19,8 @@ from thinwire.core.interfaces import Compressor
 from thinwire.core.sharding import own, wrapped
 from thinwire.engines.layouts import Layouts
 from thinwire.engines.outer.engine import anchor_of
-from thinwire.engines.outer.simulated import LocalSteps
+from thinwire.engines.outer.rounds import LocalRounds
+from thinwire.engines.outer.simulated import LocalSteps, SimulatedReplica
 from thinwire.exchange import pipeline
 from thinwire.exchange.workers import Worker
 from thinwire.kernels.select import Choice, choose
@@ -29,6 +30,7 @@ from thinwire.report.ledger import Ledger, Stopwatch
 from thinwire.session.arguments import ORDER, check_held, options
 from thinwire.session.clipping import clip
 from thinwire.session.optimizers import Optimizers, Several, joined
+from thinwire.session.rounds import OptimizerSteps, Rounds
 from thinwire.session.session import Session
 from thinwire.session.transaction import Policy
 
@@ -72,17 +74,16 @@ class SimulatedWorkers:
         check_held(named, self.optimizer)
         chosen, note = choose(asked["kernels"], named[0][1].device if named else torch.device("cpu"))
         ranks = [Worker(rank, asked["seed"], kernels=chosen) for rank in range(workers)]
-        local = method.local is not None
         live = [param for _, param in named]
-        if local:
-            named = [(name, anchor_of(param)) for name, param in named]
-        steps = None if local else self.optimizer
-        self.session = Session(named, method, self.peers[0], steps, asked["seed"], ranks, policy=policy, commits=local)
+        rounds: Rounds = OptimizerSteps(self.optimizer)
+        replicas: list[SimulatedReplica] = []
+        if method.local is not None:
+            replicas = [SimulatedReplica(self.model, live, self.optimizer) for _ in self.peers]
+            rounds, named = LocalRounds(replicas, self.peers), [(name, anchor_of(param)) for name, param in named]
+        self.session = Session(named, method, self.peers[0], rounds, asked["seed"], ranks, policy=policy)
         self.session.use_kernels(chosen, note)
         self.layouts = Layouts(dict(named), "simulate again")
-        self.local: LocalSteps | None = None
-        if local:
-            self.local = LocalSteps(self.session, self.peers, model, live, self.optimizer)
+        self.local = LocalSteps(rounds, replicas) if isinstance(rounds, LocalRounds) else None
 
     def step(self, loss: Callable[[int], Tensor]) -> float:
         """Make one optimizer step and return the mean loss; ``loss(worker)`` runs the model on that worker's batch."""

@@ -151,8 +151,12 @@ class Unit:
 
     def align(self, workers: Sequence["Worker"]) -> None:
         """Give the next states the keys of the present ones; see ``TwoCopies.align``."""
-        for state in (self.shared, *(worker.local[self.name] for worker in workers)):
+        for state in self.states(workers):
             state.align(rests(self.memory))
+
+    def states(self, workers: Sequence["Worker"]) -> list[TwoCopies]:
+        """Return its shared state, and the local one of each worker."""
+        return [self.shared, *(worker.local[self.name] for worker in workers)]
 
     def describe(self) -> str:
         """Return one line that must be the same on all ranks."""

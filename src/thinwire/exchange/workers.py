@@ -83,7 +83,7 @@ def pending_residuals(units: Sequence[Unit], workers: Sequence[Worker]) -> list[
     return [
         state.now[key]
         for unit in units
-        for state in (unit.shared, *(worker.local[unit.name] for worker in workers))
+        for state in unit.states(workers)
         for key in (*named(unit.memory, Role.PENDING), "pending_residual")
         if key in state.now
     ]

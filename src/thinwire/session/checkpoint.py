@@ -19,7 +19,7 @@ it would save one rank's residual and give it to all.
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
@@ -37,9 +37,15 @@ from thinwire.core.tensors import flat, float_at_least_32, norm
 from thinwire.exchange.units import Unit
 from thinwire.exchange.workers import Worker
 from thinwire.session import checksums
-from thinwire.session.folder import read_folder as read_folder
-from thinwire.session.foreign import check_plan, check_state
-from thinwire.session.untrusted import read_integer, read_mapping, read_tensor, shown
+from thinwire.session.migrate import slot_for
+from thinwire.session.untrusted import (
+    UNREADABLE,
+    check_plan,
+    read_integer,
+    read_mapping,
+    read_states,
+    read_tensor,
+)
 
 VERSION = 2
 OnWorldChange: TypeAlias = Literal["error", "fold", "reset"]
@@ -173,10 +179,7 @@ def restore(
     """
     if on_world_change not in ("error", "fold", "reset"):
         raise ThinwireError(f"on_world_change is {on_world_change!r}; choose 'error', 'fold' or 'reset'")
-    check_state(given)
-    states = [given] if isinstance(given, Mapping) else given
-    if not isinstance(states, Sequence) or not states or not all(isinstance(s, Mapping) for s in states):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ThinwireError(f"a checkpoint is a dict, or a list of those of all ranks, not {shown(given)}")
+    states = read_states(given)
     state = states[rank] if len(states) == world and len(states) > 1 else states[0]
     saved_world = read_integer(state, "world", 1)
     if (version := read_integer(state, "version", 1)) > VERSION:
@@ -214,8 +217,7 @@ def restore(
     new_shared: dict[str, State] = {}
     for unit in units:
         saved = read_mapping(local, unit.name)
-        _check_keys(plan[unit.name], saved, unit)
-        was = _memory(plan[unit.name], unit)
+        was = _memory(plan[unit.name], saved, unit)
         pending = named(was, Role.PENDING)
         if saved_world == world:
             mine = {key: _row(value, unit, key, rank, saved_world) for key, value in saved.items()}
@@ -241,9 +243,10 @@ def restore(
             alone |= {"pending_residual", *(pending - fresh.keys())}
         for key in alone & mine.keys():
             notes.append(f"{unit.name}: the checkpoint's {key} has no place in the present method and was dropped")
-        left = _without(mine, alone)
-        new_local[unit.name] = _fit(left | inferred(unit.memory, left), fresh, gain, unit, notes, pending)
-        new_shared[unit.name] = _fit(_without(both, alone - {"pending_residual"}), begun, None, unit, notes)
+        left = {key: value for key, value in mine.items() if key not in alone}
+        both = {key: value for key, value in both.items() if key == "pending_residual" or key not in alone}
+        new_local[unit.name] = _fit(left | inferred(unit.memory, left), fresh, gain, unit, notes, was)
+        new_shared[unit.name] = _fit(both, begun, None, unit, notes, was)
     if version == 1 and "checks" not in state:
         notes.append("the checkpoint is from before there were checksums, so its bytes were not checked")
     else:
@@ -252,56 +255,44 @@ def restore(
     return Restored(*clock, new_local, new_shared, notes)
 
 
-def _fit(
-    saved: State, fresh: State, gain: float | None, unit: Unit, notes: list[str], waits: Set[str] = frozenset()
-) -> State:
+def _fit(saved: State, fresh: State, gain: float | None, unit: Unit, notes: list[str], was: Memory) -> State:
     """Return the slots that the memory has; a pending residual without one is sent with the next step.
 
     Args:
         gain: what a residual is scaled by; None for the shared state.
-        waits: the slots of ``saved`` that hold a pending residual.
+        was: the memory that the state was saved by.
     """
     fitted = dict(fresh)
-    home = next((key for key in named(unit.memory, Role.PENDING) if key in fresh), "pending_residual")
     for key, value in saved.items():
-        pending = key == "pending_residual" or key in waits
-        place = key if key in fresh else "pending_residual" if key == "pending_residual" else home if pending else None
-        if place is None:
+        place = key if key == "pending_residual" else slot_for(key, was, unit.memory, fresh)
+        if place is None or (gain is None and place != key):
             notes.append(f"{unit.name}: the checkpoint's {key} has no place in the present method and was dropped")
-        else:
-            scale = gain if gain is not None and pending else 1.0
-            now = (value * scale if scale != 1.0 else value).to(fresh.get(place, value).dtype)
-            if not bool(now.isfinite().all()):
-                raise ThinwireError(f"{unit.name}: the checkpoint's {key} is not finite, as {now.dtype} at least")
-            fitted[place] = now
+            continue
+        pending = key == "pending_residual" or key in named(was, Role.PENDING)
+        scale = gain if gain is not None and pending else 1.0
+        now = (value * scale if scale != 1.0 else value).to(fresh.get(place, value).dtype)
+        if not bool(now.isfinite().all()):
+            raise ThinwireError(f"{unit.name}: the checkpoint's {key} is not finite, as {now.dtype} at least")
+        fitted[place] = now
     for key in fresh.keys() - saved.keys():
         notes.append(f"{unit.name}: {key} is not in the checkpoint and starts from zero")
     return fitted
 
 
-def _without(state: State, keys: Set[str]) -> State:
-    return {key: value for key, value in state.items() if key not in keys}
-
-
-def _memory(plan: Any, unit: Unit) -> Memory:
-    """Return the memory that the plan describes."""
+def _memory(plan: str, saved: Mapping[str, Any], unit: Unit) -> Memory:
+    """Return the memory that the plan describes, after checking that all of its local slots came along."""
     try:
-        return registry.from_json(json.loads(plan)["memory"], registry.MEMORIES)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ThinwireError(f"{unit.name}: the checkpoint's plan can't be read: {error!r}") from error
-
-
-def _check_keys(plan: str, saved: Mapping[str, Any], unit: Unit) -> None:
-    try:
-        promised = json.loads(plan)["local"]
-        missing = [key for key in promised if key not in saved]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        said = json.loads(plan)
+        missing = [key for key in said["local"] if key not in saved]
+        memory = None if missing else registry.from_json(said["memory"], registry.MEMORIES)
+    except UNREADABLE as error:
         raise ThinwireError(f"{unit.name}: the checkpoint's plan can't be read: {error!r:.100}") from error
-    if missing:
+    if memory is None:
         raise ThinwireError(
             f"{unit.name}: the checkpoint has {missing[0]!r}, which did not come along; this method has no place "
             "for it, so dcp.load left it out: use wire.load(folder)"
         )
+    return memory
 
 
 def _row(value: Any, unit: Unit, key: str, rank: int, world: int) -> Tensor:

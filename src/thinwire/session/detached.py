@@ -1,15 +1,31 @@
-"""Sessions that can no longer be used: after ``detach()`` only ledger and report work; a second detach does nothing.
+"""Sessions that can't be used: copies of one, one after ``detach()``, and one whose change of method was interrupted.
 
-If an error interrupts a change of method, the memory is only partly migrated, and the session takes no more steps.
+After ``detach()`` only ledger and report work, and a second detach does nothing. If an error interrupts a change of
+method, the memory is only partly migrated, and the session takes no more steps.
 """
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any, Never
 
 from thinwire.core.errors import ThinwireError
 
 NEEDS_A_MODEL = ("set_method", "state_dict", "load_state_dict", "load", "no_sync")
+
+
+class OfThisRun:
+    """An object that can't be copied or pickled.
+
+    Raises:
+        ThinwireError: code tries it; the error names what to save instead.
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> Never:
+        raise ThinwireError(
+            "a session holds the process group and the hooks of this run, so it can be neither pickled nor copied; "
+            'save wire.state_dict(): with torch.save({"wire": wire.state_dict()}, path), a file for each rank, or with '
+            'torch.distributed.checkpoint.save({"wire": wire}), which asks for it itself'
+        )
 
 
 @contextlib.contextmanager
@@ -18,31 +34,30 @@ def changing(session: Any, what: str) -> Generator[None]:
     try:
         yield
     except BaseException as error:
-        said = (
-            f"{what} ended in the middle ({type(error).__name__}: {error!s:.300}), so what the session remembers is "
-            "partly handed over; restart from the last checkpoint, or call wire.detach() and attach again"
-        )
         for name in (*NEEDS_A_MODEL, "check", "begin_step"):
-            setattr(session, name, _raises(said))
+            _refuse(
+                session,
+                name,
+                f"{what} ended in the middle ({type(error).__name__}: {error!s:.300}), so what the session remembers "
+                "is partly handed over; restart from the last checkpoint, or call wire.detach() and attach again",
+            )
         raise
 
 
 def leave_behind(session: Any) -> None:
     """Turn a session into a detached one."""
     for name in NEEDS_A_MODEL:
-        setattr(session, name, _refused(name, session.step))
+        _refuse(
+            session,
+            name,
+            f"wire.{name}() after wire.detach(), at step {session.step}: the session is no longer attached to a model, "
+            "and only its report() and ledger remain; call thinwire.attach() again and use what that answers",
+        )
     session.detach = session.abandon = lambda: None
 
 
-def _refused(name: str, step: int) -> Callable[..., Never]:
-    return _raises(
-        f"wire.{name}() after wire.detach(), at step {step}: the session is no longer attached to a model, and "
-        "only its report() and ledger remain; call thinwire.attach() again and use what that answers"
-    )
-
-
-def _raises(said: str) -> Callable[..., Never]:
+def _refuse(session: Any, name: str, text: str) -> None:
     def refuse(*_: object, **__: object) -> Never:
-        raise ThinwireError(said)
+        raise ThinwireError(text)
 
-    return refuse
+    setattr(session, name, refuse)

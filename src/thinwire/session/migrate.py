@@ -1,21 +1,24 @@
-"""Migration from one method to the next: the ranks agree on it, and each unit's state moves over."""
+"""Migration of state: to the next method, which all ranks agree on, and to another memory layout."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from thinwire._version import __version__
 from thinwire.comm.collectives import Collective, ControlChannel
-from thinwire.comm.control import Together
 from thinwire.comm.texts import known_to_all
-from thinwire.core.capabilities import inherit
+from thinwire.core.capabilities import inherit, moved
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Memory, Role, State, named
 from thinwire.core.memory_capabilities import OwnsMomentum, inferred, residual_gain, take_buffer
+from thinwire.core.tensors import flat
 from thinwire.exchange.states import TwoCopies
 from thinwire.exchange.units import Unit
 from thinwire.exchange.workers import Worker
 from thinwire.methods.method import Method
-from thinwire.session.checkpoint import Restored
 from thinwire.session.momentum_transfer import averaged, averaged_buffer
 
 
@@ -46,20 +49,6 @@ def describe(method: Method, units: Sequence[Unit], rest: Mapping[str, object]) 
     return [("thinwire", __version__), *described, *texts]
 
 
-def restore_alike(together: Together, collective: Collective, restore: Callable[[], Restored]) -> Restored:
-    """Return the checkpoint that this rank restores, after checking that all ranks use the same. A collective call.
-
-    Raises:
-        ThinwireError: they use different ones.
-    """
-    with together.alone():
-        restored = restore()
-        said = restored.clock(), restored.fingerprint()
-    agree(collective.everyone, [("checkpoint", said[0])])
-    agree(collective, [("checkpoint", said[1])])
-    return restored
-
-
 def migrate_all(
     before: Sequence[Unit], after: Sequence[Unit], workers: Sequence[Worker], collective: Collective, timeout: float
 ) -> None:
@@ -87,8 +76,8 @@ def migrate(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: 
         _keep(left | inferred(new.memory, left), worker.local[new.name].now, old.memory, new.memory, gain)
     known = {k: v for k, v in old.shared.now.items() if k not in (alone | packed.keys())}
     _keep(known, new.shared.now, old.memory, new.memory)
-    pending = [worker.local[new.name].now.pop("pending_residual") for worker in workers if _has_no_place(new, worker)]
-    if pending:
+    if new.replicated and any("pending_residual" in worker.local[new.name].now for worker in workers):
+        pending = [worker.local[new.name].now.pop("pending_residual") for worker in workers]
         mean = averaged(pending, collective, timeout)
         earlier = new.shared.now.get("pending_residual")
         new.shared.now["pending_residual"] = mean if earlier is None else earlier + mean
@@ -105,27 +94,61 @@ def migrate(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: 
             take_buffer(new.memory, buffer, worker.local[new.name].now, new.shared.now)
 
 
-def _has_no_place(unit: Unit, worker: Worker) -> bool:
-    """Return True if a pending residual can't be added to this unit's compensated tensor."""
-    return bool(unit.replicated) and "pending_residual" in worker.local[unit.name].now
+def slot_for(key: str, was: Memory, memory: Memory, fresh: State) -> str | None:
+    """Return the slot of ``fresh``, a state of ``memory``, that goes on with the slot ``key`` of the memory ``was``.
+
+    It is the slot of the same name and role. A pending residual also fits the pending slot; a memory that has none
+    sends it with the next step, as "pending_residual". Nothing goes on with any other slot: None.
+    """
+    before, after = was.slots.get(key), memory.slots.get(key)
+    if key in fresh and (before is None or after is None or before.role is after.role):
+        return key
+    if key in named(was, Role.PENDING) or key == "pending_residual":
+        return next((slot for slot in named(memory, Role.PENDING) if slot in fresh), "pending_residual")
+    return None
 
 
 def _keep(old: State, new: State, was: Memory, memory: Memory, gain: float = 1.0) -> None:
-    """Fill the slots of ``new`` with those of ``old`` of the same name and role.
-
-    A pending residual goes to the pending slot of the new memory; without one it is sent with the next step.
-
-    Args:
-        was, memory: the memories of the two states.
-        gain: factor of a pending residual.
-    """
-    slots, pending = memory.slots, named(was, Role.PENDING) | {"pending_residual"}
-    home = next((key for key in named(memory, Role.PENDING) if key in new), "pending_residual")
+    """Fill the slots of ``new`` with those of ``old``, see ``slot_for``; ``gain`` scales a pending residual."""
+    pending = named(was, Role.PENDING) | {"pending_residual"}
     for key, value in old.items():
-        fits = key in new and (key not in was.slots or slots[key].role is was.slots[key].role)
-        kept = key if fits else home if key in pending else None
+        kept = slot_for(key, was, memory, new)
         if kept is not None:
             value = value * gain if key in pending and gain != 1.0 else value
             if (key != kept or key == "pending_residual") and kept in new:
                 value = value + new[kept]
             new[kept] = value.to(new[kept].dtype) if kept in new else value
+
+
+@torch.no_grad()
+def follow(
+    units: Sequence[Unit],
+    workers: Sequence[Worker],
+    strides: Mapping[str, tuple[int, ...]],
+    optimizer: Callable[[Unit], Mapping[str, Any]],
+) -> None:
+    """Lay out the state of some units, element by element, as their parameters are now.
+
+    Args:
+        strides: the parameters' earlier strides, by name.
+        optimizer: returns the optimizer state of a unit, if the optimizer is part of the method.
+    """
+    for unit in units:
+        like, packed = unit.own, unit.init_packed()
+        for state in (state for both in unit.states(workers) for state in (both.now, both.next)):
+            for key, value in state.items():
+                if key not in packed and value.shape == like.shape:
+                    state[key] = _laid(value, like)
+        for value in optimizer(unit).values():
+            if isinstance(value, Tensor) and value.shape == like.shape:
+                value.data = _laid(value, like)
+        if packed:
+            places = torch.arange(like.numel(), device=like.device).as_strided(like.shape, strides[unit.name])
+            order = flat(_laid(places, like))
+            for state in (unit.shared.now, unit.shared.next):
+                before = {key: state[key] for key in packed}
+                state.update(moved(unit.method_compressor, before, packed, order))
+
+
+def _laid(value: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(like, dtype=value.dtype).copy_(value)

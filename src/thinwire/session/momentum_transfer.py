@@ -73,7 +73,7 @@ class MomentumTransfer:
 
     def written(self) -> Written:
         """Return the settings of the groups now."""
-        self._restore()
+        self.restore()
         groups = [group for optimizer in self.each for group in optimizer.param_groups]
         return [(len(group["params"]), *(group[key] for key in WRITTEN)) for group in groups]
 
@@ -157,16 +157,12 @@ class MomentumTransfer:
                 "after optimizer.step(), as a scheduler does",
                 stacklevel=4,
             )
-        self._restore()
+        self.restore()
         for group in optimizer.param_groups:
             self.inside.append((group, {key: group[key] for key in CLEARED}))
             group.update(CLEARED)
 
-    def after_step(self) -> None:
-        """Restore the settings of the groups."""
-        self._restore()
-
-    def _restore(self) -> None:
+    def restore(self) -> None:
         """Restore the settings, also after a failed step; settings that were written during the step stay."""
         for group, written in self.inside:
             group.update({key: value for key, value in written.items() if group[key] == CLEARED[key]})
@@ -198,7 +194,7 @@ class MomentumTransfer:
         self, units: Sequence[Unit], workers: Sequence[Worker], collective: Collective, timeout: float
     ) -> None:
         """Put momentum back into the optimizers, averaged so that replicas stay equal. A collective call."""
-        self._restore()
+        self.restore()
         for unit in units:
             buffer = averaged_buffer(unit, workers, collective, timeout)
             holder = self.held.get(unit.name)
@@ -269,10 +265,6 @@ def check(
     Args:
         held: the optimizer that steps each parameter, by name.
     """
-    if optimizer is None:
-        raise ThinwireError(
-            f"{method.name} owns the momentum; pass optimizer= the torch.optim.SGD of this model ({INSTEAD})"
-        )
     each = [one for one in each_of(optimizer) if isinstance(one, torch.optim.SGD)]
     if not each:
         raise ThinwireError(

@@ -5,7 +5,7 @@ one shard read a header, it would change the message size, and dense messages ha
 number of exchanges, which is equal on all ranks even if one of them left out a step. It reads each parameter once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from thinwire.comm.collectives import ControlChannel
 from thinwire.comm.texts import known_to_all
 from thinwire.core.errors import ThinwireError
 from thinwire.core.sharding import own
-from thinwire.session.clock import apart, parted
 from thinwire.session.fingerprint import chained, fingerprint
+from thinwire.session.transaction import Transaction
 
 EVERY = 100
 """Exchanges from one check to the next: so reading the parameters takes less than 0.3 % of the time."""
@@ -73,18 +73,12 @@ class Replicas:
                 )
             )
 
-    def check(self, step: int, refuse: Callable[[str], None]) -> None:
-        """Compare the steps of all ranks, and the parameters of those that are not aside. A collective call.
-
-        Args:
-            step: the step of this rank.
-            refuse: raises an error, and makes the exchange void.
-        """
+    def check(self, step: int, transaction: Transaction) -> None:
+        """Compare the steps of all ranks, and the parameters of those that are not aside. A collective call."""
         steps, differs = self._look(step)
-        if others := apart(steps):
-            refuse(parted(step, others))
+        transaction.check_steps(steps, step)
         if differs:
-            refuse(
+            transaction.refuse(
                 f"step {step}: replicas differ: {differs}. Something changed it on some ranks only. Restart "
                 "from the last checkpoint, and change parameters on all ranks alike; check_every=0 turns this check off"
             )

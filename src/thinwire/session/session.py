@@ -1,6 +1,7 @@
 """The session that ``attach`` returns: the step clock, the units and their state, the ledger, and method changes.
 
-A session does not know where gradients come from; engines and the simulator drive it.
+A session knows neither where gradients come from nor what makes a step final: engines and the simulator drive it, and
+hand it the ``Rounds`` that call ``commit`` or ``undo``.
 """
 
 import contextlib
@@ -10,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from thinwire.comm.collectives import TIMEOUT, Collective
@@ -32,15 +32,14 @@ from thinwire.methods.given import method_of
 from thinwire.methods.method import Method, Rule
 from thinwire.report.ledger import Ledger, StepRow
 from thinwire.session import checkpoint
-from thinwire.session.copies import OfThisRun
-from thinwire.session.detached import changing, leave_behind
-from thinwire.session.migrate import agree, describe, migrate_all, restore_alike
-from thinwire.session.momentum_transfer import MomentumTransfer, log, remembering, warn_once
-from thinwire.session.optimizers import Optimizers, check_optimizer, holders, release_optimizer
-from thinwire.session.relayout import follow
+from thinwire.session.detached import OfThisRun, changing, leave_behind
+from thinwire.session.migrate import agree, describe, follow, migrate_all
+from thinwire.session.momentum_transfer import log, remembering, warn_once
+from thinwire.session.optimizer_link import OptimizerLink
 from thinwire.session.replicas import Replicas
-from thinwire.session.stepping import Stepping
-from thinwire.session.transaction import OnNonfinite, Policy, Scaler, Transaction
+from thinwire.session.rounds import Rounds
+from thinwire.session.transaction import Policy, Transaction
+from thinwire.session.untrusted import read_folder
 
 
 @undisturbed_methods
@@ -51,11 +50,11 @@ class Session(OfThisRun):
         named: the parameters that require a gradient, in the model's order.
         method: compresses their gradients.
         collective: the ranks that exchange them.
-        optimizer: needed by methods with stateful memories; with other methods it lets the session notice gradients
-            that are exchanged twice before a step. Several optimizers are passed as one ``Several``.
+        rounds: tells when a step is final. Methods with stateful memories need its optimizer; with other methods an
+            optimizer lets the session notice gradients that are exchanged twice before a step.
         seed: of all randomness, with the step, the unit and the rank.
         workers: the ranks that live in this process: one, or all of a simulation.
-        scaler, on_nonfinite, timeout, policy: see ``thinwire.attach``.
+        timeout, policy: see ``thinwire.attach``.
     """
 
     def __init__(
@@ -63,20 +62,19 @@ class Session(OfThisRun):
         named: Sequence[tuple[str, Tensor]],
         method: Method,
         collective: Collective,
-        optimizer: Optimizers | None,
+        rounds: Rounds,
         seed: int = 0,
         workers: Sequence[Worker] | None = None,
-        scaler: Scaler | None = None,
-        on_nonfinite: OnNonfinite = "skip",
         timeout: float = TIMEOUT,
         policy: Policy | None = None,
-        commits: bool = False,
     ) -> None:
-        self.named, self.collective, self.optimizer, self.seed = list(named), collective, optimizer, seed
+        self.named, self.collective, self.rounds, self.seed = list(named), collective, rounds, seed
+        self.optimizer, self.loss_scale = rounds.optimizer, 1.0
         self.workers = list(workers or [Worker(collective.rank, seed)])
         self.ledger = Ledger(method.name, collective.world, collective.label)
         self.stages = Stages(collective, self.ledger)
-        self.transaction = Transaction(optimizer, self.ledger, on_nonfinite)
+        self.transaction = Transaction(self.ledger)
+        self.optimizer_link = OptimizerLink(self, rounds.optimizer)
         self.step = self.turn = 0
         """The step of this rank, and the step that all ranks are assumed to be at, equal on all of them."""
         self.units: list[Unit] = []
@@ -84,14 +82,11 @@ class Session(OfThisRun):
         """True if a parameter may be unused on some ranks only, which only messages tell; the engine sets it."""
         self.replicas: Replicas | None = None
         """The check of replicated parameters, or None; the engine sets it."""
-        self.scaler, self.timeout, self.policy, self.commits = scaler, timeout, policy, commits
-        self.before_detach: Callable[[], None] = lambda: None
+        self.timeout, self.policy = timeout, policy
         self.fits: Callable[[Method], None] = lambda method: None
         """Raises an error if a method can't be used with this model; the engine sets it."""
         self.no_sync: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         """For a model without a wrapper: gradients of backward passes in ``with wire.no_sync():`` add up, unsent."""
-        self.loss_scale, self.stepping = 1.0, Stepping(self, optimizer, scaler)
-        self.optimizer_link = self.stepping.optimizer_link
         self.on_commit: list[Callable[[], None]] = []  # when a step is final, an engine commits its own state
         self.cleanup = contextlib.ExitStack()
         """Callbacks of detach(); engines add to it."""
@@ -100,25 +95,12 @@ class Session(OfThisRun):
             with Together(self.collective, *ATTACH) as together:
                 self._install(method, together)
         except BaseException:
-            self._give_back(Local.of(1)[0])
+            self.optimizer_link.give_back(Local.of(1)[0])
             raise
-        self.stepping.start(self.cleanup)
+        rounds.start(self, self.cleanup)
+        self.optimizer_link.start(self.cleanup)
 
     # -- the method ------------------------------------------------------------------------------------------------
-
-    def _prepare(self, method: Method) -> tuple[list[Unit], MomentumTransfer | None]:
-        """Do everything about a method change that can fail, before anything is changed."""
-        self.fits(method)
-        if self.transaction.pending and not self.transaction.failed:
-            raise ThinwireError(
-                "the gradients of the last backward are waiting for optimizer.step(); call it, then change"
-            )
-        if any(rule.memory.stateful for rule in method.rules) and not self.commits:
-            check_optimizer(self.optimizer, self.named, self, method.name)
-        holders(self.optimizer, self.named)
-        transfer = self.stepping.prepare(method)
-        settings = self.optimizer_link.agree(method, self.named) | (transfer.settings if transfer else {})
-        return resolve(self.named, method, settings, self.seed), transfer
 
     def _together(self, what: str) -> Together:
         return Together(self.collective, f"step {self.step}: {what}")
@@ -126,53 +108,46 @@ class Session(OfThisRun):
     def _install(self, method: Method | Compressor | Rule, together: Together) -> None:
         with together.alone():
             method = method_of(method)
-            units, transfer = self._prepare(method)
-            rest = {
-                "seed": self.seed,
-                "step": self.step,
-                "optimizer": self.optimizer_link.rule(),
-                "link": self.collective.link,
-            }
-            described = describe(method, units, rest | {"link": self.collective.link})
+            self.fits(method)
+            if self.transaction.pending and not self.transaction.failed:
+                raise ThinwireError(
+                    "the gradients of the last backward are waiting for optimizer.step(); call it, then change"
+                )
+            settings, transfer = self.optimizer_link.prepare(method)
+            units = resolve(self.named, method, settings, self.seed)
+            rule, link = self.optimizer_link.rule(), self.collective.link
+            lines = describe(method, units, {"seed": self.seed, "step": self.step, "optimizer": rule, "link": link})
             warm_up_kernels(units, self.workers[0].kernels)
-        agree(self.collective.everyone, described)
+        agree(self.collective.everyone, lines)
         with changing(self, together.what):
-            self.transaction.void()
-            self.stepping.leave(transfer)
+            self.undo()
+            self.optimizer_link.leave(transfer)
             migrate_all(self.units, units, self.workers, self.collective, self.timeout)
-            if said := self.stepping.enter(transfer, units, method):
+            if said := self.optimizer_link.enter(transfer, units, method):
                 self._say(said)
             self.method, self.units = method, units
-            self._take_link()
+            self._link = link
+            if method.route == "auto":
+                self._link = link or measure(self.collective, self.timeout, units[0].param.device)
+                self.ledger.note(f"routes are chosen for a link of {self._link} ({'given' if link else 'measured'})")
+            self.turn_bytes = TURN_BYTES if self._link is None else self._link.latency * self._link.bandwidth / 8
             with together.alone():
                 self.optimizer_link.hold(True, units)
-                self._installed_at, self._density = self.step, -1.0
-                self.transaction.clock.all_at(self.step)
-                self._set_headers()
-                self._set_stage()
+                self._installed_at = self.step
+                self._resume()
 
-    def _take_link(self) -> None:
-        """Set the link that routes are chosen for: emulated, or measured for ``route="auto"``. A collective call."""
-        self._link = link = self.collective.link
-        if self.method.route == "auto":
-            self._link = link or measure(self.collective, self.timeout, self.units[0].param.device)
-            self.ledger.note(f"routes are chosen for a link of {self._link} ({'given' if link else 'measured'})")
-        self.turn_bytes = TURN_BYTES if self._link is None else self._link.latency * self._link.bandwidth / 8
+    def _resume(self) -> None:
+        """Set the clock, the headers and the stage to a step at which all ranks are."""
+        self._density = -1.0
+        self.transaction.all_at(self.step)
+        self._set_headers()
+        self._set_stage()
 
     def _stage(self, step: int) -> float | None:
         """Return the density of that step; None for the method's own."""
         asked = self.optimizer_link.density(step - self.step)
         warmup = self.method.warmup if asked is None else None
         return warmup.density(max(0, step - self._installed_at)) if warmup else asked
-
-    def _check_clocks(self) -> None:
-        """Compare all ranks' steps if they may be at different stages, whose messages differ in size.
-
-        Raises:
-            ThinwireError: ranks are at different steps.
-        """
-        if len({self._stage(step) for step in self.transaction.clock.possible()}) > 1:
-            self.transaction.compare(self._steps("a stage of the warm-up"), self.step)
 
     def _steps(self, what: str = "a comparison of steps") -> list[int]:
         with self._together(what):
@@ -206,7 +181,7 @@ class Session(OfThisRun):
 
         Gradients that were not sent yet are discarded; the ledger notes their norm. All threads end.
         """
-        self.before_detach()
+        self.rounds.end()
         self._detach(self.collective)
 
     def abandon(self) -> None:
@@ -214,17 +189,19 @@ class Session(OfThisRun):
         self._detach(Local.of(1)[0])
 
     def _detach(self, collective: Collective) -> None:
-        self.transaction.void()
+        self.undo()
         try:
             with Together(collective, f"step {self.step}: detach()"):
-                self._give_back(collective)
+                self.optimizer_link.give_back(collective)
         finally:
-            self._leave()
-
-    def _give_back(self, collective: Collective) -> None:
-        self.optimizer_link.hold(False, self.units)
-        release_optimizer(self.optimizer, self)
-        self.stepping.give_back(collective)
+            if pending := pending_residuals(self.units, self.workers):
+                self.ledger.note(
+                    f"step {self.step}: detached; discarded the gradient that was not sent yet (norm "
+                    f"{float(norm(pending)):.3g}). Normal at the end of training"
+                )
+            self.cleanup.close()
+            self.collective.close()
+            leave_behind(self)
 
     def use_kernels(self, kernels: Kernels, note: str | None) -> None:
         """Name the kernels in the ledger, and close them at detach; ``note``: see ``choose``."""
@@ -234,24 +211,10 @@ class Session(OfThisRun):
             self.ledger.note(note)
             warn_once(note)
 
-    def _leave(self) -> None:
-        if pending := pending_residuals(self.units, self.workers):
-            self.ledger.note(
-                f"step {self.step}: detached; discarded the gradient that was not sent yet (norm "
-                f"{float(norm(pending)):.3g}). Normal at the end of training"
-            )
-        self.cleanup.close()
-        self.collective.close()
-        leave_behind(self)
-
     def _say(self, text: str) -> None:
         self.ledger.note(text)
         if self.collective.everyone.rank == 0:
             log.warning(text)  # Python shows warnings even if logging is not configured
-
-    def undo(self) -> None:
-        """Make the exchange that is not final void."""
-        self.transaction.void()
 
     # -- the step --------------------------------------------------------------------------------------------------
 
@@ -261,7 +224,7 @@ class Session(OfThisRun):
         Raises:
             ThinwireError: the memory can't follow the optimizer's settings.
         """
-        self.stepping.check()
+        self.optimizer_link.check()
 
     def follow(self, strides: Mapping[str, tuple[int, ...]]) -> None:
         """Follow parameters to a new memory layout; ``strides``: their old ones, by name. A collective call."""
@@ -277,54 +240,62 @@ class Session(OfThisRun):
 
     def begin_step(self) -> None:
         """Begin a step, before its first bucket. An earlier exchange that no optimizer step committed is void."""
-        if self.transaction.begin() == 3:
+        if self.transaction.begin(partly=self.rounds.begin()) == 3:
             self._say("3 exchanges without a step of the attached optimizer: is it the one that steps?")
-        if text := self.transaction.complaint():
+        if text := self.transaction.skips.warning(self.transaction.complaint):
             self._say(text)
         self.row = StepRow(self.step, self.method.name)
         self._sent_before = self.collective.sent, self.collective.sent_within_node
-        self.loss_scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
-        self.turn = self.transaction.clock.turn()
+        self.loss_scale, self.turn = self.rounds.loss_scale, self.transaction.turn
         self.collective.at(self.step)
-        self._check_clocks()
+        if self._stage(self.transaction.confirmed) != self._stage(self.turn):  # message sizes of ranks might differ
+            self.transaction.compare(self._steps("a stage of the warm-up"), self.step)
         self._set_stage()
-        self.stepping.begin()
-        self.optimizer_link.begin(self._density, self.units, self.workers)
+        self.optimizer_link.begin(self._density)
         self.workers[0].probe = Probe() if self.step % PROBE_EVERY == 0 else None
 
-    def end_step(self, bad: bool | None = None) -> None:
-        """End a step, after the last bucket has arrived; ``bad``: True if the engine's own state was nonfinite."""
+    def end_step(self, nonfinite: bool | None = None) -> None:
+        """End a step, after the last bucket has arrived.
+
+        Args:
+            nonfinite: True if the engine's own state was nonfinite.
+        """
         row = self.row
         row.wire_bytes = self.collective.sent - self._sent_before[0]
         row.within_node_bytes = self.collective.sent_within_node - self._sent_before[1]
         if (probe := self.workers[0].probe) is not None:
             row.error = probe.error
         self.ledger.add(row)
-        if bad is not None or self.stages.reads:
-            beside = partial(self.collective.any_across_shards, timeout=self.timeout)
-            self.transaction.end(self.step, beside, bool(bad), self._steps, self.collective.apart())
+        if nonfinite is not None or self.stages.reads:
+            across_shards = partial(self.collective.any_across_shards, timeout=self.timeout)
+            self.transaction.end(self.step, across_shards, bool(nonfinite), self._steps, self.collective.apart())
         else:
             self.transaction.end_unread()
         if self.replicas is not None and self.replicas.due():
             with self._together("the check of replicas"):
-                self.replicas.check(self.step, self.transaction.refuse)
-        self.stepping.exchanged()
-        if self.optimizer is None and not self.commits:
-            self.commit(self.units)
+                self.replicas.check(self.step, self.transaction)
+        self.rounds.exchanged()
 
-    def commit(self, units: Sequence[Unit], optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Commit the units that this optimizer has stepped; when all optimizers have, the session's step is final."""
-        if not self.transaction.commit(units, self.workers, optimizer):
+    def commit(self, units: Sequence[Unit], last: bool = True) -> None:
+        """Make the exchange final for these units; with the ``last`` of them, the session's step is."""
+        self.transaction.commit(units, self.workers, last)
+        if not last:
             return
         self.step += 1
         for call in self.on_commit:
             call()
-        self.optimizer_link.tell(self.ledger, self.step)
+        self.optimizer_link.tell()
         if self._has_pending and not has_pending(self.units, self.workers):
             self._set_headers()
         if self.policy is not None:
             with self._together("the policy"):
                 self.policy.after_step(self)
+
+    def undo(self) -> None:
+        """Make the exchange that is not final void, as if it had never been."""
+        if self.transaction.pending and self.transaction.failed:
+            self.rounds.clear()
+        self.transaction.pending = False
 
     def expect_unused(self) -> None:
         """Allow from now on that a parameter is unused on some ranks only, which only messages tell."""
@@ -368,27 +339,21 @@ class Session(OfThisRun):
     def _load(self, read: Callable[[], Any], on_world_change: checkpoint.OnWorldChange) -> None:
         group = self.collective.checkpoint_group
         with self._together("loading a checkpoint") as together, remembering(self.units) as adopted:
-            restored = restore_alike(
-                together,
-                self.collective,
-                lambda: checkpoint.restore(adopted(read()), self.units, group.rank, group.world, on_world_change),
-            )
             with together.alone():
-                self._put(restored)
-
-    def _put(self, restored: checkpoint.Restored) -> None:
-        self.transaction.void()
-        self.step, self._installed_at = restored.step, restored.installed_at
-        for unit in self.units:
-            self.workers[0].local[unit.name].now = restored.local[unit.name]
-            unit.shared.now = restored.shared[unit.name]
-        self.stepping.restored()
-        for note in restored.notes:
-            self.ledger.note(note)
-        self._set_headers()
-        self.transaction.clock.all_at(self.step)
-        self._density = -1.0
-        self._set_stage()
+                restored = checkpoint.restore(adopted(read()), self.units, group.rank, group.world, on_world_change)
+                clock, fingerprint = restored.clock(), restored.fingerprint()
+            agree(self.collective.everyone, [("checkpoint", clock)])
+            agree(self.collective, [("checkpoint", fingerprint)])
+            with together.alone():
+                self.undo()
+                self.step, self._installed_at = restored.step, restored.installed_at
+                for unit in self.units:
+                    self.workers[0].local[unit.name].now = restored.local[unit.name]
+                    unit.shared.now = restored.shared[unit.name]
+                self.optimizer_link.restored()
+                for note in restored.notes:
+                    self.ledger.note(note)
+                self._resume()
 
     def load(self, folder: str | Path, key: str = "wire", on_world_change: checkpoint.OnWorldChange = "error") -> None:
         """Continue from a checkpoint of ``torch.distributed.checkpoint``, saved by any number of workers.
@@ -400,7 +365,7 @@ class Session(OfThisRun):
         Raises:
             ThinwireError: as ``load_state_dict``, or the folder can't be read.
         """
-        self._load(partial(checkpoint.read_folder, folder, key), on_world_change)
+        self._load(partial(read_folder, folder, key), on_world_change)
 
     def report(self) -> str:
         """Return the ledger as a Markdown table."""

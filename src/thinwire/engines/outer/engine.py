@@ -17,10 +17,11 @@ from thinwire.comm.link import Link
 from thinwire.core.errors import ThinwireError
 from thinwire.core.tensors import float_at_least_32
 from thinwire.engines.outer.replica import Replica, floating
-from thinwire.engines.outer.rounds import Rounds
+from thinwire.engines.outer.rounds import LocalRounds
 from thinwire.methods.method import Method
 from thinwire.session.optimizers import Optimizers, holders
 from thinwire.session.replicas import Replicas
+from thinwire.session.rounds import OnNonfinite
 from thinwire.session.session import Session
 
 
@@ -42,7 +43,7 @@ def anchor_of(param: Tensor) -> Tensor:
     return param.detach().clone().to(float_at_least_32(param.dtype))
 
 
-def check_local(method: Method, parameters: int, rounds: Rounds | None) -> None:
+def check_local(method: Method, parameters: int, rounds: LocalRounds | None) -> None:
     """Raise a ``ThinwireError`` if the method does not fit the model or the present round."""
     if (local := method.local) is None:
         raise ThinwireError(
@@ -53,7 +54,7 @@ def check_local(method: Method, parameters: int, rounds: Rounds | None) -> None:
         raise ThinwireError(
             f"fragments is {local.fragments}, and the model has {parameters} parameters; use at most as many"
         )
-    if rounds is not None and rounds.local != local:
+    if rounds is not None and hasattr(rounds, "session") and rounds.local != local:
         if not rounds.begins:
             raise ThinwireError(
                 f"inner step {rounds.inner} is in the middle of a round of {rounds.local.every}, which began with "
@@ -72,17 +73,20 @@ class Outer:
         model: its buffers are averaged if the method says so.
         exchanger: the engine that would exchange its gradients.
         optimizer: the inner optimizer.
+        on_nonfinite: see ``thinwire.attach``.
     """
 
-    def __init__(self, model: nn.Module, exchanger: Exchanger, optimizer: Optimizers | None, every: int) -> None:
+    def __init__(
+        self, model: nn.Module, exchanger: Exchanger, optimizer: Optimizers | None, on_nonfinite: OnNonfinite
+    ) -> None:
         if optimizer is None:
             raise ThinwireError(
-                f"a round ends after {every} steps of the inner optimizer, which must be seen: call "
+                "a round ends after so many steps of the inner optimizer, which must be seen: call "
                 "attach(..., optimizer=optimizer)"
             )
         self.model, self.exchanger, self.optimizer = model, exchanger, optimizer
+        self.on_nonfinite: OnNonfinite = on_nonfinite
         self.channel = exchanger.channel
-        self.rounds: Rounds | None = None
 
     def exchanged(self) -> list[tuple[str, Tensor]]:
         self.live = self.exchanger.exchanged()
@@ -93,6 +97,8 @@ class Outer:
                 "would change it; give it to the optimizer, or freeze it: requires_grad_(False)"
             )
         self.anchors = [(name, anchor_of(param)) for name, param in self.live]
+        replica = Replica([param for _, param in self.live], self.optimizer, floating(self.model.buffers()))
+        self.rounds = LocalRounds([replica], on_nonfinite=self.on_nonfinite)
         return self.anchors
 
     def fits(self, method: Method) -> None:
@@ -120,11 +126,9 @@ class Outer:
             anchor.copy_(param)
 
     def install(self, session: Session) -> None:
-        replica = Replica([param for _, param in self.live], self.optimizer, floating(self.model.buffers()))
-        self.rounds = rounds = Rounds(session, [replica], [session.collective])
+        rounds = self.rounds
 
         def after(*_: object) -> None:
             rounds.stepped()
 
-        session.before_detach = rounds.end
         session.cleanup.callback(self.optimizer.register_step_post_hook(after).remove)

@@ -6,12 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from thinwire.comm.simulated import Local
 from thinwire.engines.outer.engine import check_local
 from thinwire.engines.outer.replica import Replica, floating
-from thinwire.engines.outer.rounds import Rounds
+from thinwire.engines.outer.rounds import LocalRounds
 from thinwire.session.optimizers import Optimizers, each_of
-from thinwire.session.session import Session
 
 
 class SimulatedReplica(Replica):
@@ -53,21 +51,11 @@ class SimulatedReplica(Replica):
 
 
 class LocalSteps:
-    """The inner steps of N workers.
+    """The inner steps of N workers, whose rounds these are."""
 
-    Args:
-        session: its units are the anchors.
-        peers: the collectives of the workers.
-        live: the model's parameters, in the order of the session's units.
-    """
-
-    def __init__(
-        self, session: Session, peers: Sequence[Local], model: nn.Module, live: Sequence[Tensor], optimizer: Optimizers
-    ) -> None:
-        self.replicas = [SimulatedReplica(model, live, optimizer) for _ in peers]
-        self.rounds = rounds = Rounds(session, self.replicas, peers)
-        session.before_detach = rounds.end
-        session.fits = lambda method: check_local(method, len(live), rounds)
+    def __init__(self, rounds: LocalRounds, replicas: Sequence[SimulatedReplica]) -> None:
+        self.rounds, self.replicas = rounds, replicas
+        rounds.session.fits = lambda method: check_local(method, len(rounds.session.units), rounds)
 
     def step(self, loss: Callable[[int], Tensor]) -> float:
         """Make one inner step of all workers and return the mean loss."""
