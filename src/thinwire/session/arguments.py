@@ -29,14 +29,7 @@ def unwrapped(given: Any) -> Any:
 
 
 def model_of(model: Any, groups: bool) -> nn.Module:
-    """Return the model to attach to.
-
-    Args:
-        groups: True if a process group is initialized.
-
-    Raises:
-        ThinwireError: it is not a model, or thinwire can't attach to it.
-    """
+    """Return the model to attach to, if it is one; ``groups``: True if a process group is initialized."""
     if not isinstance(model, nn.Module):
         raise ThinwireError(f"model is {_wrong_model(model)}")
     if isinstance(model, nn.DataParallel):
@@ -74,11 +67,7 @@ def inside(model: nn.Module) -> str:
 
 
 def optimizer_of(name: str, given: Any) -> Any:
-    """Return the given optimizer, ``Several`` optimizers, or None.
-
-    Raises:
-        ThinwireError: it is something else.
-    """
+    """Return the given optimizer, ``Several`` optimizers, or None, if it is one of these."""
     if given is None or isinstance(given, (torch.optim.Optimizer, Several)):
         return given
     example = "pass the optimizer that steps, e.g. optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)"
@@ -140,20 +129,12 @@ OPTIONS: dict[str, Check] = {
 
 
 def options(**given: Any) -> dict[str, Any]:
-    """Return the options of ``attach`` or ``simulate``, checked and converted.
-
-    Raises:
-        ThinwireError: an option has a wrong type or value.
-    """
+    """Return the options of ``attach`` or ``simulate``, checked and converted."""
     return {name: OPTIONS[name](name, value) for name, value in given.items()}
 
 
 def check_held(named: Sequence[tuple[str, Tensor]], optimizer: Optimizers | None) -> None:
-    """Check that the optimizer holds a parameter of the model.
-
-    Raises:
-        ThinwireError: it holds none.
-    """
+    """Raise a ``ThinwireError`` if the optimizer holds no parameter of the model."""
     if optimizer is None:
         return
     held = [cast(Tensor, param) for group in optimizer.param_groups for param in group["params"]]

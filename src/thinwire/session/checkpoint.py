@@ -173,9 +173,6 @@ def restore(
 
     Args:
         given: the state of this rank, or a list of those of all saved ranks, in rank order.
-
-    Raises:
-        ThinwireError: it is damaged, or of another plan or world size.
     """
     if on_world_change not in ("error", "fold", "reset"):
         raise ThinwireError(f"on_world_change is {on_world_change!r}; choose 'error', 'fold' or 'reset'")

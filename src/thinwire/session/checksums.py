@@ -81,10 +81,7 @@ def check(state: Mapping[str, Any], rank: int | None) -> list[str]:
         rank: whose row is checked if the checkpoint has all rows; None for all rows.
 
     Returns:
-        Notes on tensors that could not be checked.
-
-    Raises:
-        ThinwireError: it is not what was saved.
+        Notes on tensors that could not be checked; what is not as it was saved is an error.
     """
     checks, notes = read_mapping(state, "checks"), list[str]()
     rows, entries = _rows(checks.get("rows")), _entries(state, checks)

@@ -23,11 +23,7 @@ from thinwire.session.momentum_transfer import averaged, averaged_buffer
 
 
 def agree(channel: ControlChannel, lines: Sequence[tuple[str, str]]) -> None:
-    """Compare the settings of all ranks, and name the first difference. A collective call.
-
-    Raises:
-        ThinwireError: the ranks have different settings.
-    """
+    """Raise a ``ThinwireError`` that names the first line that is not the same on all ranks. A collective call."""
     mine = hashlib.sha256(repr(lines).encode("utf-8", "backslashreplace")).hexdigest()
     if len(set(channel.exchange_text(mine))) == 1:
         return

@@ -37,6 +37,12 @@ Written: TypeAlias = list[tuple[Any, ...]]
 """The number of parameters and the settings of each parameter group."""
 
 
+INSTEAD = (
+    "thinwire.topk(density) works with every optimizer, and so do thinwire.lean(bits_per_parameter, momentum=False), "
+    "thinwire.dense() and thinwire.cast()"
+)
+
+
 class MomentumTransfer:
     """The momentum transfer of a model's SGD optimizers: takes their settings, follows changes, and gives them back.
 
@@ -45,19 +51,27 @@ class MomentumTransfer:
             which keeps its momentum.
         method: whose memories own the momentum.
         named: the parameters that are exchanged.
-
-    Raises:
-        ThinwireError: an optimizer is not SGD, lacks a parameter, or has one that is not exchanged.
     """
 
     def __init__(self, optimizer: Optimizers | None, method: Method, named: Sequence[tuple[str, Tensor]]) -> None:
-        self.method, self.named = method.name, list(named)
+        self.method = method.name
         self.names = {id(param): name for name, param in named}
         held = holders(optimizer, named)
-        self.each = check(optimizer, method, named, held)
+        self.each = [one for one in each_of(optimizer) if isinstance(one, torch.optim.SGD)]
+        if not self.each:
+            raise ThinwireError(
+                f"{method.name} owns the momentum and needs torch.optim.SGD, not {kind_of(optimizer)}; {INSTEAD}"
+            )
+        memories = {name: method.rule(name, param.shape, param.numel()).memory for name, param in named}
         self.held = {name: one for name, one in held.items() if isinstance(one, torch.optim.SGD)}
         self.others = held.keys() - self.held.keys()
-        memories = {name: method.rule(name, param.shape, param.numel()).memory for name, param in named}
+        for name, memory in memories.items():
+            if name in self.others and isinstance(memory, OwnsMomentum) and feeds_back(memory):
+                raise ThinwireError(
+                    f"{method.name} compresses {name!r} and owns its momentum, and its optimizer is "
+                    f"{type(held[name]).__name__}; give it to the torch.optim.SGD, or name it in keep_dense= "
+                    f"({INSTEAD})"
+                )
         self.not_absorbing = {
             name: type(memory).__name__ for name, memory in memories.items() if not isinstance(memory, OwnsMomentum)
         }
@@ -78,14 +92,14 @@ class MomentumTransfer:
         return [(len(group["params"]), *(group[key] for key in WRITTEN)) for group in groups]
 
     def read(self) -> dict[str, Absorbed]:
-        """Return the optimizer settings of each parameter, by name.
-
-        Raises:
-            ThinwireError: the memories can't follow them.
-        """
+        """Return the optimizer settings of each parameter, by name, if the memories can follow them."""
         settings = {name: Absorbed() for name in self.others}
         for i, group in enumerate(group for optimizer in self.each for group in optimizer.param_groups):
-            check_group(group, self.method)
+            if group["dampening"] or group["maximize"]:
+                raise ThinwireError(
+                    f"{self.method} follows SGD with dampening=0 and maximize=False; the optimizer has "
+                    f"dampening={group['dampening']}, maximize={group['maximize']} ({INSTEAD})"
+                )
             own = Absorbed(float(group["momentum"]), bool(group["nesterov"]), float(group["weight_decay"]))
             for param in group["params"]:
                 if name := self.names.get(id(param)):
@@ -104,11 +118,7 @@ class MomentumTransfer:
         return settings
 
     def check(self, units: Sequence[Unit]) -> None:
-        """Check the settings of the groups before a step.
-
-        Raises:
-            ThinwireError: the memories can't follow them.
-        """
+        """Raise a ``ThinwireError`` if the memories can't follow the settings of the groups."""
         if self.written() != self.seen:
             settings = self.read()
             self._check_nothing_is_lost(settings)
@@ -213,14 +223,14 @@ def remembering(units: Sequence[Unit]) -> Generator[Callable[[Any], Any]]:
     before = [unit.memory for unit in units]
 
     def adopted(given: Any) -> Any:
-        one: Any = given
-        state: Any = one[0] if isinstance(given, (list, tuple)) and len(one) else one
+        state: Any = given
         for unit in units:
             with contextlib.suppress(Exception):  # errors are reported when the checkpoint is read
-                saved = registry.from_json(json.loads(state["plan"][unit.name])["memory"], registry.MEMORIES)
-                if absorbed(unit.memory) is not None and (settings := absorbed(saved)) is not None:
+                plan = (state if isinstance(given, Mapping) else state[0])["plan"][unit.name]
+                settings = absorbed(registry.from_json(json.loads(plan)["memory"], registry.MEMORIES))
+                if absorbed(unit.memory) is not None and settings is not None:
                     unit.memory = absorb(unit.memory, settings)
-        return one
+        return state
 
     try:
         yield adopted
@@ -246,52 +256,3 @@ def averaged(local: Sequence[Tensor], collective: Collective, timeout: float) ->
     if len(local) < collective.world:
         mean = collective.all_reduce(mean).wait(timeout)
     return mean
-
-
-INSTEAD = (
-    "thinwire.topk(density) works with every optimizer, and so do thinwire.lean(bits_per_parameter, momentum=False), "
-    "thinwire.dense() and thinwire.cast()"
-)
-
-
-def check(
-    optimizer: Optimizers | None,
-    method: Method,
-    named: Sequence[tuple[str, Tensor]],
-    held: Mapping[str, torch.optim.Optimizer],
-) -> list[torch.optim.Optimizer]:
-    """Check the optimizers, and return those whose momentum is moved.
-
-    Args:
-        held: the optimizer that steps each parameter, by name.
-    """
-    each = [one for one in each_of(optimizer) if isinstance(one, torch.optim.SGD)]
-    if not each:
-        raise ThinwireError(
-            f"{method.name} owns the momentum and needs torch.optim.SGD, not {kind_of(optimizer)}; {INSTEAD}"
-        )
-    for name, param in named:
-        one = held.get(name)
-        memory = method.rule(name, param.shape, param.numel()).memory
-        if (
-            one is not None
-            and not isinstance(one, torch.optim.SGD)
-            and isinstance(memory, OwnsMomentum)
-            and feeds_back(memory)
-        ):
-            raise ThinwireError(
-                f"{method.name} compresses {name!r} and owns its momentum, and its optimizer is {type(one).__name__}; "
-                f"give it to the torch.optim.SGD, or name it in keep_dense= ({INSTEAD})"
-            )
-    for group in (group for one in each for group in one.param_groups):
-        check_group(group, method.name)
-    return list(each)
-
-
-def check_group(group: Mapping[str, Any], method: str) -> None:
-    """Raise a ``ThinwireError`` if the SGD settings are some that no memory can follow."""
-    if group["dampening"] or group["maximize"]:
-        raise ThinwireError(
-            f"{method} follows SGD with dampening=0 and maximize=False; the optimizer has "
-            f"dampening={group['dampening']}, maximize={group['maximize']} ({INSTEAD})"
-        )

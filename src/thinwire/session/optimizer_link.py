@@ -61,8 +61,7 @@ class OptimizerLink:
     def prepare(self, method: Method) -> tuple[dict[str, Absorbed], MomentumTransfer | None]:
         """Return what the memories do for the optimizers, by parameter name, and the transfer that the method needs.
 
-        Raises:
-            ThinwireError: the optimizers don't fit the method; nothing is changed.
+        Nothing is changed; optimizers that don't fit the method are an error.
         """
         params = self.session.named
         if any(rule.memory.stateful for rule in method.rules) and self.session.rounds.needs_optimizer:
@@ -149,11 +148,7 @@ class OptimizerLink:
     # -- the step --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Check the optimizers before a step.
-
-        Raises:
-            ThinwireError: no memory can follow their settings, or one that a memory has taken over was changed.
-        """
+        """Raise a ``ThinwireError`` if the memories can't follow the optimizers' settings in the next step."""
         if self.transfer is not None:
             self.transfer.check(self.session.units)
         if self.owner and self.owner.settings() != self.settings:

@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
@@ -53,12 +52,11 @@ class Handles:
     """Hooks that are removed together."""
 
     def __init__(self, removals: Iterable[Callable[[], Any]]) -> None:
-        self._stack = ExitStack()
-        for removal in removals:
-            self._stack.callback(removal)
+        self._removals = list(removals)
 
     def remove(self) -> None:
-        self._stack.close()
+        for removal in self._removals:
+            removal()
 
 
 Optimizers: TypeAlias = torch.optim.Optimizer | Several
@@ -80,10 +78,7 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def joined(optimizer: Any) -> Any:
-    """Return the optimizers of one model as one, from an optimizer, a wrapper of one, or a list of these.
-
-    Anything else is returned unchanged.
-    """
+    """Return the optimizer in a wrapper, or those of a list as one; anything else is returned unchanged."""
     if isinstance(optimizer, Several):
         return optimizer
     if not isinstance(optimizer, (list, tuple)):
@@ -108,11 +103,7 @@ def kind_of(optimizer: Optimizers | None) -> str:
 
 
 def holders(optimizer: Optimizers | None, named: Iterable[tuple[str, Tensor]]) -> Mapping[str, torch.optim.Optimizer]:
-    """Return the optimizer that steps each parameter, by name.
-
-    Raises:
-        ThinwireError: two optimizers hold one parameter.
-    """
+    """Return the optimizer that steps each parameter, by name; two that hold the same one are an error."""
     names = {id(param): name for name, param in named}
     found: dict[str, torch.optim.Optimizer] = {}
     for one in each_of(optimizer):
@@ -132,11 +123,7 @@ _owners: WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[Any]] = WeakKeyDic
 def check_optimizer(
     optimizer: Optimizers | None, named: Sequence[tuple[str, Tensor]], owner: object, method: str
 ) -> None:
-    """Check that optimizers step all exchanged parameters, and that they belong to this session only.
-
-    Raises:
-        ThinwireError: there is no optimizer, one is of another session, or a parameter is in none.
-    """
+    """Check that optimizers step all exchanged parameters; from now on they belong to this ``owner`` only."""
     if optimizer is None:
         raise ThinwireError(
             f"{method} must see optimizer.step(), which makes its residuals final: call "

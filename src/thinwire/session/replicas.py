@@ -32,9 +32,6 @@ class Replicas:
         channel: the control channel of all ranks of the model.
         parts: the number of shards of the model: rank r holds the same as rank r + parts.
         every: exchanges from one check to the next; 0 for no check.
-
-    Raises:
-        ThinwireError: ``every`` is not a whole number of at least 0.
     """
 
     def __init__(
@@ -59,12 +56,7 @@ class Replicas:
         return self.every > 0 and self._begun % self.every == 0 and self.channel.world > 1
 
     def begin(self) -> None:
-        """Compare the parameters, once all ranks have the same ``described``, before the first exchange. A collective
-        call.
-
-        Raises:
-            ThinwireError: they differ; it is the same on all ranks.
-        """
+        """Compare the parameters before the first exchange, when ``described`` is the same on all ranks. Collective."""
         if self.named and (differs := self._look(0)[1]):
             raise known_to_all(
                 ThinwireError(

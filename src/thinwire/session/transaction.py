@@ -92,10 +92,7 @@ class Transaction:
             across_shards: maps flags of this rank to those that are True on any rank across shards.
             nonfinite: True if something was nonfinite that no step status reports.
             steps: returns the steps of all ranks. A collective call.
-            apart_within_node: True if ranks that share messages are at different steps.
-
-        Raises:
-            ThinwireError: the ranks are not at the same step.
+            apart_within_node: True if ranks that share messages are at different steps, which is an error.
         """
         self.pending = self.looked = True
         said = self._said()
@@ -128,16 +125,12 @@ class Transaction:
         return cast(Any, torch.stack([one.to(each[0].device) for one in each])).tolist() if each else []
 
     def compare(self, steps: Sequence[int], step: int) -> None:
-        """Compare the steps of all ranks, and set the clock to them.
-
-        Raises:
-            ThinwireError: they differ; the end of this round changes nothing.
-        """
+        """Compare the steps of all ranks, and set the clock to them; see ``check_steps``."""
         self.check_steps(steps, step)
         self.all_at(step)
 
     def check_steps(self, steps: Sequence[int], step: int) -> None:
-        """Raise a ``ThinwireError`` if the steps of the ranks differ."""
+        """Refuse the exchange if the steps of the ranks differ."""
         if any(other != steps[0] for other in steps):
             others = ", ".join(f"rank {rank} at {other}" for rank, other in enumerate(steps) if other != steps[0])
             self.refuse(
@@ -147,11 +140,7 @@ class Transaction:
             )
 
     def refuse(self, complaint: str) -> None:
-        """Raise an error, the same on all ranks; the end of this round then changes nothing.
-
-        Raises:
-            ThinwireError: always.
-        """
+        """Raise a ``ThinwireError``, the same on all ranks; the end of this round then changes nothing."""
         self.pending = self.failed = True
         self.complaint = complaint
         raise known_to_all(ThinwireError(complaint))

@@ -65,11 +65,7 @@ def shown(value: object, length: int = 40) -> str:
 
 
 def read_states(given: Any) -> Sequence[Mapping[str, Any]]:
-    """Return the states that a session's ``state_dict()`` wrote: one, or those of all ranks.
-
-    Raises:
-        ThinwireError: it is something else.
-    """
+    """Return the states, one or those of all ranks, if a session's ``state_dict()`` wrote them."""
     if isinstance(given, (str, bytes)) or hasattr(given, "__fspath__"):
         raise ThinwireError(
             f"state is the path {checks.shown(given)}; use wire.load(folder) for a folder of dcp.save, and "
@@ -106,11 +102,7 @@ def _check_foreign(given: Mapping[Any, Any]) -> None:
 
 
 def check_plan(plan: Mapping[str, Any], units: Sequence[Unit]) -> None:
-    """Check that the checkpoint is of this model.
-
-    Raises:
-        ThinwireError: its parameters have other names or shapes.
-    """
+    """Raise a ``ThinwireError`` if the checkpoint's parameters have other names or shapes than the model's."""
     for unit in units:
         shape = json.dumps(list(shape_of(unit.param)))
         if unit.name not in plan:
@@ -138,9 +130,6 @@ def read_folder(folder: str | Path, key: str) -> dict[str, Any]:
 
     The folder's metadata is a torch pickle, which can run code: load only folders that you trust. (Files that
     ``torch.load(weights_only=True)`` reads, and frames, need no trust.)
-
-    Raises:
-        ThinwireError: it can't be read.
     """
     try:
         metadata = cast(Any, FileSystemReader(folder).read_metadata())
