@@ -4,6 +4,7 @@ applied."""
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -289,3 +290,49 @@ def test_a_nonfinite_worker_takes_back_the_round_of_all(exchange):
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert sim.session.ledger.skipped == 1
     sim.session.detach()
+
+
+def _resume(rank, method, folder, stop, steps):
+    """Save in the middle of a round, to both formats, go on; then load in new sessions and go on alike."""
+    model, optimizer = build(seed=rank)
+    wire = thinwire.attach(model, method, optimizer=optimizer, process_group=dist.group.WORLD)
+
+    def train(model, optimizer, first, last):
+        for step in range(first, last):
+            optimizer.zero_grad()
+            loss_of(model, batch(rank, step)).backward()
+            optimizer.step()
+
+    train(model, optimizer, 0, stop)
+    file = f"{folder}/{rank}.pt"
+    torch.save({"wire": wire.state_dict(), "model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    dcp.save({"wire": wire}, checkpoint_id=f"{folder}/dcp")
+    train(model, optimizer, stop, steps)
+    wire.detach()
+    expected = flat(model.parameters())
+    found = []
+    for of_folder in (False, True):
+        saved = torch.load(file, weights_only=True)
+        model, optimizer = build(seed=rank + 7)
+        wire = thinwire.attach(model, method, optimizer=optimizer, process_group=dist.group.WORLD)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if of_folder:  # as a checkpoint that keeps one copy of what it takes for replicated
+            with torch.no_grad():
+                for param in model.parameters():
+                    param.zero_()
+            wire.load(f"{folder}/dcp")
+        else:
+            wire.load_state_dict(saved["wire"])
+        train(model, optimizer, stop, steps)
+        wire.detach()
+        found.append(flat(model.parameters()))
+    return expected, found
+
+
+@pytest.mark.parametrize(
+    ("name", "stop"), [("updates", 5), ("diloco", 6), ("streaming", 5), ("co2", 7), ("averaged", 6)]
+)
+def test_resume_in_the_middle_of_a_round(world2, tmp_path, name, stop):
+    for expected, found in world2.run(_resume, RECIPES[name], str(tmp_path), stop, 13):
+        assert all(torch.equal(expected, other) for other in found)

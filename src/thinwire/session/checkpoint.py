@@ -10,6 +10,9 @@ The state is a dict of tensors, ints and strings, so ``torch.load(weights_only=T
     local     {unit: {key: tensor [world, *shape]}}    a DTensor of which each rank holds its row, or its shard of it
     shared    {unit: {key: tensor [*shape]}}           equal on all ranks; in a sharded model it is sharded alike, and
                                                        a compressor's state is [shards, *its shape]
+    round                                 JSON of a round that is not at its end; its tensors are in local and shared,
+                                          under keys that begin with "round."
+    distance                              tensor [world], like rank
     checks    checksums of all of it, see ``thinwire.session.checksums``; version 1 has none
 
 Rows are DTensors because ``torch.distributed.checkpoint`` treats plain tensors of equal names as copies of each other:
@@ -38,6 +41,7 @@ from thinwire.exchange.units import Unit
 from thinwire.exchange.workers import Worker
 from thinwire.session import checksums
 from thinwire.session.migrate import slot_for
+from thinwire.session.rounds import RoundState
 from thinwire.session.untrusted import (
     UNREADABLE,
     check_plan,
@@ -48,6 +52,8 @@ from thinwire.session.untrusted import (
 )
 
 VERSION = 2
+ROUND = "round."
+"""Beginning of the keys of a source's tensors."""
 OnWorldChange: TypeAlias = Literal["error", "fold", "reset"]
 Form: TypeAlias = Callable[..., Tensor]
 """A function from this rank's tensor, and the parameter that it is shaped like, to the tensor that it is a part of."""
@@ -62,6 +68,7 @@ class Restored:
     local: dict[str, State]
     shared: dict[str, State]
     notes: list[str]
+    round: RoundState | None = None
 
     def clock(self) -> str:
         """Return the text that must be the same on all ranks."""
@@ -83,11 +90,13 @@ def save(
     clock: Mapping[str, int],
     method: str,
     shared: Form | None = None,
+    round_state: RoundState | None = None,
 ) -> dict[str, Any]:
     """Return the state of one rank. All tensors are copies, because a load in place writes into them.
 
     Args:
         rows, shared: the functions of the checkpoint group that make the global tensors.
+        round_state: the state of a source in the middle of a round, or None.
     """
     shard, shards = place(units[0].param)
     shared = shared or _as_it_is
@@ -95,9 +104,17 @@ def save(
         "local": {u.name: {key: t.clone() for key, t in _saved(u, worker.local[u.name].now).items()} for u in units},
         "shared": {unit.name: _saved_shared(unit) for unit in units},
     }
+    more: dict[str, Any] = {}
+    if round_state is not None:
+        for part, states in (("local", round_state.local), ("shared", round_state.shared)):
+            for name, its in states.items():
+                own[part][name] |= {f"{ROUND}{key}": tensor.clone() for key, tensor in its.items()}
+        distance = torch.tensor(round_state.distance, dtype=torch.float64, device="cpu")
+        more = {"round": round_state.numbers, "distance": rows(distance)}
     state: dict[str, Any] = {
         "version": VERSION,
         **clock,
+        **more,
         "method": method,
         "plan": {unit.name: plan_of(unit, own["local"][unit.name]) for unit in units},
         "rank": rows(torch.tensor(float(worker.rank), dtype=torch.float32, device="cpu")),
@@ -212,6 +229,8 @@ def restore(
     notes: list[str] = []
     new_local: dict[str, State] = {}
     new_shared: dict[str, State] = {}
+    round_local: dict[str, State] = {}
+    round_shared: dict[str, State] = {}
     for unit in units:
         saved = read_mapping(local, unit.name)
         was = _memory(plan[unit.name], saved, unit)
@@ -234,6 +253,7 @@ def restore(
             if key in begun or key not in largest  # a shard may be too small for state that larger shards keep
         }
         both = {key: value for key, value in both.items() if value is not None}
+        round_local[unit.name], round_shared[unit.name] = _of_round(mine), _of_round(both)
         before = replicated(was)
         alone = (before | unit.replicated) - (before & unit.replicated & mine.keys() & both.keys())
         if unit.replicated:  # what is asked is a difference, to which nothing pending can be added
@@ -249,7 +269,16 @@ def restore(
     else:
         for other in states if saved_world != world else [state]:
             notes += checksums.check(other, rank if saved_world == world else None)
-    return Restored(*clock, new_local, new_shared, notes)
+    round_state = None
+    if "round" in state:
+        distance = _rows(state.get("distance"), "distance", (), rank, world) if saved_world == world else 0.0
+        round_state = RoundState(str(state["round"]), round_local, round_shared, float(distance))
+    return Restored(*clock, new_local, new_shared, notes, round_state)
+
+
+def _of_round(state: State) -> State:
+    """Take the tensors of a source out of a state, by their own names."""
+    return {key.removeprefix(ROUND): state.pop(key) for key in [*state] if key.startswith(ROUND)}
 
 
 def _fit(saved: State, fresh: State, gain: float | None, unit: Unit, notes: list[str], was: Memory) -> State:

@@ -70,7 +70,8 @@ def of_rank(rank: int, shard: int, tensors: Sequence[Tensor]) -> Tensor:
 def said(state: Mapping[str, Any], layout: Sequence[Entry] | str) -> dict[str, str]:
     """Return the layout, and the checksum of all entries that are neither tensors nor specific to one rank."""
     layout = layout if isinstance(layout, str) else json.dumps(layout)
-    whole = [layout, *(state.get(key) for key in SAID), *sorted(cast(Mapping[str, str], state["plan"]).items())]
+    more = [state["round"]] if "round" in state else []
+    whole = [layout, *(state.get(key) for key in SAID), *more, *sorted(cast(Mapping[str, str], state["plan"]).items())]
     return {"layout": layout, "said": f"{_hash(repr(whole).encode()) % 2**64:016x}"}
 
 

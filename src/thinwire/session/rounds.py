@@ -8,11 +8,13 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import torch
 
 from thinwire.core.errors import ThinwireError
+from thinwire.core.interfaces import State
 from thinwire.exchange.units import Unit
 from thinwire.session.changed_gradients import Touched
 from thinwire.session.optimizers import Optimizers, each_of
@@ -28,6 +30,22 @@ class Scaler(Protocol):
 
     def get_scale(self) -> float: ...
     def is_enabled(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """The state of a source in the middle of a round, for a checkpoint.
+
+    Args:
+        numbers: JSON that is equal on all ranks.
+        local, shared: tensors by unit, each shaped like its parameter; ``shared`` ones are equal on all ranks.
+        distance: a number of this rank.
+    """
+
+    numbers: str
+    local: Mapping[str, State]
+    shared: Mapping[str, State]
+    distance: float = 0.0
 
 
 class Rounds(ABC):
@@ -56,6 +74,13 @@ class Rounds(ABC):
 
     def end(self) -> None:  # noqa: B027
         """End a round that has begun, before the session is detached. All ranks call it together."""
+
+    def state(self) -> RoundState | None:
+        """Return what a checkpoint in the middle of a round needs, or None. All ranks call it together."""
+        return None
+
+    def restore(self, state: RoundState | None) -> None:  # noqa: B027
+        """Continue a round from a checkpoint; None if it has none."""
 
     @abstractmethod
     def clear(self) -> None:

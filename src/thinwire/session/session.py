@@ -317,7 +317,8 @@ class Session(OfThisRun):
         group = self.collective.checkpoint_group
         clock = {"world": group.world, "step": self.step, "installed_at": self._installed_at}
         worker = replace(self.workers[0], rank=group.rank)
-        return checkpoint.save(self.units, worker, group.rows, clock, self.method.to_json(), group.shared)
+        round_state = self.rounds.state()
+        return checkpoint.save(self.units, worker, group.rows, clock, self.method.to_json(), group.shared, round_state)
 
     def load_state_dict(
         self,
@@ -350,6 +351,7 @@ class Session(OfThisRun):
                 for unit in self.units:
                     self.workers[0].local[unit.name].now = restored.local[unit.name]
                     unit.shared.now = restored.shared[unit.name]
+                self.rounds.restore(restored.round)
                 self.optimizer_link.restored()
                 for note in restored.notes:
                     self.ledger.note(note)

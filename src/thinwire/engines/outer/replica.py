@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thinwire.core.interfaces import State
 from thinwire.core.sharding import own
 from thinwire.session.optimizers import Optimizers, each_of
 
@@ -45,8 +46,22 @@ class Replica:
             own(value)
             for param, state in zip(self.live, self.states(), strict=True)
             for value in state.values()
-            if isinstance(value, Tensor) and value.shape == param.shape and value.ndim
+            if _is_like(value, param)
         ]
+
+    def state(self, i: int) -> State:
+        """Return what differs between workers of one parameter: its value, and the optimizer's tensors of its shape."""
+        param, state = self.live[i], self.states()[i]
+        moments = {key: own(value) for key, value in state.items() if _is_like(value, param)}
+        return {"parameter": self.params[i], **moments}
+
+    def restore(self, i: int, saved: State) -> None:
+        """Put back what ``state`` has returned; the optimizer must have loaded its own checkpoint."""
+        param, state = self.live[i], self.states()[i]
+        self.params[i].copy_(saved["parameter"])
+        for key, value in saved.items():
+            if key != "parameter" and _is_like(state.get(key), param):
+                own(state[key]).copy_(value)
 
     def clear_nonfinite(self) -> int:
         """Clear the optimizer's nonfinite tensors, so that the next step is sound; returns their number."""
@@ -54,6 +69,10 @@ class Replica:
         for moment in bad:
             moment.zero_()
         return len(bad)
+
+
+def _is_like(value: Any, param: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == param.shape and value.ndim > 0
 
 
 def floating(buffers: Iterable[Tensor]) -> list[Tensor]:

@@ -4,9 +4,11 @@ One exchange is in flight at a time. It is decoded where its outer step is due, 
 the decoded mean then waits for its time, so a resumed run has the same bits.
 """
 
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +23,11 @@ from thinwire.engines.outer.outer_step import fragments_of, move
 from thinwire.engines.outer.replica import Replica, averaged
 from thinwire.exchange.units import Unit
 from thinwire.methods.local_settings import Local
-from thinwire.session.rounds import OnNonfinite, Rounds
+from thinwire.session.rounds import OnNonfinite, Rounds, RoundState
 from thinwire.session.session import Session
+
+NUMBERS = ("inner", "count", "exchanged_at", "lr", "moved")
+"""The numbers of a round that are equal on all ranks."""
 
 
 @dataclass
@@ -197,6 +202,58 @@ class LocalRounds(Rounds):
         session.undo()
         if self.on_nonfinite == "raise":
             raise known_to_all(ThinwireError(f"{complaint}; the anchor is that of the round before"))
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def state(self) -> RoundState:
+        """Return the round's state; an exchange in flight is decoded first, and waits for its time."""
+        self.land()
+        [replica], units, late = self.replicas, self.session.units, self.late
+        local = {unit.name: replica.state(i) for i, unit in enumerate(units)}
+        shared = {unit.name: {"anchor": unit.own} for unit in units}
+        for name, momentum in self.momentum.items():
+            shared[name]["momentum"] = momentum
+        for i, mean in zip(self.fragments[late.fragment], late.means, strict=True) if late and late.means else ():
+            shared[units[i].name]["late"] = mean
+        waiting = None if late is None else {"fragment": late.fragment, "due": late.due, "divisor": late.divisor}
+        numbers = {key: getattr(self, key) for key in NUMBERS} | {"late": waiting}
+        return RoundState(json.dumps(numbers), local, shared, self.first[0])
+
+    @torch.no_grad()
+    def restore(self, state: RoundState | None) -> None:
+        [replica], units = self.replicas, self.session.units
+        self.flight = self.late = None
+        self.momentum.clear()
+        if state is None:  # of a run that exchanged gradients
+            self.inner, self.exchanged_at = 0, [0] * len(self.fragments)
+            for unit, param in zip(units, replica.params, strict=True):
+                unit.own.copy_(param)
+            return
+        try:
+            numbers: dict[str, Any] = json.loads(state.numbers)
+            for key in NUMBERS:
+                setattr(self, key, numbers[key])
+            waiting = numbers["late"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ThinwireError(f"the checkpoint's round can't be read: {error!r:.100}") from error
+        if len(self.exchanged_at) != len(self.fragments):
+            raise ThinwireError(
+                f"the checkpoint has {len(self.exchanged_at)} fragments, and this run {len(self.fragments)}; load it "
+                "with the same fragments="
+            )
+        self.first = [state.distance]
+        for i, unit in enumerate(units):
+            shared = state.shared[unit.name]
+            unit.own.copy_(shared["anchor"])
+            replica.restore(i, state.local[unit.name])
+            if "momentum" in shared:
+                self.momentum[unit.name] = shared["momentum"]
+        if waiting is not None:
+            chosen: list[int] = self.fragments[waiting["fragment"]]
+            found = [state.shared[units[i].name].get("late") for i in chosen]
+            means = [mean for mean in found if mean is not None]
+            self.late = Late(waiting["fragment"], waiting["due"], means, waiting["divisor"])
 
     # -- the outer step --------------------------------------------------------------------------------------------
 
