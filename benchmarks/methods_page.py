@@ -24,6 +24,8 @@ ARGUMENTS = {
     "density": 0.01,
     "rank": 4,
     "bits_per_parameter": 0.1,
+    "exchange": methods.dense(),
+    "every": 50,
 }
 """For recipes that have no default."""
 

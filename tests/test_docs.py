@@ -24,7 +24,7 @@ PARTS = [
     "methods.theory.logistic_smoothness",
 ]  # fmt: skip
 INTEGRATIONS = ["accelerate", "lightning", "per_rank_files", "torchft", "trainer", "versions"]
-ALONE = ["choose-a-method", "how-it-works", "write-a-compressor"]
+ALONE = ["choose-a-method", "how-it-works", "local-updates", "write-a-compressor"]
 """Guides whose code runs in one process."""
 TOGETHER = ["quick-start", "checkpoints", "from-pytorch-hooks", "troubleshooting"]
 """Guides whose code runs in two, which have a process group already."""

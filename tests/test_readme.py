@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import thinwire
@@ -62,9 +63,12 @@ def test_examples_in_docstrings(monkeypatch):
     assert tried >= 8
 
 
-def test_the_example_under_torchrun():
+@pytest.mark.parametrize(
+    ("name", "options"), [("train_ddp.py", ["--hidden", "32"]), ("train_diloco.py", ["--every", "5", "--width", "32"])]
+)
+def test_the_examples_under_torchrun(name, options):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += [str(ROOT / "examples" / "train_ddp.py"), "--steps", "12", "--hidden", "32"]
+    command += [str(ROOT / "examples" / name), "--steps", "12", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ from thinwire.methods import (
     cast,
     dense,
     dgc,
+    diloco,
     econtrol,
     ef21,
     lean,
@@ -24,7 +25,9 @@ from thinwire.methods import (
     qsgd,
     scalecom,
     signsgd,
+    sparse_loco,
     topk,
+    updates,
     zeroone_adam,
 )
 from thinwire.methods.method import Method, Rule
@@ -46,6 +49,7 @@ __all__ = [
     "compressors",
     "dense",
     "dgc",
+    "diloco",
     "econtrol",
     "ef21",
     "lean",
@@ -61,7 +65,9 @@ __all__ = [
     "scalecom",
     "signsgd",
     "simulate",
+    "sparse_loco",
     "topk",
+    "updates",
     "zeroone_adam",
 ]
 

@@ -173,7 +173,7 @@ def sparse_loco(
         values: the code of the values, see ``thinwire.compressors.TopK``.
         decay: factor on the residual in each round.
 
-    **Wire**: about 9.5 bits per sent element, 0.0050 bits per parameter and step by default.
+    **Wire**: about 10 bits per sent element, 0.0052 bits per parameter and step by default.
 
     Source: A. Sarfi et al., "Communication Efficient LLM Pre-training with SparseLoCo", 2025, arXiv:2508.15706.
 

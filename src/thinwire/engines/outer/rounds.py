@@ -250,7 +250,7 @@ class LocalRounds(Rounds):
             if "momentum" in shared:
                 self.momentum[unit.name] = shared["momentum"]
         if waiting is not None:
-            chosen: list[int] = self.fragments[waiting["fragment"]]
+            chosen: list[int] = self.fragments[int(waiting["fragment"])]
             found = [state.shared[units[i].name].get("late") for i in chosen]
             means = [mean for mean in found if mean is not None]
             self.late = Late(waiting["fragment"], waiting["due"], means, waiting["divisor"])
