@@ -76,13 +76,17 @@ class Restored:
         return f"{self.clock()}, shared state {digest.hexdigest()[:16]}"
 
 
+def _as_it_is(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    return tensor
+
+
 def save(
     units: Sequence[Unit],
     worker: Worker,
     rows: Form,
     clock: Mapping[str, int],
     method: str,
-    shared: Form | None = None,
+    shared: Form = _as_it_is,
 ) -> dict[str, Any]:
     """Return the state of one rank. All tensors are copies, because a load in place writes into them.
 
@@ -90,7 +94,6 @@ def save(
         rows, shared: the functions of the checkpoint group that make the global tensors.
     """
     shard, shards = place(units[0].param)
-    shared = shared or _as_it_is
     own: dict[str, dict[str, State]] = {
         "local": {u.name: {key: t.clone() for key, t in _saved(u, worker.local[u.name].now).items()} for u in units},
         "shared": {unit.name: _saved_shared(unit) for unit in units},
@@ -151,10 +154,6 @@ def _like(unit: Unit, key: str, value: Tensor) -> Tensor | None:
     return unit.param if value.shape == unit.own.shape and key not in packed else None
 
 
-def _as_it_is(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    return tensor
-
-
 def plan_of(unit: Unit, local: State) -> str:
     parts = (registry.to_json(unit.method_compressor), registry.to_json(unit.memory))
     shape, keys = list(shape_of(unit.param)), sorted(local)
@@ -182,7 +181,8 @@ def restore(
     if (version := read_integer(state, "version", 1)) > VERSION:
         raise ThinwireError(f"the checkpoint has version {version}; this thinwire reads version 1 to {VERSION}")
     clock = read_integer(state, "step", 0), read_integer(state, "installed_at", 0)
-    if saved_world != world and on_world_change == "error":
+    same_world = saved_world == world
+    if not same_world and on_world_change == "error":
         raise ThinwireError(
             f"the checkpoint was saved by {saved_world} workers, and {world} load it; choose on_world_change='fold' to "
             "give each of them the mean of what was pending, or 'reset' to drop it"
@@ -191,14 +191,12 @@ def restore(
         raise ThinwireError(
             f"the checkpoint's method is from step {clock[1]}, after its step {clock[0]}; it is damaged"
         )
-    if saved_world == world:
-        whose = _rows(state.get("rank"), "rank", (), rank, world)
-        saver = float(whose)
-        if saver != rank:
-            raise ThinwireError(
-                f"this is the state of rank {saver:g}, and rank {rank} loads it; every rank has its own"
-            )
-    _check_shard(state, units)
+    if same_world and (saver := float(_rows(state.get("rank"), "rank", (), rank, world))) != rank:
+        raise ThinwireError(f"this is the state of rank {saver:g}, and rank {rank} loads it; every rank has its own")
+    if "shard" in state:
+        saved, (shard, shards) = read_tensor(state["shard"], "shard"), place(units[0].param)
+        if saved.numel() == 1 and shards > 1 and float(saved) != shard:
+            raise ThinwireError(f"this is the state of shard {float(saved):g}, and shard {shard} loads it")
     plan, local, shared = (read_mapping(state, key) for key in ("plan", "local", "shared"))
     for other in states:
         check_plan(read_mapping(other, "plan"), units)
@@ -207,16 +205,14 @@ def restore(
             raise ThinwireError(
                 f"the states are not of one checkpoint: one is of step {clock[0]}, another of {theirs[2]}"
             )
-    if saved_world != world:
+    if not same_world:
         _check_ranks(states, saved_world)
-    notes: list[str] = []
-    new_local: dict[str, State] = {}
-    new_shared: dict[str, State] = {}
+    notes, new_local, new_shared = list[str](), dict[str, State](), dict[str, State]()
     for unit in units:
         saved = read_mapping(local, unit.name)
         was = _memory(plan[unit.name], saved, unit)
         pending = named(was, Role.PENDING)
-        if saved_world == world:
+        if same_world:
             mine = {key: _row(value, unit, key, rank, saved_world) for key, value in saved.items()}
         else:
             mine = {key: _mean_row(states, unit, key, saved_world) for key in saved}
@@ -247,17 +243,15 @@ def restore(
     if version == 1 and "checks" not in state:
         notes.append("the checkpoint is from before there were checksums, so its bytes were not checked")
     else:
-        for other in states if saved_world != world else [state]:
-            notes += checksums.check(other, rank if saved_world == world else None)
+        for other in [state] if same_world else states:
+            notes += checksums.check(other, rank if same_world else None)
     return Restored(*clock, new_local, new_shared, notes)
 
 
 def _fit(saved: State, fresh: State, gain: float | None, unit: Unit, notes: list[str], was: Memory) -> State:
-    """Return the slots that the memory has; a pending residual without one is sent with the next step.
+    """Return the memory's slots, filled with those that the memory ``was`` has saved, see ``slot_for``.
 
-    Args:
-        gain: what a residual is scaled by; None for the shared state.
-        was: the memory that the state was saved by.
+    ``gain`` scales a pending residual; None for the shared state, which has none.
     """
     fitted = dict(fresh)
     for key, value in saved.items():
@@ -324,13 +318,6 @@ def _rows(value: Any, what: str, shape: tuple[int, ...], rank: int, world: int) 
     if tensor.ndim == 0 or tensor.shape[0] not in (1, world) or tuple(tensor.shape[1:]) != shape:
         raise ThinwireError(f"{what} in the checkpoint is of shape {tuple(tensor.shape)}, not of {(world, *shape)}")
     return tensor[rank if tensor.shape[0] == world else 0]
-
-
-def _check_shard(state: Mapping[str, Any], units: Sequence[Unit]) -> None:
-    shard, shards = place(units[0].param)
-    saved = read_tensor(state["shard"], "shard") if "shard" in state else None
-    if saved is not None and saved.numel() == 1 and shards > 1 and float(saved) != shard:
-        raise ThinwireError(f"this is the state of shard {float(saved):g}, and shard {shard} loads it")
 
 
 def _check_ranks(states: Sequence[Mapping[str, Any]], world: int) -> None:
