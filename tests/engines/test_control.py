@@ -21,6 +21,7 @@ from thinwire.comm.control import Together
 from thinwire.comm.hierarchical import Nodes
 from thinwire.comm.texts import is_known
 from thinwire.engines.bare import Plain
+from thinwire.session.optimizer_link import OptimizerLink
 from thinwire.session.session import Session
 
 
@@ -163,7 +164,7 @@ def _raising(rank, engine):
     assert now == settings, "an attach that fails leaves the optimizer as it was"
     with pytest.MonkeyPatch.context() as patch:
         if rank:
-            patch.setattr(Session, "_prepare", raises(KeyboardInterrupt()))
+            patch.setattr(OptimizerLink, "prepare", raises(KeyboardInterrupt()))
         told(attach, KeyboardInterrupt, "failed on rank 1: KeyboardInterrupt")
     wire = attach()
     with pytest.MonkeyPatch.context() as patch:
