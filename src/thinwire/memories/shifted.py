@@ -18,6 +18,7 @@ from thinwire.core.interfaces import Compressor, Memory, Role, Slot, State
 from thinwire.core.memory_capabilities import Infers
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, float_at_least_32
+from thinwire.memories.error_feedback import ResidualMemory
 
 
 @register("ef21")
@@ -129,7 +130,7 @@ class EF21(Memory, Infers):
 
 @register("econtrol")
 @dataclass(frozen=True)
-class EControl(Memory):
+class EControl(ResidualMemory):
     """The memory of EControl, which is EF21 plus a residual that is added back with the weight ``eta``.
 
     ``x_i = eta e_i + g_i - h_i``,  ``h_i = h_i + C(x_i)``,  ``e_i = e_i + g_i - h_i`` with the new ``h_i``; the
@@ -163,9 +164,6 @@ class EControl(Memory):
     def __post_init__(self) -> None:
         check_fields(self, eta=real(0.0, 1.0, hint=", and about the density to be stable"))
 
-    def dtype(self, grad: torch.dtype) -> torch.dtype:
-        return float_at_least_32(grad)
-
     @property
     def slots(self) -> Mapping[str, Slot]:
         return {"residual": Slot(Role.PENDING), "estimate": Slot(Role.ESTIMATE, "both")}
@@ -181,7 +179,7 @@ class EControl(Memory):
 
     def sent(self, decoded: Decompressed, new: State, sign: float = -1.0) -> None:
         decoded.add_to(new["estimate"], alpha=-sign)
-        decoded.add_to(new["residual"], alpha=sign)
+        super().sent(decoded, new, sign)
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
         return mean.copy_(torch.add(old["estimate"], mean, out=new["estimate"]))

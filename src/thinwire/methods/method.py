@@ -14,7 +14,7 @@ from thinwire.core.capabilities import LeaderSelected, WarmStarted, declines, ti
 from thinwire.core.checks import check_fields, of_type, one_of, optional, real, shown, whole
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Memory, feeds_back
-from thinwire.core.memory_capabilities import OwnsMomentum, makes_up_for
+from thinwire.core.memory_capabilities import OwnsMomentum, traits_of
 from thinwire.methods.warmup import Warmup
 
 RESERVED = "pending_residual"
@@ -46,7 +46,8 @@ class Rule:
             min_numel=whole(0),
         )
         kind, traits = title(self.compressor), self.compressor.traits
-        if traits.needs_feedback and not makes_up_for(self.memory, self.compressor):
+        kept = feeds_back(self.memory) or (traits.votes and traits_of(self.memory).takes_votes)
+        if traits.needs_feedback and not kept:
             raise ThinwireError(
                 f"{kind} is biased, and {type(self.memory).__name__} forgets what it does not send: training need not "
                 "converge; use a memory like ErrorFeedback(), or an unbiased compressor such as RandK or QSGD"

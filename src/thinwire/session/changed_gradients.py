@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from thinwire.core.memory_capabilities import gives
+from thinwire.core.memory_capabilities import traits_of
 from thinwire.core.sharding import own
 from thinwire.core.tensors import float_at_least_32
 from thinwire.exchange.units import Unit
@@ -88,7 +88,7 @@ class Touched:
 
 def owns(method: Method) -> bool:
     """Return True if the method gives the optimizer something other than a plain gradient."""
-    return method.absorbs or any(gives(rule.memory) != "gradient" for rule in method.rules)
+    return method.absorbs or any(traits_of(rule.memory).gives != "gradient" for rule in method.rules)
 
 
 def _recipe(method: Method) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 from thinwire.core.absorbed import Absorbed
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Role, named
-from thinwire.core.memory_capabilities import gives
+from thinwire.core.memory_capabilities import traits_of
 from thinwire.core.sharding import own, wrapped
 from thinwire.exchange.units import Unit
 from thinwire.exchange.workers import Worker
@@ -41,11 +41,11 @@ class OptimizerLink:
                 "exchanged, alone"
             )
         for rule in method.rules:
-            if self.optimizer is not None and gives(rule.memory) != wanted:
+            given = traits_of(rule.memory).gives
+            if self.optimizer is not None and given != wanted:
                 way_out = f"attach {self.owner.recipe}" if self.owner else "use the one that its recipe names"
                 raise ThinwireError(
-                    f"{method.name} hands the optimizer its {gives(rule.memory)}, and {kind} steps with its {wanted}; "
-                    f"{way_out}"
+                    f"{method.name} hands the optimizer its {given}, and {kind} steps with its {wanted}; {way_out}"
                 )
         self.settings = self.owner.settings() if self.owner else {}
         return {name: self.settings[id(param)] for name, param in named if id(param) in self.settings}
@@ -62,7 +62,7 @@ class OptimizerLink:
         self.owner.attached = attached
         for unit in units:
             state = self.owner.state.get(unit.param, {})
-            if gives(unit.memory) != "momentum" or not state:
+            if traits_of(unit.memory).gives != "momentum" or not state:
                 continue
             if not attached:
                 state["exp_avg"] = wrapped(unit.shared.now["momentum"].clone(), unit.param)
