@@ -31,18 +31,14 @@ def write(path: str | Path, fill: Callable[[BinaryIO], object]) -> None:
     Raises:
         ThinwireError: the file can't be written.
     """
-    path = _path(path)
-    made = _beginning(path) + secrets.token_hex(8)
-    with _failing_as(path), _folder(path) as folder:
-        _check_place(path, folder)
-        mode = _mode(path, folder)
+    with _folder(path) as (folder, made, mode):
         file = os.open(made, NEW, 0o666 if mode is None else mode, dir_fd=folder)
         try:
             with _Out(file) as out:
                 if mode is not None and mode != stat.S_IMODE(os.fstat(file).st_mode):  # the umask removed some bits
                     os.fchmod(file, mode)
                 out.fill(fill)
-            os.replace(made, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+            os.replace(made, Path(path).name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(made, dir_fd=folder)
@@ -84,11 +80,7 @@ def check_writable(path: str | Path) -> None:
     Raises:
         ThinwireError: the file can't be written.
     """
-    path = _path(path)
-    with _failing_as(path), _folder(path) as folder:
-        _check_place(path, folder)
-        _mode(path, folder)  # fails for a name that is too long, as ``write`` would
-        made = _beginning(path) + secrets.token_hex(8)
+    with _folder(path) as (folder, made, _):
         os.close(os.open(made, NEW, 0o666, dir_fd=folder))
         os.unlink(made, dir_fd=folder)
 
@@ -129,8 +121,18 @@ class _Out:
 
 
 @contextlib.contextmanager
-def _folder(path: Path) -> Generator[int]:
-    """Open the folder of ``path``, created if missing; on an error, created folders are removed."""
+def _folder(path: str | Path) -> Generator[tuple[int, str, int | None]]:
+    """Open the folder of ``path``, created if missing; on an error, created folders are removed.
+
+    Yields the folder, a new name in it, and the permissions of the file to replace.
+    """
+    try:
+        named = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        raise ThinwireError(f"can't write {os.fspath(path)!r}: no file can have this name; choose another one")
+    path = Path(path)
     made: list[Path] = []
     try:
         missing = takewhile(lambda each: not os.path.exists(each), (path.parent, *path.parent.parents))
@@ -143,58 +145,33 @@ def _folder(path: Path) -> Generator[int]:
                     raise
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            yield folder
+            yield folder, _beginning(path) + secrets.token_hex(8), _mode(path, folder)
         finally:
             os.close(folder)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # another process has put something there
             for each in reversed(made):
                 each.rmdir()
-        raise
-
-
-def _path(path: str | Path) -> Path:
-    try:
-        named = b"\0" not in os.fsencode(path)
-    except UnicodeEncodeError:
-        named = False
-    if not named:
-        raise ThinwireError(f"can't write {os.fspath(path)!r}: no file can have this name; choose another one")
-    return Path(path)
-
-
-def _mode(path: Path, folder: int) -> int | None:
-    """Return the permissions of the file to replace, None if there is none."""
-    try:
-        mode = os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode
-    except FileNotFoundError:
-        return None
-    return mode & 0o777 if stat.S_ISREG(mode) else None
-
-
-def _check_place(path: Path, folder: int) -> None:
-    """Refuse to replace a device or a pipe, directly or through a link, or a folder."""
-    if path.name in ("", ".."):
-        raise ThinwireError(f"can't write {path}: it is a folder; give the name of a file in it")
-    for follow in (False, True):
-        try:
-            mode = os.stat(path.name, dir_fd=folder, follow_symlinks=follow).st_mode
-        except OSError:  # nothing there, or a broken link
-            continue
-        if stat.S_ISDIR(mode) and not follow:
-            raise ThinwireError(f"can't write {path}: it is a folder; give the name of a file in it")
-        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
-            raise ThinwireError(
-                f"can't write {path}: it is a device or a pipe, which is not replaced; give the name of a file"
-            )
-
-
-@contextlib.contextmanager
-def _failing_as(path: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
+        if not isinstance(error, OSError):
+            raise
         raise ThinwireError(
             f"can't write {path}: {error.strerror or error}; what stood there before is as it was, and nothing is "
             "left behind. Make room or choose another place, and write it again"
         ) from error
+
+
+def _mode(path: Path, folder: int) -> int | None:
+    """Return the permissions of the file to replace, None if there is none; refuse a folder, a device or a pipe."""
+    try:
+        mode = target = os.stat(path.name or ".", dir_fd=folder, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(mode):
+        raise ThinwireError(f"can't write {path}: it is a folder; give the name of a file in it")
+    with contextlib.suppress(OSError):  # a broken link
+        target = os.stat(path.name, dir_fd=folder).st_mode
+    if not (stat.S_ISREG(target) or stat.S_ISLNK(target) or stat.S_ISDIR(target)):
+        raise ThinwireError(
+            f"can't write {path}: it is a device or a pipe, which is not replaced; give the name of a file"
+        )
+    return mode & 0o777 if stat.S_ISREG(mode) else None

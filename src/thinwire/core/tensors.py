@@ -4,12 +4,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from thinwire.core.errors import ThinwireError
+from thinwire.core.loops import Kernels
 
 
 def is_dense(x: Tensor) -> bool:
@@ -44,14 +45,6 @@ def norm(tensors: Iterable[Tensor]) -> Tensor:
         own = cast(Tensor, torch.linalg.vector_norm(x, dtype=float_at_least_32(x.dtype)))
         each.append(own.to(each[0].device) if each else own)
     return torch.stack(each).square().sum().sqrt()
-
-
-class Adds(Protocol):
-    """An object with a sparse ``add``, such as the kernels."""
-
-    def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
-        """Compute ``out[indices] += alpha * values`` in order, for ``out`` of one dimension."""
-        ...
 
 
 class Decompressed(ABC):
@@ -106,7 +99,7 @@ class Sparse(Decompressed):
     indices: Tensor  # [k]
     values: Tensor  # [k]
     density: float
-    kernels: Adds | None = None
+    kernels: Kernels | None = None
 
     def write_to(self, out: Tensor, alpha: float = 1.0) -> None:
         out.zero_()
