@@ -5,7 +5,7 @@ A method is a value. It can be written to JSON and read back, and ranks compare 
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -21,7 +21,6 @@ RESERVED = "pending_residual"
 """The key of a residual that an earlier method left, in every state."""
 TYPICAL = 2**20
 """Number of elements for which a rule is checked."""
-ROUTING = ("route", "second_stage_density_ratio")
 RouteName: TypeAlias = Literal["all_gather", "two_phase", "auto"]
 
 
@@ -141,36 +140,24 @@ class Method:
 
     def to_json(self) -> str:
         rules = [
-            {
-                "compressor": registry.to_json(rule.compressor),
-                "memory": registry.to_json(rule.memory),
-                "match": rule.match,
-                "min_ndim": rule.min_ndim,
-                "min_numel": rule.min_numel,
-            }
+            vars(rule) | {"compressor": registry.to_json(rule.compressor), "memory": registry.to_json(rule.memory)}
             for rule in self.rules
         ]
         warmup = asdict(self.warmup) if self.warmup else None
-        rest = {"clip": self.clip, "warmup": warmup} | {key: getattr(self, key) for key in ROUTING}
-        return json.dumps({"name": self.name, "rules": rules, **rest}, sort_keys=True)
+        return json.dumps(vars(self) | {"rules": rules, "warmup": warmup}, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> "Method":
         """Read a method that ``to_json`` wrote."""
         try:
             data: dict[str, Any] = json.loads(text)
+            kinds = {"compressor": registry.COMPRESSORS, "memory": registry.MEMORIES}
             rules = tuple(
-                Rule(
-                    **{
-                        **rule,
-                        "compressor": registry.from_json(rule["compressor"], registry.COMPRESSORS),
-                        "memory": registry.from_json(rule["memory"], registry.MEMORIES),
-                    }
-                )
+                Rule(**rule | {key: registry.from_json(rule[key], rows) for key, rows in kinds.items()})
                 for rule in data["rules"]
             )
             warmup = Warmup(**data["warmup"]) if data["warmup"] else None
-            routing = {key: data[key] for key in ROUTING}
-            return Method(data["name"], rules, data["clip"], warmup, **routing)
+            data |= {"rules": rules, "warmup": warmup}
+            return Method(**{field.name: data[field.name] for field in fields(Method)})
         except (KeyError, TypeError, ValueError) as error:
             raise ThinwireError(f"this is not a method in JSON: {error!r}") from error
