@@ -65,15 +65,13 @@ def as_number(name: str, value: Any, meaning: str) -> float:
 
 def _instead(text: str) -> str:
     """Return a hint for a number in quotes; empty for other texts."""
+    text = text.strip()
     try:
-        number = float(text.strip().removesuffix("%"))
+        number = float(text.removesuffix("%"))
     except ValueError:
-        return ""
-    if not math.isfinite(number):
-        return ""
-    if text.strip().endswith("%"):
-        return f"write {number / 100:g} for {text.strip()}, without quotes: "
-    return f"write {text.strip()}, without quotes: "
+        number = math.nan
+    better = f"{number / 100:g} for {text}" if text.endswith("%") else text
+    return f"write {better}, without quotes: " if math.isfinite(number) else ""
 
 
 def _kind(value: object) -> str:

@@ -19,17 +19,10 @@ NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 def write(path: str | Path, fill: Callable[[BinaryIO], object]) -> None:
     """Replace a file by a new one, atomically.
 
-    The content goes into a new file with a random name in the same folder, is synced to disk, and then replaces the old
-    file, whose permissions it gets. On any error the new file and new folders are removed and the old file stays.
+    ``fill`` writes into a new file with a random name in the same folder, which is synced to disk and then replaces the
+    old file, whose permissions it gets. On any error the new file and new folders are removed and the old file stays.
     A link at ``path`` is replaced, not followed. The folder may be a link, since the caller chose it; it is opened
     once.
-
-    Args:
-        path: the file; its folder is created if missing.
-        fill: writes the content.
-
-    Raises:
-        ThinwireError: the file can't be written.
     """
     with _folder(path) as (folder, made, mode):
         file = os.open(made, NEW, 0o666 if mode is None else mode, dir_fd=folder)
@@ -48,11 +41,7 @@ def write(path: str | Path, fill: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace a file by one with this text in UTF-8; see ``write``.
-
-    Raises:
-        ThinwireError: as ``write``, or the text can't be encoded as UTF-8.
-    """
+    """Replace a file by one with this text in UTF-8; see ``write``."""
     try:
         data = text.encode()
     except UnicodeEncodeError as error:
@@ -75,11 +64,7 @@ def _beginning(path: Path) -> str:
 
 
 def check_writable(path: str | Path) -> None:
-    """Check that ``write`` would succeed, before the content is computed.
-
-    Raises:
-        ThinwireError: the file can't be written.
-    """
+    """Check that ``write`` would succeed, before the content is computed."""
     with _folder(path) as (folder, made, _):
         os.close(os.open(made, NEW, 0o666, dir_fd=folder))
         os.unlink(made, dir_fd=folder)

@@ -5,18 +5,31 @@ memory without the capability.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar, cast
 
 from torch import Tensor
 
-from thinwire.core.absorbed import Absorbed
 from thinwire.core.interfaces import Memory, State
 from thinwire.core.loops import Accumulation
 
 M = TypeVar("M", bound=Memory)
+
+
+@dataclass(frozen=True)
+class Absorbed:
+    """SGD settings of one parameter that a memory applies instead of the optimizer."""
+
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    @property
+    def kind(self) -> tuple[bool, bool, bool]:
+        """The settings that are on; a memory's state tensors depend on that, not on the values."""
+        return bool(self.momentum), self.nesterov, bool(self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,8 @@ class MemoryTraits:
     """The name of what the optimizer gets as ``grad``; the optimizer must take that."""
     uncompressed: Memory | None = None
     """The memory for parameters that are sent dense; None for one that forgets."""
+    begins_as: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Local slots that begin as a copy of another one, where an earlier memory left that one alone."""
     rests: Set[str] = frozenset()
     """The slots that no step changes."""
     takes_votes: bool = False
@@ -84,14 +99,6 @@ class OwnsMomentum(FollowsOptimizer):
         """Go on from states of the same memory with other settings; what ``shared`` loses goes into ``local``."""
 
 
-class Infers(ABC):
-    """A memory that can make a slot of its own from the slots of another memory."""
-
-    @abstractmethod
-    def inferred(self, known: State) -> State:
-        """Return further slots of a local state that follow from ``known``, which another memory left."""
-
-
 def traits_of(memory: Memory) -> MemoryTraits:
     return memory.traits if isinstance(memory, HasTraits) else PLAIN
 
@@ -119,4 +126,5 @@ def give_buffer(memory: Memory, local: State, shared: State) -> tuple[Tensor | N
 
 def inferred(memory: Memory, known: State) -> State:
     """Return further slots of a local state that follow from those that another memory left."""
-    return memory.inferred(known) if isinstance(memory, Infers) else {}
+    pairs = traits_of(memory).begins_as.items()
+    return {key: known[other].clone() for key, other in pairs if key not in known and other in known}

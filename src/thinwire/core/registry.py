@@ -117,11 +117,7 @@ def to_json(part: Compressor | Memory) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any], rows: Mapping[str, Any]) -> Any:
-    """The compressor or memory that ``to_json`` wrote; ``rows`` is ``COMPRESSORS`` or ``MEMORIES``.
-
-    Raises:
-        ThinwireError: the name is not registered here, or the class has no such hyper-parameters.
-    """
+    """The compressor or memory that ``to_json`` wrote; ``rows`` is ``COMPRESSORS`` or ``MEMORIES``."""
     own = dict(data)
     kind, place = own.pop("kind", None), own.pop("class", None)  # no field can be called class
     if kind not in rows:

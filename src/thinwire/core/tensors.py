@@ -127,15 +127,11 @@ class Sparse(Decompressed):
 
 def shortened(x: Tensor, dtype: torch.dtype, limit: float) -> Tensor:
     """Convert ``x`` to ``dtype``: finite values saturate at ``limit``, nonfinite ones become NaN."""
-    bound = _at_most(limit, x.dtype)
-    return torch.where(x.isfinite(), x.clamp(-bound, bound), torch.nan).to(dtype)
-
-
-def _at_most(limit: float, dtype: torch.dtype) -> float:
-    """Return ``limit``, lowered if ``dtype`` would round it up: bfloat16 rounds float16's largest, 65504, to 65536."""
-    eps = torch.finfo(dtype).eps
+    eps = torch.finfo(x.dtype).eps
     step = eps * 2.0 ** (math.frexp(limit)[1] - 1)
-    return limit if round(limit / step) * step <= limit else limit * (1.0 - eps)
+    if round(limit / step) * step > limit:  # bfloat16 would round float16's largest, 65504, to 65536
+        limit *= 1.0 - eps
+    return torch.where(x.isfinite(), x.clamp(-limit, limit), torch.nan).to(dtype)
 
 
 def float_at_least_32(dtype: torch.dtype) -> torch.dtype:

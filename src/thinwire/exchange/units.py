@@ -14,7 +14,6 @@ from torch import Tensor
 from thinwire.comm.link import wire_bytes
 from thinwire.compressors.cast import Cast
 from thinwire.core import registry
-from thinwire.core.absorbed import Absorbed
 from thinwire.core.capabilities import scaled_density, with_density
 from thinwire.core.context import NOWHERE, Context
 from thinwire.core.errors import ThinwireError
@@ -28,7 +27,7 @@ from thinwire.core.interfaces import (
     replicated,
     shared_state,
 )
-from thinwire.core.memory_capabilities import OwnsMomentum, absorb, absorbed, traits_of
+from thinwire.core.memory_capabilities import Absorbed, OwnsMomentum, absorb, absorbed, traits_of
 from thinwire.core.sharding import own
 from thinwire.core.supported import check_complex, check_parameter
 from thinwire.core.tensors import shortened

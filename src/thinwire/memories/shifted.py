@@ -7,6 +7,7 @@ are called ``estimate``). The compressor gets the difference between the gradien
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from thinwire.core.checks import check_fields, of_type, optional, real
 from thinwire.core.context import NOWHERE, NUMBER, Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Memory, Role, Slot, State
-from thinwire.core.memory_capabilities import Infers
+from thinwire.core.memory_capabilities import HasTraits, MemoryTraits
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, float_at_least_32
 from thinwire.memories.error_feedback import ResidualMemory
@@ -23,7 +24,7 @@ from thinwire.memories.error_feedback import ResidualMemory
 
 @register("ef21")
 @dataclass(frozen=True)
-class EF21(Memory, Infers):
+class EF21(Memory, HasTraits):
     """The memory of EF21, which sends the difference between the gradient and an estimate and steps with the estimate.
 
     ``v_i = (1 - eta) v_i + eta g_i``,  ``h_i = h_i + C(v_i - h_i)``,  the optimizer gets ``h = mean h_i``.
@@ -74,8 +75,16 @@ class EF21(Memory, Infers):
             participation=real(0.0, 1.0, above=True, hint=": it is a probability"),
             downlink=optional(of_type(Compressor, "downlink takes a compressor, e.g. TopK(0.05)")),
         )
-        if self.downlink is not None:
-            check_downlink(self.downlink)
+        if (downlink := self.downlink) is None:
+            return
+        kind = type(downlink).__name__
+        if downlink.traits.min_ndim or downlink.init(NUMBER, NOWHERE):
+            raise ThinwireError(f"{kind} needs matrices or keeps a state, which a downlink can't; use e.g. TopK(0.05)")
+        alpha = downlink.traits.contraction(2**20)
+        if alpha is not None and alpha <= 0.0:
+            raise ThinwireError(
+                f"{kind} may lose more than it is given, so a downlink would diverge; use e.g. TopK(0.05)"
+            )
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad)
@@ -89,10 +98,9 @@ class EF21(Memory, Infers):
             slots["server"] = Slot(Role.ESTIMATE, "shared")
         return slots
 
-    def inferred(self, known: State) -> State:
-        if self.eta == 1.0 or "average" in known or "estimate" not in known:
-            return {}
-        return {"average": known["estimate"].clone()}  # the estimate follows the gradients as the average would
+    @cached_property
+    def traits(self) -> MemoryTraits:  # the estimate follows the gradients as the average would
+        return MemoryTraits(begins_as={"average": "estimate"} if self.eta < 1.0 else {})
 
     def present(self, ctx: Context) -> bool:
         """Return True if this rank takes part in this step."""
@@ -183,13 +191,3 @@ class EControl(ResidualMemory):
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
         return mean.copy_(torch.add(old["estimate"], mean, out=new["estimate"]))
-
-
-def check_downlink(downlink: Compressor) -> None:
-    """Check that a downlink compresses any shape, keeps no state and is a contraction."""
-    kind = type(downlink).__name__
-    if downlink.traits.min_ndim or downlink.init(NUMBER, NOWHERE):
-        raise ThinwireError(f"{kind} needs matrices or keeps a state, which a downlink can't; use e.g. TopK(0.05)")
-    alpha = downlink.traits.contraction(2**20)
-    if alpha is not None and alpha <= 0.0:
-        raise ThinwireError(f"{kind} may lose more than it is given, so a downlink would diverge; use e.g. TopK(0.05)")

@@ -95,8 +95,7 @@ def dgc(
     Args:
         density: kept / total of each parameter, in (0, 1].
         masking, mask_below_density, decay: see ``thinwire.memories.MomentumCorrection``.
-        values: precision of the values sent, e.g. ``"float16"``, ``"int4"`` or ``"sign"``; the rounding error stays in
-            the residual. See ``thinwire.compressors.TopK``, also for ``selection``.
+        values, selection: as for ``topk``.
         state_dtype: dtype of the residual and the momentum, see ``thinwire.memories.ErrorFeedback``.
         options: the options of all recipes, see ``Options``. The paper advises a ``warmup`` over 1 to 5 % of the
             training. ``clip`` needs the norm of the whole gradient, so the exchange starts only at the end of backward.
@@ -104,8 +103,7 @@ def dgc(
     Raises:
         ThinwireError: a value is outside its range.
 
-    **Wire**: about ``density * n * 5.5`` bytes to each other rank, by all-gather. At a density of 0.1 % a sent element
-    takes 5.5 bytes, 2 with ``values="int4"`` and 1.6 with ``"sign"``.
+    **Wire**: as ``topk``.
 
     Example:
         >>> dgc(0.001, warmup=Warmup(steps=400)).absorbs

@@ -5,15 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
-from thinwire.core.absorbed import Absorbed
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Role, named
-from thinwire.core.memory_capabilities import traits_of
+from thinwire.core.memory_capabilities import Absorbed, traits_of
 from thinwire.core.sharding import own, wrapped
 from thinwire.exchange.units import Unit
 from thinwire.exchange.workers import Worker
 from thinwire.methods.method import Method
-from thinwire.optim.method_optimizer import MethodOptimizer, takes
+from thinwire.optim.method_optimizer import MethodOptimizer
 from thinwire.report.ledger import Ledger
 from thinwire.session.optimizers import Optimizers, each_of, kind_of
 
@@ -34,7 +33,7 @@ class OptimizerLink:
         Raises:
             ThinwireError: the memories give the optimizer something else than it needs, e.g. a momentum.
         """
-        wanted, kind = takes(self.optimizer), kind_of(self.optimizer)
+        wanted, kind = getattr(self.optimizer, "takes", "gradient"), kind_of(self.optimizer)
         if len(each := each_of(self.optimizer)) > 1 and any(isinstance(one, MethodOptimizer) for one in each):
             raise ThinwireError(
                 f"optimizer= is {kind}, of which one is a part of its method; it must hold all parameters that are "
