@@ -13,9 +13,8 @@ from tests.compressors import test_catalogue as battery
 from tests.engines.models import simulated
 from tests.engines.test_ddp import _conserves, trained
 from thinwire.core import NOWHERE, registry
-from thinwire.core.absorbed import Absorbed
 from thinwire.core.interfaces import feeds_back, local_state
-from thinwire.core.memory_capabilities import absorb
+from thinwire.core.memory_capabilities import Absorbed, absorb
 from thinwire.exchange.units import payload_nbytes
 from thinwire.methods.method import Method, Rule
 

@@ -14,7 +14,7 @@ from thinwire.compressors import TopK
 from thinwire.compressors.cast import Cast
 from thinwire.core import NOWHERE, Context
 from thinwire.core.interfaces import local_state, shared_state
-from thinwire.core.memory_capabilities import accumulation
+from thinwire.core.memory_capabilities import traits_of
 from thinwire.engines.simulator import SimulatedWorkers
 from thinwire.exchange.states import TwoCopies
 from thinwire.memories import EF21, EControl, ErrorFeedback, MomentumCorrection
@@ -221,7 +221,7 @@ def test_the_filter_keeps_its_share_of_what_was_not_sent(beta):
 
 def test_decay_shrinks_the_residual():
     memory, g = ErrorFeedback(decay=0.5), torch.tensor([0.0, 1.0])
-    assert accumulation(memory) is None
+    assert traits_of(memory).accumulation is None
     new = local_state(memory, g)
     assert memory.compensate(g, g, {"residual": torch.tensor([4.0, 2.0])}, new).tolist() == [2.0, 2.0]
 

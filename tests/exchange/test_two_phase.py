@@ -9,8 +9,8 @@ from thinwire.comm.link import Link
 from thinwire.comm.simulated import Local
 from thinwire.compressors.sparse import TopK
 from thinwire.core import Context
-from thinwire.core.absorbed import Absorbed
 from thinwire.core.capabilities import compress_sparse
+from thinwire.core.memory_capabilities import Absorbed
 from thinwire.core.tensors import Sparse
 from thinwire.exchange import pipeline
 from thinwire.exchange.adding import added

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from thinwire import dgc
 from thinwire.comm.simulated import Local
-from thinwire.core.absorbed import Absorbed
+from thinwire.core.memory_capabilities import Absorbed
 from thinwire.exchange import pipeline
 from thinwire.exchange.buckets import plan_bucket
 from thinwire.exchange.units import resolve, set_stage

@@ -11,7 +11,7 @@ from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Payload
 from thinwire.core.loops import Cut, Found, Kernels, Pass, Selection, smallest
-from thinwire.core.memory_capabilities import Fusable, accumulation
+from thinwire.core.memory_capabilities import traits_of
 from thinwire.core.tensors import Decompressed, flat
 from thinwire.exchange.pieces import Piece
 from thinwire.exchange.units import Unit
@@ -59,7 +59,9 @@ def select(
 
 def warm_up_kernels(units: Sequence[Unit], kernels: Kernels, clear: bool = True) -> None:
     """Compile the kernels that will run, so that no training step waits for it. ``clear``: see ``select``."""
-    kinds = {(accumulation(unit.memory), unit.own.dtype, unit.like.dtype, unit.param.device) for unit in units}
+    kinds = {
+        (traits_of(unit.memory).accumulation, unit.own.dtype, unit.like.dtype, unit.param.device) for unit in units
+    }
     for rule, grad, state, device in kinds:
         if rule is not None:
             v, new_v, u, new_u = (torch.zeros(65, dtype=state, device=device) for _ in range(4))
@@ -81,10 +83,11 @@ def warm_up_kernels(units: Sequence[Unit], kernels: Kernels, clear: bool = True)
 
 def _pass(unit: Unit, piece: Piece, grad: Tensor, worker: Worker, scale: float, clear: bool) -> Pass | None:
     """Return arguments for the fused kernel; None if the memory can't be fused now, or if strides or dtypes differ."""
-    rule, local = accumulation(unit.memory), worker.local[unit.name]
+    traits, local = traits_of(unit.memory), worker.local[unit.name]
+    rule = traits.accumulation
     if rule is None or "pending_residual" in local.now:
         return None
-    pending, momentum = cast(Fusable, unit.memory).fused_slots
+    pending, momentum = traits.fused_slots
     like = [(t.stride(), t.dtype) for t in (local.now[pending], local.next[pending])]
     if like[0] != like[1] or grad.stride() != like[0][0]:
         return None
@@ -108,7 +111,7 @@ def compress(
     local = worker.local[unit.name]
     now, new, known = (piece.of_state(state) for state in (local.now, local.next, unit.shared.now))
     if chosen is not None:
-        x = new[cast(Fusable, unit.memory).fused_slots[0]]
+        x = new[traits_of(unit.memory).fused_slots[0]]
         selector = cast(Thresholded, unit.compressor)  # since ``select`` used its sampling
         payload = selector.encode(chosen[0], unit.held(chosen[1], loss_scale), x.numel(), ctx)
         own = selector.own(payload, chosen[0], x, known, ctx)

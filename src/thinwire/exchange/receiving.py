@@ -9,7 +9,7 @@ from thinwire.core.capabilities import commit
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload
 from thinwire.core.loops import Found, Kernels
-from thinwire.core.memory_capabilities import passes_on
+from thinwire.core.memory_capabilities import traits_of
 from thinwire.core.tensors import float_at_least_32
 from thinwire.exchange.adding import added
 from thinwire.exchange.pieces import Piece
@@ -45,7 +45,7 @@ def mean_of(
     whole = sparse and mean is out and out.ndim > 0 and out.is_contiguous()
     if (
         whole
-        and passes_on(unit.memory)
+        and traits_of(unit.memory).passes_on
         and not decoder.traits.warm_started
         and "pending_residual" not in unit.shared.now
     ):

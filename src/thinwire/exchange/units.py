@@ -14,7 +14,6 @@ from torch import Tensor
 from thinwire.comm.link import wire_bytes
 from thinwire.compressors.cast import Cast
 from thinwire.core import registry
-from thinwire.core.absorbed import Absorbed
 from thinwire.core.capabilities import scaled_density, with_density
 from thinwire.core.context import NOWHERE, Context
 from thinwire.core.errors import ThinwireError
@@ -28,7 +27,7 @@ from thinwire.core.interfaces import (
     replicated,
     shared_state,
 )
-from thinwire.core.memory_capabilities import OwnsMomentum, absorb, absorbed, rests
+from thinwire.core.memory_capabilities import Absorbed, OwnsMomentum, absorb, absorbed, traits_of
 from thinwire.core.sharding import own
 from thinwire.core.supported import check_complex, check_parameter
 from thinwire.core.tensors import shortened
@@ -144,7 +143,7 @@ class Unit:
         if (absorbed(old) or Absorbed()).kind == (absorbed(memory) or Absorbed()).kind:
             return
         fresh = shared_state(memory, self._blank())
-        for key in shared_state(old, self.like).keys() - fresh.keys() - rests(memory):
+        for key in shared_state(old, self.like).keys() - fresh.keys() - traits_of(memory).rests:
             del shared[key]
         shared.update({key: value for key, value in fresh.items() if key not in shared})
         self.align(workers)
@@ -152,7 +151,7 @@ class Unit:
     def align(self, workers: Sequence["Worker"]) -> None:
         """Give the next states the keys of the present ones; see ``TwoCopies.align``."""
         for state in self.states(workers):
-            state.align(rests(self.memory))
+            state.align(traits_of(self.memory).rests)
 
     def states(self, workers: Sequence["Worker"]) -> list[TwoCopies]:
         """Return its shared state, and the local one of each worker."""

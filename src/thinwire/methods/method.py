@@ -5,7 +5,7 @@ A method is a value. It can be written to JSON and read back, and ranks compare 
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -14,14 +14,13 @@ from thinwire.core.capabilities import LeaderSelected, WarmStarted, declines, ti
 from thinwire.core.checks import check_fields, of_type, one_of, optional, real, shown, whole
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Memory, feeds_back
-from thinwire.core.memory_capabilities import OwnsMomentum, makes_up_for
+from thinwire.core.memory_capabilities import OwnsMomentum, traits_of
 from thinwire.methods.warmup import Warmup
 
 RESERVED = "pending_residual"
 """The key of a residual that an earlier method left, in every state."""
 TYPICAL = 2**20
 """Number of elements for which a rule is checked."""
-ROUTING = ("route", "second_stage_density_ratio")
 RouteName: TypeAlias = Literal["all_gather", "two_phase", "auto"]
 
 
@@ -46,7 +45,8 @@ class Rule:
             min_numel=whole(0),
         )
         kind, traits = title(self.compressor), self.compressor.traits
-        if traits.needs_feedback and not makes_up_for(self.memory, self.compressor):
+        kept = feeds_back(self.memory) or (traits.votes and traits_of(self.memory).takes_votes)
+        if traits.needs_feedback and not kept:
             raise ThinwireError(
                 f"{kind} is biased, and {type(self.memory).__name__} forgets what it does not send: training need not "
                 "converge; use a memory like ErrorFeedback(), or an unbiased compressor such as RandK or QSGD"
@@ -140,36 +140,24 @@ class Method:
 
     def to_json(self) -> str:
         rules = [
-            {
-                "compressor": registry.to_json(rule.compressor),
-                "memory": registry.to_json(rule.memory),
-                "match": rule.match,
-                "min_ndim": rule.min_ndim,
-                "min_numel": rule.min_numel,
-            }
+            vars(rule) | {"compressor": registry.to_json(rule.compressor), "memory": registry.to_json(rule.memory)}
             for rule in self.rules
         ]
         warmup = asdict(self.warmup) if self.warmup else None
-        rest = {"clip": self.clip, "warmup": warmup} | {key: getattr(self, key) for key in ROUTING}
-        return json.dumps({"name": self.name, "rules": rules, **rest}, sort_keys=True)
+        return json.dumps(vars(self) | {"rules": rules, "warmup": warmup}, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> "Method":
         """Read a method that ``to_json`` wrote."""
         try:
             data: dict[str, Any] = json.loads(text)
+            kinds = {"compressor": registry.COMPRESSORS, "memory": registry.MEMORIES}
             rules = tuple(
-                Rule(
-                    **{
-                        **rule,
-                        "compressor": registry.from_json(rule["compressor"], registry.COMPRESSORS),
-                        "memory": registry.from_json(rule["memory"], registry.MEMORIES),
-                    }
-                )
+                Rule(**rule | {key: registry.from_json(rule[key], rows) for key, rows in kinds.items()})
                 for rule in data["rules"]
             )
             warmup = Warmup(**data["warmup"]) if data["warmup"] else None
-            routing = {key: data[key] for key in ROUTING}
-            return Method(data["name"], rules, data["clip"], warmup, **routing)
+            data |= {"rules": rules, "warmup": warmup}
+            return Method(**{field.name: data[field.name] for field in fields(Method)})
         except (KeyError, TypeError, ValueError) as error:
             raise ThinwireError(f"this is not a method in JSON: {error!r}") from error

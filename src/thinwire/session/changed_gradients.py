@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from thinwire.core.memory_capabilities import gives
+from thinwire.core.memory_capabilities import traits_of
 from thinwire.core.sharding import own
 from thinwire.core.tensors import float_at_least_32
 from thinwire.exchange.units import Unit
@@ -45,7 +45,9 @@ class Touched:
     def exchanged(self, units: Sequence[Unit], method: Method) -> None:
         """Record the norms of a checked step, at the end of the backward pass, when its gradients are complete."""
         self.before = {}
-        if self.warned or not (method.absorbs or any(gives(rule.memory) != "gradient" for rule in method.rules)):
+        if self.warned or not (
+            method.absorbs or any(traits_of(rule.memory).gives != "gradient" for rule in method.rules)
+        ):
             return  # the optimizer gets plain gradients
         self.exchanges += 1
         n = self.exchanges

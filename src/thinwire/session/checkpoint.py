@@ -31,7 +31,7 @@ from thinwire.core import registry
 from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Memory, Role, State, named, replicated
-from thinwire.core.memory_capabilities import inferred, residual_gain
+from thinwire.core.memory_capabilities import inferred, traits_of
 from thinwire.core.sharding import cut, place, shape_of, shard_dim
 from thinwire.core.tensors import flat, float_at_least_32, norm
 from thinwire.exchange.units import Unit
@@ -221,7 +221,7 @@ def restore(
                     size = float(norm(held))
                     notes.append(f"{unit.name}: a mean pending update of norm {size:.3g} was dropped")
                 mine = {key: value for key, value in mine.items() if key not in pending | {"pending_residual"}}
-        gain = residual_gain(was) / residual_gain(unit.memory)
+        gain = traits_of(was).residual_gain / traits_of(unit.memory).residual_gain
         fresh, begun = unit.fresh_local().now, unit.fresh_shared().now
         packed, largest = unit.init_packed(), _largest(unit)
         both = {

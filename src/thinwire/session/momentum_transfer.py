@@ -17,10 +17,9 @@ from torch import Tensor
 
 from thinwire.comm.collectives import Collective
 from thinwire.core import registry
-from thinwire.core.absorbed import Absorbed
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Memory, feeds_back
-from thinwire.core.memory_capabilities import OwnsMomentum, absorb, absorbed, give_buffer, take_buffer
+from thinwire.core.memory_capabilities import Absorbed, OwnsMomentum, absorb, absorbed, give_buffer, take_buffer
 from thinwire.core.sharding import own, wrapped
 from thinwire.exchange.units import Unit
 from thinwire.exchange.workers import Worker

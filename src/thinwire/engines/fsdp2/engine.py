@@ -30,7 +30,7 @@ from thinwire.comm.process_group import ProcessGroup
 from thinwire.comm.simulated import Local
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
-from thinwire.core.memory_capabilities import OwnsMomentum, passes_on
+from thinwire.core.memory_capabilities import OwnsMomentum, traits_of
 from thinwire.core.sharding import own, shard_dim
 from thinwire.engines.fsdp2.all_gather_hook import Gather
 from thinwire.engines.fsdp2.fsdp2_options import Fsdp2Options
@@ -139,7 +139,7 @@ class Fsdp2:
                 f"reduce_scatter with {type(rule.memory).__name__}: an optimizer's momentum can't move into what every "
                 "rank remembers of the whole gradient; use NoMemory(), or ErrorFeedback()"
             )
-        if not passes_on(rule.memory):
+        if not traits_of(rule.memory).passes_on:
             raise ThinwireError(
                 f"reduce_scatter with {type(rule.memory).__name__}, which does something with the mean; here each rank "
                 "gets a sum of its own: use NoMemory(), or ErrorFeedback()"
