@@ -103,7 +103,8 @@ def dgc(
     Raises:
         ThinwireError: a value is outside its range.
 
-    **Wire**: as ``topk``.
+    **Wire**: about ``density * n * 5.5`` bytes to each other rank, by all-gather. At a density of 0.1 % a sent element
+    takes 5.5 bytes, 2 with ``values="int4"`` and 1.6 with ``"sign"``.
 
     Example:
         >>> dgc(0.001, warmup=Warmup(steps=400)).absorbs
