@@ -1,25 +1,17 @@
 """CLT-k: in each step one worker, the leader, selects by Top-k for all workers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
-from torch import Tensor
-
-from thinwire.compressors.sampling import Sampling
-from thinwire.compressors.sparse import TopK
-from thinwire.core.capabilities import Adjustable, LeaderSelected, Thresholded
+from thinwire.compressors.sparse import Largest
 from thinwire.core.checks import check_fields, share
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
+from thinwire.core.interfaces import Traits
 from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, flat
-from thinwire.kernels.reference import REFERENCE
 
 
 @register("cltk")
 @dataclass(frozen=True)
-class CLTK(Compressor, Adjustable, Thresholded, LeaderSelected):
+class CLTK(Largest):
     """Cyclic local Top-k: all workers send the elements that are largest at the leader, worker ``step mod N``.
 
     With ``I`` the k largest ``|x_leader|``, ``C(x_i)_j = x_i_j`` for j in ``I``, 0 elsewhere. So the sum has k
@@ -51,35 +43,5 @@ class CLTK(Compressor, Adjustable, Thresholded, LeaderSelected):
         check_fields(self, density=share("0.01"))
 
     @cached_property
-    def _own(self) -> TopK:
-        return TopK(self.density)
-
-    def with_density(self, density: float) -> "CLTK":
-        return replace(self, density=max(density, self.density))
-
-    def scaled_density(self, factor: float) -> "CLTK":
-        return replace(self, density=min(1.0, factor * self.density))
-
-    @cached_property
     def traits(self) -> Traits:
-        return Traits(leader_selected=True, needs_feedback=self.density < 1.0, keeps_values=True)
-
-    def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
-        return self._own.compress(x, state, ctx)
-
-    def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
-        return self._own.encode(chosen, values, n, ctx)
-
-    def own(self, payload: Payload, chosen: Tensor, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        return self.decompress(payload, like, state, ctx)
-
-    def sampling(self, shape: Sequence[int], ctx: Context) -> Sampling | None:
-        return self._own.sampling(shape, ctx)
-
-    def follow(self, x: Tensor, choice: Payload, state: State, ctx: Context) -> Payload:
-        n = x.numel()
-        indices = (ctx.kernels or REFERENCE).decode_indices(choice[0], self._own.k(n), n)
-        return flat(x)[indices], *choice
-
-    def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        return self._own.decompress(payload, like, state, ctx)
+        return Traits(leader_selected=True, needs_feedback=self.density < 1.0, keeps_values=True, selects=True)

@@ -1,7 +1,7 @@
 """Rand-k: send the elements at random positions, which every receiver draws from the same seed."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
 
@@ -74,12 +74,6 @@ class RandK(Compressor, Adjustable):
 
     def __post_init__(self) -> None:
         check_fields(self, density=share("0.01"), shared=flag, scaled=flag)
-
-    def with_density(self, density: float) -> "RandK":
-        return replace(self, density=max(density, self.density))
-
-    def scaled_density(self, factor: float) -> "RandK":
-        return replace(self, density=min(1.0, factor * self.density))
 
     @cached_property
     def traits(self) -> Traits:

@@ -2,21 +2,17 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from thinwire.compressors.sparse import VALUES, TopK
+from thinwire.compressors.sparsifier import VALUES, Sparsifier
 from thinwire.compressors.threshold import bounded
-from thinwire.core.capabilities import Adjustable, TakesSparse
 from thinwire.core.checks import check_fields, one_of, optional, share, whole
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Sparse, flat
 
 FIRST = 0.25
 """Share of the elements that pass the first of several stages."""
@@ -82,7 +78,7 @@ def peeled(head: Tensor, floor: float, q: float, stages: int, fit: Callable[[Ten
 
 @register("sidco")
 @dataclass(frozen=True)
-class SIDCo(Compressor, Adjustable, TakesSparse):
+class SIDCo(Sparsifier):
     """About the ``k = ceil(density * n)`` largest magnitudes, by a threshold that is fitted to them, in O(n).
 
     Exponential: ``tau = -mean ln p``. For small p the fit is repeated on the tail: a first stage at 1/4, then
@@ -120,28 +116,6 @@ class SIDCo(Compressor, Adjustable, TakesSparse):
         stages = optional(whole(1, hint=", or None to adapt it"))
         check_fields(self, density=share("0.01"), stages=stages, fit=one_of(*FITS), values=VALUES)
 
-    def decoder(self) -> TopK:
-        """Return the compressor that encodes and decodes a selection."""
-        return TopK(self.density, self.values)
-
-    def with_density(self, density: float) -> "SIDCo":
-        return replace(self, density=max(density, self.density))
-
-    def scaled_density(self, factor: float) -> "SIDCo":
-        return replace(self, density=min(1.0, factor * self.density))
-
-    @cached_property
-    def traits(self) -> Traits:
-        return Traits(
-            splittable=True,
-            needs_feedback=self.density < 1.0,
-            keeps_values=self.decoder().traits.keeps_values,
-            contraction=self._contraction,
-        )
-
-    def _contraction(self, n: int) -> float:
-        return 1.0 / (2 * max(n, 1))  # the largest is sent
-
     def threshold(self, magnitude: Tensor, p: float) -> float:
         """Return the threshold that about a share ``p`` of ``magnitude`` reaches."""
         if p >= 1.0:
@@ -166,22 +140,8 @@ class SIDCo(Compressor, Adjustable, TakesSparse):
                 break
         return best
 
-    def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
-        if x.is_meta:
-            return self.decoder().compress(x, state, ctx)
-        chosen = self._chosen(flat(x).abs(), x.numel())
-        return self.decoder().encode(chosen, flat(x)[chosen], x.numel(), ctx)
-
-    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        chosen = self._chosen(x.values.abs(), like.numel())
-        return self.decoder().encode(x.indices[chosen], x.values[chosen].to(like.dtype), like.numel(), ctx)
-
-    def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        return self.decoder().decompress(payload, like, state, ctx)
-
-    def _chosen(self, magnitude: Tensor, n: int) -> Tensor:
-        """Return the ascending indices of the magnitudes ``[m]`` to send, for a tensor of n elements."""
-        k, m = self.decoder().k(n), magnitude.numel()
+    def select(self, x: Tensor, k: int, ctx: Context) -> Tensor:
+        magnitude, m = x.abs(), x.numel()
         if m == 0:
             return magnitude.new_empty(0, dtype=torch.int64)
         tau = self.threshold(magnitude, min(1.0, k / m)) if magnitude.isfinite().all() else 0.0  # NaN goes first

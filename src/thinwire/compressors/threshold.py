@@ -2,17 +2,16 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from thinwire.compressors.sparse import VALUES, TopK
-from thinwire.core.capabilities import Adjustable, TakesSparse
+from thinwire.compressors.sparsifier import VALUES, Sparsifier
 from thinwire.core.checks import check_fields, real, share
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
+from thinwire.core.interfaces import Traits
 from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Sparse, flat
 from thinwire.kernels.reference import REFERENCE, at_least
 
 
@@ -26,7 +25,7 @@ def bounded(magnitude: Tensor, threshold: float, k: int) -> Tensor:
 
 @register("threshold")
 @dataclass(frozen=True)
-class Threshold(Compressor, Adjustable, TakesSparse):
+class Threshold(Sparsifier):
     """Sends the elements whose magnitude is not below a threshold: at least one, and at most a capacity.
 
     ``decompress(compress(x))_j = x_j`` where ``|x_j| >= threshold``, 0 elsewhere; so
@@ -60,42 +59,15 @@ class Threshold(Compressor, Adjustable, TakesSparse):
     capacity: float
     values: str | None = None
 
+    adjusts: ClassVar[str] = "capacity"
+
     def __post_init__(self) -> None:
         threshold = real(0.0, above=True, hint="; TopK(density) needs none")
         check_fields(self, threshold=threshold, capacity=share("0.01", "the most kept/total"), values=VALUES)
 
-    def decoder(self) -> TopK:
-        """Return the compressor that encodes and decodes a selection."""
-        return TopK(self.capacity, self.values)
-
-    def with_density(self, density: float) -> "Threshold":
-        return replace(self, capacity=max(density, self.capacity))
-
-    def scaled_density(self, factor: float) -> "Threshold":
-        return replace(self, capacity=min(1.0, factor * self.capacity))
-
     @cached_property
     def traits(self) -> Traits:
-        return Traits(
-            splittable=True,
-            needs_feedback=True,
-            keeps_values=self.decoder().traits.keeps_values,
-            contraction=self._contraction,
-        )
+        return replace(super().traits, needs_feedback=True)
 
-    def _contraction(self, n: int) -> float:
-        return 1.0 / (2 * max(n, 1))  # the largest is sent
-
-    def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
-        if x.is_meta:
-            return self.decoder().compress(x, state, ctx)
-        flattened = flat(x)
-        chosen = bounded(flattened.abs(), self.threshold, self.decoder().k(x.numel()))
-        return self.decoder().encode(chosen, flattened[chosen], x.numel(), ctx)
-
-    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        chosen = bounded(x.values.abs(), self.threshold, self.decoder().k(like.numel()))
-        return self.decoder().encode(x.indices[chosen], x.values[chosen].to(like.dtype), like.numel(), ctx)
-
-    def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        return self.decoder().decompress(payload, like, state, ctx)
+    def select(self, x: Tensor, k: int, ctx: Context) -> Tensor:
+        return bounded(x.abs(), self.threshold, k)
