@@ -19,7 +19,7 @@ from thinwire.comm.link import Link
 from thinwire.comm.link_speed import measure
 from thinwire.comm.texts import heard
 from thinwire.core.ambient import undisturbed
-from thinwire.core.capabilities import declines
+from thinwire.core.capabilities import declines, led
 from thinwire.core.capabilities import losses as losses_of
 from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
@@ -237,7 +237,7 @@ class LGreCo:
         sent, messages = bytes_alone(option, unit.like, world, base.route, base.second_stage_density_ratio), world - 1
         if (
             option.traits.summable
-            or option.traits.leader_selected
+            or led(option, base.route)
             or (base.route != "all_gather" and option.traits.splittable)
         ):
             messages *= 2
