@@ -21,10 +21,7 @@ class Times(Decompressed):
 
     other: Decompressed
     factor: float
-
-    @property
-    def density(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.other.density
+    density: float
 
     def write_to(self, out: Tensor, alpha: float = 1.0) -> None:
         self.other.write_to(out, alpha * self.factor)
@@ -95,4 +92,5 @@ class Scaled(Wrapper):
         return self.compressor.compress(x, state, ctx)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        return Times(self.compressor.decompress(payload, like, state, ctx), self._factor(like.numel()))
+        decoded = self.compressor.decompress(payload, like, state, ctx)
+        return Times(decoded, self._factor(like.numel()), decoded.density)

@@ -1,8 +1,9 @@
-"""Top-k: send the elements of largest magnitude and their indices."""
+"""Top-k: each rank sends its elements of largest magnitude; CLT-k: all send those of one rank, the leader."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, cast
 
 import torch
@@ -14,7 +15,7 @@ from thinwire.compressors.sparsifier import VALUES, Sparsifier
 from thinwire.core.capabilities import ErrorTable, Thresholded
 from thinwire.core.checks import check_fields, one_of, real, share, whole
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State
+from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.loops import Found
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, Sparse, flat
@@ -123,3 +124,41 @@ class TopK(Largest, ErrorTable):
         whole = float(magnitudes.double().square().sum())
         heads = magnitudes.topk(most).values.double().square().cpu().cumsum(0)
         return [0.0 if k == n else max(0.0, whole - float(heads[k - 1])) for k in ks]
+
+
+@register("cltk")
+@dataclass(frozen=True)
+class CLTK(Largest):
+    """Cyclic local Top-k: all workers send the elements that are largest at the leader, worker ``step mod N``.
+
+    With ``I`` the k largest ``|x_leader|``, ``C(x_i)_j = x_i_j`` for j in ``I``, 0 elsewhere. So the sum has k
+    elements; a sum of N Top-k payloads has up to N k. Elements that are large only at a follower wait until it leads.
+    A step may lose all of a follower's ``x``, so no contraction is declared.
+
+    Args:
+        density: kept / total, in (0, 1]; the leader selects as ``TopK`` does.
+
+    Raises:
+        ThinwireError: ``density`` is outside its range.
+
+    **Wire**: k indices in Elias-Fano code by a broadcast, and k values by an all-reduce:
+    ``(N-1)/N (k 12 + 2 k 32)`` bits per worker at 0.1 %, for any N.
+
+    Example:
+        >>> [t.nbytes for t in CLTK(0.01).compress(torch.empty(10_000, device="meta"), {}, NOWHERE)]
+        [400, 107]
+
+    Source: C. Chen et al., "ScaleCom: Scalable Sparsified Gradient Compression for Communication-Efficient Distributed
+    Training", 2020, arXiv:2104.11125, section 3.
+
+    Departures: selects the largest of the whole tensor; the paper's implementation selects the largest of each chunk.
+    """
+
+    density: float
+
+    def __post_init__(self) -> None:
+        check_fields(self, density=share("0.01"))
+
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(leader_selected=True, needs_feedback=self.density < 1.0, keeps_values=True, selects=True)

@@ -7,7 +7,7 @@ a compressor without the capability. A ``Wrapper`` passes on those of the compre
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
@@ -15,8 +15,6 @@ from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State
 from thinwire.core.loops import Found, Selection
 from thinwire.core.tensors import Decompressed, Sparse
-
-C = TypeVar("C", bound=Compressor)
 
 
 class WarmStarted(ABC):
@@ -47,10 +45,7 @@ class Adjustable:
         return getattr(self, self.adjusts)
 
     def with_density(self, density: float) -> Compressor:
-        """Return the same compressor at a density no lower than this.
-
-        At 1 a warm-up sends dense, whatever the compressor.
-        """
+        """Return the same compressor at a density no lower than this; at 1 a warm-up sends dense instead."""
         return replace(cast(Any, self), **{self.adjusts: max(density, self._share)})
 
     def scaled_density(self, factor: float) -> Compressor:
@@ -151,31 +146,14 @@ def moved(compressor: Compressor, old: State, fresh: State, order: Tensor) -> St
     return {key: value.clone() for key, value in fresh.items()}
 
 
-def with_density(compressor: C, density: float) -> C:
-    """The same compressor at a density no lower than this; one without a density as it is."""
-    return cast(C, compressor.with_density(density)) if isinstance(compressor, Adjustable) else compressor
+def with_density(compressor: Compressor, density: float) -> Compressor:
+    """Return the same compressor at a density no lower than this; one without a density as it is."""
+    return compressor.with_density(density) if isinstance(compressor, Adjustable) else compressor
 
 
-def scaled_density(compressor: C, factor: float) -> C:
-    """The same compressor at ``factor`` times its density, at most 1; one without a density as it is."""
-    return cast(C, compressor.scaled_density(factor)) if isinstance(compressor, Adjustable) else compressor
-
-
-def sampling(compressor: Compressor, shape: Sequence[int], ctx: Context) -> Selection | None:
-    """The selection of this step's elements, if it is by a threshold."""
-    return compressor.sampling(shape, ctx) if isinstance(compressor, Thresholded) else None
-
-
-def together(
-    compressor: Compressor,
-    payloads: Sequence[tuple[int, Payload]],
-    like: Tensor,
-    ctx: Context,
-    alpha: float,
-    most: float,
-) -> Found | None:
-    """Decode and sum the payloads of all ranks sparsely; None if only ``decompress`` can, or they are too many."""
-    return compressor.together(payloads, like, ctx, alpha, most) if isinstance(compressor, SumsSparsely) else None
+def scaled_density(compressor: Compressor, factor: float) -> Compressor:
+    """Return the same compressor at ``factor`` times its density, at most 1; one without a density as it is."""
+    return compressor.scaled_density(factor) if isinstance(compressor, Adjustable) else compressor
 
 
 def compress_sparse(compressor: Compressor, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
@@ -188,11 +166,6 @@ def compress_sparse(compressor: Compressor, x: Sparse, like: Tensor, state: Stat
 def led(compressor: Compressor, route: str) -> bool:
     """Return True if a leader selects the elements for all ranks, with a method of this route."""
     return compressor.traits.leader_selected or (route == "leader" and compressor.traits.selects)
-
-
-def losses(compressor: Compressor, x: Tensor, family: Sequence[Compressor]) -> list[float] | None:
-    """``||x - C(x)||^2`` for each C of a family; None if only trying tells."""
-    return compressor.losses(x, family) if isinstance(compressor, ErrorTable) else None
 
 
 class Wrapper(Compressor, WarmStarted, Adjustable, TakesSparse):

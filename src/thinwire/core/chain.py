@@ -8,15 +8,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from thinwire.core.capabilities import (
-    LeaderSelected,
-    SumsSparsely,
-    Thresholded,
-    Wrapper,
-    sampling,
-    title,
-    together,
-)
+from thinwire.core.capabilities import LeaderSelected, SumsSparsely, Thresholded, Wrapper, title
 from thinwire.core.checks import check_fields, of_type
 from thinwire.core.context import NOWHERE, NUMBER, Context
 from thinwire.core.errors import ThinwireError
@@ -108,7 +100,7 @@ class Chain(Wrapper, Thresholded, SumsSparsely, LeaderSelected):
         return self._code(cast(LeaderSelected, self.first).follow(x, choice, state, ctx), ctx)
 
     def sampling(self, shape: Sequence[int], ctx: Context) -> Selection | None:
-        return sampling(self.first, shape, ctx)
+        return self.first.sampling(shape, ctx) if isinstance(self.first, Thresholded) else None
 
     def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
         return self._code(cast(Thresholded, self.first).encode(chosen, values, n, ctx), ctx)
@@ -119,8 +111,10 @@ class Chain(Wrapper, Thresholded, SumsSparsely, LeaderSelected):
     def together(
         self, payloads: Sequence[tuple[int, Payload]], like: Tensor, ctx: Context, alpha: float, most: float
     ) -> Found | None:
+        if not isinstance(self.first, SumsSparsely):
+            return None
         decoded = [(rank, self._decode(one, like, replace(ctx, rank=rank))) for rank, one in payloads]
-        return together(self.first, decoded, like, ctx, alpha, most)
+        return self.first.together(decoded, like, ctx, alpha, most)
 
     def commit(self, payload: Payload, like: Tensor, old: State, new: State, ctx: Context) -> None:
         super().commit(self._decode(payload, like, ctx), like, old, new, ctx)

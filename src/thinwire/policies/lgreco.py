@@ -19,8 +19,7 @@ from thinwire.comm.link import Link
 from thinwire.comm.link_speed import measure
 from thinwire.comm.texts import heard
 from thinwire.core.ambient import undisturbed
-from thinwire.core.capabilities import declines, led
-from thinwire.core.capabilities import losses as losses_of
+from thinwire.core.capabilities import ErrorTable, declines, led
 from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
@@ -283,7 +282,8 @@ def losses(x: Tensor, options: Sequence[Compressor], ctx: Context) -> list[float
         kinds.setdefault(type(option), []).append(j)
     for members in kinds.values():
         alike = [options[j] for j in members]
-        known = losses_of(alike[0], x, alike)
+        one = alike[0]
+        known = one.losses(x, alike) if isinstance(one, ErrorTable) else None
         found |= zip(members, known if known is not None else [tried(one, x, ctx) for one in alike], strict=True)
     return [found[j] for j in range(len(options))]
 

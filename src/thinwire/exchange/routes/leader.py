@@ -30,11 +30,6 @@ from thinwire.exchange.units import Unit
 from thinwire.exchange.workers import Worker
 
 
-def leader(turn: int, world: int) -> int:
-    """Return the rank that selects the elements; no message needs it, since ``turn`` is the same on all ranks."""
-    return turn % world
-
-
 @dataclass(frozen=True)
 class LeaderRoute(Route):
     """A route that broadcasts the leader's selection of elements, and sums all ranks' values there."""
@@ -56,7 +51,8 @@ class LeaderRoute(Route):
 
     def start(self, message: Tensor, collective: Carrier, turn: int) -> InFlight:
         choice, header = message[: self.choices.nbytes], message[self.choices.nbytes :]
-        return replace(collective.broadcast(choice, leader(turn, collective.world)), side_data=header)
+        leader = turn % collective.world  # no message needs it, since ``turn`` is the same on all ranks
+        return replace(collective.broadcast(choice, leader), side_data=header)
 
     def relay(
         self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: Carrier
