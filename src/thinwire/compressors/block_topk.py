@@ -10,12 +10,9 @@ from torch import Tensor
 from thinwire.coding.bitpack import pack_words, unpack_words
 from thinwire.compressors.sampling import largest_of_each
 from thinwire.compressors.sparsifier import Sparsifier
+from thinwire.core import Context, Payload, Sparse, State, register
 from thinwire.core.checks import check_fields, share, whole
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Payload, State
 from thinwire.core.loops import Found
-from thinwire.core.registry import register
-from thinwire.core.tensors import Sparse
 from thinwire.kernels.reference import REFERENCE
 
 

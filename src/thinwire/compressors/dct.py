@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from thinwire.compressors.block_topk import BlockTopK
+from thinwire.core import Compressor, Context, Decompressed, Dense, Payload, State, Traits, flat, register
 from thinwire.core.ambient import full_precision
 from thinwire.core.capabilities import Adjustable
 from thinwire.core.checks import check_fields, share, whole
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Dense, flat, float_at_least_32, shortened
+from thinwire.core.tensors import float_at_least_32, shortened
 
 
 def chunk_of(n: int, largest: int) -> int:

@@ -11,12 +11,9 @@ from torch import Tensor
 
 from thinwire.coding.bitpack import pack_fields, unpack_fields
 from thinwire.compressors.block_scales import as_float32, in_blocks, l2, scale_of
+from thinwire.core import Compressor, Context, Decompressed, Dense, Payload, State, Traits, flat, register
 from thinwire.core.capabilities import ErrorTable
 from thinwire.core.checks import check_fields, one_of, whole
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Dense, flat
 
 
 def lost_in_rounding(shares: Tensor, scales: Tensor, n: int, tops: Sequence[int], *, randomly: bool) -> list[float]:

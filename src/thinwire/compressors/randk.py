@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from thinwire.coding.header import is_nonfinite
+from thinwire.core import Compressor, Context, Decompressed, Payload, Sparse, State, Traits, flat, register
 from thinwire.core.capabilities import Adjustable
 from thinwire.core.checks import check_fields, flag, share
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Sparse, flat
 
 MASK_ABOVE = 1 / 64
 """Density above which a mask of all elements is faster than sorting the drawn positions."""

@@ -9,11 +9,8 @@ from torch import Tensor
 
 from thinwire.coding.bitpack import pack_bits, pack_trits, unpack_bits, unpack_trits
 from thinwire.compressors.block_scales import as_float32, l2, scale_of
+from thinwire.core import Compressor, Context, Decompressed, Dense, Payload, State, Traits, flat, register
 from thinwire.core.checks import check_fields, optional, real
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Dense, flat
 
 MANTISSA = 23
 """Bits of a float32 below its exponent."""

@@ -6,13 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from thinwire.core import Compressor, Context, Decompressed, Payload, State, ThinwireError, Traits, register
 from thinwire.core.capabilities import Wrapper, title
 from thinwire.core.checks import check_fields, of_type
-from thinwire.core.context import Context
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed
 
 
 @dataclass(frozen=True)

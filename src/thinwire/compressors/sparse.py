@@ -12,13 +12,10 @@ from torch import Tensor
 from thinwire.coding import values as codes
 from thinwire.compressors.sampling import EXACT_BELOW, Sampling, sample_size
 from thinwire.compressors.sparsifier import VALUES, Sparsifier
+from thinwire.core import Compressor, Context, Decompressed, Payload, Sparse, State, Traits, flat, register
 from thinwire.core.capabilities import ErrorTable, Thresholded
 from thinwire.core.checks import check_fields, one_of, real, share, whole
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.loops import Found
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Sparse, flat
 from thinwire.kernels.reference import REFERENCE
 
 

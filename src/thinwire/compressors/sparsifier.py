@@ -11,13 +11,11 @@ from torch import Tensor
 from thinwire.coding import elias_fano
 from thinwire.coding import values as codes
 from thinwire.compressors.cast import DTYPES, OWN, dtype_named
+from thinwire.core import Compressor, Context, Decompressed, Payload, Sparse, State, ThinwireError, Traits, flat
 from thinwire.core.capabilities import Adjustable, LeaderSelected, SumsSparsely, TakesSparse
 from thinwire.core.checks import dtype, optional
-from thinwire.core.context import Context
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
 from thinwire.core.loops import Found
-from thinwire.core.tensors import Decompressed, Sparse, flat, float_at_least_32, shortened
+from thinwire.core.tensors import float_at_least_32, shortened
 from thinwire.kernels.reference import REFERENCE
 
 VALUES = optional(dtype((*codes.CODES, *DTYPES), OWN))

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from thinwire.compressors.sparsifier import VALUES, Sparsifier
+from thinwire.core import Context, Traits, register
 from thinwire.core.checks import check_fields, one_of, optional, real, share, whole
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Traits
-from thinwire.core.registry import register
 from thinwire.kernels.reference import REFERENCE, at_least
 
 

@@ -20,10 +20,8 @@ from torch import Tensor
 from thinwire.coding.layout import Layout
 from thinwire.comm.collectives import Carrier, InFlight
 from thinwire.comm.link import Kind
+from thinwire.core import Context, Decompressed, Payload
 from thinwire.core.capabilities import LeaderSelected
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Payload
-from thinwire.core.tensors import Decompressed
 from thinwire.exchange.pieces import Piece, update_residual
 from thinwire.exchange.routes.route import Route, Senders
 from thinwire.exchange.units import Unit
