@@ -1,13 +1,17 @@
 """Following a leader: turns, conservation, the verdict, bytes for any number of workers, and one worker is Top-k."""
 
+import re
+
 import pytest
 import torch
 
 from tests.engines.models import simulated
 from tests.exchange.test_two_phase import journey, units_of
-from thinwire import Method, Rule, scalecom
-from thinwire.compressors import CLTK, Cast
+from thinwire import Method, Rule, ThinwireError, scalecom
+from thinwire.compressors import CLTK, BlockTopK, Cast, DctTopK, PowerSGD, Quantize, RandK, SIDCo
 from thinwire.compressors.sparse import TopK
+from thinwire.core import Chain
+from thinwire.core.capabilities import title
 from thinwire.engines.simulator import SimulatedWorkers
 from thinwire.exchange.buckets import plan_bucket
 from thinwire.memories import EF21, ErrorFeedback, Momentum, MomentumCorrection
@@ -109,3 +113,40 @@ def test_a_follower_that_is_not_finite_stops_all():
     for worker, residual in zip(sim.session.workers, held, strict=True):
         assert torch.equal(worker.local["0"].now["residual"], residual)
     assert "not finite on some rank" in str(sim.session.ledger.notes)
+
+
+@pytest.mark.parametrize("compressor", [SIDCo(0.1), BlockTopK(0.1, block=64), TopK(0.1) >> Cast("float16")], ids=str)
+def test_any_sparsifier_can_be_led(compressor):
+    """Sent and what is left are what was asked, and fewer bytes than dense are sent, with an error."""
+    rules = (Rule(compressor, ErrorFeedback(), min_ndim=2), Rule(Cast(), ErrorFeedback()))
+    method = Method("led", rules, route="leader")
+    assert Method.from_json(method.to_json()) == method
+    bucket, workers, asked, got = journey(method, 3, 12, heads=1)
+    assert [type(route).__name__ for route in bucket.routes] == ["Whole", "LeaderRoute"]
+    for unit in bucket.units:
+        left = sum(worker.local[unit.name].now["residual"] for worker in workers)
+        tolerance = 0.06 if isinstance(compressor, Chain) else 1e-11
+        torch.testing.assert_close(3 * got[unit.name] + left, asked[unit.name], rtol=0, atol=tolerance)
+        if unit.name in ("w", "v"):
+            assert left.abs().sum() > 0
+    ledger = simulated(method, 3, 5)[1].ledger
+    assert 0 < ledger.wire_bytes < ledger.dense_bytes
+    assert all(row.error > 0 for row in ledger.rows if row.error is not None)
+    assert any(row.error is not None for row in ledger.rows)
+
+
+def test_led_topk_is_cltk():
+    rest = Rule(Cast(), ErrorFeedback())
+    led = Method("led", (Rule(TopK(0.05), ErrorFeedback(), min_ndim=2), rest), route="leader")
+    always = Method("always", (Rule(CLTK(0.05), ErrorFeedback(), min_ndim=2), rest))
+    assert torch.equal(simulated(led, 3, 6)[0], simulated(always, 3, 6)[0])
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [Quantize(8), RandK(0.1, scaled=False), DctTopK(), TopK(0.1, "int4"), TopK(0.1) >> Quantize(4), PowerSGD(2)],
+    ids=str,
+)
+def test_what_no_leader_can_select_is_refused(compressor):
+    with pytest.raises(ThinwireError, match=f"route 'leader' .* which {re.escape(title(compressor))} does not send"):
+        Method("led", (Rule(compressor, ErrorFeedback()),), route="leader")

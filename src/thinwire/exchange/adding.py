@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from thinwire.core.capabilities import together
+from thinwire.core.capabilities import SumsSparsely
 from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State
 from thinwire.core.loops import Found
@@ -34,8 +34,10 @@ def added(
         state: the compressor's.
         ctx: of the piece, on any rank.
     """
-    if (found := together(compressor, payloads, like, ctx, alpha, most)) is not None:
-        return found
+    if isinstance(compressor, SumsSparsely):
+        found = compressor.together(payloads, like, ctx, alpha, most)
+        if found is not None:
+            return found
     parts: list[Decompressed] = []
     for rank, payload in payloads:
         parts.append(compressor.decompress(payload, like, state, replace(ctx, rank=rank)))

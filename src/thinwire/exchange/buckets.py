@@ -85,7 +85,7 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
     led: dict[torch.dtype, list[int]] = {}
     gathered: list[int] = []
     for i, unit in enumerate(units):
-        if unit.compressor.traits.leader_selected:
+        if unit.led:
             led.setdefault(payloads[i][0].dtype, []).append(i)
         elif unit.compressor.traits.summable and not unit.gathered:
             summed.setdefault(payloads[i][0].dtype, []).append(i)
@@ -112,7 +112,7 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
 
     gathering: list[Route] = [whole("all_gather", gathered, torch.uint8)] if gathered else []
     splittable = [i for i in gathered if units[i].compressor.traits.splittable]
-    if routing.route != "all_gather" and any(units[i].own.numel() for i in splittable):
+    if routing.route in ("two_phase", "auto") and any(units[i].own.numel() for i in splittable):
         rest = [i for i in gathered if i not in splittable]
         owned = [in_pieces(splittable), *([whole("all_gather", rest, torch.uint8)] if rest else [])]
         if routing.route == "two_phase" or seconds(owned, routing, world) < seconds(gathering, routing, world):

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from thinwire.core.capabilities import Thresholded, sampling
+from thinwire.core.capabilities import Thresholded
 from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Payload
@@ -42,7 +42,8 @@ def select(
     selections: dict[int, Selection] = {}
     for j, (piece, ctx) in enumerate(zip(pieces, contexts, strict=True)):
         unit = units[piece.unit]
-        selection = sampling(unit.compressor, piece.of(unit.own).shape, ctx)
+        selector = unit.compressor
+        selection = selector.sampling(piece.of(unit.own).shape, ctx) if isinstance(selector, Thresholded) else None
         work = None if selection is None else _pass(unit, piece, grads[piece.unit], worker, scale, clear)
         if selection is not None and work is not None and worker.kernels.runs(work):
             works[j], selections[j] = work, selection

@@ -14,7 +14,7 @@ from torch import Tensor
 from thinwire.comm.link import wire_bytes
 from thinwire.compressors.cast import Cast
 from thinwire.core import registry
-from thinwire.core.capabilities import scaled_density, with_density
+from thinwire.core.capabilities import led, scaled_density, with_density
 from thinwire.core.context import NOWHERE, Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import (
@@ -65,6 +65,8 @@ class Unit:
     kept: bool = False
     """True if the optimizer requires it dense at all steps."""
     seed: int = 0
+    route: RouteName = "all_gather"
+    """The method's route for compressed units."""
     declined: str | None = None
     """The reason why an earlier rule that matches the unit was not used."""
     _fed: tuple[Memory, bool] | None = field(default=None, init=False, repr=False, compare=False)
@@ -107,9 +109,14 @@ class Unit:
         return self.compressor == DENSE
 
     @property
+    def led(self) -> bool:
+        """True if a leader selects the elements to send at this stage."""
+        return led(self.compressor, self.route)
+
+    @property
     def saturates(self) -> float:
         """See ``Context``; half of the range if payloads are summed, since a sum of rounded values may exceed it."""
-        summed = self.compressor.traits.leader_selected or (self.compressor.traits.summable and not self.gathered)
+        summed = self.led or (self.compressor.traits.summable and not self.gathered)
         return (0.5 if summed else 1.0) if self.feeds_back else 0.0
 
     def held(self, x: Tensor, loss_scale: float) -> Tensor:
@@ -190,7 +197,7 @@ def resolve(
         memory = absorb(rule.memory, settings[name]) if name in settings else rule.memory
         unit = Unit(
             name, param, rule.compressor, memory, method_compressor=rule.compressor, guarded=guarded, seed=seed,
-            declined=declined,
+            route=method.route, declined=declined,
         )  # fmt: skip
         check_complex(name, param, method.name, rule.compressor, memory)
         check_sum(unit)
@@ -202,7 +209,7 @@ def resolve(
 def check_sum(unit: Unit) -> None:
     """Reject a replicated estimate with a sum below 32 bits: the local and shared estimates would drift apart."""
     compressor = unit.method_compressor
-    if unit.replicated and (compressor.traits.summable or compressor.traits.leader_selected):
+    if unit.replicated and (compressor.traits.summable or led(compressor, unit.route)):
         dtype = payload_like(compressor, unit.like)[0].dtype
         if dtype.itemsize < 4:
             raise ThinwireError(
@@ -227,13 +234,13 @@ def bytes_alone(compressor: Compressor, like: Tensor, world: int, route: RouteNa
     """Return the bytes a worker sends for a unit alone, on the allowed route that takes the fewest."""
     if compressor.traits.summable:
         return wire_bytes("all_reduce", payload_nbytes(compressor, like), world)
-    if compressor.traits.leader_selected:
+    if led(compressor, route):
         values, *choice = payload_like(compressor, like)
         chosen = sum(t.nbytes for t in choice)
         return wire_bytes("broadcast", chosen, world) + wire_bytes("all_reduce", values.nbytes, world)
     nbytes = payload_nbytes(compressor, like)
     gathered = wire_bytes("all_gather", nbytes, world)
-    if route == "all_gather" or not compressor.traits.splittable:
+    if route not in ("two_phase", "auto") or not compressor.traits.splittable:
         return gathered
     owned = wire_bytes("all_to_all", nbytes + payload_nbytes(scaled_density(compressor, second), like), world)
     return owned if route == "two_phase" else min(gathered, owned)
@@ -267,7 +274,7 @@ def set_stage(
     extra = wire_bytes("all_gather", plain_nbytes, world) - wire_bytes("all_reduce", plain_nbytes, world)
     small = plain_nbytes <= GATHER_BYTES and (route == "two_phase" or extra <= 2 * (world - 1) * turn_bytes)
     compresses = any(
-        not (unit.method_compressor.traits.summable or unit.method_compressor.traits.leader_selected) for unit in units
+        not (unit.method_compressor.traits.summable or led(unit.method_compressor, route)) for unit in units
     )
     unchanged: list[str] = []
     for unit in units:
@@ -290,7 +297,7 @@ def set_stage(
                 f"{unit.name} is sent dense{at}: compressed it would be {compressed:,.0f} bytes a worker and step, "
                 f"dense {plain:,.0f}, with {world} workers"
             )
-        elif route != "all_gather" and not (asked.traits.splittable or asked.traits.leader_selected):
+        elif route != "all_gather" and not (asked.traits.splittable or led(asked, route)):
             notes.append(f"{unit.name} takes an all-gather: {type(asked).__name__} can't be cut into pieces")
     if unchanged:
         notes.append(f"{_listed(unchanged)}: a warm-up density of {density:g} changes nothing")

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 from thinwire.core import registry
-from thinwire.core.capabilities import LeaderSelected, WarmStarted, declines, title
+from thinwire.core.capabilities import LeaderSelected, WarmStarted, declines, led, title
 from thinwire.core.checks import check_fields, of_type, one_of, optional, real, shown, whole
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Memory, feeds_back
@@ -21,7 +21,7 @@ RESERVED = "pending_residual"
 """The key of a residual that an earlier method left, in every state."""
 TYPICAL = 2**20
 """Number of elements for which a rule is checked."""
-RouteName: TypeAlias = Literal["all_gather", "two_phase", "auto"]
+RouteName: TypeAlias = Literal["all_gather", "two_phase", "auto", "leader"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ class Method:
         warmup: the densities of the first steps.
         route: the route of compressed units. ``"all_gather"``: each payload to every other rank. ``"two_phase"``:
             pieces to their owners, then the mean to all; the bytes per worker do not grow with the number of workers,
-            but it compresses twice. ``"auto"``: the faster of the two for each bucket.
+            but it compresses twice. ``"auto"``: the faster of the two for each bucket. ``"leader"``: one rank in turn
+            selects the elements that all send, and their values are summed; for sparsifiers such as ``TopK``.
         second_stage_density_ratio: density of the second phase over that of the first, above 0.
     """
 
@@ -114,6 +115,12 @@ class Method:
             route=one_of(*get_args(RouteName)),
             second_stage_density_ratio=real(0.0, above=True, hint=": it multiplies the density"),
         )
+        others = (rule.compressor for rule in self.rules if not rule.compressor.traits.linear)
+        if self.route == "leader" and (wrong := [one for one in others if not led(one, self.route)]):
+            raise ThinwireError(
+                f"route 'leader' sums values at elements that a leader selects, which {title(wrong[0])} does not send; "
+                "take a sparsifier without values=, such as TopK, SIDCo or BlockTopK, alone or >> Cast('float16')"
+            )
 
     @property
     def absorbs(self) -> bool:

@@ -3,10 +3,9 @@
 from typing import Literal, Unpack
 
 from thinwire.compressors.cast import Cast
-from thinwire.compressors.natural import Natural
 from thinwire.compressors.quantize import QSGD, Quantize
+from thinwire.compressors.rounding import Natural, TernGrad
 from thinwire.compressors.sign import Sign
-from thinwire.compressors.ternary import TernGrad
 from thinwire.core.checks import flag
 from thinwire.memories.error_feedback import ErrorFeedback, NoMemory, StateDtype
 from thinwire.memories.majority_vote import MajorityVote

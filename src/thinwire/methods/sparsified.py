@@ -3,10 +3,10 @@
 from typing import Literal, Unpack
 
 from thinwire.compressors.cast import DTYPES, Cast
-from thinwire.compressors.cltk import CLTK
 from thinwire.compressors.dct import DctTopK
 from thinwire.compressors.randk import RandK
-from thinwire.compressors.sidco import SIDCo
+from thinwire.compressors.sparse import CLTK
+from thinwire.compressors.threshold import SIDCo
 from thinwire.core.checks import dtype, flag, optional
 from thinwire.core.interfaces import Compressor
 from thinwire.memories.decoupled_momentum import DecoupledMomentum

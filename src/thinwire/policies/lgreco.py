@@ -19,8 +19,7 @@ from thinwire.comm.link import Link
 from thinwire.comm.link_speed import measure
 from thinwire.comm.texts import heard
 from thinwire.core.ambient import undisturbed
-from thinwire.core.capabilities import declines
-from thinwire.core.capabilities import losses as losses_of
+from thinwire.core.capabilities import ErrorTable, declines, led
 from thinwire.core.checks import one_of
 from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
@@ -234,7 +233,7 @@ class LGreCo:
             return sent
         traits = option.traits
         owned = base.route != "all_gather" and traits.splittable
-        messages = (world - 1) * (2 if traits.summable or traits.leader_selected or owned else 1)
+        messages = (world - 1) * (2 if traits.summable or led(option, base.route) or owned else 1)
         if self._link is None:
             link = session.collective.link
             self._link = link or measure(session.collective, session.timeout, unit.param.device)
@@ -272,8 +271,9 @@ def losses(x: Tensor, options: Sequence[Compressor], ctx: Context) -> list[float
     found: dict[Compressor, float] = {}
     for kind in dict.fromkeys(map(type, options)):
         alike = [one for one in options if type(one) is kind]
-        known = losses_of(alike[0], x, alike)
-        found |= zip(alike, known if known is not None else [tried(one, x, ctx) for one in alike], strict=True)
+        one = alike[0]
+        known = one.losses(x, alike) if isinstance(one, ErrorTable) else None
+        found |= zip(alike, known if known is not None else [tried(other, x, ctx) for other in alike], strict=True)
     return [found[one] for one in options]
 
 
