@@ -1,4 +1,4 @@
-"""Collectives: the interface, and its implementation over ``torch.distributed``.
+"""Collectives: the interface, and a base for those that wrap another one.
 
 A collective only carries bytes. ``all_reduce``, ``all_gather``, ``all_to_all`` and ``broadcast`` start it and return
 an ``InFlight`` at once. No collective is ever started from the callback of another, since gloo runs callbacks in an
@@ -6,6 +6,7 @@ order that differs between ranks.
 """
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from thinwire.comm.gloo_p2p import Future
-from thinwire.comm.link import Link
+from thinwire.comm.link import Kind, Link, wire_bytes
 from thinwire.comm.liveness import Lost
 from thinwire.core.errors import ThinwireError
 
@@ -97,17 +98,13 @@ class InFlight:
             self.future.wait()
 
 
-class Carrier(Protocol):
-    """Some ranks that exchange messages: what a route needs of them."""
+class RowCarrier(Protocol):
+    """Some ranks that exchange messages of bytes; routes of rows need no more of them."""
 
     @property
     def rank(self) -> int: ...
     @property
     def world(self) -> int: ...
-
-    def all_reduce(self, message: Tensor) -> InFlight:
-        """Sum ``message`` over the ranks; may happen in place."""
-        ...
 
     def all_gather(self, message: Tensor) -> InFlight:
         """Collect the uint8 ``message`` of every rank; all have the same size."""
@@ -115,6 +112,14 @@ class Carrier(Protocol):
 
     def all_to_all(self, message: Tensor) -> InFlight:
         """Row r of the uint8 ``message`` ``[world, nbytes]`` goes to rank r; all have the same size."""
+        ...
+
+
+class Carrier(RowCarrier, Protocol):
+    """Some ranks that exchange messages: all that a route may need of them."""
+
+    def all_reduce(self, message: Tensor) -> InFlight:
+        """Sum ``message`` over the ranks; may happen in place."""
         ...
 
     def broadcast(self, message: Tensor, source: int) -> InFlight:
@@ -159,108 +164,158 @@ class ControlChannel(Protocol):
         ...
 
 
-class Collective(ControlChannel, Carrier, Protocol):
-    """The interface that carries messages between workers. ``sent`` counts the bytes that this worker has sent."""
+class Collective(ABC):
+    """A base that carries messages between workers; a ``Carrier`` and a ``ControlChannel``.
+
+    Here every rank is a worker with the whole model, and no rank is ever lost.
+    """
+
+    rank: int
+    world: int
+    label: str
+    link: Link | None = None
+    """The speed of the link if it is emulated or assumed, else None."""
+    local_ranks: int = 1
+    """Number of local ranks: the ranks of one worker, each of which sends a part of its message."""
+
+    _sent = 0.0
 
     @property
-    def label(self) -> str: ...
-    @property
-    def sent(self) -> float: ...
-    @property
-    def link(self) -> Link | None:
-        """The speed of the link if it is emulated or assumed, else None."""
-        ...
+    def sent(self) -> float:
+        """Bytes that this worker has sent."""
+        return self._sent
 
-    @property
-    def checkpoint_group(self) -> "Collective":
-        """The checkpoint group: the ranks that each have a row in a checkpoint."""
-        ...
-
-    @property
-    def local_ranks(self) -> int:
-        """Number of local ranks: the ranks of one worker, each of which sends a part of its message."""
-        ...
+    def _count(self, kind: Kind, message: Tensor) -> None:
+        self._sent += wire_bytes(kind, message.nbytes, self.world)
 
     @property
     def sent_within_node(self) -> float:
         """Bytes that this rank has sent within the node."""
-        ...
+        return 0.0
 
-    def at(self, step: int) -> None:
-        """Set this rank's step. Local ranks send it in every part, since only one part has the message header."""
-        ...
+    @property
+    def everyone(self) -> ControlChannel:
+        return self
 
-    def apart(self) -> bool:
-        """Return True if messages since ``at`` show that local ranks are at different steps; blocks."""
-        ...
+    @property
+    def checkpoint_group(self) -> "Collective":
+        """The checkpoint group: the ranks that each have a row in a checkpoint."""
+        return self
 
-    def mean_within_node(self, gradients: Tensor, timeout: float) -> None:
-        """Average over the local ranks in place; blocks."""
-        ...
+    @abstractmethod
+    def all_reduce(self, message: Tensor) -> InFlight: ...
 
-    def any_within_node(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
-        """Return for each unit True if any local rank used it; blocks."""
-        ...
+    @abstractmethod
+    def all_gather(self, message: Tensor) -> InFlight: ...
 
-    def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:
-        """Return, for each flag, whether it is set on any rank with another shard of the same model; waits."""
-        ...
+    @abstractmethod
+    def all_to_all(self, message: Tensor) -> InFlight: ...
 
-    def norm_across_shards(self, norm: Tensor, timeout: float) -> Tensor:
-        """The norm over all parts of the model, from that over this rank's; waits."""
-        ...
+    @abstractmethod
+    def broadcast(self, message: Tensor, source: int) -> InFlight: ...
 
+    @abstractmethod
+    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]: ...
+
+    @abstractmethod
     def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
         """Return a DTensor ``[world, *shape]``, this rank's ``tensor`` as a row; ``like`` tells how it is sharded."""
-        ...
 
     def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
         """Return replicated state for a checkpoint, sharded like ``like``; without ``like``, one row for each shard."""
-        ...
+        return tensor
 
-    def hang_up(self) -> None:
-        """Close all connections if the backend can, so that no exchange in progress keeps the process alive."""
-        ...
-
-    def close(self) -> None:
-        """Stop threads; no collective may be started afterwards."""
-        ...
-
-
-class OneLevel:
-    """A base for collectives in which every rank is a worker."""
-
-    local_ranks = 1
-    sent_within_node = 0.0
-
-    @property
-    def everyone(self) -> Any:
-        return self
-
-    @property
-    def checkpoint_group(self) -> Any:
-        return self
-
-    def at(self, step: int) -> None:
-        pass
+    def at(self, step: int) -> None:  # noqa: B027
+        """Set this rank's step. Local ranks send it in every part, since only one part has the message header."""
 
     def apart(self) -> bool:
+        """Return True if messages since ``at`` show that local ranks are at different steps; blocks."""
         return False
 
-    def mean_within_node(self, gradients: Tensor, timeout: float) -> None:
-        pass
+    def mean_within_node(self, gradients: Tensor, timeout: float) -> None:  # noqa: B027
+        """Average over the local ranks in place; blocks."""
 
     def any_within_node(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
+        """Return for each unit True if any local rank used it; blocks."""
         return list(used)
 
     def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:
+        """Return, for each flag, True if it is set on any rank with another shard of the same model; blocks."""
         return list(flags)
 
     def norm_across_shards(self, norm: Tensor, timeout: float) -> Tensor:
+        """Return the norm over all parts of the model, from that over this rank's; blocks."""
         return norm
 
-    def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
-        return tensor
+    def lost(self) -> Lost:
+        return Lost()
+
+    def here(self) -> None: ...  # noqa: B027
+
+    def leave(self, word: str) -> None: ...  # noqa: B027
+
+    def hang_up(self) -> None:  # noqa: B027
+        """Close all connections if the backend can, so that no exchange in progress keeps the process alive."""
+
+    def close(self) -> None:  # noqa: B027
+        """Stop threads; no collective may be started afterwards."""
+
+
+class Wrapped(Collective):
+    """A collective that forwards to another one, in which every rank is a worker; subclasses override what differs."""
+
+    def __init__(self, inner: Collective, label: str) -> None:
+        self.inner, self.label = inner, label
+        self.rank, self.world, self.link = inner.rank, inner.world, inner.link
+
+    @property
+    def sent(self) -> float:
+        return self.inner.sent
+
+    @property
+    def everyone(self) -> ControlChannel:
+        return self.inner.everyone
+
+    @property
+    def checkpoint_group(self) -> Collective:
+        return self.inner.checkpoint_group
+
+    def all_reduce(self, message: Tensor) -> InFlight:
+        return self.started("all_reduce", message, self.inner.all_reduce(message))
+
+    def all_gather(self, message: Tensor) -> InFlight:
+        return self.started("all_gather", message, self.inner.all_gather(message))
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        return self.started("all_to_all", message, self.inner.all_to_all(message))
+
+    def broadcast(self, message: Tensor, source: int) -> InFlight:
+        return self.started("broadcast", message, self.inner.broadcast(message, source))
+
+    def started(self, kind: Kind, message: Tensor, inner: InFlight) -> InFlight:
+        """Return the exchange of ``message`` that the wrapped collective has just started, perhaps changed."""
+        return inner
+
+    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
+        return self.inner.exchange_text(text, timeout)
+
+    def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        return self.inner.rows(tensor, like)
+
+    def lost(self) -> Lost:
+        return self.everyone.lost()
+
+    def here(self) -> None:
+        self.everyone.here()
+
+    def leave(self, word: str) -> None:
+        self.everyone.leave(word)
+
+    def hang_up(self) -> None:
+        self.inner.hang_up()
+
+    def close(self) -> None:
+        self.inner.close()
 
 
 def exchange_failed(collective: Collective, step: int, names: Sequence[str], error: Exception) -> ThinwireError:

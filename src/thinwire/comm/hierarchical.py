@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from thinwire.coding.header import CLOCK, SLOTS
 from thinwire.coding.layout import ROW_ALIGNMENT
-from thinwire.comm.collectives import Collective, InFlight, network
+from thinwire.comm.collectives import Collective, InFlight, Wrapped, network
 from thinwire.comm.emulated import Paced
 from thinwire.comm.link import Link
 from thinwire.comm.liveness import Lost
@@ -75,25 +75,20 @@ def groups_of(
     return ProcessGroup(made[0], everyone.timeout), ProcessGroup(made[1], everyone.timeout), made
 
 
-class Nodes:
+class Nodes(Wrapped):
     """A collective with one worker per node; each exchange has a stage between nodes and one within the node."""
 
     def __init__(
         self, everyone: ProcessGroup, inside: Collective, between: Collective, made: Sequence[dist.ProcessGroup] = ()
     ) -> None:
-        self.everyone = everyone
+        super().__init__(everyone, f"{between.label}, between {between.world} nodes of {inside.world} ranks")
         self.inside, self.between, self._made = inside, between, made
         self.rank, self.world = between.rank, between.world
         self.local_ranks, self._local_rank = inside.world, inside.rank
-        self.label = f"{between.label}, between {self.world} nodes of {self.local_ranks} ranks"
         link = between.link
         self.link = link and Link(link.bandwidth * self.local_ranks, link.latency)
         self._step = 0
         self._parted: list[Tensor] = []  # for each exchange since ``at``: True if its steps differ
-
-    @property
-    def checkpoint_group(self) -> Collective:
-        return self.everyone
 
     @property
     def sent(self) -> float:
@@ -188,35 +183,17 @@ class Nodes:
 
         return replace(first, then=then)
 
-    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
-        return self.everyone.exchange_text(text, timeout)
-
-    def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:
-        return list(flags)
-
-    def norm_across_shards(self, norm: Tensor, timeout: float) -> Tensor:
-        return norm
-
-    def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
-        return self.everyone.rows(tensor, like)
-
-    def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
-        return tensor
-
     def lost(self) -> Lost:
-        found = self.everyone.lost()
+        found = super().lost()
         self.hang_up()
         return found
 
-    def here(self) -> None:
-        self.everyone.here()
-
     def leave(self, word: str) -> None:
-        self.everyone.leave(word)
+        super().leave(word)
         self.hang_up()
 
     def hang_up(self) -> None:
-        for part in (self.everyone, self.inside, self.between):
+        for part in (self.inner, self.inside, self.between):
             part.hang_up()
 
     def close(self) -> None:
