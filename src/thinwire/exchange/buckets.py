@@ -20,9 +20,8 @@ from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Payload
 from thinwire.exchange.pieces import Piece
 from thinwire.exchange.routes.leader import LeaderRoute
-from thinwire.exchange.routes.route import Route
+from thinwire.exchange.routes.route import Route, Whole
 from thinwire.exchange.routes.two_phase import two_phase
-from thinwire.exchange.routes.whole import Whole
 from thinwire.exchange.units import Unit, payload_like
 from thinwire.methods.method import RouteName
 from thinwire.report.ledger import StepRow

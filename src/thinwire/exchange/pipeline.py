@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from thinwire.coding import header
-from thinwire.comm.collectives import Carrier, InFlight
+from thinwire.comm.collectives import Carrier, InFlight, RowCarrier
 from thinwire.core.ambient import undisturbed
 from thinwire.core.context import Context
 from thinwire.core.loops import Kernels
@@ -25,6 +25,7 @@ from thinwire.core.tensors import flat
 from thinwire.exchange.buckets import Bucket
 from thinwire.exchange.fused import compress, select
 from thinwire.exchange.receiving import written
+from thinwire.exchange.routes.rows import RowBucket
 from thinwire.exchange.status import StepStatus
 from thinwire.exchange.workers import Worker
 from thinwire.kernels.reference import REFERENCE
@@ -151,17 +152,17 @@ def receive(
     return statuses
 
 
+@undisturbed
 def exchange(
-    bucket: Bucket, grads: list[Tensor], outs: list[Tensor], worker: Worker, step: int, collective: Carrier,
+    bucket: RowBucket, grads: list[Tensor], outs: list[Tensor], worker: Worker, step: int, carrier: RowCarrier,
     timeout: float, loss_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """Run the whole exchange and wait for it, for exchanges within a forward or backward pass. Writes ``outs``."""
-    outbox = send(bucket, grads, worker, step, [True] * len(grads), loss_scale, clear=False)
-    [inbox] = route([bucket], [outbox.messages], collective, step)
-    for arrived in inbox:
+    [message] = send(bucket, grads, worker, step, [True] * len(grads), loss_scale, clear=False).messages
+    [route] = bucket.routes
+    arrived = route.start(message, carrier, step)
+    arrived.wait(timeout)
+    if route.relays:
+        arrived = route.relay(bucket.units, arrived, worker, step, carrier)
         arrived.wait(timeout)
-    if bucket.relays:
-        inbox = relay(bucket, inbox, worker, step, collective)
-        for arrived in inbox:
-            arrived.wait(timeout)
-    receive(bucket, inbox, outs, worker.seed, step, loss_scale)
+    receive(bucket, [arrived], outs, worker.seed, step, loss_scale)

@@ -1,23 +1,63 @@
-"""The received mean of a unit over all senders, as a dense gradient or, if few elements arrive, a sparse tensor."""
+"""Sums of received payloads, always in rank order, so that every rank has the same bits.
 
+The mean of a unit over all senders is a dense gradient or, if few elements arrive, a sparse tensor.
+"""
+
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from thinwire.core.capabilities import commit
+from thinwire.core.capabilities import commit, together
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload
+from thinwire.core.interfaces import Compressor, Payload, State
 from thinwire.core.loops import Found, Kernels
 from thinwire.core.memory_capabilities import passes_on
-from thinwire.core.tensors import float_at_least_32
-from thinwire.exchange.adding import added
+from thinwire.core.tensors import Decompressed, float_at_least_32
 from thinwire.exchange.pieces import Piece
 from thinwire.exchange.units import Unit
 from thinwire.kernels.reference import REFERENCE
 
 FEW = 1 / 32
 """Largest fraction of elements, over all senders, for a sparse result; above it, a dense one is faster to step on."""
+
+
+def added(
+    compressor: Compressor,
+    payloads: Sequence[tuple[int, Payload]],
+    like: Tensor,
+    state: State,
+    ctx: Context,
+    alpha: float = 1.0,
+    most: float = math.inf,
+) -> Found | None:
+    """Return the ascending indices of the elements that any rank sent, and ``alpha`` times the sum of their values.
+
+    Return None if more than the fraction ``most`` of the elements might be among them.
+
+    Args:
+        payloads: the ranks and their payloads of the piece.
+        like: a tensor of the shape and dtype of the piece; values are summed in float32 at least.
+        state: the compressor's.
+        ctx: of the piece, on any rank.
+    """
+    if (found := together(compressor, payloads, like, ctx, alpha, most)) is not None:
+        return found
+    parts: list[Decompressed] = []
+    for rank, payload in payloads:
+        parts.append(compressor.decompress(payload, like, state, replace(ctx, rank=rank)))
+        if parts[0].density * len(payloads) > most:
+            return None
+    dtype = float_at_least_32(like.dtype)
+    if parts[0].density >= 1.0:
+        total = torch.zeros(like.numel(), dtype=dtype, device=payloads[0][1][0].device)
+        for part in parts:
+            part.add_to(total, alpha)
+        return torch.arange(like.numel(), device=total.device), total
+    indices, values = zip(*(part.entries() for part in parts), strict=True)
+    return (ctx.kernels or REFERENCE).merge(indices, [some.to(dtype) for some in values], alpha)
 
 
 def mean_of(

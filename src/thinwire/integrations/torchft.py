@@ -191,12 +191,6 @@ class _Carrier:
         self.sent += wire_bytes("all_gather", message.nbytes, self.world)
         return InFlight(work.get_future(), gathered, work)
 
-    def all_reduce(self, message: Tensor) -> InFlight:
-        raise NotImplementedError
-
-    def broadcast(self, message: Tensor, source: int) -> InFlight:
-        raise NotImplementedError
-
 
 class _Done(dist.Work):
     """A completed work."""

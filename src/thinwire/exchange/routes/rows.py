@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from thinwire.coding.layout import Layout
-from thinwire.comm.collectives import Carrier, InFlight
+from thinwire.comm.collectives import InFlight, RowCarrier
 from thinwire.comm.link import Kind
 from thinwire.core.context import NOWHERE, NUMBER, Context
 from thinwire.core.errors import ThinwireError
@@ -67,8 +67,13 @@ class GatheredRows(Route):
     def pack(self, payloads: Sequence[Payload], header: Sequence[Payload], *, in_place: bool) -> Tensor:
         return self.layout.pack(payloads)
 
-    def start(self, message: Tensor, collective: Carrier, turn: int) -> InFlight:
+    def start(self, message: Tensor, collective: RowCarrier, turn: int) -> InFlight:
         return collective.all_gather(message)
+
+    def relay(
+        self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: RowCarrier
+    ) -> InFlight:
+        return arrived
 
     def opened(self, arrived: InFlight) -> tuple[Senders, Tensor | None]:
         return [(rank, self.layout.unpack(row)) for rank, row in enumerate(arrived.answer())], None
@@ -76,9 +81,13 @@ class GatheredRows(Route):
     def combine(
         self, unit: Unit, i: int, senders: Senders, out: Tensor, ctx: Context, *, zero: bool, sparse: bool
     ) -> Tensor:
-        """Write the row of each sender to its place in ``out``."""
+        return self.write(unit, senders, out, ctx, unit.name, out.dtype)
+
+    def write(self, unit: Unit, senders: Senders, out: Tensor, ctx: Context, key: str, dtype: torch.dtype) -> Tensor:
+        """Decode the row of each sender, of ``dtype``, to its place in ``out``."""
         for (rank, (payload,)), row in zip(senders, flat(out).view(len(senders), -1), strict=True):
-            unit.compressor.decompress(payload, row, {}, self.context(ctx, ctx.unit, rank)).write_to(row)
+            like = row if row.dtype == dtype else torch.empty_like(row, dtype=dtype)
+            unit.compressor.decompress(payload, like, {}, self.context(ctx, key, rank)).write_to(row)
         return out
 
     def context(self, ctx: Context, key: str, rank: int) -> Context:
@@ -88,9 +97,6 @@ class GatheredRows(Route):
     @property
     def stages(self) -> Sequence[tuple[Kind, int]]:
         return [(self.kind, self.layout.nbytes)]
-
-    def plain_bytes(self, world: int, lossy: frozenset[int]) -> float:
-        return 0.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ class ReducedRows(GatheredRows):
             message[r] = self.layout.pack([payload])
         return message
 
-    def start(self, message: Tensor, collective: Carrier, turn: int) -> InFlight:
+    def start(self, message: Tensor, collective: RowCarrier, turn: int) -> InFlight:
         return collective.all_to_all(message)
 
     def combine(
@@ -150,7 +156,7 @@ class AllReducedRows(ReducedRows):
     relays: ClassVar[bool] = True
 
     def relay(
-        self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: Carrier
+        self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: RowCarrier
     ) -> InFlight:
         unit, ctx = units[0], Context(worker.seed, step, units[0].name, worker.rank)
         total = self.total(unit, super().opened(arrived)[0], ctx)
@@ -163,34 +169,38 @@ class AllReducedRows(ReducedRows):
     def combine(
         self, unit: Unit, i: int, senders: Senders, out: Tensor, ctx: Context, *, zero: bool, sparse: bool
     ) -> Tensor:
-        wide = torch.empty(0, dtype=float_at_least_32(out.dtype), device=out.device)
-        for (rank, (payload,)), row in zip(senders, flat(out).view(len(senders), -1), strict=True):
-            sent = self.context(ctx, f"{unit.name}[{len(senders)}]", rank)
-            unit.compressor.decompress(payload, wide.new_empty(row.shape), {}, sent).write_to(row)
-        return out
+        return self.write(unit, senders, out, ctx, f"{unit.name}[{len(senders)}]", float_at_least_32(out.dtype))
 
     @property
     def stages(self) -> Sequence[tuple[Kind, int]]:
         return [*super().stages, ("all_gather", self.sums.nbytes)]
 
 
-def _unit(name: str, compressor: Compressor, memory: Memory, like: Tensor, rows: int = 1) -> Unit:
-    """Return a unit for a buffer of so many rows; only the shape and dtype of ``like`` matter."""
-    buffer = torch.empty(rows * like.numel(), dtype=like.dtype, device="meta")
-    return Unit(name, buffer, compressor, memory, method_compressor=compressor, gathered=True)
+@dataclass(frozen=True)
+class RowBucket(Bucket):
+    """A bucket of one flat buffer, on one route of rows."""
+
+    routes: tuple[GatheredRows]
+
+    @staticmethod
+    def of(name: str, compressor: Compressor, memory: Memory, like: Tensor, route: GatheredRows) -> "RowBucket":
+        """Return the bucket of a buffer of this name; only the number of elements and the dtype of ``like`` matter."""
+        buffer = torch.empty(like.numel(), dtype=like.dtype, device="meta")
+        unit = Unit(name, buffer, compressor, memory, method_compressor=compressor, gathered=True)
+        return RowBucket((unit,), (route,))
 
 
-def gathered(name: str, compressor: Compressor, like: Tensor, rank: int, first: int) -> Bucket:
+def gathered(name: str, compressor: Compressor, like: Tensor, rank: int, first: int) -> RowBucket:
     """Return the bucket that gathers the shards of all ranks, each like ``like`` ``[n]``."""
     layout = layout_of(compressor, like.numel(), like.dtype)
     route = GatheredRows("all_gather", (0,), (Piece(0),), torch.uint8, False, layout, rank, first)
-    return Bucket((_unit(name, compressor, NoMemory(), like),), (route,))
+    return RowBucket.of(name, compressor, NoMemory(), like, route)
 
 
 def reduced(
     name: str, compressor: Compressor, memory: Memory, rows: Tensor, rank: int, first: int, loss_scale: float = 1.0,
     *, to_all: bool = False,
-) -> Bucket:  # fmt: skip
+) -> RowBucket:  # fmt: skip
     """Return the bucket that sums rows ``[world, n]``; rank r gets row r.
 
     Args:
@@ -206,7 +216,7 @@ def reduced(
     fixed = ("all_to_all", (0,), pieces, torch.uint8, False, layout, rank, first, rows[rank], loss_scale)
     sums = layout_of(compressor, n, float_at_least_32(rows.dtype))
     route = AllReducedRows(*fixed, sums) if to_all else ReducedRows(*fixed)
-    return Bucket((_unit(name, compressor, memory, rows[0], world),), (route,))
+    return RowBucket.of(name, compressor, memory, rows, route)
 
 
 def payload_bytes(compressor: Compressor, x: Tensor, world: int) -> int:
