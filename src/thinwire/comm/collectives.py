@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,47 +98,45 @@ class InFlight:
             self.future.wait()
 
 
-class RowCarrier(Protocol):
+class RowCarrier(ABC):
     """Some ranks that exchange messages of bytes; routes of rows need no more of them."""
 
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world(self) -> int: ...
+    rank: int
+    world: int
 
+    @abstractmethod
     def all_gather(self, message: Tensor) -> InFlight:
         """Collect the uint8 ``message`` of every rank; all have the same size."""
-        ...
 
+    @abstractmethod
     def all_to_all(self, message: Tensor) -> InFlight:
         """Row r of the uint8 ``message`` ``[world, nbytes]`` goes to rank r; all have the same size."""
-        ...
 
 
-class Carrier(RowCarrier, Protocol):
+class Carrier(RowCarrier):
     """Some ranks that exchange messages: all that a route may need of them."""
 
+    @abstractmethod
     def all_reduce(self, message: Tensor) -> InFlight:
         """Sum ``message`` over the ranks; may happen in place."""
-        ...
 
+    @abstractmethod
     def broadcast(self, message: Tensor, source: int) -> InFlight:
         """The uint8 ``message`` ``[nbytes]`` of rank ``source`` to all; those of the others may be overwritten."""
-        ...
 
 
-class ControlChannel(Protocol):
+class ControlChannel(ABC):
     """A control channel between ranks."""
 
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world(self) -> int: ...
+    rank: int
+    world: int
+
     @property
     def everyone(self) -> "ControlChannel":
         """The control channel of all ranks of the model, one member per rank."""
-        ...
+        return self
 
+    @abstractmethod
     def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
         """Return the texts of all ranks, for control. Blocks; its bytes are not counted in ``sent``.
 
@@ -149,35 +147,28 @@ class ControlChannel(Protocol):
             NoAnswer: a rank did not answer in time, or is gone.
             ThinwireError: a rank's text is too long, or is not a text.
         """
-        ...
 
+    @abstractmethod
     def lost(self) -> Lost:
         """Find out which ranks are lost after a failed exchange. No exchange is possible afterwards."""
-        ...
 
+    @abstractmethod
     def here(self) -> None:
         """Write to the store that this rank is alive."""
-        ...
 
+    @abstractmethod
     def leave(self, word: str) -> None:
         """Leave in the middle of an exchange: close the connections and leave ``word`` in the store for the others."""
-        ...
 
 
-class Collective(ABC):
-    """A base that carries messages between workers; a ``Carrier`` and a ``ControlChannel``.
+class Collective(Carrier, ControlChannel):
+    """A base that carries messages between workers. Here every rank is a worker and holds the whole model."""
 
-    Here every rank is a worker with the whole model, and no rank is ever lost.
-    """
-
-    rank: int
-    world: int
     label: str
     link: Link | None = None
     """The speed of the link if it is emulated or assumed, else None."""
     local_ranks: int = 1
     """Number of local ranks: the ranks of one worker, each of which sends a part of its message."""
-
     _sent = 0.0
 
     @property
@@ -194,28 +185,9 @@ class Collective(ABC):
         return 0.0
 
     @property
-    def everyone(self) -> ControlChannel:
-        return self
-
-    @property
     def checkpoint_group(self) -> "Collective":
         """The checkpoint group: the ranks that each have a row in a checkpoint."""
         return self
-
-    @abstractmethod
-    def all_reduce(self, message: Tensor) -> InFlight: ...
-
-    @abstractmethod
-    def all_gather(self, message: Tensor) -> InFlight: ...
-
-    @abstractmethod
-    def all_to_all(self, message: Tensor) -> InFlight: ...
-
-    @abstractmethod
-    def broadcast(self, message: Tensor, source: int) -> InFlight: ...
-
-    @abstractmethod
-    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]: ...
 
     @abstractmethod
     def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
@@ -225,14 +197,14 @@ class Collective(ABC):
         """Return replicated state for a checkpoint, sharded like ``like``; without ``like``, one row for each shard."""
         return tensor
 
-    def at(self, step: int) -> None:  # noqa: B027
+    def at(self, step: int) -> None:
         """Set this rank's step. Local ranks send it in every part, since only one part has the message header."""
 
     def apart(self) -> bool:
         """Return True if messages since ``at`` show that local ranks are at different steps; blocks."""
         return False
 
-    def mean_within_node(self, gradients: Tensor, timeout: float) -> None:  # noqa: B027
+    def mean_within_node(self, gradients: Tensor, timeout: float) -> None:
         """Average over the local ranks in place; blocks."""
 
     def any_within_node(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
@@ -247,17 +219,10 @@ class Collective(ABC):
         """Return the norm over all parts of the model, from that over this rank's; blocks."""
         return norm
 
-    def lost(self) -> Lost:
-        return Lost()
-
-    def here(self) -> None: ...  # noqa: B027
-
-    def leave(self, word: str) -> None: ...  # noqa: B027
-
-    def hang_up(self) -> None:  # noqa: B027
+    def hang_up(self) -> None:
         """Close all connections if the backend can, so that no exchange in progress keeps the process alive."""
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Stop threads; no collective may be started afterwards."""
 
 

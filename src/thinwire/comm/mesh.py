@@ -21,18 +21,16 @@ from thinwire.comm.texts import heard
 from thinwire.core.errors import ThinwireError
 from thinwire.core.sharding import shape_of, shard_dim
 
+OTHER_SHARDS = "the word of the ranks that hold the other shards"
 
-class BothAxes:
+
+class BothAxes(ControlChannel):
     """The control channel of all ranks of the mesh; a rank is its replica times the number of shards plus its shard."""
 
     def __init__(self, replicas: ControlChannel, shards: ControlChannel) -> None:
         self.replicas, self.shards = replicas, shards
         self.rank = replicas.rank * shards.world + shards.rank
         self.world = replicas.world * shards.world
-
-    @property
-    def everyone(self) -> ControlChannel:
-        return self
 
     def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
         said = self.shards.exchange_text(json.dumps(self.replicas.exchange_text(text, timeout)), timeout)
@@ -90,7 +88,7 @@ class Mesh(Wrapped):
         shards: the process group of the ranks that hold the shards of one replica.
         group: the process group of the replicas; None if there are none.
         device: the device of control messages across shards.
-        columns: the ranks of each shard's replicas, from ``columns_of``.
+        columns: from ``columns_of``.
 
     Raises:
         ThinwireError: the two axes do not form a mesh.
@@ -134,27 +132,21 @@ class Mesh(Wrapped):
         return self
 
     def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:
-        found = self._sum_across_shards(torch.tensor(flags, dtype=torch.float32, device=self.device), timeout)
-        return [bool(flag) for flag in found]
+        x = torch.tensor(flags, dtype=torch.float32, device=self.device)
+        return [bool(flag) for flag in self._sum(x, self.shards, timeout, OTHER_SHARDS)]
 
     def any_replica(self, flag: bool, timeout: float) -> bool:
         """Return True if the flag is set on any replica of this shard; blocks."""
         found = torch.tensor([float(flag)], dtype=torch.float32, device=self.device)
-        try:
-            return bool(self.all_reduce(found).wait(timeout, on_host=True))
-        except NoAnswer as error:
-            raise failed(
-                self, "the word of the replicas on a step", error, "Restart from the last checkpoint"
-            ) from error
+        return bool(self._sum(found, self.inner, timeout, "the word of the replicas on a step", on_host=True))
 
     def norm_across_shards(self, norm: Tensor, timeout: float) -> Tensor:
-        return self._sum_across_shards(norm.square(), timeout).sqrt()
+        return self._sum(norm.square(), self.shards, timeout, OTHER_SHARDS).sqrt()
 
-    def _sum_across_shards(self, x: Tensor, timeout: float) -> Tensor:
+    def _sum(self, x: Tensor, along: Collective, timeout: float, what: str, on_host: bool = False) -> Tensor:
         try:
-            return self.shards.all_reduce(x).wait(timeout)
+            return along.all_reduce(x).wait(timeout, on_host=on_host)
         except NoAnswer as error:
-            what = "the word of the ranks that hold the other shards"
             raise failed(self, what, error, "Restart from the last checkpoint") from error
 
     def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:

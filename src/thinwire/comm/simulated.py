@@ -9,6 +9,7 @@ from torch import Tensor
 
 from thinwire.comm.collectives import Collective, Future, InFlight
 from thinwire.comm.link import Link
+from thinwire.comm.liveness import Lost
 from thinwire.core.errors import ThinwireError
 
 ASSUMED = Link(1e9, 1e-4)
@@ -86,6 +87,15 @@ class Local(Collective):
 
     def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
         raise ThinwireError("a simulation has no checkpoints; save the model")
+
+    def lost(self) -> Lost:
+        return Lost()
+
+    def here(self) -> None:
+        pass
+
+    def leave(self, word: str) -> None:
+        pass
 
 
 def _sum_in_order(messages: list[Tensor], out: Tensor) -> None:

@@ -12,6 +12,7 @@ one place.
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,7 +26,6 @@ from thinwire.core.tensors import flat
 from thinwire.exchange.buckets import Bucket
 from thinwire.exchange.fused import compress, select
 from thinwire.exchange.receiving import written
-from thinwire.exchange.routes.rows import RowBucket
 from thinwire.exchange.status import StepStatus
 from thinwire.exchange.workers import Worker
 from thinwire.kernels.reference import REFERENCE
@@ -152,17 +152,16 @@ def receive(
     return statuses
 
 
-@undisturbed
 def exchange(
-    bucket: RowBucket, grads: list[Tensor], outs: list[Tensor], worker: Worker, step: int, carrier: RowCarrier,
+    bucket: Bucket, grads: list[Tensor], outs: list[Tensor], worker: Worker, step: int, carrier: RowCarrier,
     timeout: float, loss_scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """Run the whole exchange and wait for it, for exchanges within a forward or backward pass. Writes ``outs``."""
-    [message] = send(bucket, grads, worker, step, [True] * len(grads), loss_scale, clear=False).messages
-    [route] = bucket.routes
-    arrived = route.start(message, carrier, step)
+    """Run the whole exchange of a bucket on a route of rows, within a forward or backward pass. Writes ``outs``."""
+    collective = cast(Carrier, carrier)  # such a route needs no more of it
+    outbox = send(bucket, grads, worker, step, [True] * len(grads), loss_scale, clear=False)
+    [[arrived]] = route([bucket], [outbox.messages], collective, step)
     arrived.wait(timeout)
-    if route.relays:
-        arrived = route.relay(bucket.units, arrived, worker, step, carrier)
+    if bucket.relays:
+        [arrived] = relay(bucket, [arrived], worker, step, collective)
         arrived.wait(timeout)
     receive(bucket, [arrived], outs, worker.seed, step, loss_scale)

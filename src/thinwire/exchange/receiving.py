@@ -35,13 +35,8 @@ def added(
 ) -> Found | None:
     """Return the ascending indices of the elements that any rank sent, and ``alpha`` times the sum of their values.
 
-    Return None if more than the fraction ``most`` of the elements might be among them.
-
-    Args:
-        payloads: the ranks and their payloads of the piece.
-        like: a tensor of the shape and dtype of the piece; values are summed in float32 at least.
-        state: the compressor's.
-        ctx: of the piece, on any rank.
+    Values are summed in float32 at least. Return None if more than the fraction ``most`` of the elements of a piece
+    like ``like`` might be among them. ``payloads``: the ranks and their payloads of the piece.
     """
     if (found := together(compressor, payloads, like, ctx, alpha, most)) is not None:
         return found
@@ -71,20 +66,17 @@ def mean_of(
     zero: bool,
     sparse: bool,
 ) -> Tensor:
-    """Return the mean of all senders' payloads of one unit, added in rank order; bit-identical on every rank.
+    """Return the mean of all senders' payloads of one unit; see ``Route.combine``.
 
-    Args:
-        decoder: of the payloads.
-        pieces: of the unit, with their numbers in the route.
-        out: gets the result, if that is dense and sums in the dtype of ``out``.
-        zero: ``out`` is zero.
-        sparse: the result may be a sparse tensor.
+    ``pieces``: of the unit, with their numbers in the route.
     """
     wide, share = float_at_least_32(out.dtype), 1.0 / len(senders)
     mean = out if out.dtype == wide else torch.empty_like(out, dtype=wide)  # short dtypes are summed in float32
-    whole = sparse and mean is out and out.ndim > 0 and out.is_contiguous()
     if (
-        whole
+        sparse
+        and mean is out
+        and out.ndim > 0
+        and out.is_contiguous()
         and passes_on(unit.memory)
         and not decoder.traits.warm_started
         and "pending_residual" not in unit.shared.now
@@ -96,10 +88,16 @@ def mean_of(
             some = added(decoder, theirs, piece.of(mean), known, here, share, FEW)
             if some is None:
                 break
-            _check(some[0], piece.of(mean).numel())
+            there, n = some[0], piece.of(mean).numel()
+            # on CPUs only, as CUDA would need a synchronization
+            if there.device.type == "cpu" and there.numel() and int(there[-1]) >= n:
+                raise IndexError(f"an index of {int(there[-1])} has arrived for {n} elements")
             found.append((some[0] + piece.run[0], some[1]) if piece.run else some)
         else:
-            return _as_sparse(found, out, ctx.kernels or REFERENCE)
+            there, total = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
+            where = (ctx.kernels or REFERENCE).coordinates(there, out.shape)
+            values = total.to(out.dtype)
+            return torch.sparse_coo_tensor(where, values, out.shape, is_coalesced=True, check_invariants=False)
 
     for j, piece in pieces:
         part, known = piece.of(mean), piece.of_state(unit.shared.now)
@@ -128,20 +126,3 @@ def written(grad: Tensor, out: Tensor, *, saturates: bool) -> Tensor:
 
 def _of(ctx: Context, unit: Unit, piece: Piece, rank: int, kernels: Kernels | None) -> Context:
     return Context(ctx.seed, ctx.step, piece.key(unit.name), rank, kernels, turn=ctx.turn)
-
-
-def _check(there: Tensor, n: int) -> None:
-    """Check received indices, on CPUs only, as CUDA would need a synchronization.
-
-    Raises:
-        IndexError: an index from the network is not below n.
-    """
-    if there.device.type == "cpu" and there.numel() and int(there[-1]) >= n:
-        raise IndexError(f"an index of {int(there[-1])} has arrived for {n} elements")
-
-
-def _as_sparse(found: Sequence[Found], like: Tensor, kernels: Kernels) -> Tensor:
-    """Return the sparse tensor of these runs, which follow each other."""
-    there, total = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
-    where = kernels.coordinates(there, like.shape)
-    return torch.sparse_coo_tensor(where, total.to(like.dtype), like.shape, is_coalesced=True, check_invariants=False)

@@ -37,7 +37,7 @@ def save(wire: Session, folder: str | Path) -> None:
         ThinwireError: the folder is not a path of a filesystem, or the file can't be written.
     """
     place, channel = _local(folder), wire.collective.everyone
-    path = place / f"thinwire-rank{channel.rank}-of-{channel.world}.pt"
+    path = place / _name(channel.rank, channel.world)
     for killed in files.leftovers(path):
         killed.unlink(missing_ok=True)
     state = _plain(wire.state_dict())
@@ -79,7 +79,7 @@ def load(wire: Session, folder: str | Path, on_world_change: OnWorldChange = "er
 def remove(wire: Session, folder: str | Path) -> None:
     """Remove this rank's file, and the folder if that was the last one."""
     place, channel = _local(folder), wire.collective.everyone
-    (place / f"thinwire-rank{channel.rank}-of-{channel.world}.pt").unlink(missing_ok=True)
+    (place / _name(channel.rank, channel.world)).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # other ranks' files are still there
         place.rmdir()
 
@@ -101,14 +101,18 @@ def _read(folder: Path, rank: int, world: int) -> Any:
     if not worlds:
         return None
     if world in worlds:
-        return _open(folder / f"thinwire-rank{rank}-of-{world}.pt")
+        return _open(folder / _name(rank, world))
     if len(worlds) > 1:
         raise ThinwireError(
             f"{folder} has the files of {' and of '.join(map(str, sorted(worlds)))} ranks, and {world} load them; "
             "remove those that are not of this checkpoint"
         )
     saved = worlds.pop()
-    return [_open(folder / f"thinwire-rank{other}-of-{saved}.pt") for other in range(saved)]
+    return [_open(folder / _name(other, saved)) for other in range(saved)]
+
+
+def _name(rank: int, world: int) -> str:
+    return f"thinwire-rank{rank}-of-{world}.pt"
 
 
 def _open(path: Path) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.functional import pad
 
-from thinwire.comm.collectives import TIMEOUT, Future, InFlight, in_future
+from thinwire.comm.collectives import TIMEOUT, Future, InFlight, RowCarrier, in_future
 from thinwire.comm.link import wire_bytes
 from thinwire.core import registry
 from thinwire.core.ambient import undisturbed
@@ -172,7 +172,7 @@ class CompressedProcessGroup(ProcessGroupWrapper):
         self._agreed = True
 
 
-class _Carrier:
+class _Carrier(RowCarrier):
     """The collectives of an exchange, over a process group that ``torch.distributed`` does not know."""
 
     def __init__(self, rank: int, world: int, group: Any) -> None:

@@ -124,11 +124,7 @@ class Compression(TrainerCallback):
             per_rank_files.warn_of_clipping(self.method, f"max_grad_norm={args.max_grad_norm}", "max_grad_norm=0")
 
     def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> Path:
-        """Find the checkpoint that the Trainer has loaded; the Trainer does not expose its path.
-
-        Raises:
-            ThinwireError: the checkpoint in ``output_dir`` is not the loaded one.
-        """
+        """Find the checkpoint that the Trainer has loaded; the Trainer does not expose its path."""
         if self.resume_from is not None:
             return Path(self.resume_from)
         folder = _folder(args, state)

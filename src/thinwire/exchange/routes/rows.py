@@ -50,6 +50,13 @@ class Row(Piece):
         return f"{name}[{self.receiver}]"
 
 
+@lru_cache(maxsize=1024)
+def rows_sent(world: int, rank: int, n: int) -> tuple[Row, ...]:
+    """Return the rows of n elements that a rank sends to all others."""
+    others = enumerate(r for r in range(world) if r != rank)
+    return tuple(Row(0, (r * n, (r + 1) * n), r, (i * n, (i + 1) * n)) for i, r in others)
+
+
 @dataclass(frozen=True)
 class GatheredRows(Route):
     """An all-gather of parameters: all ranks, including the sender, use the decoded values.
@@ -69,11 +76,6 @@ class GatheredRows(Route):
 
     def start(self, message: Tensor, collective: RowCarrier, turn: int) -> InFlight:
         return collective.all_gather(message)
-
-    def relay(
-        self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: RowCarrier
-    ) -> InFlight:
-        return arrived
 
     def opened(self, arrived: InFlight) -> tuple[Senders, Tensor | None]:
         return [(rank, self.layout.unpack(row)) for rank, row in enumerate(arrived.answer())], None
@@ -145,13 +147,10 @@ class ReducedRows(GatheredRows):
 
 @dataclass(frozen=True)
 class AllReducedRows(ReducedRows):
-    """An all-reduce: owners compress the sums of a reduce-scatter once more, and all ranks gather them.
-
-    Args:
-        sums: layout of a compressed sum.
-    """
+    """An all-reduce: owners compress the sums of a reduce-scatter once more, and all ranks gather them."""
 
     sums: Layout
+    """Layout of a compressed sum."""
 
     relays: ClassVar[bool] = True
 
@@ -176,31 +175,24 @@ class AllReducedRows(ReducedRows):
         return [*super().stages, ("all_gather", self.sums.nbytes)]
 
 
-@dataclass(frozen=True)
-class RowBucket(Bucket):
-    """A bucket of one flat buffer, on one route of rows."""
-
-    routes: tuple[GatheredRows]
-
-    @staticmethod
-    def of(name: str, compressor: Compressor, memory: Memory, like: Tensor, route: GatheredRows) -> "RowBucket":
-        """Return the bucket of a buffer of this name; only the number of elements and the dtype of ``like`` matter."""
-        buffer = torch.empty(like.numel(), dtype=like.dtype, device="meta")
-        unit = Unit(name, buffer, compressor, memory, method_compressor=compressor, gathered=True)
-        return RowBucket((unit,), (route,))
+def _bucket(name: str, compressor: Compressor, memory: Memory, like: Tensor, route: Route) -> Bucket:
+    """Return the bucket of a flat buffer; only the number of elements and the dtype of ``like`` matter."""
+    buffer = torch.empty(like.numel(), dtype=like.dtype, device="meta")
+    unit = Unit(name, buffer, compressor, memory, method_compressor=compressor, gathered=True)
+    return Bucket((unit,), (route,))
 
 
-def gathered(name: str, compressor: Compressor, like: Tensor, rank: int, first: int) -> RowBucket:
+def gathered(name: str, compressor: Compressor, like: Tensor, rank: int, first: int) -> Bucket:
     """Return the bucket that gathers the shards of all ranks, each like ``like`` ``[n]``."""
     layout = layout_of(compressor, like.numel(), like.dtype)
     route = GatheredRows("all_gather", (0,), (Piece(0),), torch.uint8, False, layout, rank, first)
-    return RowBucket.of(name, compressor, NoMemory(), like, route)
+    return _bucket(name, compressor, NoMemory(), like, route)
 
 
 def reduced(
     name: str, compressor: Compressor, memory: Memory, rows: Tensor, rank: int, first: int, loss_scale: float = 1.0,
     *, to_all: bool = False,
-) -> RowBucket:  # fmt: skip
+) -> Bucket:  # fmt: skip
     """Return the bucket that sums rows ``[world, n]``; rank r gets row r.
 
     Args:
@@ -210,13 +202,12 @@ def reduced(
     that with ``to_all``.
     """
     world, n = rows.shape
-    others = enumerate(r for r in range(world) if r != rank)
-    pieces = tuple(Row(0, (r * n, (r + 1) * n), r, (i * n, (i + 1) * n)) for i, r in others)
     layout = layout_of(compressor, n, memory.dtype(rows.dtype))
+    pieces = rows_sent(world, rank, n)
     fixed = ("all_to_all", (0,), pieces, torch.uint8, False, layout, rank, first, rows[rank], loss_scale)
     sums = layout_of(compressor, n, float_at_least_32(rows.dtype))
     route = AllReducedRows(*fixed, sums) if to_all else ReducedRows(*fixed)
-    return RowBucket.of(name, compressor, memory, rows, route)
+    return _bucket(name, compressor, memory, rows, route)
 
 
 def payload_bytes(compressor: Compressor, x: Tensor, world: int) -> int:
@@ -225,11 +216,7 @@ def payload_bytes(compressor: Compressor, x: Tensor, world: int) -> int:
 
 
 def check_flat(argument: str, carries: str, compressor: Compressor) -> None:
-    """Check that a compressor can compress a flat run of elements without a state.
-
-    Raises:
-        ThinwireError: it can't.
-    """
+    """Raise a ``ThinwireError`` if a compressor can't compress a flat run of elements without a state."""
     if compressor.traits.min_ndim or compressor.traits.period != 1 or compressor.init(NUMBER, NOWHERE):
         raise ThinwireError(
             f"{argument}={type(compressor).__name__} needs matrices, keeps a state or changes its shapes; the "
