@@ -7,7 +7,6 @@ A file is ``thinwire-rank<r>-of-<world>.pt``. It holds that rank's ``Session.sta
 import contextlib
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from thinwire.comm.control import Together
 from thinwire.core import files
 from thinwire.core.errors import ThinwireError
-from thinwire.methods.method import Method
 from thinwire.session.checkpoint import OnWorldChange
 from thinwire.session.migrate import agree
 from thinwire.session.session import Session
@@ -82,17 +80,6 @@ def remove(wire: Session, folder: str | Path) -> None:
     (place / _name(channel.rank, channel.world)).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # other ranks' files are still there
         place.rmdir()
-
-
-def warn_of_clipping(method: Method, setting: str, off: str) -> None:
-    """Warn that a framework clips after the exchange, which loses gradient if the method sends pending residuals."""
-    if any(rule.memory.stateful for rule in method.rules):
-        warnings.warn(
-            f"{setting} clips after the exchange, where the gradient of {method.name} is a burst of what was held "
-            f"back, and what is cut off there is lost; set {off}, and clip on each rank by the method: "
-            "thinwire.dgc(clip=)",
-            stacklevel=3,
-        )
 
 
 def _read(folder: Path, rank: int, world: int) -> Any:

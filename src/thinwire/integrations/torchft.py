@@ -33,7 +33,7 @@ from thinwire.exchange.pipeline import exchange
 from thinwire.exchange.routes.rows import check_flat, payload_bytes, reduced
 from thinwire.exchange.states import TwoCopies
 from thinwire.exchange.workers import Worker
-from thinwire.integrations.versions import framework
+from thinwire.integrations.frameworks import framework
 from thinwire.memories.error_feedback import NoMemory
 from thinwire.methods.method import Rule
 
