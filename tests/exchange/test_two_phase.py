@@ -13,8 +13,8 @@ from thinwire.core.capabilities import compress_sparse
 from thinwire.core.memory_capabilities import Absorbed
 from thinwire.core.tensors import Sparse
 from thinwire.exchange import pipeline
-from thinwire.exchange.adding import added
 from thinwire.exchange.buckets import Routing, plan_bucket
+from thinwire.exchange.receiving import added
 from thinwire.exchange.routes.two_phase import cut, without
 from thinwire.exchange.units import resolve, set_stage
 from thinwire.exchange.workers import Worker

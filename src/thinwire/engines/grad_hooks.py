@@ -14,7 +14,6 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor, nn
 
-from thinwire.comm.link import Link
 from thinwire.core.ambient import undisturbed
 from thinwire.core.errors import ThinwireError
 from thinwire.core.sharding import own, wrapped
@@ -25,17 +24,11 @@ from thinwire.engines.passes import Passes
 from thinwire.engines.scheduler import ACCUMULATED, Scheduler
 from thinwire.engines.stepped import Steps
 from thinwire.engines.unchanged import Parameters
-from thinwire.exchange.buckets import Routing
+from thinwire.exchange.buckets import USUAL, Routing, start_bytes, travel_together
 from thinwire.exchange.status import used
 from thinwire.exchange.units import bytes_alone
 from thinwire.session.backward import in_backward
 from thinwire.session.session import Session
-
-START_COST = 3e-3
-"""Seconds of CPU time to start an exchange during a backward pass, when the compression code is not in the cache. Fewer
-bytes than the link carries in this time wait for the next bucket."""
-USUAL = Link(1e9)
-"""The link that is assumed if the speed is not known: 1 Gb/s."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,18 +213,19 @@ class GradHooks:
     def _join(self, session: Session) -> None:
         """Decide which buckets are sent together; the same on all ranks."""
         routing, world = session.stages.routing, session.collective.world
-        enough = START_COST * (routing.link or USUAL).bandwidth / 8
+        enough = start_bytes(routing.link)
         # not on CUDA, where starting costs no CPU time, nor on other routes, where joining changes the result's bits
         joins = routing.route == "all_gather" and not any(one.param.is_cuda for one in self.owned)
+        units = [[session.stages.by_param[id(one.param)] for one in part] for part in self.parts]
+        nbytes = [
+            sum(bytes_alone(u.compressor, u.like, world, routing.route, routing.second) for u in p) for p in units
+        ]
         joined: list[list[Owned]] = []
-        sent = enough
-        for part in self.parts:
-            if sent >= enough or not joins:
-                joined.append([])
-                sent = 0.0
-            joined[-1] += part
-            for unit in (session.stages.by_param[id(one.param)] for one in part):
-                sent += bytes_alone(unit.compressor, unit.like, world, routing.route, routing.second)
+        start = 0
+        while start < len(self.parts):
+            end = start + ((travel_together(nbytes[start:], enough) or len(self.parts)) if joins else 1)
+            joined.append([one for part in self.parts[start:end] for one in part])
+            start = end
         self.routing, self.buckets = routing, joined
         if len(joined) < len(self.parts) and world > 1:
             session.ledger.note(

@@ -15,7 +15,7 @@ from torch import Tensor
 from thinwire.comm.collectives import Future, NoAnswer, exchange_failed, in_future
 from thinwire.engines.inflight import BucketInFlight, resolve
 from thinwire.exchange import pipeline
-from thinwire.exchange.buckets import Bucket
+from thinwire.exchange.buckets import Bucket, travel_together
 from thinwire.report.ledger import Stopwatch
 from thinwire.session.clipping import clip
 from thinwire.session.session import Session
@@ -138,7 +138,8 @@ class Scheduler:
         if not bucket.joins or (self.waiting and self.waiting[0].buffer.device != buffer.device):
             self._start(session)
         self.waiting.append(sent)
-        if not bucket.joins or sum(one.outbox.messages[0].nbytes for one in self.waiting) >= session.turn_bytes:
+        sizes = [one.outbox.messages[0].nbytes for one in self.waiting]
+        if not bucket.joins or travel_together(sizes, session.turn_bytes):
             self._start(session)
         return sent.done()
 

@@ -27,16 +27,9 @@ def select(
     scale: float,
     clear: bool = True,
 ) -> dict[int, Found]:
-    """Compensate and select the elements of all pieces that the fused kernel can handle, together.
+    """Compensate all pieces that the fused kernel can handle, and return the elements that each of them sends.
 
-    Args:
-        grads: of the units.
-        contexts: of the pieces.
-        clear: True to set gradients to zero afterwards.
-
-    Returns:
-        For each piece that was handled: the elements to send, in ascending order. The piece's next state is written;
-        the compensated tensor is the new residual.
+    Their next states are written; the compensated tensor is the new residual. ``clear``: zero the gradients afterwards.
     """
     works: dict[int, Pass] = {}
     selections: dict[int, Selection] = {}
@@ -100,14 +93,10 @@ def _pass(unit: Unit, piece: Piece, grad: Tensor, worker: Worker, scale: float, 
 def compress(
     unit: Unit, piece: Piece, grad: Tensor, worker: Worker, ctx: Context, chosen: Found | None, loss_scale: float
 ) -> tuple[Tensor, Payload, Decompressed | None]:
-    """Compensate and compress one piece.
+    """Return one piece's compensated tensor, its payload, and what the receivers decode from it.
 
-    Args:
-        chosen: the elements sent, if ``select`` has compensated and selected already.
-
-    Returns:
-        The compensated tensor, its payload, and the tensor that the receivers decode from it. The last is None if no
-        memory or measurement needs it, since decoding takes time.
+    The last is None if no memory or measurement needs it, since decoding takes time. ``chosen``: the elements, if
+    ``select`` has compensated and selected already.
     """
     local = worker.local[unit.name]
     now, new, known = (piece.of_state(state) for state in (local.now, local.next, unit.shared.now))

@@ -186,8 +186,7 @@ def resolve(
 ) -> list[Unit]:
     """Return the units of these parameters for a method, with fresh shared state.
 
-    Args:
-        settings: the optimizer's settings for each parameter, for the memories that take them over.
+    ``settings``: the optimizer's, by parameter, for the memories that take them over.
     """
     units: list[Unit] = []
     guarded = any(rule.memory.stateful for rule in method.rules)
@@ -256,13 +255,7 @@ def set_stage(
 ) -> list[str]:
     """Set each unit's compressor for a warm-up stage (``density=None``: the final one), or send it dense if cheaper.
 
-    Args:
-        route, second: of the method.
-        turn_bytes: see ``TURN_BYTES``.
-
-    Returns:
-        Notes for the ledger, e.g. on units that a later rule handles, and on units that are sent dense because their
-        payloads would be larger.
+    ``route`` and ``second`` are the method's. Return notes for the ledger, e.g. on units that are sent dense.
     """
     declined: dict[str, list[str]] = {}
     for unit in units:

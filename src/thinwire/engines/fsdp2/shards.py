@@ -89,7 +89,7 @@ class Shards(GradHooks):
 
     def count(self, session: Session, elements: int, sent: float) -> None:
         """Add one reduce-scatter of so many elements to the ledger."""
-        cast(Mesh, session.collective).sent_within_node += sent
+        cast(Mesh, session.collective).sent_across_shards += sent
         session.row.within_node_dense_bytes += wire_bytes("all_to_all", elements * 4, self.shards.world)
 
     def gathered(self, elements: int, sent: float, world: int) -> None:
