@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from thinwire.comm.collectives import InFlight
 from thinwire.comm.simulated import Local
 from thinwire.core.checks import called, of_type, whole
-from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
 from thinwire.core.sharding import own, wrapped
-from thinwire.engines.layouts import Layouts
+from thinwire.engines.names import check_some
+from thinwire.engines.unchanged import Layouts
 from thinwire.exchange import pipeline
 from thinwire.exchange.workers import Worker
 from thinwire.kernels.select import Choice, choose
@@ -65,10 +65,9 @@ class SimulatedWorkers:
         self.optimizer: Optimizers = of_type(kinds, "pass the one of the model")("optimizer", joined(optimizer))
         self.peers = Local.of(workers)
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        if not named:
-            raise ThinwireError("the model has no parameter that requires a gradient; there is nothing to exchange")
+        check_some(named)
         check_held(named, self.optimizer)
-        chosen, note = choose(asked["kernels"], named[0][1].device if named else torch.device("cpu"))
+        chosen, note = choose(asked["kernels"], named[0][1].device)
         ranks = [Worker(rank, asked["seed"], kernels=chosen) for rank in range(workers)]
         self.session = Session(named, method, self.peers[0], self.optimizer, asked["seed"], ranks, policy=policy)
         self.session.use_kernels(chosen, note)
