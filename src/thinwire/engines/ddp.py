@@ -98,14 +98,13 @@ def _exchanged(ddp: DistributedDataParallel) -> list[tuple[str, Tensor]]:
 
 def _taken(ddp: DistributedDataParallel) -> bool:
     """Return True if the reducer has a hook; that of a copied DDP model has none, even if the model lists hooks."""
-    told = _told(ddp)
-    return bool(told.get("comm_hook") if told else getattr(ddp, "_comm_hooks", None))
+    data = _logged(ddp)
+    return bool(data.get("comm_hook") if data else getattr(ddp, "_comm_hooks", None))
 
 
-def _told(ddp: DistributedDataParallel) -> Mapping[str, Any]:
+def _logged(ddp: DistributedDataParallel) -> Mapping[str, Any]:
     """Return the logging data of the reducer, which has no public API."""
-    look: Any = getattr(ddp, "_get_ddp_logging_data", dict)
-    return look()
+    return cast(Any, getattr(ddp, "_get_ddp_logging_data", dict))()
 
 
 def _check_tracked(ddp: DistributedDataParallel, named: Sequence[tuple[str, Tensor]]) -> None:
@@ -122,7 +121,7 @@ def _check_tracked(ddp: DistributedDataParallel, named: Sequence[tuple[str, Tens
             f"parameter {name!r} {what} after the model was wrapped; DDP does not average its gradient: wrap again, "
             "then attach"
         )
-    averaged, trains = _told(ddp).get("num_parameter_tensors"), sum(param.requires_grad for param in tracked)
+    averaged, trains = _logged(ddp).get("num_parameter_tensors"), sum(param.requires_grad for param in tracked)
     if averaged not in (None, trains):
         raise ThinwireError(
             f"{trains} parameters require a gradient and DDP averages {averaged}: some were frozen or unfrozen after "

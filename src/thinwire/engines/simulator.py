@@ -109,14 +109,9 @@ class SimulatedWorkers:
             inboxes = [pipeline.relay(bucket, inbox, worker, session.step, peer) for worker, peer, inbox in journeys]
         outs = [torch.empty_like(own(p)) for p in params]
         with Stopwatch(session.row, "receive_seconds"):
+            kernels = session.workers[0].kernels
             session.transaction.statuses = pipeline.receive(
-                bucket,
-                inboxes[0],
-                outs,
-                session.seed,
-                session.step,
-                kernels=session.workers[0].kernels,
-                turn=session.turn,
+                bucket, inboxes[0], outs, session.seed, session.step, kernels=kernels, turn=session.turn
             )
         for param, out, used in zip(params, outs, reached, strict=True):
             param.grad = wrapped(out, param) if used else None  # as in DDP, no gradient if no worker used it

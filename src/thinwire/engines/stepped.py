@@ -28,21 +28,15 @@ class Steps:
     """The check of all optimizers that hold a parameter of one model, even those that ``attach`` was not given.
 
     Args:
-        exchanged: the parameters whose gradients are exchanged, by name.
-        apart: the other parameters of the model.
+        apart: the parameters of the model whose gradients are not exchanged.
         way_out: advice on how to exchange the gradients, for the message.
-        unfinished: returns the names of parameters that an exchange waits for.
-        late: returns the parameters whose gradients were added to after their exchange.
+        unfinished, late: see ``ModelHooks``.
     """
 
     def __init__(
-        self,
-        exchanged: Mapping[str, Tensor],
-        apart: Iterable[Tensor],
-        way_out: str,
-        unfinished: Callable[[], Sequence[str]],
-        late: Callable[[], Iterable[Tensor]],
-    ) -> None:
+        self, exchanged: Mapping[str, Tensor], apart: Iterable[Tensor], way_out: str,
+        unfinished: Callable[[], Sequence[str]], late: Callable[[], Iterable[Tensor]],
+    ) -> None:  # fmt: skip
         self.names = {id(param): name for name, param in exchanged.items()}
         self.apart = {id(param) for param in apart}
         self.way_out, self.unfinished, self.late = way_out, unfinished, late

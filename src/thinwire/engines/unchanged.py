@@ -59,10 +59,9 @@ class Layouts:
 
 
 class Parameters:
-    """The exchanged parameters of a model, and its others.
+    """The exchanged parameters of a model, by name, and its others.
 
     Args:
-        exchanged: the parameters whose gradients are exchanged, by name.
         apart: the names of trained parameters that are not exchanged.
         since: the event after which they must not change, for messages.
         again: advice for the error if they have changed.
@@ -72,7 +71,7 @@ class Parameters:
         self,
         model: nn.Module,
         exchanged: Mapping[str, Tensor],
-        apart: Collection[str] = (),
+        apart: Collection[str],
         since: str = "attach",
         again: str = "detach() and attach again",
     ) -> None:
