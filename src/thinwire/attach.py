@@ -1,18 +1,23 @@
-"""``attach``, the entry point: it finds the wrapper of the model and installs the engine for it (``engines``)."""
+"""``attach``, the entry point: it finds the wrapper of the model and installs the engine for it (``engines``).
+
+All engines have the same methods. ``exchanged`` returns the parameters whose gradients are exchanged, or raises an
+error before anything has been changed; ``fits`` raises one if a method can't be used; ``compared`` returns the tensors
+that must be equal on all replicas. ``collective`` makes what exchanges the gradients, and ``share`` broadcasts
+parameters and buffers if the wrapper has not; these two are collective calls. ``install`` connects the session.
+"""
 
 import contextlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.comm.collectives import TIMEOUT, Collective, ControlChannel
+from thinwire.comm.collectives import TIMEOUT, ControlChannel
 from thinwire.comm.control import ATTACH, Together
 from thinwire.comm.link import Link
 from thinwire.comm.process_group import ProcessGroup
@@ -33,7 +38,7 @@ from thinwire.methods.method import Method, Rule
 from thinwire.session.arguments import check_held, inside, model_of, optimizer_of, options, unwrapped
 from thinwire.session.migrate import agree
 from thinwire.session.optimizers import Optimizers, joined
-from thinwire.session.replicas import EVERY, Replicas
+from thinwire.session.replicas import EVERY
 from thinwire.session.rounds import OnNonfinite, OptimizerSteps, Scaler
 from thinwire.session.session import Session
 from thinwire.session.transaction import Policy
@@ -41,54 +46,6 @@ from thinwire.session.transaction import Policy
 OPTIONS = of_type(Fsdp2Options, 'pass thinwire.Fsdp2Options(replicate=mesh["replicate"])')
 OUTSIDE: object = dist.GroupMember.NON_GROUP_MEMBER
 """The group that torch returns to a rank outside it."""
-
-
-class Engine(Protocol):
-    """The connection to a model: it collects gradients and passes them through the session."""
-
-    @property
-    def channel(self) -> ControlChannel:
-        """The control channel of all ranks of the model."""
-        ...
-
-    def exchanged(self) -> list[tuple[str, Tensor]]:
-        """Return the parameters whose gradients are exchanged.
-
-        Raises:
-            ThinwireError: the model can't be used; nothing has been changed.
-        """
-        ...
-
-    @property
-    def fits(self) -> Callable[[Method], None]:
-        """Check that raises if a method can't be used with this model."""
-        ...
-
-    @property
-    def no_sync(self) -> Callable[[], AbstractContextManager[None]]:
-        """Context in which backward passes accumulate gradients and send nothing; raises if the wrapper has its own."""
-        ...
-
-    def collective(self, link: Link | None, together: Together) -> Collective:
-        """Make the collective that exchanges the gradients. A collective call."""
-        ...
-
-    def share(self, session: Session) -> None:
-        """Broadcast parameters and buffers, if the wrapper has not done so. A collective call."""
-        ...
-
-    def compared(self, every: int) -> Replicas:
-        """Return the tensors that must be equal on all replicas, for the comparison of hashes."""
-        ...
-
-    @property
-    def begins_alike(self) -> bool:
-        """True if ``share`` makes the compared tensors equal."""
-        ...
-
-    def install(self, session: Session) -> None:
-        """Pass the gradients through the session from now on; the call exchanges nothing."""
-        ...
 
 
 @undisturbed
@@ -235,12 +192,8 @@ def _engine(
     sparse_gradients: bool,
     fsdp2: Fsdp2Options,
     timeout: float,
-) -> Engine:
-    """Make the engine for the model's wrapper; the arguments are those of ``attach``.
-
-    Raises:
-        ThinwireError: no engine fits the model, or an argument does not fit the engine.
-    """
+) -> Ddp | Plain | Fsdp2:
+    """Make the engine for the model's wrapper, or raise an error if none fits."""
     wrapped = isinstance(model, DistributedDataParallel) or is_fsdp2(model)
     if wrapped and (process_group is not None or sparse_gradients):
         raise ThinwireError(
