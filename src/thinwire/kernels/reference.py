@@ -68,6 +68,8 @@ class Reference:
     """Plain PyTorch, on any device."""
 
     name = "reference"
+    encode_indices = staticmethod(elias_fano.encode)
+    decode_indices = staticmethod(elias_fano.decode)
 
     def runs(self, work: Pass) -> bool:
         return True
@@ -155,12 +157,6 @@ class Reference:
 
     def without_repeats(self, indices: Tensor, values: Tensor) -> Tensor:
         return torch.cat([values[:1], values[1:].masked_fill(indices[1:] == indices[:-1], 0.0)])
-
-    def encode_indices(self, indices: Tensor, n: int) -> Tensor:
-        return elias_fano.encode(indices, n)
-
-    def decode_indices(self, packed: Tensor, k: int, n: int) -> Tensor:
-        return elias_fano.decode(packed, k, n)
 
     def close(self) -> None:
         pass
