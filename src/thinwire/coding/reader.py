@@ -68,9 +68,6 @@ class Reader:
         self.at += nbytes
         return self.data[self.at - nbytes : self.at]
 
-    def rest(self) -> memoryview:
-        return self.data[self.at :]
-
     def unpack(self, format: str, what: str) -> tuple[Any, ...]:
         return struct.unpack(format, self.take(struct.calcsize(format), what))
 

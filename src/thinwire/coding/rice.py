@@ -31,12 +31,6 @@ def parameter(k: int, n: int) -> int:
     return min(range(max(0, near - 1), near + 2), key=lambda b: b - 1.0 / math.expm1(2.0**b * math.log1p(-p)))
 
 
-def num_bits(indices: Tensor, b: int) -> int:
-    """Return the exact length of the code in bits, before the last byte is filled."""
-    gaps = _gaps(indices.cpu().numpy())
-    return len(gaps) * (b + 1) + int((gaps >> b).sum())
-
-
 def encode(indices: Tensor, b: int) -> bytes:
     """Encode int64 indices ``[k]``, strictly ascending from 0 on.
 
