@@ -86,8 +86,8 @@ def _fetch(b: Any, address: Any) -> None:
     byte = ir.IntType(8).as_pointer()
     name = "llvm.prefetch.p0"
     kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-    ask = b.module.globals.get(name) or ir.Function(b.module, kind, name)
-    b.call(ask, [b.inttoptr(address, byte), ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+    prefetch = b.module.globals.get(name) or ir.Function(b.module, kind, name)
+    b.call(prefetch, [b.inttoptr(address, byte), ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
 
 
 def _stepped(b: Any, kind: str, g: Any, u: Any, v: Any, m: Any) -> tuple[Any, Any]:
