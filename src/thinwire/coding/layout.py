@@ -82,22 +82,19 @@ class Layout:
 
         ``messages`` is ``[senders, n]``, n at least ``nbytes`` and a multiple of the largest itemsize. All are views.
         """
-        payloads: list[list[list[Tensor]]] = [[[] for _ in range(self.num_units)] for _ in range(len(messages))]
-        columns = self._columns(messages)
-        for part, column in zip(self.listed, columns, strict=True):
-            for own, tensor in zip(payloads, column.unbind(), strict=True):
-                own[part.unit].append(tensor)
-        return [[tuple(payload) for payload in own] for own in payloads], columns
-
-    def _columns(self, messages: Tensor) -> list[Tensor]:
         if not self.nbytes:  # the strides of empty rows don't allow a view in a wider dtype
             messages = messages.new_empty(len(messages), WIDEST)
         pieces = cast("tuple[Tensor, ...]", cast(Any, messages[:, : self.nbytes]).split(self.sizes, 1))
         columns = [pieces[place].view(self.parts[place].dtype) for place in self.places]
-        return [
+        columns = [
             column if len(part.shape) == 1 else column.view(len(messages), *part.shape)
             for part, column in zip(self.listed, columns, strict=True)
         ]
+        payloads: list[list[list[Tensor]]] = [[[] for _ in range(self.num_units)] for _ in range(len(messages))]
+        for part, column in zip(self.listed, columns, strict=True):
+            for own, tensor in zip(payloads, column.unbind(), strict=True):
+                own[part.unit].append(tensor)
+        return [[tuple(payload) for payload in own] for own in payloads], columns
 
 
 def _adjacent(pieces: Sequence[Tensor]) -> bool:

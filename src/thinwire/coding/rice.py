@@ -125,8 +125,8 @@ def _codewords(bits: NDArray[np.uint8], b: int, most: int) -> tuple[NDArray[np.i
     while len(current):
         found.append(current)
         current = after[current]
-        inside = current < border
-        current, border = current[inside], border[inside]
+        within = current < border
+        current, border = current[within], border[within]
     starts = np.sort(np.concatenate(found))
     starts = starts[starts < len(stop)][:most]
     return starts, stop[starts]
