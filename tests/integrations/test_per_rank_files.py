@@ -1,4 +1,4 @@
-"""The files of each rank beside a checkpoint, and what a framework must be."""
+"""The files of each rank in the folder of a checkpoint, and what a framework must be."""
 
 import resource
 
