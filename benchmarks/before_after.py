@@ -2,9 +2,9 @@
 
     python -m benchmarks.before_after 22f5d74 --methods dgc,dgc_ddp,dense_bare --json before_after.json
 
-The revision is checked out beside the tree. Each side has its own ranks on the loopback, one thread a process; while
-one side trains, the other waits. In a turn each method trains for ``--steps`` steps; a step is that of the slowest
-rank, and the fastest of them counts, since what disturbs a step only adds to it.
+The revision is checked out in a folder of its own. Each side has its own ranks on the loopback, one thread a process;
+while one side trains, the other waits. In a turn each method trains for ``--steps`` steps; a step is that of the
+slowest rank, and the fastest of them counts, since what disturbs a step only adds to it.
 ``after_over_before`` is the ratio within a round, with quartiles; the first round is not counted.
 """
 

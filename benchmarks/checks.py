@@ -1,4 +1,4 @@
-"""What checks cost: hashes of parameters beside a training step, and checksums beside a save and a load.
+"""Cost of checks: hashes of parameters relative to a training step, checksums to a save and a load.
 
     python -m benchmarks.checks --json checks.json
 

@@ -206,7 +206,7 @@ def of_frames(chosen: Tensor, selected: Tensor, n: int, p: float) -> list[Row]:
 
 
 def of_tails(n: int) -> list[Row]:
-    """What the codes lose of the 1 % of largest magnitude, and what evenly spaced levels would; by the tail."""
+    """Measure the loss of the codes on the 1 % of largest magnitude, and of evenly spaced levels; by the tail."""
     rows: list[Row] = []
     for name, x in (("normal", torch.randn(n)), ("student3", torch.distributions.StudentT(3.0).sample((n,)))):
         sent = x[REFERENCE.largest(x, n // 100)]

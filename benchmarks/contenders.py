@@ -1,4 +1,4 @@
-"""What is compared with what: models, and ways of training them that differ in how gradients are exchanged.
+"""Models, and ways of training them that differ in how gradients are exchanged.
 
 A DDP model takes one communication hook for life, so there is one DDP for plain training, one for PyTorch's hooks, and
 one for thinwire, each with a copy of the same model; and copies without a wrapper, where thinwire is fastest.
@@ -37,7 +37,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "lstm": (partial(Recurrent, 1250, 1250, num_layers=2), (16, 16, 1250)),  # 25.0M; 16 steps of 16 sequences
     "tiny": (partial(mlp, 96, 3), (8, 96)),
 }
-"""How to build it, and the shape of a rank's batch."""
+"""A function that builds it, and the shape of a rank's batch."""
 
 PLAIN = {"local": (False, 0.9), "dense": (True, 0.9), "local_sgd": (False, 0.0), "dense_sgd": (True, 0.0)}
 """(whether gradients are exchanged, momentum of the optimizer). DGC's momentum is in its memory, at the price of an

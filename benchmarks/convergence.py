@@ -1,4 +1,4 @@
-"""What a method costs in accuracy: character models, simulated workers, seeds.
+"""Accuracy by method: character models, simulated workers, seeds.
 
     python -m benchmarks.convergence --json convergence.json
     python -m benchmarks.convergence --model transformer --steps 400 --json adamw.json

@@ -134,13 +134,13 @@ def train(
     for step in range(steps):
         g = problem.gradients(x) if generator is None else problem.sampled(x, generator)
         look(step, x, g)
-        asked = memory.compensate(g, x, local.now, local.next)
-        chosen = asked.abs().topk(k, dim=1).indices
-        own = Sparse((chosen + offsets).flatten(), asked.gather(1, chosen).flatten(), k / d)
-        sent = torch.empty_like(asked)
+        compensated = memory.compensate(g, x, local.now, local.next)
+        chosen = compensated.abs().topk(k, dim=1).indices
+        own = Sparse((chosen + offsets).flatten(), compensated.gather(1, chosen).flatten(), k / d)
+        sent = torch.empty_like(compensated)
         own.write_to(sent)
         if step < 2 and k < d:
-            check_selection(asked, sent, k)
+            check_selection(compensated, sent, k)
         memory.sent(own, local.next)
         h = memory.receive(sent.mean(0), x, shared.now, shared.next)
         local.commit()
@@ -148,10 +148,10 @@ def train(
         x = x - lr * h
 
 
-def check_selection(asked: Tensor, sent: Tensor, k: int) -> None:
-    """What all rows select at once is what TopK makes of each, to its wire form and back."""
-    compressor = top(k, asked.shape[1])
-    for row, ours in zip(asked, sent, strict=True):
+def check_selection(compensated: Tensor, sent: Tensor, k: int) -> None:
+    """Check that the selection of all rows at once is that of TopK for each, to its wire form and back."""
+    compressor = top(k, compensated.shape[1])
+    for row, ours in zip(compensated, sent, strict=True):
         compressor.decompress(compressor.compress(row, {}, NOWHERE), row, {}, NOWHERE).write_to(out := row.clone())
         if out.count_nonzero() and not torch.equal(out, ours):
             raise AssertionError(f"TopK sends {out.nonzero().flatten().tolist()}, not {ours.nonzero().tolist()}")

@@ -1,4 +1,4 @@
-"""What an exchange costs by its route: bytes and seconds of a worker, measured and modelled.
+"""Cost of an exchange by its route: bytes and seconds of a worker, measured and modelled.
 
     python -m benchmarks.exchange --workers 2,4,8 --links 100mbit,1gbit --json exchange.json --plot exchange.png
 
@@ -77,7 +77,7 @@ TERMS = ("fixed_s", "message_s", "byte_s", "shared_message_s", "shared_byte_s")
 
 
 def terms(kind: Kind, nbytes: int, world: int, crowd: float) -> np.ndarray:
-    """What each of ``TERMS`` is multiplied by; from ``crowd`` workers on the lab's cores do the work of all."""
+    """Return the factor of each of ``TERMS``; from ``crowd`` workers on the lab's cores do the work of all."""
     messages = 2 * (world - 1) if kind == "all_reduce" else world - 1
     sent = wire_bytes(kind, nbytes, world)
     if world >= crowd:

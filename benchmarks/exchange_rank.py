@@ -1,4 +1,4 @@
-"""One rank of ``benchmarks.exchange``: times the exchanges it is told, all in turn."""
+"""One rank of ``benchmarks.exchange``: times the exchanges that it is given, all in turn."""
 
 import json
 import sys

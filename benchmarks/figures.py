@@ -1,4 +1,4 @@
-"""What the benchmarks share: a list on the command line, and a figure with its spread."""
+"""Parts that the benchmarks share: a list on the command line, and a figure with its spread."""
 
 import statistics
 from collections.abc import Sequence

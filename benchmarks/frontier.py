@@ -1,4 +1,4 @@
-"""Where the bytes go: held-out loss at equal bytes, over density, bits a value, memory and route.
+"""Held-out loss at equal bytes, over density, bits a value, memory and route.
 
     python -m benchmarks.frontier --json frontier.json --plot frontier.png
 
@@ -115,7 +115,7 @@ def train(case: Case, seed: int, steps: int, workers: int) -> tuple[float, float
 
 
 class Book:
-    """What has been measured; written down after every training."""
+    """The measurements so far; written down after every training."""
 
     def __init__(self, path: Path | None, args: argparse.Namespace) -> None:
         self.path, self.args = path, args

@@ -1,4 +1,4 @@
-"""Compress and decode on one machine, beside the time that merely copying the touched state takes.
+"""Compress and decode on one machine, relative to the time that merely copying the touched state takes.
 
     python -m benchmarks.kernels --json kernels.json
 

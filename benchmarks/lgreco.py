@@ -4,8 +4,8 @@
 
 The demo's LSTM and a small ResNet on CIFAR-10 (left out, loudly, where ``--data`` has none), momentum SGD with a cosine
 learning rate, simulated workers. Of every method, a run with the policy, and one without it from the same weights and
-on the same batches. Both plans are then tried on what the workers of the uniform run were asked to send in steps that
-were *not* looked at for a plan: ``error_ratio`` is the plan's sum of ``||x - C(x)||`` over the uniform one's there.
+on the same batches. Both plans are then tried on the compensated gradients of the uniform run in steps that were
+*not* looked at for a plan: ``error_ratio`` is the plan's sum of ``||x - C(x)||`` over the uniform one's there.
 ``lost`` is the share of the energy that a run really left for later. Bytes are the ledger's, of the last step.
 ``share_here`` is planning, looking included, in the time of this training; ``share`` is that at the default schedule.
 """
@@ -50,7 +50,7 @@ METRICS += ("heldout_uniform", "heldout_plan", "train_uniform", "train_plan", "p
 
 
 class Residual(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions and a shortcut."""
 
     def __init__(self, narrow: int, wide: int) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def vision(args: argparse.Namespace) -> Task | None:
 
 
 class Judge:
-    """A policy beside the policy: tries both plans on what workers are asked to send, and asks what a run has lost."""
+    """A second policy: tries both plans on the compensated gradients, and measures what a run has lost."""
 
     def __init__(self, inner: LGreCo | None, plans: Mapping[int, Mapping[str, Compressor]]) -> None:
         self.inner, self.plans = inner, plans

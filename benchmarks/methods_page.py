@@ -1,7 +1,7 @@
 """Writes docs/methods.md from the catalogue and the recipes: ``python -m benchmarks.methods_page > docs/methods.md``.
 
 What a method sends and whose idea it is stand in its docstring (**Wire**, Source); what it remembers, and whether it
-contracts or is unbiased, is asked of the code.
+contracts or is unbiased, is read from the code.
 """
 
 import inspect
@@ -50,7 +50,7 @@ What has been measured so far, on small models and short runs; `benchmarks/resul
   optimizer, which lost nothing at 5 times fewer bytes in all (`onebit_cpu2_202611.md`).
 - **Few samples a step, and data that differs between workers**: `ef21_sgdm`. Among methods that send one element in 68
   its floor was the lowest, within 4 times that of SGD without compression (`convex_cpu2_202611.md`).
-- **Parameters that differ much in size or shape**: `attach(policy=LGreCo())` beside any of these. At the uniform plan's
+- **Parameters that differ much in size or shape**: `attach(policy=LGreCo())` with any of these. At the uniform plan's
   sum of errors it saved 24 % of all bytes in the mean of six cases, most with Top-k, 7 % with 4 bits or PowerSGD on an
   LSTM; with Top-k the loss ended 0.02 to 0.06 higher, about where uniform Top-k of as few bytes ends
   (`lgreco_cpu2_202611.md`: one seed).

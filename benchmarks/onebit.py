@@ -21,7 +21,7 @@ from thinwire.report.results import Row, meta, write
 
 CASES = ("adam", "onebit_adam", "zeroone_adam")
 BETAS = (0.9, 0.99)
-"""The variance of so short a training would not settle at 0.999."""
+"""With 0.999 the variance of so short a training would still move."""
 
 
 def text_of(data: str | None) -> demo_text.Text:

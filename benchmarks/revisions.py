@@ -1,4 +1,4 @@
-"""Another revision of this repository, beside the tree."""
+"""Another revision of this repository, in a folder of its own."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from benchmarks.lab.ranks import ROOT
 
 @contextlib.contextmanager
 def checked_out(revision: str) -> Iterator[Path]:
-    """The tree of a revision, beside this one."""
+    """The tree of a revision, in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         packed = subprocess.run(["git", "archive", revision], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
         with tarfile.open(fileobj=io.BytesIO(packed)) as archive:

@@ -1,4 +1,4 @@
-"""What few bits along the shards of FSDP2 cost in accuracy: a character transformer, AdamW, real processes, seeds.
+"""Accuracy with few bits along the shards of FSDP2: a character transformer, AdamW, real processes, seeds.
 
     python -m benchmarks.sharded --json sharded.json
 

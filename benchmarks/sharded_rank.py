@@ -29,7 +29,7 @@ CASES: dict[str, Callable[[], dict[str, Any]] | None] = {
 
 
 def train(case: str, seed: int, steps: int, width: int) -> dict[str, float]:
-    """Held-out loss after the last step, and what a rank sent along the shards in it, beside fp32."""
+    """Held-out loss after the last step, and what a rank sent along the shards in it, relative to fp32."""
     text = demo_text.load()
     torch.manual_seed(seed)
     model = transformer(len(text.vocabulary), width=width, length=LENGTH)

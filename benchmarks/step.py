@@ -1,9 +1,9 @@
-"""How long a training step takes, by method, in a lab of hosts on links of known speed.
+"""Time of a training step, by method, in a lab of hosts on links of known speed.
 
     python -m benchmarks.step --models mlp,lstm --workers 2,4 --links 1gbit,100mbit --json step.json --plot step.png
 
 One process a host, one thread a process, gloo, DDP with its default buckets. All methods take turns in the same
-processes: in each round, each trains for ``--settle`` steps that are not counted and ``--steps`` that are (one where a
+processes: in each round, each trains for ``--warm-up`` steps that are not counted and ``--steps`` that are (one where a
 step takes above 4 seconds). A step is that of the slowest rank; ``ratio_to_dense`` is dense / this and
 ``ratio_to_local`` this / local, within a round. ``local`` does not exchange gradients, ``dense`` is plain DDP;
 ``local_sgd`` and ``dense_sgd`` are the same without momentum. ``dgc`` is without a wrapper and gives the optimizer
@@ -93,19 +93,19 @@ def main() -> None:
     parser.add_argument("--methods", type=several, default=several(DEFAULT), help=f"of {', '.join(contenders.NAMES)}")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--settle", type=int, default=1)
+    parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for one model, workers and link")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    for asked, known in ((args.methods, contenders.NAMES), (args.models, contenders.MODELS)):
-        if unknown := [name for name in asked if name not in known]:
+    for given, known in ((args.methods, contenders.NAMES), (args.models, contenders.MODELS)):
+        if unknown := [name for name in given if name not in known]:
             parser.error(f"{unknown[0]!r} is not one of {', '.join(known)}")
     rows: list[results.Row] = []
     for model in args.models:
         for workers in args.workers:
             for link in args.links:
-                task = {key: getattr(args, key) for key in ("methods", "rounds", "steps", "settle")} | {"model": model}
+                task = {key: getattr(args, key) for key in ("methods", "rounds", "steps", "warm_up")} | {"model": model}
                 ranks = run_ranks("benchmarks.step_rank", task, int(workers), link, args.timeout)
                 rows += rows_of(f"{model}/{workers}/{link}", ranks)
                 if args.json:  # after each, so that a run that is ended leaves what it has

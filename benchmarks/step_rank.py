@@ -56,7 +56,7 @@ def main(task: dict[str, Any]) -> None:
             contender = entries[name]
             contender.enter()
             if not slow[name]:
-                for _ in range(task["settle"]):
+                for _ in range(task["warm_up"]):
                     block(contender, shape, 1)
             found[name].append(block(contender, shape, 1 if slow[name] else task["steps"]))
     report(found)

@@ -1,4 +1,4 @@
-"""Whether the ledger tells the truth: the bytes it books against the counters of the network interfaces, in the lab.
+"""Check of the ledger: its bytes against the counters of the network interfaces, in the lab.
 
     python -m benchmarks.truth --workers 2,4 --json truth.json
 

@@ -40,10 +40,10 @@ def compare(method: thinwire.Method, steps: int) -> dict[str, float]:
     for _ in range(steps):
         contender.step(torch.randn(4, WIDTH))
     dist.barrier()
-    carried, booked = nic_counters() - counted, wire.ledger.wire_bytes - booked
+    sent, booked = nic_counters() - counted, wire.ledger.wire_bytes - booked
     wire.detach()
-    tcp = carried.tx_bytes - HEADERS * carried.tx_packets
-    return {"ledger_bytes": booked, "tcp_bytes": tcp, "nic_bytes": carried.tx_bytes}
+    tcp = sent.tx_bytes - HEADERS * sent.tx_packets
+    return {"ledger_bytes": booked, "tcp_bytes": tcp, "nic_bytes": sent.tx_bytes}
 
 
 def main(task: dict[str, Any]) -> None:

@@ -29,12 +29,12 @@ nitpick_ignore = [  # internal types that signatures of documented classes name
     for name in (
         "coding.reader.Allowance",
         "comm.collectives.Collective",
-        "core.absorbed.Absorbed",
+        "core.memory_capabilities.Absorbed",
+        "core.memory_capabilities.MemoryTraits",
         "core.loops.Accumulation",
         "core.loops.Kernels",
         "core.loops.Selection",
         "core.registry.Kind",
-        "core.tensors.Adds",
         "exchange.workers.Worker",
         "session.optimizers.Several",
     )

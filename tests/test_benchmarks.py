@@ -235,7 +235,7 @@ def test_convex(tmp_path):
 
 
 def test_convex_on_phishing():
-    """EF21 converges where error feedback stalls: the data is beside the repository, or this is skipped."""
+    """EF21 converges where error feedback stalls: the data is next to the repository, or this is skipped."""
     data = convex.load("phishing", ROOT.parent / "shared" / "data")
     if data is None:
         pytest.skip("../shared/data/libsvm_phishing.npz is not there")

@@ -23,7 +23,7 @@ PARTS = [
     "methods.theory.xi", "methods.theory.ef21_step", "methods.theory.ef21_pp_step",
     "methods.theory.logistic_smoothness",
 ]  # fmt: skip
-INTEGRATIONS = ["accelerate", "lightning", "per_rank_files", "torchft", "trainer", "versions"]
+INTEGRATIONS = ["accelerate", "frameworks", "lightning", "per_rank_files", "torchft", "trainer"]
 ALONE = ["choose-a-method", "how-it-works", "local-updates", "write-a-compressor"]
 """Guides whose code runs in one process."""
 TOGETHER = ["quick-start", "checkpoints", "from-pytorch-hooks", "troubleshooting"]

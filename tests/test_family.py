@@ -13,9 +13,8 @@ from tests.compressors import test_catalogue as battery
 from tests.engines.models import simulated
 from tests.engines.test_ddp import _conserves, trained
 from thinwire.core import NOWHERE, registry
-from thinwire.core.absorbed import Absorbed
 from thinwire.core.interfaces import feeds_back, local_state
-from thinwire.core.memory_capabilities import absorb
+from thinwire.core.memory_capabilities import Absorbed, absorb
 from thinwire.exchange.units import payload_nbytes
 from thinwire.methods.method import Method, Rule
 
@@ -58,11 +57,11 @@ FED_BACK = [name for name, method in RECIPES.items() if feeds_back(method.rules[
 
 @pytest.mark.parametrize("name", [name for name in FED_BACK if name != "demo"])  # whose momentum decays, see below
 def test_sent_and_left_is_what_was_asked(world2, name):
-    (asked, received, left, weight, facts), other = world2.run(_conserves, RECIPES[name])
+    (compensated, received, left, weight, facts), other = world2.run(_conserves, RECIPES[name])
     assert torch.equal(weight, other[3])
     assert facts["wire_bytes"] < facts["dense_bytes"]
     assert facts["error"] > 0
-    torch.testing.assert_close(2 * received + left + other[2], asked + other[0], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(2 * received + left + other[2], compensated + other[0], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", RECIPES.values(), ids=RECIPES)
@@ -79,10 +78,10 @@ def test_momentum_decouples():
     old, new = local_state(memory, param), local_state(memory, param)
     for _ in range(5):
         grad = torch.randn_like(param)
-        asked = memory.compensate(4.0 * grad, param, old, new, 0.25)
-        torch.testing.assert_close(asked, 0.9 * old["residual"] + grad)
-        total = asked.clone()
-        sent = compressor.decompress(compressor.compress(asked, {}, NOWHERE), param, {}, NOWHERE)
+        compensated = memory.compensate(4.0 * grad, param, old, new, 0.25)
+        torch.testing.assert_close(compensated, 0.9 * old["residual"] + grad)
+        total = compensated.clone()
+        sent = compressor.decompress(compressor.compress(compensated, {}, NOWHERE), param, {}, NOWHERE)
         memory.sent(sent, new)
         out = torch.empty_like(param)
         sent.write_to(out)

@@ -14,7 +14,7 @@ from thinwire.compressors import TopK
 from thinwire.compressors.cast import Cast
 from thinwire.core import NOWHERE, Context
 from thinwire.core.interfaces import local_state, shared_state
-from thinwire.core.memory_capabilities import accumulation
+from thinwire.core.memory_capabilities import traits_of
 from thinwire.engines.simulator import SimulatedWorkers
 from thinwire.exchange.states import TwoCopies
 from thinwire.memories import EF21, EControl, ErrorFeedback, MomentumCorrection
@@ -49,7 +49,7 @@ class Quadratic:
         self.x = torch.zeros(D, dtype=torch.float64)
         self.local = [TwoCopies.of(local_state(memory, self.x)) for _ in range(WORKERS)]
         self.shared = TwoCopies.of(shared_state(memory, self.x))
-        self.asked = torch.zeros_like(self.x)  # sum over steps of lr * mean gradient
+        self.compensated = torch.zeros_like(self.x)  # sum over steps of lr * mean gradient
         self.step = 0
 
     def gradient(self, worker):
@@ -62,7 +62,7 @@ class Quadratic:
             mean = torch.zeros_like(self.x)
             for i, state in enumerate(self.local):
                 ctx, g = Context(0, self.step, "w", i), self.gradient(i)
-                self.asked += self.lr / WORKERS * g
+                self.compensated += self.lr / WORKERS * g
                 x = self.memory.compensate(g, self.x, state.now, state.next, ctx=ctx)
                 own = self.compressor.decompress(self.compressor.compress(x, {}, ctx), x, {}, ctx)
                 before = x.clone()
@@ -120,7 +120,7 @@ def test_a_weighted_ef21_is_ef21():
 def test_without_loss_it_is_sgd(memory):
     run = Quadratic(memory, TopK(1.0))
     run.run(40)
-    torch.testing.assert_close(run.x, -run.asked, **EXACT)
+    torch.testing.assert_close(run.x, -run.compensated, **EXACT)
 
 
 def test_without_loss_sgdm_is_momentum_sgd():
@@ -138,7 +138,7 @@ def test_the_virtual_iterate_is_sgd(memory):
     run.run(80)
     pending = run.mean("residual")
     assert pending.abs().max() > 0
-    torch.testing.assert_close(run.x - run.lr * pending, -run.asked, **EXACT)
+    torch.testing.assert_close(run.x - run.lr * pending, -run.compensated, **EXACT)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_who_is_absent_changes_nothing():
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_the_filter_keeps_its_share_of_what_was_not_sent(beta):
-    """``e_T - e_0 = beta sum (g - c)``, and what is asked is the residual and the gradient."""
+    """``e_T - e_0 = beta sum (g - c)``, and what is compensated is the residual and the gradient."""
     memory, compressor = ErrorFeedback(beta=beta), TopK(0.2)
     old = local_state(memory, torch.zeros(50, dtype=torch.float64))
     kept = torch.zeros(50, dtype=torch.float64)
@@ -221,7 +221,7 @@ def test_the_filter_keeps_its_share_of_what_was_not_sent(beta):
 
 def test_decay_shrinks_the_residual():
     memory, g = ErrorFeedback(decay=0.5), torch.tensor([0.0, 1.0])
-    assert accumulation(memory) is None
+    assert traits_of(memory).accumulation is None
     new = local_state(memory, g)
     assert memory.compensate(g, g, {"residual": torch.tensor([4.0, 2.0])}, new).tolist() == [2.0, 2.0]
 

@@ -60,9 +60,9 @@ def sizes(shapes, density=0.001):
     total = sum(u.param.numel() for u in units)
     dense = sum(u.param.numel() for u in units if not u.compressed)
     kept = [(density * u.param.numel(), u.compressor.k(u.param.numel())) for u in units if u.compressed]
-    assert all(asked <= k < asked + 1 for asked, k in kept)
+    assert all(share <= k < share + 1 for share, k in kept)
     ours = sum(payload_nbytes(u.compressor, u.like) for u in units)
-    return total, dense, 4 * dense + 6 * sum(asked for asked, _ in kept), ours
+    return total, dense, 4 * dense + 6 * sum(share for share, _ in kept), ours
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ def docstrings(path):
 
 
 def test_docstrings_begin_with_a_verb_or_a_noun():
-    asked = [(path.name, name) for path in SOURCES for name, text in docstrings(path) if QUESTIONS.match(text)]
-    assert asked == []
+    questions = [(path.name, name) for path in SOURCES for name, text in docstrings(path) if QUESTIONS.match(text)]
+    assert questions == []
 
 
 @pytest.mark.parametrize("word", WORDS)

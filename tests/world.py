@@ -1,4 +1,4 @@
-"""Worlds of real processes, of gloo if not told otherwise, that stay alive between tests: to start takes seconds."""
+"""Worlds of real processes, of gloo by default, that stay alive between tests: to start takes seconds."""
 
 import contextlib
 import os

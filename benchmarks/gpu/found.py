@@ -1,4 +1,4 @@
-"""What a section has found so far: written after each case, so that one that is cut keeps what it has."""
+"""Results of a section so far: written after each case, so that one that is cut keeps what it has."""
 
 import argparse
 import json
@@ -45,7 +45,7 @@ class Found:
         self.write()
 
     def attempt(self, case: str, work: Callable[[], Any]) -> Any:
-        """What it answers; None where it fails, which is written down.
+        """Return its answer; None if it fails, which is written down.
 
         Raises:
             SystemExit: the device does not answer any more, so nothing else can be tried in this process.

@@ -1,4 +1,4 @@
-"""DGC's kernels on the device, beside the time that moving the touched state would take at the speed of a copy.
+"""DGC's kernels on the device, relative to the time that moving the touched state would take at the speed of a copy.
 
 The floor of the pass is 20 bytes an element (g, u, v are read, u', v' written), 12 with bfloat16 states, and 4 more
 where the gradient is cleared, all at the speed of a copy of (g, u, v) measured in the same rounds.
@@ -21,7 +21,7 @@ DENSITY = 0.001
 SIZES = {"25.6M": 25_600_000, "200M": 200_000_000}
 TINY = {"0.3M": 300_000}
 Timed = tuple[Callable[[], object], Callable[[], object], float]
-"""What is done before, what is timed, and the bytes an element that it must move."""
+"""The preparation, the timed function, and the bytes an element that it must move."""
 
 
 def passed(n: int, state: torch.dtype, clear: bool) -> Pass:
@@ -52,7 +52,7 @@ def nothing() -> None:
 
 
 def cases(n: int, kernels: Kernels) -> dict[str, Callable[[], Timed]]:
-    """How each is built, on the default device."""
+    """Functions that build each, on the default device."""
     found: dict[str, Callable[[], Timed]] = {}
 
     def copy() -> Timed:

@@ -1,4 +1,4 @@
-"""What the machine is and whether the three things work on which all else depends: CUDA, Triton's compiler, NCCL."""
+"""Description of the machine, and a check of what all else depends on: CUDA, Triton's compiler, NCCL."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""What is trained: the MLP of ``benchmarks.contenders``, and a transformer of the shape of GPT-2."""
+"""Models to train: the MLP of ``benchmarks.contenders``, and a transformer of the shape of GPT-2."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Squares(nn.Module):
 
 @dataclass(frozen=True)
 class Task:
-    """How to build a model, its batch, and whether it runs in bfloat16 autocast."""
+    """A function that builds a model, its batch, and True if it runs in bfloat16 autocast."""
 
     build: Callable[[], nn.Module]
     batch: Callable[[], Tensor]

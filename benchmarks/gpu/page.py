@@ -52,12 +52,12 @@ def tables(rows: Sequence[Row]) -> list[str]:
 
 
 def text(meta: dict[str, Any], outcomes: Sequence[Outcome]) -> str:
-    """What one run found."""
+    """The results of one run."""
     lines = [*tables([row for one in outcomes for row in one.rows]), READ, "", f"    {meta['command']}", ""]
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     lines += [f"{meta['date'][:10]}. {versions}; {meta['device']}; {meta['cpu']}, {meta['cores']} cores.", ""]
     lines += ["| section | outcome | s |", "|---|---|---|"]
-    lines += [f"| {one.name} | {one.verdict} | {one.seconds:.0f} |" for one in outcomes]
+    lines += [f"| {one.name} | {one.summary} | {one.seconds:.0f} |" for one in outcomes]
     failed = [pair for one in outcomes for pair in one.failed]
     lines += ["", f"**{len(failed)} failed.**" if failed else "Nothing failed.", ""]
     for what, said in failed:

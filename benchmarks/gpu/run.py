@@ -61,7 +61,7 @@ def sections(device: str, tiny: bool) -> dict[str, list[Section]]:
 
 
 def described(device: str) -> dict[str, Any]:
-    """What a reader needs to run it again."""
+    """Return what a reader needs to run it again."""
     meta = results.meta(__version__, device=torch.cuda.get_device_name(0) if device == "cuda" else device)
     meta["command"] = " ".join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
     for name in ("triton", "numba"):
@@ -73,7 +73,7 @@ def described(device: str) -> dict[str, Any]:
     return meta
 
 
-def told(outcomes: list[Outcome]) -> int:
+def printed(outcomes: list[Outcome]) -> int:
     """Print all failures; answers how many there are."""
     failed = [pair for one in outcomes for pair in one.failed]
     for what, said in failed:
@@ -125,6 +125,6 @@ def main() -> int:
         meta["failed"] = [what for what, _ in failed]
         results.write(given.json, meta, [row for one in outcomes for row in one.rows])
     print("\n".join(page.tables([row for one in outcomes for row in one.rows])))
-    failures = told(outcomes)
+    failures = printed(outcomes)
     print(f"\n{failures} failed; {time.monotonic() - start:.0f} s; {out or 'no page was written'}")
     return int(failures > 0)

@@ -41,15 +41,15 @@ class Section:
 
 @dataclass
 class Outcome:
-    """What a section left."""
+    """The results of a section."""
 
     name: str
     seconds: float
-    verdict: str
+    summary: str
     rows: list[Row] = field(default_factory=list[Row])
     notes: list[str] = field(default_factory=list[str])
     failed: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
-    """What failed, and its traceback."""
+    """Names of failures, each with its traceback."""
 
 
 def run(section: Section, folder: Path, deadline: float) -> Outcome:
@@ -77,11 +77,11 @@ def run(section: Section, folder: Path, deadline: float) -> Outcome:
     outcome = (_tests if section.tests else _figures)(section.name, found)
     outcome.seconds = seconds
     if code is None:
-        outcome.verdict += f", cut after {limit:.0f} s"
+        outcome.summary += f", cut after {limit:.0f} s"
         outcome.failed.append((section.name, f"cut after {limit:.0f} s; it ended with:\n{text[-3000:]}"))
     elif code and not outcome.failed:
         outcome.failed.append((section.name, f"exit code {code}; it ended with:\n{text[-6000:]}"))
-        outcome.verdict += f", exit code {code}"
+        outcome.summary += f", exit code {code}"
     return outcome
 
 
@@ -105,8 +105,8 @@ def _tests(name: str, found: Path) -> Outcome:
                 lines.append(json.loads(line))
     ended = [line for line in lines if line["outcome"] != "begun"]
     counts = Counter(line["outcome"] for line in ended)
-    verdict = ", ".join(f"{counts[what]} {what}" for what in ("passed", "failed", "skipped"))
-    outcome = Outcome(name, 0.0, verdict)
+    summary = ", ".join(f"{counts[what]} {what}" for what in ("passed", "failed", "skipped"))
+    outcome = Outcome(name, 0.0, summary)
     outcome.failed = [(line["test"], line["said"]) for line in ended if line["outcome"] == "failed"]
     outcome.notes = [
         f"skipped {number} of {name}: {reason.removeprefix('Skipped: ')}"
@@ -134,6 +134,6 @@ def run_all(groups: Sequence[tuple[Sequence[Section], int, float]], folder: Path
     for sections, together, deadline in groups:
         with ThreadPoolExecutor(together) as pool:
             for outcome in pool.map(lambda one, end=deadline: run(one, folder, end), sections):
-                print(f"{outcome.name}: {outcome.verdict}, {outcome.seconds:.0f} s", flush=True)
+                print(f"{outcome.name}: {outcome.summary}, {outcome.seconds:.0f} s", flush=True)
                 outcomes.append(outcome)
     return outcomes

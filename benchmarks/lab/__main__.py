@@ -1,4 +1,4 @@
-"""Whether this machine's lab tells the truth: plain socket transfers, their speed, and what the interfaces counted.
+"""Check of this machine's lab: plain socket transfers, their speed, and the counters of the interfaces.
 
 python -m benchmarks.lab --links 100mbit,1gbit
 """
@@ -89,8 +89,8 @@ def main() -> None:
             lab.rate(link)
             for found in examine(lab, link):
                 wrong = wrong or not found.right
-                verdict = "" if found.right else " WRONG"
-                print(f"| {link} | {found.way} | {found.speed:.3f} | {found.tx:.4f} | {found.rx:.4f} |{verdict}")
+                mark = "" if found.right else " WRONG"
+                print(f"| {link} | {found.way} | {found.speed:.3f} | {found.tx:.4f} | {found.rx:.4f} |{mark}")
     sys.exit(int(wrong))
 
 

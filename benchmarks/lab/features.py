@@ -1,4 +1,4 @@
-"""What a lab needs of the machine: programs, the right to make namespaces, and features of the kernel."""
+"""Requirements of a lab: programs, the right to make namespaces, and features of the kernel."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ def program(name: str) -> str:
 
 @cache
 def unshare() -> tuple[str, ...]:
-    """How to start a program in a network namespace of its own: as root, or in a user namespace."""
+    """Return the command that starts a program in a network namespace of its own: as root, or in a user namespace."""
     if sys.platform != "linux":
         raise LabError(f"a lab is made of Linux network namespaces; this is {sys.platform}")
     for flags in ("-n", "-rn"):
@@ -46,13 +46,13 @@ def unshare() -> tuple[str, ...]:
 
 
 def works(command: Sequence[str]) -> bool:
-    """Whether a command succeeds in a fresh network namespace, which is gone with it."""
+    """Return True if a command succeeds in a fresh network namespace, which is gone with it."""
     inside = [program(command[0]), *command[1:]]
     return subprocess.run([*unshare(), *inside], capture_output=True).returncode == 0
 
 
 def check() -> None:
-    """Whether this machine can hold a lab.
+    """Check that this machine can hold a lab.
 
     Raises:
         LabError: it can't: a program, a right or a feature of the kernel is missing; all missing features are named.

@@ -33,7 +33,7 @@ SIZES = ((200e6, 8192, "16kb"), (2e9, 16384, "32kb"), (float("inf"), 65536, "256
 
 @dataclass(frozen=True)
 class Counters:
-    """What an interface has carried; a packet above the MTU counts once, with one header."""
+    """Counters of an interface; a packet above the MTU counts once, with one header."""
 
     tx_bytes: int
     tx_packets: int
@@ -138,7 +138,7 @@ class Lab(Hosts):
         self._switch("ip", "link", "set", f"p{host}", "up")
 
     def counters(self, host: int) -> Counters:
-        """What the host's interface has sent and received so far."""
+        """Return the counters of the host's interface."""
         return Counters.read(self.spaces[host].pid, self.device)
 
     # -- hosts -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ class Hosts:
         self.started: list[subprocess.Popen] = []
 
     def inside(self, host: int) -> list[str]:
-        """What to put before a command so that it runs on this host."""
+        """Return the words before a command that run it on this host."""
         return []
 
     def address(self, host: int) -> str:
@@ -39,7 +39,7 @@ class Hosts:
         return process
 
     def run(self, host: int, argv: Sequence[str], env: Mapping[str, str] | None = None, timeout: float = 60.0) -> str:
-        """What a program printed.
+        """Run a program and return its output.
 
         Raises:
             CalledProcessError: it failed; its standard error goes to ours.

@@ -21,7 +21,7 @@ KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**3
 
 
 def report(answer: Any) -> None:
-    """What a rank wants ``run_ranks`` to answer, as anything that JSON can hold."""
+    """Hand a rank's result to ``run_ranks``: anything that JSON can hold."""
     print(MARK + json.dumps(answer), flush=True)
 
 

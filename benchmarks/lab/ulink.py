@@ -15,7 +15,7 @@ SOURCE = Path(__file__).with_name("ulink.c")
 
 @cache
 def program() -> Path:
-    """Where the compiled program is, until this process ends.
+    """Compile the program; returns its path, valid until this process ends.
 
     Raises:
         LabError: there is no C compiler, or it refuses.

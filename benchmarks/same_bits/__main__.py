@@ -2,9 +2,9 @@
 
     python -m benchmarks.same_bits 931ece6 --cells "dgc*/*/cpu" --json same_bits.json
 
-The revision is checked out beside the tree. Each side has four processes on the loopback, one thread each, which are
-started once and run every cell with the same seeds. A cell that neither side can do, for the same kind of error, is
-"refused on both". The exit status is 1 where a cell differs.
+The revision is checked out in a folder of its own. Each side has four processes on the loopback, one thread each,
+which are started once and run every cell with the same seeds. A cell that neither side can do, for the same kind of
+error, is "refused on both". The exit status is 1 where a cell differs.
 """
 
 import argparse
@@ -39,14 +39,14 @@ def turns(chosen: Sequence[Cell]) -> Iterator[dict[int, Cell]]:
 
 
 def run(before: Path, chosen: Sequence[Cell]) -> tuple[Results, Results]:
-    """What both sides found, by cell. They take the same turns at the same time."""
+    """Run the cells on both sides; returns the results by cell. They take the same turns at the same time."""
     found: tuple[Results, Results] = {}, {}
     world = max(cell.ranks for cell in chosen)
     with Side(before / "src", world) as old, Side(ROOT / "src", world) as new:
         for turn in turns(chosen):
             before_it = len(found[0])
             for side in (old, new):
-                side.ask(turn)
+                side.start(turn)
             for side, its in zip((old, new), found, strict=True):
                 its |= side.answers()
             if (done := len(found[0])) // 50 > before_it // 50:

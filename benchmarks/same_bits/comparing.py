@@ -1,11 +1,11 @@
-"""What two revisions found of one cell, compared."""
+"""Comparison of the results of two revisions in one cell."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 
 def refused(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Whether both raised the same kind of error."""
+    """Return True if both raised the same kind of error."""
     return "error" in before and before["error"] == after.get("error")
 
 

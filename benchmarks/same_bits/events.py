@@ -1,4 +1,4 @@
-"""What happens once in a run, between two processes."""
+"""Events that happen once in a run, between two processes."""
 
 import io
 import tempfile
@@ -32,7 +32,7 @@ CHANGES = (
 
 
 def through_file(state: Any) -> Any:
-    """What is read of a state that was written."""
+    """The tensors that are read of a state that was written."""
     torch.save(state, buffer := io.BytesIO())
     buffer.seek(0)
     return torch.load(buffer, weights_only=True)

@@ -11,7 +11,7 @@ from benchmarks.same_bits.training import STEPS, Found, Ranks, simulated, start
 
 @dataclass(frozen=True)
 class Cell:
-    """What is run on the first ``ranks`` processes at once; with 1, on any process."""
+    """A run on the first ``ranks`` processes at once; with 1, on any process."""
 
     name: str
     ranks: int

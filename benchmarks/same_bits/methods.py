@@ -1,4 +1,4 @@
-"""Every recipe, by what can be asked of it, and the optimizer that it goes with; each is made when it is called."""
+"""Every recipe, with each of its options, and the optimizer that it goes with; each is made when it is called."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -18,7 +18,7 @@ OTHERWISE: dict[str, tuple[str, ...]] = {
     "state_dtype": ("state",),
     "terngrad": ("ternary",),
 }
-"""What a name of the package, or an option, is called in other revisions."""
+"""Names of the package, and of options, in other revisions."""
 PLACES = ("compressors", "memories", "methods", "optim", "policies")
 """The packages that hold what the top does not."""
 SHARDED = ("replicate", "reduce_scatter", "all_gather")

@@ -54,7 +54,7 @@ class Side:
         self.fresh = True
 
     def _lines(self, ranks: Sequence[int]) -> dict[int, Any]:
-        """What each answers; None of one that has ended or takes too long."""
+        """Return the answer of each; None of one that has ended or takes too long."""
         found: dict[int, Any] = {}
         for rank in ranks:
             pipe = self.ranks[rank].stdout
@@ -63,7 +63,7 @@ class Side:
             found[rank] = json.loads(line) if line else None
         return found
 
-    def ask(self, turn: Mapping[int, Cell]) -> None:
+    def start(self, turn: Mapping[int, Cell]) -> None:
         """Give each rank its cell; ``answers`` has what comes of it."""
         if self.fresh and not all(self._lines(range(self.world)).values()):
             raise SystemExit(f"the package in {self.source} can't be started:\n{self._last_words()}")
@@ -98,7 +98,7 @@ class Side:
 
 
 def _joined(answers: Answers) -> dict[str, Any]:
-    """What the ranks of a cell found, as one."""
+    """Merge the results of the ranks of a cell."""
     if len(answers) == 1:
         return next(iter(answers.values()))
     return {

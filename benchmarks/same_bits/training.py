@@ -1,4 +1,4 @@
-"""What every cell trains, and what it leaves: hashes of parameters and of all that is remembered, and bytes."""
+"""Training of a cell, and its results: hashes of parameters and of all states, and bytes."""
 
 import contextlib
 import hashlib
@@ -25,7 +25,7 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where a cell runs: this process's number and the groups it is in, as far as so many were started."""
+    """The place of a cell: this process's number and the groups it is in, as far as so many were started."""
 
     rank: int
     pair: dist.ProcessGroup | None = None
@@ -142,7 +142,7 @@ class Run:
         }
 
     def load_trained(self, state: Mapping[str, Any]) -> None:
-        """What ``saved`` holds beside the session."""
+        """The rest of ``saved``, without the session."""
         self.inner.load_state_dict(state["model"])
         for one, its in zip(self.optimizers, state["optimizers"], strict=True):
             one.load_state_dict(its)
@@ -202,7 +202,7 @@ def start(
 
 
 def simulated(method: str, workers: int, kernels: str, **options: Any) -> Found:
-    """What a simulation leaves; it has no checkpoints, so its states are those of the optimizer."""
+    """Return the results of a simulation; it has no checkpoints, so its states are those of the optimizer."""
     model, params = Network(), list[str]()
     optimizer = OPTIMIZERS[METHODS[method].optimizer](model.parameters())
     result = tw.simulate(

@@ -1,4 +1,4 @@
-"""What takes four processes: nodes, another world size, and FSDP2 on two replicas of two shards."""
+"""Cells of four processes: nodes, another world size, and FSDP2 on two replicas of two shards."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,18 +1,23 @@
-"""``attach``, the entry point: it finds the wrapper of the model and installs the engine for it (``engines``)."""
+"""``attach``, the entry point: it finds the wrapper of the model and installs the engine for it (``engines``).
+
+All engines have the same methods. ``exchanged`` returns the parameters whose gradients are exchanged, or raises an
+error before anything has been changed; ``fits`` raises one if a method can't be used; ``compared`` returns the tensors
+that must be equal on all replicas. ``collective`` makes what exchanges the gradients, and ``share`` broadcasts
+parameters and buffers if the wrapper has not; these two are collective calls. ``install`` connects the session.
+"""
 
 import contextlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.comm.collectives import TIMEOUT, Collective, ControlChannel
+from thinwire.comm.collectives import TIMEOUT, ControlChannel
 from thinwire.comm.control import ATTACH, Together
 from thinwire.comm.link import Link
 from thinwire.comm.process_group import ProcessGroup
@@ -26,7 +31,7 @@ from thinwire.engines.bare import Plain
 from thinwire.engines.ddp import Ddp
 from thinwire.engines.fsdp2.engine import Fsdp2, is_fsdp1, is_fsdp2, sharded_channel
 from thinwire.engines.fsdp2.fsdp2_options import Fsdp2Options
-from thinwire.engines.outer.engine import Outer
+from thinwire.engines.outer.engine import Outer, over
 from thinwire.exchange.workers import Worker
 from thinwire.kernels.select import Choice, choose
 from thinwire.methods.given import method_of
@@ -34,7 +39,7 @@ from thinwire.methods.method import Method, Rule
 from thinwire.session.arguments import check_held, inside, model_of, optimizer_of, options, unwrapped
 from thinwire.session.migrate import agree
 from thinwire.session.optimizers import Optimizers, joined
-from thinwire.session.replicas import EVERY, Replicas
+from thinwire.session.replicas import EVERY
 from thinwire.session.rounds import OnNonfinite, OptimizerSteps, Scaler
 from thinwire.session.session import Session
 from thinwire.session.transaction import Policy
@@ -42,54 +47,6 @@ from thinwire.session.transaction import Policy
 OPTIONS = of_type(Fsdp2Options, 'pass thinwire.Fsdp2Options(replicate=mesh["replicate"])')
 OUTSIDE: object = dist.GroupMember.NON_GROUP_MEMBER
 """The group that torch returns to a rank outside it."""
-
-
-class Engine(Protocol):
-    """The connection to a model: it collects gradients and passes them through the session."""
-
-    @property
-    def channel(self) -> ControlChannel:
-        """The control channel of all ranks of the model."""
-        ...
-
-    def exchanged(self) -> list[tuple[str, Tensor]]:
-        """Return the parameters whose gradients are exchanged.
-
-        Raises:
-            ThinwireError: the model can't be used; nothing has been changed.
-        """
-        ...
-
-    @property
-    def fits(self) -> Callable[[Method], None]:
-        """Check that raises if a method can't be used with this model."""
-        ...
-
-    @property
-    def no_sync(self) -> Callable[[], AbstractContextManager[None]]:
-        """Context in which backward passes accumulate gradients and send nothing; raises if the wrapper has its own."""
-        ...
-
-    def collective(self, link: Link | None, together: Together) -> Collective:
-        """Make the collective that exchanges the gradients. A collective call."""
-        ...
-
-    def share(self, session: Session) -> None:
-        """Broadcast parameters and buffers, if the wrapper has not done so. A collective call."""
-        ...
-
-    def compared(self, every: int) -> Replicas:
-        """Return the tensors that must be equal on all replicas, for the comparison of hashes."""
-        ...
-
-    @property
-    def begins_alike(self) -> bool:
-        """True if ``share`` makes the compared tensors equal."""
-        ...
-
-    def install(self, session: Session) -> None:
-        """Pass the gradients through the session from now on; the call exchanges nothing."""
-        ...
 
 
 @undisturbed
@@ -185,7 +142,8 @@ def attach(
             patience: float = asked["timeout"]
             engine = _engine(model, steps, nodes, process_group, sparse_gradients, sharded, patience)
             if method.local is not None:
-                engine = _outer(model, engine, steps, scaler, on_nonfinite, sharded)
+                given = {"scaler": scaler, "ranks_per_node": nodes, "sparse_gradients": sparse_gradients}
+                engine = over(model, engine, steps, on_nonfinite, given)
             named = engine.exchanged()
             check_held(engine.live if isinstance(engine, Outer) else named, steps)
             engine.fits(method)
@@ -238,12 +196,8 @@ def _engine(
     sparse_gradients: bool,
     fsdp2: Fsdp2Options,
     timeout: float,
-) -> Engine:
-    """Make the engine for the model's wrapper; the arguments are those of ``attach``.
-
-    Raises:
-        ThinwireError: no engine fits the model, or an argument does not fit the engine.
-    """
+) -> Ddp | Plain | Fsdp2:
+    """Make the engine for the model's wrapper, or raise an error if none fits."""
     wrapped = isinstance(model, DistributedDataParallel) or is_fsdp2(model)
     if wrapped and (process_group is not None or sparse_gradients):
         raise ThinwireError(
@@ -274,37 +228,6 @@ def _engine(
         f"{type(model).__name__}; wrap the model first, or pass process_group=dist.group.WORLD, after "
         f"init_process_group(), to exchange the gradients of the model as it is{inside(model)}"
     )
-
-
-def _outer(
-    model: nn.Module,
-    engine: Engine,
-    optimizer: Optimizers | None,
-    scaler: Scaler | None,
-    on_nonfinite: OnNonfinite,
-    fsdp2: Fsdp2Options,
-) -> Outer:
-    """Make the engine for local updates, over the engine that would exchange the model's gradients.
-
-    Raises:
-        ThinwireError: gradients would be averaged too, or there is nobody to exchange updates with.
-    """
-    if isinstance(engine, Ddp):
-        raise ThinwireError(
-            "the model is a DistributedDataParallel, which averages the gradients of all workers in each step, and "
-            "local updates are of each worker's own; attach to the model in it, ddp.module, with process_group="
-        )
-    if scaler is not None:
-        raise ThinwireError(
-            "scaler= is given, and a step that a GradScaler leaves out on one worker would leave that worker a step "
-            "behind in its round; train in bfloat16, without a scaler"
-        )
-    if isinstance(engine, Fsdp2) and (fsdp2.replicate is None or fsdp2.reduce_scatter or fsdp2.all_gather):
-        raise ThinwireError(
-            "local updates are exchanged between the replicas of a shard: pass fsdp2=Fsdp2Options(replicate="
-            'mesh["replicate"]), without reduce_scatter= and all_gather='
-        )
-    return Outer(model, engine, optimizer, on_nonfinite)
 
 
 def _channel(

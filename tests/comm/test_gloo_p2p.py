@@ -27,9 +27,9 @@ def _exchanged(groups, sizes):
         rows = every[group.rank]
         in_flight.append((group.all_gather(rows[0].clone()), torch.stack([other[0] for other in every])))
         in_flight.append((group.all_to_all(rows), torch.stack([other[group.rank] for other in every])))
-    for flight, _ in in_flight:
-        flight.future.wait()
-    return all(torch.equal(flight.answer(), expected) for flight, expected in in_flight)
+    for pending, _ in in_flight:
+        pending.future.wait()
+    return all(torch.equal(pending.answer(), expected) for pending, expected in in_flight)
 
 
 def _every_way(rank, sizes):
@@ -67,15 +67,13 @@ def _let_go(rank):
     """Under way when the group is closed, or dropped."""
     before = threading.active_count()
     group = ProcessGroup(dist.group.WORLD)
-    flight = group.all_gather(torch.full((30_000_000,), rank, dtype=torch.uint8))
+    pending = group.all_gather(torch.full((30_000_000,), rank, dtype=torch.uint8))
     group.close()
-    assert flight.future.wait()[1 - rank, 0] == 1 - rank
+    assert pending.future.wait()[1 - rank, 0] == 1 - rank
     group = ProcessGroup(dist.group.WORLD)
     group.all_gather(torch.zeros(100_000, dtype=torch.uint8)).future.wait()
     del group
-    deadline = time.monotonic() + 5
-    while threading.active_count() > before:
-        assert time.monotonic() < deadline
+    while threading.active_count() > before:  # a thread that stays is a hang, which the world ends
         time.sleep(0.01)
     dist.barrier()
 

@@ -19,26 +19,26 @@ def contract(collectives):
     for nbytes in (1, 8, 1000):
         messages = [torch.arange(nbytes, dtype=torch.uint8) + c.rank for c in collectives]
         in_flight = [c.all_gather(m) for c, m in zip(collectives, messages, strict=True)]
-        for flight in in_flight:
-            flight.future.wait()
+        for pending in in_flight:
+            pending.future.wait()
             expected = torch.stack([torch.arange(nbytes, dtype=torch.uint8) + rank for rank in range(world)])
-            assert torch.equal(flight.answer(), expected)
+            assert torch.equal(pending.answer(), expected)
         rows = [torch.arange(world * nbytes, dtype=torch.uint8).view(world, -1) + 3 * c.rank for c in collectives]
         in_flight = [c.all_to_all(m) for c, m in zip(collectives, rows, strict=True)]
-        for c, flight in zip(collectives, in_flight, strict=True):
-            flight.future.wait()
+        for c, pending in zip(collectives, in_flight, strict=True):
+            pending.future.wait()
             mine = torch.arange(c.rank * nbytes, (c.rank + 1) * nbytes, dtype=torch.uint8)
-            assert torch.equal(flight.answer(), torch.stack([mine + 3 * rank for rank in range(world)]))
+            assert torch.equal(pending.answer(), torch.stack([mine + 3 * rank for rank in range(world)]))
         source = world - 1
         in_flight = [c.broadcast(m.clone(), source) for c, m in zip(collectives, messages, strict=True)]
-        for flight in in_flight:
-            flight.future.wait()
-            assert torch.equal(flight.answer(), torch.arange(nbytes, dtype=torch.uint8) + source)
+        for pending in in_flight:
+            pending.future.wait()
+            assert torch.equal(pending.answer(), torch.arange(nbytes, dtype=torch.uint8) + source)
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         in_flight = [c.all_reduce(torch.arange(5, dtype=dtype) + c.rank) for c in collectives]
-        for flight in in_flight:
-            flight.future.wait()
-            assert torch.equal(flight.result, world * torch.arange(5, dtype=dtype) + sum(range(world)))
+        for pending in in_flight:
+            pending.future.wait()
+            assert torch.equal(pending.result, world * torch.arange(5, dtype=dtype) + sum(range(world)))
     for c in collectives:
         gathered, reduced = (world - 1) * 1009, 2 * (world - 1) / world * 5 * (4 + 8 + 2 + 2)
         passed_on = (world - 1) / world * 1009
@@ -79,8 +79,8 @@ def _time_on_link(rank):
     clock = Clock()
     paced = Paced(ProcessGroup(dist.group.WORLD), Link(8e6, 0.01), clock)  # 1 MB/s
     in_flight = [paced.all_gather(torch.zeros(50_000, dtype=torch.uint8)) for _ in range(2)]
-    for flight in in_flight:
-        flight.future.wait()
+    for pending in in_flight:
+        pending.future.wait()
     paced.close()
     return clock.slept
 

@@ -7,18 +7,15 @@ import torch
 
 from thinwire.compressors.block_topk import BlockTopK
 from thinwire.compressors.cast import Cast
-from thinwire.compressors.cltk import CLTK
 from thinwire.compressors.dct import DctTopK
-from thinwire.compressors.natural import Natural
 from thinwire.compressors.powersgd import PowerSGD
 from thinwire.compressors.quantize import QSGD, Quantize
 from thinwire.compressors.randk import RandK
+from thinwire.compressors.rounding import Natural, TernGrad
 from thinwire.compressors.scaled import Scaled
-from thinwire.compressors.sidco import SIDCo
 from thinwire.compressors.sign import Sign
-from thinwire.compressors.sparse import TopK
-from thinwire.compressors.ternary import TernGrad
-from thinwire.compressors.threshold import Threshold
+from thinwire.compressors.sparse import CLTK, TopK
+from thinwire.compressors.threshold import SIDCo, Threshold
 from thinwire.core import Compressor, Context, Traits, registry
 from thinwire.core.capabilities import WarmStarted, compress_sparse
 from thinwire.core.errors import ThinwireError
@@ -153,9 +150,9 @@ def test_unbiased_as_declared(compressor):
 
 @pytest.mark.parametrize("compressor", CASES, ids=str)
 def test_what_is_not_finite_is_seen(compressor):
-    for bad in (torch.nan, torch.inf, -torch.inf):
+    for nonfinite in (torch.nan, torch.inf, -torch.inf):
         x = torch.randn(60, 70)
-        x[torch.randint(60, ()), torch.randint(70, ())] = bad
+        x[torch.randint(60, ()), torch.randint(70, ())] = nonfinite
         assert not restored(compressor, x)[0][0].sum().isfinite()
 
 
@@ -317,16 +314,16 @@ def test_codes_contract_what_is_nasty(values, dtype):
                 payload, out = restored(TopK(density, values=values), x)
                 assert payload[0].isfinite().all()
                 assert out[x == 0].count_nonzero() == 0
-                lost, asked = (x.double() - out.double()).abs(), x.double().abs()
-                lost, asked = (t.div(asked.max().clamp(min=1e-300)).square().sum() for t in (lost, asked))
-                assert lost <= asked * (1 + 1e-12)
+                lost, total = (x.double() - out.double()).abs(), x.double().abs()
+                lost, total = (t.div(total.max().clamp(min=1e-300)).square().sum() for t in (lost, total))
+                assert lost <= total * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("values", [None, "float16", "sign", "int2", "int4", "int8"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_seen_in_the_first_tensor(values, bad):
+@pytest.mark.parametrize("nonfinite", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_seen_in_the_first_tensor(values, nonfinite):
     x = torch.randn(500, dtype=torch.float64)
-    x[torch.randint(500, ())] = bad
+    x[torch.randint(500, ())] = nonfinite
     payload, _ = restored(TopK(0.02, values=values), x)
     assert not payload[0].sum().isfinite()
 
@@ -400,6 +397,6 @@ def test_a_state_follows_the_mean_and_shapes_may_alternate(monkeypatch):
     assert sent == [sent[0], sent[1]] * 2
     assert sent[0] != sent[1]
     assert sim.session.units[0].shared.now["last"].tolist() == [firsts] * 7
-    asked = sum(1.5 + step for step in range(4))
+    total = sum(1.5 + step for step in range(4))
     pending = torch.stack([worker.local["0"].now["residual"] for worker in sim.session.workers]).mean(0)
-    torch.testing.assert_close(pending - param.detach(), torch.full((5, 5), asked))
+    torch.testing.assert_close(pending - param.detach(), torch.full((5, 5), total))

@@ -49,14 +49,14 @@ def oracle(grads, rank, *, local=True):
     residual = np.zeros(grads(0).shape)
     step = 0
     while True:
-        asked = residual + grads(step).double().numpy()
+        compensated = residual + grads(step).double().numpy()
         if step % 2 == 0:
-            sent = asked @ right @ right.T
-            left = np.linalg.qr((asked @ right).mean(0))[0]
+            sent = compensated @ right @ right.T
+            left = np.linalg.qr((compensated @ right).mean(0))[0]
         else:
-            sent = left @ (left.T @ asked)
-            right = np.linalg.qr((asked.transpose(0, 2, 1) @ left).mean(0))[0]
-        residual = asked - (sent if local else sent.mean(0))
+            sent = left @ (left.T @ compensated)
+            right = np.linalg.qr((compensated.transpose(0, 2, 1) @ left).mean(0))[0]
+        residual = compensated - (sent if local else sent.mean(0))
         yield sent.mean(0), residual
         step += 1
 
@@ -99,16 +99,16 @@ def test_both_forms_send_the_same():
 
 
 def test_mean_is_conserved_and_all_that_counts():
-    """Sent and mean residual are what was asked; other splits of the same mean, in any order, send the same."""
+    """Sent and mean residual are what was compensated; other splits of the same mean, in any order, send the same."""
     mixed = torch.randn(WORKERS, WORKERS, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     mixed /= mixed.sum(0)
     splits = [heterogeneous, lambda step: heterogeneous(step).flip(0)]
     splits.append(lambda step: torch.einsum("ij,jnm->inm", mixed, heterogeneous(step)))
-    asked, received = torch.zeros(2, N, M, dtype=torch.float64)
+    compensated, received = torch.zeros(2, N, M, dtype=torch.float64)
     for step, ((mean, left), *others) in enumerate(zip(*(drive(split, 3) for split in splits), strict=False)):
-        asked += heterogeneous(step).mean(0)
+        compensated += heterogeneous(step).mean(0)
         received += mean
-        torch.testing.assert_close(received + left.mean(0), asked)
+        torch.testing.assert_close(received + left.mean(0), compensated)
         for other, _ in others:
             torch.testing.assert_close(other, mean)
         if step == 20:
@@ -152,8 +152,8 @@ def test_columns_that_say_nothing_are_replaced(dtype):
         assert torch.equal(q, orthonormalise(x.to(dtype), fallback)), "the same on every rank"
     same = orthonormalise(torch.zeros(50, 4, dtype=dtype), fallback)
     torch.testing.assert_close((same.T @ fallback).abs(), torch.eye(4, dtype=dtype), atol=1e-5, rtol=0)
-    for bad in (torch.nan, torch.inf):
-        assert not orthonormalise(torch.full((50, 4), bad, dtype=dtype), fallback).isfinite().all()
+    for nonfinite in (torch.nan, torch.inf):
+        assert not orthonormalise(torch.full((50, 4), nonfinite, dtype=dtype), fallback).isfinite().all()
 
 
 def test_a_higher_rank_keeps_the_leading_columns():

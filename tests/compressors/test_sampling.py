@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from thinwire.compressors.sampling import Sampling
-from thinwire.compressors.sidco import SIDCo
 from thinwire.compressors.sparse import TopK
+from thinwire.compressors.threshold import SIDCo
 from thinwire.core import Context
 from thinwire.core.errors import ThinwireError
 from thinwire.kernels.reference import REFERENCE

@@ -248,7 +248,7 @@ def test_complex_parameters_on_every_engine(world2, engine):
 
 
 class Companions(nn.Module):
-    """Frozen parameters and buffers of all kinds beside a layer that trains."""
+    """Frozen parameters and buffers of all kinds, and a layer that trains."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()

@@ -487,7 +487,7 @@ def test_who_waits_receives(world2):
 
 
 def _waited(rank, method):
-    """Seconds of a backward pass over a slow link, and what the ledger says was waited for."""
+    """Seconds of a backward pass over a slow link, what the ledger says was waited for, and the link's own seconds."""
     model, optimizer, wire = start(rank, method, emulate_link="100kbit,1ms")
     for step in range(3):
         dist.barrier()
@@ -498,14 +498,17 @@ def _waited(rank, method):
         seconds = time.perf_counter() - begin
         optimizer.step()
     end(wire)
-    return seconds, wire.ledger.rows[-1].exchange_seconds
+    row = wire.ledger.rows[-1]
+    return seconds, row.exchange_seconds, row.wire_bytes * 8 / 100e3
 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("route", ["all_gather", "two_phase"])
 def test_the_ledger_says_what_was_waited_for(world2, route):
-    for seconds, waited in world2.run(_waited, dgc(0.05, route=route)):
-        assert 0.8 * seconds < waited < seconds
+    """A part of the pass, which takes at least as long as its messages take on the link."""
+    for seconds, waited, due in world2.run(_waited, dgc(0.05, route=route)):
+        assert due <= seconds
+        assert 0 < waited < seconds
 
 
 def test_buckets_are_filled_from_the_end(monkeypatch):
@@ -536,7 +539,7 @@ def _departures(rank, method, link):
 
 
 def test_buckets_wait_for_each_other_unless_the_link_is_slow(world2):
-    """What a departure costs a core is 3 ms, in which 1 Gb/s carries all of this model and 100 kb/s 37 bytes."""
+    """Starting an exchange costs a core 3 ms, in which 1 Gb/s carries all of this model and 100 kb/s 37 bytes."""
     together, alone = (world2.run(_departures, dgc(0.005), link) for link in (None, "100kbit"))
     assert [found[:2] for found in (*together, *alone)] == [(1, 1), (1, 1), (2, 0), (2, 0)]
     assert all(torch.equal(found[2], together[0][2]) for found in (*together, *alone))

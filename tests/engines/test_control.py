@@ -21,6 +21,7 @@ from thinwire.comm.control import Together
 from thinwire.comm.hierarchical import Nodes
 from thinwire.comm.texts import is_known
 from thinwire.engines.bare import Plain
+from thinwire.session.optimizer_link import OptimizerLink
 from thinwire.session.session import Session
 
 
@@ -137,7 +138,7 @@ def _raising(rank, engine):
     """Rank 1 raises what it likes, the others hear of it, and the group lives on."""
     found = []
 
-    def told(call, kind, name):
+    def raises_alike(call, kind, name):
         with pytest.raises(kind if rank else ThinwireError) as raised:
             call()
         text = str(raised.value)
@@ -146,37 +147,41 @@ def _raising(rank, engine):
 
     group = dist.group.WORLD
     wrong = Clumsy() if rank else topk(0.1)
-    told(start(engine, group, wrong, timeout=15.0)[2], ThinwireError, "failed on rank 1: method is ")
+    raises_alike(start(engine, group, wrong, timeout=15.0)[2], ThinwireError, "failed on rank 1: method is ")
     with pytest.MonkeyPatch.context() as patch:
         if rank:
             patch.setattr(sys.modules["thinwire.attach"], "method_of", raises(TypeError("no method here")))
-        told(start(engine, group, topk(0.1), timeout=15.0)[2], TypeError, "failed on rank 1: TypeError: no ")
+        raises_alike(start(engine, group, topk(0.1), timeout=15.0)[2], TypeError, "failed on rank 1: TypeError: no ")
     wrong = {"emulate_link": 5 if rank else None, "kernels": "none" if rank else "reference", "timeout": 15.0}
-    told(start(engine, group, topk(0.1), **wrong)[2], ThinwireError, "failed on rank 1: emulate_link is 5")
+    raises_alike(start(engine, group, topk(0.1), **wrong)[2], ThinwireError, "failed on rank 1: emulate_link is 5")
     model, optimizer, attach = start(engine, group, dgc(0.1), timeout=15.0)
     settings = dict(optimizer.param_groups[0])
     with pytest.MonkeyPatch.context() as patch:
         if rank:
             patch.setattr(Session, "_set_stage", raises(ZeroDivisionError()))
-        told(attach, ZeroDivisionError, "failed on rank 1: ZeroDivisionError")
+        raises_alike(attach, ZeroDivisionError, "failed on rank 1: ZeroDivisionError")
     now = dict(optimizer.param_groups[0])
     assert now == settings, "an attach that fails leaves the optimizer as it was"
     with pytest.MonkeyPatch.context() as patch:
         if rank:
-            patch.setattr(Session, "_prepare", raises(KeyboardInterrupt()))
-        told(attach, KeyboardInterrupt, "failed on rank 1: KeyboardInterrupt")
+            patch.setattr(OptimizerLink, "prepare", raises(KeyboardInterrupt()))
+        raises_alike(attach, KeyboardInterrupt, "failed on rank 1: KeyboardInterrupt")
     wire = attach()
     with pytest.MonkeyPatch.context() as patch:
         if rank:
             patch.setattr("thinwire.session.session.method_of", raises(TypeError("no method here")))
-        told(lambda: wire.set_method(topk(0.2)), TypeError, "set_method() failed on rank 1: TypeError")
+        raises_alike(lambda: wire.set_method(topk(0.2)), TypeError, "set_method() failed on rank 1: TypeError")
     broken = Clumsy() if rank else wire.state_dict()
-    told(lambda: wire.load_state_dict(broken), ThinwireError, "loading a checkpoint failed on rank 1: a checkpoint is")
+    raises_alike(
+        lambda: wire.load_state_dict(broken), ThinwireError, "loading a checkpoint failed on rank 1: a checkpoint is"
+    )
     with pytest.MonkeyPatch.context() as patch:
         if rank:
             patch.setattr("thinwire.session.checkpoint.restore", raises(IndexError()))
-        told(lambda: wire.load_state_dict(wire.state_dict()), IndexError, "failed on rank 1: IndexError")
-    told(lambda: wire.load("/nowhere") if rank else wire.load_state_dict(wire.state_dict()), ThinwireError, "/nowhere")
+        raises_alike(lambda: wire.load_state_dict(wire.state_dict()), IndexError, "failed on rank 1: IndexError")
+    raises_alike(
+        lambda: wire.load("/nowhere") if rank else wire.load_state_dict(wire.state_dict()), ThinwireError, "/nowhere"
+    )
     step(model, optimizer)
     assert wire.step == 1, "the session lives on too"
     wire.detach()
@@ -243,7 +248,7 @@ def test_whatever_a_rank_raises_is_told_to_the_others(world2, engine):
 
 
 def _in_the_middle(rank):
-    """What is raised between two exchanges can't be told by a third: it is left in the store."""
+    """What is raised between two exchanges can't be reported by a third: it is left in the store."""
     found = []
     for kind, place in ((ValueError, (Plain, "_held")), (MemoryError, ("thinwire.session.migrate.migrate",))):
         group = dist.new_group([0, 1])

@@ -4,11 +4,11 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
+from tests.comm.test_process_group import Clock
 from tests.engines.models import Net, accumulated, batch, build, flat_parameters, loss_of, simulated, train_ddp
 from thinwire import ThinwireError, Warmup, cast, dense, dgc, topk
 
@@ -99,12 +99,12 @@ def test_simulator_equals_the_real_run(world2, world4, workers, name):
 
 
 def _conserves(rank, method):
-    """What was asked of one weight whose gradients are known, what all received of it, and what is left."""
+    """What was compensated of one weight whose gradients are known, what all received of it, and what is left."""
     torch.manual_seed(0)
     model = nn.Linear(64, 50, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9 if method.absorbs else 0.0)
     wire = thinwire.attach(ddp := DistributedDataParallel(model), method, optimizer=optimizer)
-    asked, velocity, received = torch.zeros(3, 50, 64)
+    compensated, velocity, received = torch.zeros(3, 50, 64)
     for step in range(15):
         x, y = torch.randn(6, 114, generator=torch.Generator().manual_seed(100 * step + rank)).split([64, 50], 1)
         optimizer.zero_grad()
@@ -112,21 +112,21 @@ def _conserves(rank, method):
         received += model.weight.grad
         optimizer.step()
         velocity = (0.9 if method.absorbs else 0.0) * velocity + y.t() @ x
-        asked += velocity
+        compensated += velocity
     residual = wire.workers[0].local["weight"].now["residual"]
-    return asked, received, residual, model.weight.detach(), close(wire)
+    return compensated, received, residual, model.weight.detach(), close(wire)
 
 
 @pytest.mark.parametrize("values", [None, "float16", "int8", "int4", "int2", "sign"])
 @pytest.mark.parametrize("recipe", [topk, dgc])
 def test_sent_and_left_is_what_was_asked(world2, recipe, values):
     method = recipe(0.02, values=values, **({"masking": False} if recipe is dgc else {}))
-    (asked, received, left, weight, facts), other = world2.run(_conserves, method)
+    (compensated, received, left, weight, facts), other = world2.run(_conserves, method)
     assert torch.equal(weight, other[3])
     assert torch.equal(received, other[1])
     assert facts["wire_bytes"] < facts["dense_bytes"]
     assert facts["error"] > 0
-    torch.testing.assert_close(2 * received + left + other[2], asked + other[0], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(2 * received + left + other[2], compensated + other[0], rtol=1e-5, atol=1e-4)
 
 
 def test_fifty_steps_keep_replicas_equal(world2, world4):
@@ -219,7 +219,7 @@ def test_dgc_at_density_one_is_momentum_sgd(world2, nesterov, decay, weight_deca
 
 
 def test_decoupled_decay_at_density_one(world2):
-    """AdamW-style: momentum SGD on the loss alone, and ``lr * wd * x`` beside it."""
+    """AdamW-style: momentum SGD on the loss alone, and ``lr * wd * x`` apart from it."""
     sgd = {"weight_decay": 0.01}
     got = world2.run(_momentum_sgd, dgc(1.0, decay="decoupled"), sgd, {})[0]
     assert (got - world2.run(_decoupled_oracle, sgd)[0]).abs().max() < 1e-12
@@ -565,29 +565,36 @@ def test_stages_above_the_break_even_density_go_dense(world4):
     assert any("sent dense at warm-up density 0.5" in note and "with 4 workers" in note for note in notes)
 
 
-def _overlap(rank, link):
-    """How many buckets were still on their way when backward had ended for the last of them."""
-    import time
+def _on_a_link(rank, link):
+    """Seconds of the link's own clock in the last step, the times when messages arrived, bytes sent, and the label."""
+    from functools import partial
 
-    model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(4)])
-    ddp = DistributedDataParallel(model, bucket_cap_mb=0.2)
-    wire = thinwire.attach(ddp, cast("float16"), emulate_link=link)
-    x, times = torch.randn(4, 256), []
+    from thinwire.comm import hierarchical
+
+    clock, paced = Clock(), hierarchical.Paced
+    hierarchical.Paced = partial(paced, clock=clock)
+    try:
+        model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(4)])
+        ddp = DistributedDataParallel(model, bucket_cap_mb=0.2)
+        wire = thinwire.attach(ddp, cast("float16"), emulate_link=link)
+    finally:
+        hierarchical.Paced = paced
+    x = torch.randn(4, 256)
     for _ in range(4):
-        dist.barrier()
-        start = time.perf_counter()
+        start, before = clock.now, len(clock.slept)
         ddp(x).sum().backward()
-        times.append(time.perf_counter() - start)
     wire.detach()
-    return min(times[2:]), wire.ledger.rows[-1].exchange_seconds, wire.ledger.link
+    arrived = [now - start for now, _ in clock.slept[before:]]
+    return clock.now - start, arrived, wire.ledger.rows[-1].wire_bytes, wire.ledger.link
 
 
-@pytest.mark.alone
 def test_an_emulated_link_takes_its_time_and_is_labelled(world2):
+    """On the link's own clock a step takes as long as its bytes do, one bucket after the other, and no longer."""
     size = 4 * (256 * 256 + 256) * 2  # bytes in fp16
     for link in ("50mbit", "200mbit"):
-        seconds, exchange, label = world2.run(_overlap, link)[0]
-        due = size * 8 / (50e6 if link == "50mbit" else 200e6)
-        assert due <= seconds < due + 0.5
-        assert exchange > seconds, "buckets wait side by side"
+        seconds, arrived, sent, label = world2.run(_on_a_link, link)[0]
+        assert size <= sent < 1.001 * size, "the gradients and the headers"
+        assert seconds == pytest.approx(sent * 8 / (50e6 if link == "50mbit" else 200e6), rel=1e-6)
+        assert len(arrived) > 1
+        assert arrived == sorted(set(arrived)), "the link carries one bucket at a time"
         assert "emulated" in label

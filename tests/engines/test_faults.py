@@ -150,13 +150,11 @@ loss_of(ddp, batch(rank, 1)).backward()
 @pytest.mark.alone
 def test_a_rank_that_does_not_come_is_an_error_after_the_timeout():
     first, second = start_ranks(2, ["-c", LATE])
-    start = time.monotonic()
-    _, error = first.communicate(timeout=30)
-    waited = time.monotonic() - start
+    _, error = first.communicate(timeout=100)  # a hang is an error
     finish([second])
     assert first.returncode == 1
     assert "ThinwireError: step 2: the exchange of" in error
-    assert waited < 25
+    assert "timed out after 2 s" in error
 
 
 def _threads(rank):

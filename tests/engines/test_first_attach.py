@@ -35,7 +35,7 @@ def wrapped():
     return model, DistributedDataParallel(model), optimizer
 
 
-ASKED = [
+OPTIONS = [
     (lambda m, d, o: (dgc(), d), {}, r"model is a method, dgc; the model comes first and the method second"),
     (lambda m, d, o: ("dgc", d), {}, "model is 'dgc'; the model comes first"),
     (lambda m, d, o: (TopK(0.01), d), {}, "model is a method, TopK; the model comes first"),
@@ -79,7 +79,7 @@ ASKED = [
 def test_what_attach_refuses(alone):
     """Each with one sentence, and nothing is changed: afterwards the same model and optimizer can be attached."""
     model, ddp, optimizer = wrapped()
-    for make, options, says in ASKED:
+    for make, options, says in OPTIONS:
         with pytest.raises(ThinwireError, match=says):
             thinwire.attach(*make(model, ddp, optimizer), **{"optimizer": optimizer, **options})
     with pytest.raises(ThinwireError, match="sparse_gradients is 1; it must be True or False"):

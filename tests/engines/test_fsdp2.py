@@ -162,14 +162,14 @@ def test_compression_between_replicas(world4):
 
 
 def _conserves(rank, method):
-    """Of one weight with known gradients: what was asked, what all replicas received, what is left; and the bytes."""
+    """Of one weight with known gradients: what was compensated, what all received, what is left; and the bytes."""
     mesh = mesh_of(2, 2)
     torch.manual_seed(0)
     model = fully_shard(nn.Linear(64, 801, bias=False), mesh=mesh["shard"])
     momentum = 0.9 if method.absorbs else 0.0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
     wire = thinwire.attach(model, method, optimizer=optimizer, fsdp2=thinwire.Fsdp2Options(replicate=mesh["replicate"]))
-    asked, velocity, received = 0, 0, 0
+    compensated, velocity, received = 0, 0, 0
     for step in range(20):
         parts = []
         for worker in (rank // 2 * 2, rank // 2 * 2 + 1):  # those whose gradients meet in this replica
@@ -181,13 +181,13 @@ def _conserves(rank, method):
         optimizer.step()
         optimizer.zero_grad()
         velocity = momentum * velocity + (parts[0] + parts[1]) / 2
-        asked = asked + velocity
+        compensated = compensated + velocity
     left = wire.state_dict()["local"]["weight"]["residual"].full_tensor()[rank // 2]
     rows, size = wire.ledger.rows, wire.workers[0].local["weight"].now["residual"].numel()
     ratio = rows[-1].dense_bytes / rows[-1].wire_bytes
     weight = model.weight.full_tensor().detach()
     wire.detach()
-    return asked, received, left, weight, ratio, size
+    return compensated, received, left, weight, ratio, size
 
 
 def data_of(worker, step):
@@ -200,11 +200,11 @@ def test_sent_and_left_is_what_was_asked_of_each_shard(world4, method):
     for result in results[1:]:
         assert torch.equal(result[3], results[0][3])
         assert torch.equal(result[1], results[0][1])
-    (asked, received, left, _, ratio, size), _, other, _ = results
+    (compensated, received, left, _, ratio, size), _, other, _ = results
     assert ratio > 50
     assert size == 401 * 64  # a shard
     assert left.abs().max() > 0
-    torch.testing.assert_close(2 * received + left + other[2], asked + other[0], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(2 * received + left + other[2], compensated + other[0], rtol=1e-4, atol=1e-3)
 
 
 def _steps(rank, model, optimizer, first, last, poisoned=(), scaler=None):
@@ -293,14 +293,14 @@ def test_checkpoints(world2, world4, tmp_path, name):
 
 
 def _skips(rank, with_scaler):
-    """A bad gradient on one rank: nobody steps, and nobody remembers."""
+    """A nonfinite gradient on one rank: nobody steps, and nobody remembers."""
     mesh = mesh_of(2, 2)
     model, optimizer = build(mesh)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if with_scaler else None
-    bad = []
+    nonfinite = []
 
     def poison(param):
-        if bad and rank == 3:  # one shard of one replica
+        if nonfinite and rank == 3:  # one shard of one replica
             own(param.grad).view(-1)[-1] = torch.nan
 
     model.tied.weight.register_post_accumulate_grad_hook(poison)
@@ -309,9 +309,9 @@ def _skips(rank, with_scaler):
     )
     _steps(rank, model, optimizer, 0, 2, scaler=scaler)
     before, pending, step = whole(model), _pending(wire), wire.step
-    bad.append(1)
+    nonfinite.append(1)
     _steps(rank, model, optimizer, 2, 3, scaler=scaler)
-    bad.clear()
+    nonfinite.clear()
     after = _pending(wire)
     same = torch.equal(before, whole(model)) and all(torch.equal(pending[k], after[k]) for k in pending)
     same = same and wire.step == step

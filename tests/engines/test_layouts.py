@@ -78,7 +78,7 @@ def build(method):
 
 
 def _trained(rank, method, changes, options):
-    """Parameters at the end, and by how much sent and left differ from what was asked."""
+    """Parameters at the end, and by how much sent and left differ from what was compensated."""
     model, optimizer = build(method)
     run = model if options is None else DistributedDataParallel(model, **options)
     changes.get(-1, lambda _: None)(model)
@@ -98,8 +98,8 @@ def _trained(rank, method, changes, options):
     wire.detach()
     lost = {}
     for name, shape in SHAPES.items():
-        asked = sum(wanted(shape, rank, step) for step in range(STEPS))
-        both = torch.stack([asked, left[name] if left[name] is not None else torch.zeros(shape)])
+        compensated = sum(wanted(shape, rank, step) for step in range(STEPS))
+        both = torch.stack([compensated, left[name] if left[name] is not None else torch.zeros(shape)])
         dist.all_reduce(both)
         lost[name] = float((2 * received[name] + both[1] - both[0]).abs().max())
     return logical(model), lost

@@ -252,11 +252,11 @@ def test_unused_parameters_keep_their_residual(world2, route, selection, per_ran
     assert untouched
     assert ratio > 1
     for name, r0 in residual0.items():
-        asked = (local0[name] + local1[name]) / 2
+        compensated = (local0[name] + local1[name]) / 2
         kept = (r0 + residual1[name]) / 2
         assert kept.abs().max() > 0
         torch.testing.assert_close(
-            delivered[name] + kept, asked, rtol=0, atol=1e-6 * max(1.0, float(asked.abs().max()))
+            delivered[name] + kept, compensated, rtol=0, atol=1e-6 * max(1.0, float(compensated.abs().max()))
         )
 
 

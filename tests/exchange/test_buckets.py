@@ -1,7 +1,8 @@
 import torch
 
 from thinwire import dense, dgc, topk
-from thinwire.exchange.buckets import plan_bucket
+from thinwire.comm.link import Link
+from thinwire.exchange.buckets import plan_bucket, start_bytes, travel_together
 from thinwire.exchange.units import resolve, set_stage
 
 
@@ -45,3 +46,13 @@ def test_bytes_of_a_bucket():
     assert compressed == total - 3 * planned.routes[0].layout.unit_nbytes[1], "the head and the padding count"
     assert total == 3 * planned.routes[0].layout.nbytes
     assert total < 6 * 10_100
+
+
+def test_small_messages_wait_until_they_fill_a_turn():
+    """One rule for messages that are ready and for plans: the head of the queue goes once it has enough bytes."""
+    assert travel_together([], 10) == 0
+    assert travel_together([3, 4], 10) == 0
+    assert travel_together([3, 7, 5], 10) == 2
+    assert travel_together([12, 7, 5], 10) == 1
+    assert travel_together([0, 7], 0) == 1, "a link without latency, so none waits"
+    assert start_bytes(None) == start_bytes(Link(1e9, 0.1)) == 375_000

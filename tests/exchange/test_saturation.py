@@ -62,7 +62,7 @@ def gradient(worker: int, step: int, size: float, dtype: torch.dtype) -> torch.T
 
 
 def sent_and_left(method, size: float, dtype=torch.float32, workers: int = 3, steps: int = 3):
-    """The mean of what was asked, what arrived, the mean of what is left, and the session."""
+    """The mean of what was compensated, what arrived, the mean of what is left, and the session."""
     model = nn.Linear(40, 30, bias=False).to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     sim = SimulatedWorkers(model, method, optimizer, workers)
@@ -70,23 +70,23 @@ def sent_and_left(method, size: float, dtype=torch.float32, workers: int = 3, st
     optimizer.register_step_pre_hook(lambda *_: received.append(model.weight.grad.double()))
     for step in range(steps):
         sim.step(lambda worker, step=step: Given.apply(model.weight, gradient(worker, step, size, dtype)))
-    asked = sum(gradient(w, s, size, dtype).double() for w in range(workers) for s in range(steps)) / workers
+    compensated = sum(gradient(w, s, size, dtype).double() for w in range(workers) for s in range(steps)) / workers
     left = [worker.local["weight"].now.get("residual") for worker in sim.session.workers]
     pending = sum(x.double() for x in left) / workers if left[0] is not None else None
-    return asked, received, pending, sim.session
+    return compensated, received, pending, sim.session
 
 
 @pytest.mark.parametrize("name", SHORT)
 def test_a_finite_gradient_is_cut_off_and_comes_back(name):
     cases = [(1e6, torch.float32), (1e6, torch.float64), (3e4, torch.float16), (1.0, torch.float32)]
     for size, dtype in cases:
-        asked, received, pending, session = sent_and_left(SHORT[name], size, dtype)
+        compensated, received, pending, session = sent_and_left(SHORT[name], size, dtype)
         assert session.ledger.skipped == 0, (size, dtype)
         assert len(received) == 3
         assert all(bool(x.isfinite().all()) for x in received), (size, dtype)
         assert 0 < session.ledger.wire_bytes < session.ledger.dense_bytes
-        off = (sum(received) + pending - asked).abs().max()
-        assert off <= 1e-3 * max(asked.abs().max(), pending.abs().max()), (size, dtype)
+        off = (sum(received) + pending - compensated).abs().max()
+        assert off <= 1e-3 * max(compensated.abs().max(), pending.abs().max()), (size, dtype)
 
 
 def test_a_chain_and_a_dtype_of_values_are_the_same():
@@ -115,9 +115,9 @@ def test_what_is_not_finite_is_still_found():
         model = nn.Linear(40, 30, bias=False)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         sim = SimulatedWorkers(model, SHORT[name], optimizer, 2)
-        for bad in (torch.inf, -torch.inf, torch.nan):
+        for nonfinite in (torch.inf, -torch.inf, torch.nan):
             given = torch.ones(30, 40)
-            given[3, 4] = bad
+            given[3, 4] = nonfinite
             given = [torch.ones(30, 40), given]
             sim.step(lambda worker, w=model.weight, given=given: Given.apply(w, given[worker]))
         assert sim.session.ledger.skipped == 3, name

@@ -9,12 +9,12 @@ from thinwire.comm.link import Link
 from thinwire.comm.simulated import Local
 from thinwire.compressors.sparse import TopK
 from thinwire.core import Context
-from thinwire.core.absorbed import Absorbed
 from thinwire.core.capabilities import compress_sparse
+from thinwire.core.memory_capabilities import Absorbed
 from thinwire.core.tensors import Sparse
 from thinwire.exchange import pipeline
-from thinwire.exchange.adding import added
 from thinwire.exchange.buckets import Routing, plan_bucket
+from thinwire.exchange.receiving import added
 from thinwire.exchange.routes.two_phase import cut, without
 from thinwire.exchange.units import resolve, set_stage
 from thinwire.exchange.workers import Worker
@@ -39,14 +39,14 @@ def journey(method, world, steps, heads=None):
     workers = [Worker(rank) for rank in range(world)]
     for worker in workers:
         worker.local = {unit.name: unit.fresh_local() for unit in units}
-    asked, got = {u.name: 0 for u in units}, {u.name: 0 for u in units}
+    compensated, got = {u.name: 0 for u in units}, {u.name: 0 for u in units}
     for step in range(steps):
         peers, inboxes = Local.of(world), []
         for worker, peer in zip(workers, peers, strict=True):
             grads = [torch.randn_like(unit.param) for unit in units]
             for unit, grad in zip(units, grads, strict=True):
                 u = worker.local[unit.name].now.get("momentum")
-                asked[unit.name] = asked[unit.name] + grad + (0 if u is None else unit.memory.momentum * u)
+                compensated[unit.name] = compensated[unit.name] + grad + (0 if u is None else unit.memory.momentum * u)
             outbox = pipeline.send(bucket, grads, worker, step, [True] * len(units))
             inboxes += pipeline.route([bucket], [outbox.messages], peer, step)
         inboxes = [pipeline.relay(bucket, i, w, step, p) for i, w, p in zip(inboxes, workers, peers, strict=True)]
@@ -64,7 +64,7 @@ def journey(method, world, steps, heads=None):
             unit.shared.commit()
             for worker in workers:
                 worker.local[unit.name].commit()
-    return bucket, workers, asked, got
+    return bucket, workers, compensated, got
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -80,20 +80,24 @@ def journey(method, world, steps, heads=None):
     ids=["topk", "int4", "float16", "dgc", "dgc-masking"],
 )
 def test_nothing_is_lost(method, world):
-    """The mean of what was applied, times N, and all residuals, are what was asked: also what the owners kept."""
-    bucket, workers, asked, got = journey(method, world, 12)
+    """The mean of what was applied, times N, and all residuals, are what was compensated: also what the owners kept."""
+    bucket, workers, compensated, got = journey(method, world, 12)
     for unit in bucket.units:
         residuals = [w.local[unit.name].now["residual"] for w in workers if "residual" in w.local[unit.name].now]
         if residuals or not unit.shared.now:
-            torch.testing.assert_close(world * got[unit.name] + sum(residuals), asked[unit.name], rtol=0, atol=1e-11)
+            torch.testing.assert_close(
+                world * got[unit.name] + sum(residuals), compensated[unit.name], rtol=0, atol=1e-11
+            )
         if unit.name in ("w", "v"):
             assert sum(float(r.abs().sum()) for r in residuals) > 0
 
 
 def test_the_owner_keeps_what_it_could_not_pass_on():
     """Without it the residuals would fall short: so the law above can fail."""
-    bucket, workers, asked, got = journey(topk(0.1, route="two_phase"), 4, 1)
-    sent = {u.name: (asked[u.name] - sum(w.local[u.name].now["residual"] for w in workers)) for u in bucket.units[:1]}
+    bucket, workers, compensated, got = journey(topk(0.1, route="two_phase"), 4, 1)
+    sent = {
+        u.name: (compensated[u.name] - sum(w.local[u.name].now["residual"] for w in workers)) for u in bucket.units[:1]
+    }
     supports = [int((workers[r].local["w"].now["residual"] == 0).sum()) for r in range(4)]
     assert (sent["w"] != 0).sum() <= 2 + sum(supports)
     torch.testing.assert_close(sent["w"], 4 * got["w"], rtol=0, atol=1e-12)

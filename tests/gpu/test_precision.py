@@ -23,12 +23,12 @@ def test_a_scaler_leaves_out_a_step_and_nothing_else(group, where, name):
     """Autocast with a loss scale; one gradient overflows, and that step never happened."""
     scaler = torch.amp.GradScaler(DEVICE, init_scale=SCALE, growth_interval=1000)
     model, optimizer, wire = attached(where, name, scaler=scaler)
-    start, bad = flat_parameters(model).cpu(), False
+    start, nonfinite = flat_parameters(model).cpu(), False
     named = dict(model.named_parameters())
     param = next(p for n, p in named.items() if n.endswith("first.weight"))
-    param.register_hook(lambda g: torch.full_like(g, torch.inf) if bad else None)
+    param.register_hook(lambda g: torch.full_like(g, torch.inf) if nonfinite else None)
     for step in range(13):
-        bad = step == 5
+        nonfinite = step == 5
         optimizer.zero_grad()
         with torch.autocast(DEVICE, dtype=SHORT):
             loss = loss_of(model, data(0, step - (step > 5)))
@@ -36,10 +36,10 @@ def test_a_scaler_leaves_out_a_step_and_nothing_else(group, where, name):
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        assert torch.equal(flat_parameters(model), before[0]) == bad
-        if bad:
+        assert torch.equal(flat_parameters(model), before[0]) == nonfinite
+        if nonfinite:
             assert all(torch.equal(x, before[1][key]) for key, x in states(wire).items())
-        assert scaler.get_scale() == before[2] * (0.5 if bad else 1.0)
+        assert scaler.get_scale() == before[2] * (0.5 if nonfinite else 1.0)
     assert wire.ledger.skipped == 1
     assert wire.ledger.rows[0].error > 0
     found = flat_parameters(model).cpu()

@@ -1,4 +1,4 @@
-"""What runs beside the backward pass waits for what it needs, and is waited for."""
+"""What overlaps with the backward pass waits for what it needs, and is waited for."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""The files of each rank beside a checkpoint, and what a framework must be."""
+"""The files of each rank in the folder of a checkpoint, and what a framework must be."""
 
 import resource
 
@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
 from tests.integrations.common import batch, memory, small_model
-from thinwire.integrations import per_rank_files, versions
+from thinwire.integrations import frameworks, per_rank_files
 
 
 def _trained(rank, steps, group=None):
@@ -95,7 +95,7 @@ def test_only_folders_of_this_machine():
 
 def test_a_framework_that_is_missing_or_too_old():
     with pytest.raises(ImportError, match=r"pip install 'thinwire\[lightning\]'"):
-        versions.framework("no_such_module", "lightning", "2.2")
+        frameworks.framework("no_such_module", "lightning", "2.2")
     with pytest.raises(thinwire.ThinwireError, match=r"lightning 1\.9\.5 is installed, .* needs 2\.2 or later"):
-        versions.check_version("lightning", "1.9.5", "2.2")
-    versions.check_version("lightning", "2.10.0.post1", "2.2")
+        frameworks.check_version("lightning", "1.9.5", "2.2")
+    frameworks.check_version("lightning", "2.10.0.post1", "2.2")

@@ -21,9 +21,9 @@ def _lighthouse(rank):
     from torchft.coordination import LighthouseServer
 
     server = LighthouseServer("[::]:0", 2, join_timeout_ms=200, heartbeat_timeout_ms=1000) if rank == 0 else None
-    told = [server.address() if server else None]
-    dist.broadcast_object_list(told)
-    os.environ["TORCHFT_LIGHTHOUSE"] = told[0]
+    address = [server.address() if server else None]
+    dist.broadcast_object_list(address)
+    os.environ["TORCHFT_LIGHTHOUSE"] = address[0]
     return server
 
 
@@ -101,7 +101,7 @@ def _averages(names, rank):
     group._said, group.calls = f"what rank {rank} says", group.calls  # as after a change of replicas
     _, error = _average(names, normal.clone())
     assert not names["manager"].should_commit()
-    return found | {"asked": normal, "error": str(error.original_exception)}
+    return found | {"normal_sent": normal, "error": str(error.original_exception)}
 
 
 def test_snippet_checkpoint_and_replicas_that_change(world, tmp_path):
@@ -115,7 +115,7 @@ def test_snippet_checkpoint_and_replicas_that_change(world, tmp_path):
     assert torch.equal(there, here)
     assert not torch.equal(there, one[1])
     assert calls == same > STEPS
-    mean = (one[4]["asked"] + two[4]["asked"]) / 2
+    mean = (one[4]["normal_sent"] + two[4]["normal_sent"]) / 2
     for key in ("normal", "half", "broken", "small"):
         assert torch.equal(one[4][key].nan_to_num(9.0), two[4][key].nan_to_num(9.0))
     assert torch.equal(one[4]["small"], mean[:100])

@@ -14,7 +14,7 @@ from thinwire.coding import elias_fano
 from thinwire.compressors import TopK
 from thinwire.core import Context
 from thinwire.core.loops import Accumulation, Cut, Pass, smallest
-from thinwire.core.memory_capabilities import accumulation
+from thinwire.core.memory_capabilities import traits_of
 from thinwire.core.tensors import flat
 from thinwire.exchange.fused import select
 from thinwire.exchange.pieces import Piece
@@ -392,7 +392,7 @@ def test_what_a_kernel_cannot_do_is_left_to_the_memory(kernels):
         unit = Unit("w", param, TopK(0.01), memory, method_compressor=TopK(0.01))
         worker = Worker(0, kernels=kernels)
         worker.local["w"] = unit.fresh_local()
-        if accumulation(memory) is not None:
+        if traits_of(memory).accumulation is not None:
             worker.local["w"].now["pending_residual"] = torch.ones(400, 500)
         assert not select([unit], [Piece(0)], [torch.randn(400, 500)], worker, [Context(0, 0, "w", 0)], 1.0)
 

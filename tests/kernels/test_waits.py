@@ -1,4 +1,4 @@
-"""On CUDA DGC does not wait from gradient to gradient: nothing asks a tensor how large the next must be.
+"""On CUDA DGC does not wait from gradient to gradient: nothing reads from a tensor how large the next must be.
 
 A wait can't be seen without a GPU. Its causes can: an operation whose shape or answer depends on values, or a copy
 between host and device. Of the first ``Waits`` looks for those that have names; tensors that are only said to be on a
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from thinwire import dgc
 from thinwire.comm.simulated import Local
-from thinwire.core.absorbed import Absorbed
+from thinwire.core.memory_capabilities import Absorbed
 from thinwire.exchange import pipeline
 from thinwire.exchange.buckets import plan_bucket
 from thinwire.exchange.units import resolve, set_stage
@@ -25,7 +25,7 @@ from thinwire.exchange.workers import Worker
 from thinwire.kernels.reference import REFERENCE
 from thinwire.kernels.select import choose
 
-ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
 SHAPES = {"sampled": (250, 400), "exact": (90, 100), "few": (3,)}
 WORLD = 2
 
@@ -49,7 +49,7 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
         indices = args[1] if name in ("index", "index_put_") else ()
-        if name in ASKS or any(one is not None and one.dtype == torch.bool for one in indices):
+        if name in WAITS or any(one is not None and one.dtype == torch.bool for one in indices):
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -108,24 +108,24 @@ def test_nothing_waits_from_gradient_to_gradient(kernels, monkeypatch, values, s
     units, bucket, workers = planned(kernels, values, state, "cpu")
     for step in range(2):
         grads = [[torch.randn(unit.own.shape) for unit in units] for _ in workers]
-        asked = [(one + other) / WORLD for one, other in zip(*grads, strict=True)]
+        compensated = [(one + other) / WORLD for one, other in zip(*grads, strict=True)]
         outs = [[torch.full_like(grad, torch.nan) for grad in each] for each in grads]
         with Waits(monkeypatch) as waits:
             sent = journey(bucket, workers, grads, outs, step, kernels)
-        assert sent < 0.1 * sum(grad.nbytes for grad in asked)
-        for unit, mine, theirs, mean in zip(units, *outs, asked, strict=True):
+        assert sent < 0.1 * sum(grad.nbytes for grad in compensated)
+        for unit, mine, theirs, mean in zip(units, *outs, compensated, strict=True):
             assert torch.equal(mine, theirs)
             assert mine.any()
             assert step or unit.compressed == ((mine - mean).norm() > 0)  # later there is momentum
             unit.shared.commit()
             for worker in workers:
                 worker.local[unit.name].commit()
-        # of each message, whether anything is bad: its sender and its receiver ask, on CUDA nobody
+        # of each message, whether anything is nonfinite: its sender and its receiver look, on CUDA nobody
         assert waits.found == ["_local_scalar_dense"] * 2 * WORLD
 
 
 class Crossings(TorchDispatchMode):
-    """Writes down what of tensors on a GPU, or beside them, touches one of the host."""
+    """Writes down what of tensors on a GPU, or with them, touches one of the host."""
 
     def __init__(self):
         super().__init__()

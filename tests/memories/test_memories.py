@@ -47,17 +47,17 @@ def test_conservation_per_coordinate(nesterov, masking, values):
     grads = list(torch.randn(30, 400, dtype=torch.float64))
     memory, compressor = MomentumCorrection(0.9, nesterov, masking=masking), TopK(0.02, values)
     state = local_state(memory, grads[0])
-    asked = torch.zeros(400, dtype=torch.float64)
+    compensated = torch.zeros(400, dtype=torch.float64)
     total = torch.zeros(400, dtype=torch.float64)
     for step, grad in enumerate(grads):
         ctx, before = Context(0, step, "w", 0), state["residual"].clone()
         x = memory.compensate(grad, grad, state, state)
-        asked += x - before
+        compensated += x - before
         own = compressor.decompress(compressor.compress(x, {}, ctx), x, {}, ctx)
         own.add_to(total)
         memory.sent(own, state)
     assert state["residual"].abs().max() > 0
-    torch.testing.assert_close(total + state["residual"], asked, rtol=0, atol=1e-12)
+    torch.testing.assert_close(total + state["residual"], compensated, rtol=0, atol=1e-12)
 
 
 def test_what_enters_is_the_velocity():

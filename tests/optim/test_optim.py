@@ -104,8 +104,8 @@ def test_laws_after_the_switch():
                 return value
 
             sim.step(loss)
-            asked = 0.9 * m + 0.1 * torch.stack(grads).mean(0) + e
-            torch.testing.assert_close(unit.shared.now["momentum"] + pending(), asked, rtol=1e-12, atol=1e-12)
+            compensated = 0.9 * m + 0.1 * torch.stack(grads).mean(0) + e
+            torch.testing.assert_close(unit.shared.now["momentum"] + pending(), compensated, rtol=1e-12, atol=1e-12)
             assert pending().norm() > 0, "one bit loses something, with one worker too"
         assert all(torch.equal(v[p], s["exp_avg_sq"]) for p, s in sim.optimizer.state.items())
         assert "exp_avg" not in sim.optimizer.state[unit.param]

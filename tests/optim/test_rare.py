@@ -194,11 +194,11 @@ def test_a_checkpoint_knows_what_stays_dense(world2, name):
     assert small or name == "ZeroOneAdam"
 
 
-@pytest.mark.parametrize(("bad", "said"), [(range(5, 20), "11 steps in a row"), (range(0, 140, 2), None)])
-def test_a_run_that_skips_says_so_loudly(caplog, bad, said):
+@pytest.mark.parametrize(("nonfinite", "said"), [(range(5, 20), "11 steps in a row"), (range(0, 140, 2), None)])
+def test_a_run_that_skips_says_so_loudly(caplog, nonfinite, said):
     weight = torch.nn.Linear(4, 4)
     steps = 140 if said is None else 30
-    bad = {*bad, *range(1, 40, 3)} if said is None else set(bad)
+    nonfinite = {*nonfinite, *range(1, 40, 3)} if said is None else set(nonfinite)
     with caplog.at_level(logging.WARNING, logger="thinwire"):
         result = simulate(
             weight,
@@ -206,7 +206,7 @@ def test_a_run_that_skips_says_so_loudly(caplog, bad, said):
             optimizer=torch.optim.SGD(weight.parameters(), lr=0.1),
             workers=2,
             steps=steps,
-            batches=lambda worker, step: torch.full((2, 4), torch.inf if step in bad else 1.0),
+            batches=lambda worker, step: torch.full((2, 4), torch.inf if step in nonfinite else 1.0),
             loss=lambda model, x: model(x).square().mean(),
         )
     heard = [record.getMessage() for record in caplog.records if "have been skipped" in record.getMessage()]

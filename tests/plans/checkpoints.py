@@ -11,7 +11,7 @@ from tests.plans.engines import Run, start
 from tests.plans.model import loss
 from tests.plans.plan import Plan, Spec
 from tests.plans.ranks import group_of
-from tests.plans.records import Told, digests, local_states, shared_states
+from tests.plans.records import Report, digests, local_states, shared_states
 
 
 def save(plan: Plan, run: Run, folder: str) -> bytes:
@@ -57,7 +57,7 @@ def load(plan: Plan, method: Spec, saved: bytes, folder: str) -> Run:
     return run
 
 
-def fold(plan: Plan, method: Spec, rank: int, saved: bytes, folder: str, told: Told) -> None:
+def fold(plan: Plan, method: Spec, rank: int, saved: bytes, folder: str, report: Report) -> None:
     """The first ranks go on without the others, with the mean of what was pending."""
     world = plan.fold or plan.world
     every: list[Any] = [None] * plan.world
@@ -70,9 +70,9 @@ def fold(plan: Plan, method: Spec, rank: int, saved: bytes, folder: str, told: T
         run.wire.load(folder, on_world_change="fold")
     else:
         run.wire.load_state_dict([_read(plan, one)["wire"] for one in every], on_world_change="fold")
-    told.folded = local_states(run), shared_states(run)
+    report.folded = local_states(run), shared_states(run)
     run.optimizer.zero_grad()
     loss(plan, run.model, rank, plan.steps, 0).backward()
     run.optimizer.step()
-    told.folded_digests = digests(run)
+    report.folded_digests = digests(run)
     run.wire.detach()

@@ -1,4 +1,4 @@
-"""Law: what was sent and what is still pending is what was asked. A function for each memory, in float64."""
+"""Law: what was sent and what is still pending is what was compensated. A function for each memory, in float64."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,8 +51,8 @@ Sides = Iterator[tuple[str, Tensor, Tensor]]
 
 def _feedback(case: Case) -> Sides:
     decay, beta = getattr(case.memory, "decay", 1.0), getattr(case.memory, "beta", 1.0)
-    asked = decay * case.before("residual") + beta * case.gradient
-    yield "sent + residual = asked", beta * case.received + case.after("residual"), asked
+    compensated = decay * case.before("residual") + beta * case.gradient
+    yield "sent + residual = compensated", beta * case.received + case.after("residual"), compensated
 
 
 def _corrected(case: Case) -> Sides:
@@ -67,7 +67,7 @@ def _corrected(case: Case) -> Sides:
             yield "the velocity of the decay", case.shared_new["decay"], w
         sent = sent - (wd * p + m * w if memory.nesterov else w)
     entered = m * (u + g) + g if memory.nesterov else m * u + g
-    yield "sent + residual = asked", sent + case.after("residual"), case.before("residual") + entered
+    yield "sent + residual = compensated", sent + case.after("residual"), case.before("residual") + entered
 
 
 def _momentum(case: Case) -> Sides:
@@ -84,22 +84,22 @@ def _momentum(case: Case) -> Sides:
 
 def _none(case: Case) -> Sides:
     if case.exact:
-        yield "sent = asked", case.received, case.gradient + case.before("pending_residual")
+        yield "sent = compensated", case.received, case.gradient + case.before("pending_residual")
 
 
 def _vote(case: Case) -> Sides:
     beta = case.memory.momentum
-    asked = case.g
+    compensated = case.g
     if beta:
         for old, new, g in zip(case.old, case.new, case.g, strict=True):
             yield "the momentum of a voter", new["momentum"], beta * old["momentum"] + (1.0 - beta) * g
-        asked = [state["momentum"] for state in case.new]
+        compensated = [state["momentum"] for state in case.new]
     yield "nothing but sides", case.received, case.received.sign()
     if any("pending_residual" in state for state in case.old):
         return
-    votes = _mean([x if case.exact else x.sign() for x in asked])
+    votes = _mean([x if case.exact else x.sign() for x in compensated])
     clear = votes.abs() > 1e-3 * votes.abs().amax() if votes.numel() else votes.bool()
-    for x in asked:
+    for x in compensated:
         clear &= (x != 0) | case.exact
     yield "the side that won", torch.where(clear, case.received, 0.0), torch.where(clear, votes.sign(), 0.0)
 
@@ -107,7 +107,7 @@ def _vote(case: Case) -> Sides:
 def _decoupled(case: Case) -> Sides:
     sent = case.memory.decay * case.before("residual") + case.gradient - case.after("residual")
     if not case.memory.sign:
-        yield "sent + momentum = asked", case.received, sent
+        yield "sent + momentum = compensated", case.received, sent
         return
     clear = sent.abs() > 0.02 * sent.abs().amax() if sent.numel() else sent.bool()
     yield (
@@ -124,7 +124,7 @@ def _shifted(case: Case) -> Sides:
     yield "the optimizer gets the estimate", case.received, case.shared_new.get("server", believed)
     for old, new, g in zip(case.old, case.new, case.g, strict=True):
         if isinstance(memory, thinwire.memories.EControl):
-            yield "sent + residual = asked", new["residual"] + new["estimate"], old["residual"] + g
+            yield "sent + residual = compensated", new["residual"] + new["estimate"], old["residual"] + g
         elif all(torch.equal(new[key], old[key]) for key in old):  # absent
             continue
         elif memory.eta < 1.0:
@@ -133,8 +133,8 @@ def _shifted(case: Case) -> Sides:
 
 def _adam(case: Case) -> Sides:
     beta, live = case.memory.beta1, case.shared_new.get("live", 1.0)
-    asked = beta * case.shared_old["momentum"] + (1.0 - beta) * case.gradient + case.before("residual")
-    yield "sent + residual = asked", case.received + case.after("residual"), asked * live
+    compensated = beta * case.shared_old["momentum"] + (1.0 - beta) * case.gradient + case.before("residual")
+    yield "sent + residual = compensated", case.received + case.after("residual"), compensated * live
     yield "the momentum is what was received", case.shared_new["momentum"], case.received
 
 
@@ -158,7 +158,7 @@ def check(
     """What of one unit's step does not hold."""
     memory, _, stage, _ = unit
     first = workers[0]
-    param, given = first.params[name], [w.asked[name] for w in workers]
+    param, given = first.params[name], [w.gradients[name] for w in workers]
     if param is None or all(g is None for g in given):
         moved = [key for w in workers for key, x in w.before[name].items() if not torch.equal(x, w.after[name][key])]
         return [f"{name}: nobody used it, and its {moved[0]} has changed"] if moved else []

@@ -7,7 +7,7 @@ from tests.plans import laws
 from tests.plans.outcome import Outcome
 from tests.plans.packing import unpack
 from tests.plans.plan import Plan
-from tests.plans.records import Told
+from tests.plans.records import Report
 from tests.plans.running import ready, run
 from tests.world import World
 
@@ -33,10 +33,10 @@ class Fleet:
             return Outcome(plan, [f"no hang, no death: {error}"])
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        told: list[Told] = [unpack(one) for one in answers[: plan.world]]
-        if any(one.raised for one in told):
+        reports: list[Report] = [unpack(one) for one in answers[: plan.world]]
+        if any(one.raised for one in reports):
             world.stop()  # the ranks may have parted
-        return laws.judge(plan, told)
+        return laws.judge(plan, reports)
 
     def stop(self, *but: World) -> None:
         """End the processes, but those of worlds that others use too."""

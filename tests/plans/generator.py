@@ -16,16 +16,16 @@ def draw(seed: int) -> Plan:
     engine = d.weighted(ddp=5, bare=5, fsdp2=2)
     world = d.one(2, 4) if engine == "fsdp2" else d.one(*WORLDS)
     steps = d.between(3, 6)
-    partner = d.one(*methods.PARTNERS) if d.chance(0.1) else None
-    kind = methods.PARTNERS[partner] if partner else d.one("SGD", "SGD", "SGD", "Adam", "AdamW", "Adagrad", "RMSprop")
+    linked = d.one(*methods.LINKED) if d.chance(0.1) else None
+    kind = methods.LINKED[linked] if linked else d.one("SGD", "SGD", "SGD", "Adam", "AdamW", "Adagrad", "RMSprop")
     layers = _fsdp2_layers(d) if engine == "fsdp2" else _layers(d)
     plan = Plan(
-        seed, engine, world, layers, methods.draw(d, partner, kind == "SGD"), _optimizer(d, kind), steps,
+        seed, engine, world, layers, methods.draw(d, linked, kind == "SGD"), _optimizer(d, kind), steps,
         accumulate=2 if d.chance(0.3) else 1,
         link="1gbit,0.1ms" if d.chance(0.1) else None,
-        bad=(d.between(0, steps - 1), d.between(0, world - 1)) if d.chance(0.15) else None,
+        nonfinite=(d.between(0, steps - 1), d.between(0, world - 1)) if d.chance(0.15) else None,
     )  # fmt: skip
-    plan = replace(plan, **_engine(d, plan), **_later(d, plan, partner, kind))
+    plan = replace(plan, **_engine(d, plan), **_later(d, plan, linked, kind))
     plain = all(layer.dtype == "float32" for layer in layers)
     plan = replace(plan, **_manners(d, plan, plain))
     if any(layer.dtype.endswith("16") for layer in layers):  # PyTorch's leaves a momentum of 16 bits partly unwritten
@@ -65,7 +65,7 @@ def _engine(d: Draw, plan: Plan) -> Spec:
 
 
 def _manners(d: Draw, plan: Plan, plain: bool) -> Spec:
-    """What a loop does besides."""
+    """What else a loop does."""
     scaled = plan.engine != "fsdp2" and not any(one.dtype == "float16" or one.sparse for one in plan.layers)
     kinds = [kind for kind in KINDS if kind != "autocast" or plain]
     manners: Spec = {
@@ -76,17 +76,17 @@ def _manners(d: Draw, plan: Plan, plain: bool) -> Spec:
         "ambient": d.one(*kinds) if d.chance(0.15) else "",
         "change": d.one("set_method", "set_method", "reattach"),
     }
-    if not manners["zeros"] and not manners["scaler"] and plan.bad is None and d.chance(0.1):
+    if not manners["zeros"] and not manners["scaler"] and plan.nonfinite is None and d.chance(0.1):
         manners["left_out"] = d.between(0, plan.steps - 1)
     if plan.checkpoint is not None and plan.switch is None and d.chance(0.25):
         manners["order"] = "rollback"
     return manners
 
 
-def _later(d: Draw, plan: Plan, partner: str | None, kind: str) -> Spec:
+def _later(d: Draw, plan: Plan, linked: str | None, kind: str) -> Spec:
     """What happens in mid-run: another method, a checkpoint."""
     later: Spec = {}
-    if partner is None and d.chance(0.25):
+    if linked is None and d.chance(0.25):
         later |= {"switch": d.between(1, plan.steps - 1), "then": methods.draw(d, None, kind == "SGD")}
     if d.chance(0.5):
         fold = d.one(*FOLDS[plan.world]) if plan.engine != "fsdp2" and plan.world > 2 and d.chance(0.5) else None

@@ -12,7 +12,7 @@ DENSITIES = (0.01, 0.03, 0.1, 0.25)
 VALUES = (None, "float16", "bfloat16", "int2", "int4", "int8", "sign")
 ROUTES = ("all_gather", "two_phase", "auto")
 STATES = ("float32", "bfloat16")
-PARTNERS = {"onebit_adam": "OneBitAdam", "onebit_lamb": "OneBitLamb", "zeroone_adam": "ZeroOneAdam"}
+LINKED = {"onebit_adam": "OneBitAdam", "onebit_lamb": "OneBitLamb", "zeroone_adam": "ZeroOneAdam"}
 
 
 def build(spec: Spec) -> Method:
@@ -42,17 +42,17 @@ def recipe(name: str, *args: Any, **options: Any) -> Spec:
     return {"recipe": name, "args": list(args), "options": options}
 
 
-def draw(d: Draw, partner: str | None, sgd: bool) -> Spec:
+def draw(d: Draw, linked: str | None, sgd: bool) -> Spec:
     """A method for an optimizer: one of the 1-bit ones, SGD, or any other."""
-    if partner is not None:
+    if linked is not None:
         rest = d.maybe(0.4, block=(64, 4096), clip=(0.5, 5.0), route=ROUTES)
-        return recipe(partner, **rest)
+        return recipe(linked, **rest)
     names = [name for name in RECIPES if sgd or name != "dgc"]
     return RECIPES[d.one(*names)](d, sgd)
 
 
 def common(d: Draw, *without: str) -> Spec:
-    """What most recipes take besides."""
+    """Options of most recipes."""
     rest = d.maybe(
         0.3,
         warmup=({"steps": 2, "stages": [1.0]}, {"steps": 4, "stages": [0.5, 0.25]}),

@@ -95,7 +95,7 @@ def takes_part(layer: Layer, worker: int, workers: int, step: int, part: int, pa
 
 
 class Model(nn.Module):
-    """The others see the first layer's answer besides the batch, so its gradients come last."""
+    """The others see the first layer's answer and the batch, so its gradients come last."""
 
     def __init__(self, plan: Plan, seed: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def batch(plan: Plan, rank: int, step: int, part: int) -> Tensor:
 def loss(plan: Plan, model: nn.Module, rank: int, step: int, part: int) -> Tensor:
     """A share of the step's loss; infinite where the plan says so."""
     value = model(batch(plan, rank, step, part), plan.worker_of(rank), step, part) * (plan.scale / plan.accumulate)
-    return value * torch.inf if plan.bad == (step, rank) and part == 0 else value
+    return value * torch.inf if plan.nonfinite == (step, rank) and part == 0 else value
 
 
 def optimizer_of(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:

@@ -42,7 +42,7 @@ class Plan:
     """Options of DDP."""
     options: Spec | None = None
     """Further options of attach: sparse_gradients, reduce_scatter, all_gather."""
-    bad: tuple[int, int] | None = None
+    nonfinite: tuple[int, int] | None = None
     """At which step a gradient is not finite, and on which rank."""
     left_out: int | None = None
     """At which step no rank calls the optimizer."""
@@ -72,8 +72,8 @@ class Plan:
     def from_json(text: str) -> "Plan":
         data = json.loads(text)
         layers = tuple(Layer(**{**layer, "sizes": tuple(layer["sizes"])}) for layer in data.pop("layers"))
-        bad = data.pop("bad")
-        return Plan(**data, layers=layers, bad=tuple(bad) if bad else None)
+        nonfinite = data.pop("nonfinite")
+        return Plan(**data, layers=layers, nonfinite=tuple(nonfinite) if nonfinite else None)
 
     @property
     def workers(self) -> int:

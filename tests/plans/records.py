@@ -18,8 +18,8 @@ States = dict[str, dict[str, Tensor]]
 class Step:
     """One optimizer step of one rank, as seen from outside."""
 
-    asked: dict[str, Tensor | None]
-    """The gradients of this rank alone, from a model beside it that nothing is attached to."""
+    gradients: dict[str, Tensor | None]
+    """The gradients of this rank alone, from a second model that nothing is attached to."""
     before: States
     shared_before: States
     params: dict[str, Tensor | None]
@@ -42,7 +42,7 @@ class Step:
 
 
 @dataclass
-class Told:
+class Report:
     """What one rank answers."""
 
     steps: list[Step] = field(default_factory=list)

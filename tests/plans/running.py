@@ -16,7 +16,7 @@ from tests.plans.model import Model, loss
 from tests.plans.packing import pack
 from tests.plans.plan import Plan
 from tests.plans.ranks import group_of, mesh_of
-from tests.plans.records import Step, Told, digests, local_states, named, part_of, parts_of, same, shared_states
+from tests.plans.records import Report, Step, digests, local_states, named, part_of, parts_of, same, shared_states
 from tests.plans.traffic import counted
 from thinwire import ThinwireError
 
@@ -35,49 +35,49 @@ def run(rank: int, text: str, folder: str) -> bytes | None:
         group_of(size)
     if rank >= plan.world:
         return None
-    told = Told()
+    report = Report()
     try:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            _run(plan, rank, folder, told)
-        told.warned = [str(one.message) for one in seen if "thinwire" in one.filename]
+            _run(plan, rank, folder, report)
+        report.warned = [str(one.message) for one in seen if "thinwire" in one.filename]
     except BaseException:
-        told.raised = traceback.format_exc()
-    return pack(told)
+        report.raised = traceback.format_exc()
+    return pack(report)
 
 
-def _run(plan: Plan, rank: int, folder: str, told: Told) -> None:
+def _run(plan: Plan, rank: int, folder: str, report: Report) -> None:
     try:
         with ambient(plan.ambient):
             run = start(plan, plan.method, seed=plan.seed)
     except ThinwireError as error:
-        told.refused = str(error)
+        report.refused = str(error)
         return
     saved: list[bytes] = []
-    _whole(plan, run, rank, told, saved, folder)
-    told.notes = run.wire.ledger.notes
+    _whole(plan, run, rank, report, saved, folder)
+    report.notes = run.wire.ledger.notes
     if saved and plan.order == "rollback":
         restore(plan, run, saved[0], folder)
-        _rest(plan, run, rank, told)
+        _rest(plan, run, rank, report)
     run.wire.detach()
     kept = ("momentum", "nesterov", "weight_decay")
-    told.left = [{key: group[key] for key in kept if key in group} for group in run.optimizer.param_groups]
-    told.left_digests = digests(run)
+    report.left = [{key: group[key] for key in kept if key in group} for group in run.optimizer.param_groups]
+    report.left_digests = digests(run)
     if not saved:
         return
-    switched = plan.switch is not None and plan.switch < (plan.checkpoint or 0) and not told.refused_switch
+    switched = plan.switch is not None and plan.switch < (plan.checkpoint or 0) and not report.refused_switch
     method = plan.then if switched and plan.then is not None else plan.method
     if plan.order != "rollback":
         again = load(plan, method, saved[0], folder)
-        _rest(plan, again, rank, told)
+        _rest(plan, again, rank, report)
         again.wire.detach()
     if plan.fold is not None:
-        fold(plan, method, rank, saved[0], folder, told)
+        fold(plan, method, rank, saved[0], folder, report)
 
 
-def _rest(plan: Plan, run: Run, rank: int, told: Told) -> None:
+def _rest(plan: Plan, run: Run, rank: int, report: Report) -> None:
     """From the checkpoint to the end, once more."""
-    again = Told()
+    again = Report()
     for step in range(plan.checkpoint or 0, plan.steps):
         _switch(plan, run, step, again)
         with ambient(plan.ambient):
@@ -88,15 +88,15 @@ def _rest(plan: Plan, run: Run, rank: int, told: Told) -> None:
         layer.used != "always" for layer in plan.layers
     )  # gradients of 0, which no checkpoint holds
     late = plan.switch is not None and plan.switch >= (plan.checkpoint or 0)
-    if not kept and not (late and again.refused_switch != told.refused_switch):  # a change waits for a step left out
-        told.resumed = parts_of(run.inner)
+    if not kept and not (late and again.refused_switch != report.refused_switch):  # a change waits for a step left out
+        report.resumed = parts_of(run.inner)
 
 
-def _whole(plan: Plan, run: Run, rank: int, told: Told, saved: list[bytes], folder: str) -> None:
+def _whole(plan: Plan, run: Run, rank: int, report: Report, saved: list[bytes], folder: str) -> None:
     """The uninterrupted run."""
     twin = Model(plan, plan.seed)
     for step in range(plan.steps):
-        _switch(plan, run, step, told)
+        _switch(plan, run, step, report)
         with ambient(plan.ambient):
             one = _before(plan, run, rank, step, twin)
             with counted(replicas(plan)) as sent:
@@ -107,10 +107,10 @@ def _whole(plan: Plan, run: Run, rank: int, told: Told, saved: list[bytes], fold
                 run.step()
         _after(run, one)
         one.left_out = step == plan.left_out
-        told.steps.append(one)
+        report.steps.append(one)
         if step + 1 == plan.checkpoint:
             saved.append(save(plan, run, folder))
-            told.saved = local_states(run)
+            report.saved = local_states(run)
 
 
 def _exchange(plan: Plan, run: Run, rank: int, step: int) -> None:
@@ -124,7 +124,7 @@ def _exchange(plan: Plan, run: Run, rank: int, step: int) -> None:
             (value if run.scaler is None else run.scaler.scale(value)).backward()
 
 
-def _switch(plan: Plan, run: Run, step: int, told: Told) -> None:
+def _switch(plan: Plan, run: Run, step: int, report: Report) -> None:
     if step != plan.switch or plan.then is None:
         return
     before = local_states(run)
@@ -139,8 +139,8 @@ def _switch(plan: Plan, run: Run, step: int, told: Told) -> None:
             run.attach(plan.method)
             raise
     except ThinwireError as error:
-        told.refused_switch = str(error)
-        told.changed_by_refusal = plan.change == "set_method" and not same(before, local_states(run))
+        report.refused_switch = str(error)
+        report.changed_by_refusal = plan.change == "set_method" and not same(before, local_states(run))
 
 
 def _before(plan: Plan, run: Run, rank: int, step: int, twin: Model) -> Step:
@@ -150,8 +150,8 @@ def _before(plan: Plan, run: Run, rank: int, step: int, twin: Model) -> Step:
     twin.zero_grad()
     for part in range(plan.accumulate):
         loss(plan, twin, rank, step, part).backward()
-    asked = {name: part_of(param.grad) for name, param in named(twin).items()}
-    return Step(asked, local_states(run), shared_states(run), parts_of(run.inner))
+    gradients = {name: part_of(param.grad) for name, param in named(twin).items()}
+    return Step(gradients, local_states(run), shared_states(run), parts_of(run.inner))
 
 
 def _received(run: Run, one: Step) -> None:

@@ -45,7 +45,7 @@ def _default(recipe: str) -> str:
     return "two_phase" if recipe in TWO_PHASES else "all_gather"
 
 
-TWO_PHASES = ("qsgd", "maxmin", "terngrad", "natural", "signsgd", "ef_sign", *methods.PARTNERS)
+TWO_PHASES = ("qsgd", "maxmin", "terngrad", "natural", "signsgd", "ef_sign", *methods.LINKED)
 
 
 def simulated(plan: Plan, refused_switch: bool) -> list[dict[str, Tensor | None]]:
@@ -88,7 +88,7 @@ def summed(steps: list[Step]) -> bool:
 
 
 def compressed(step: Step) -> bool:
-    return any(asked != DENSE and stage != DENSE for _, asked, stage, _ in step.units.values())
+    return any(method != DENSE and stage != DENSE for _, method, stage, _ in step.units.values())
 
 
 def apart(a: dict[str, Tensor | None], b: dict[str, Tensor | None]) -> float:

@@ -43,7 +43,7 @@ def test_plans_have_all_there_is_to_draw():
     assert {plan.world for plan in plans} == {2, 3, 4, 5}
     assert {plan.engine for plan in plans} == {"ddp", "bare", "fsdp2"}
     recipes = {spec["recipe"] for plan in plans for spec in (plan.method, plan.then) if spec}
-    assert recipes == {*methods.RECIPES, *methods.PARTNERS}
+    assert recipes == {*methods.RECIPES, *methods.LINKED}
     layers = [layer for plan in plans for layer in plan.layers]
     assert {"embedding", "empty", "scalar", "tied", "turned", "conv2d", "conv3d", "one"} <= {one.kind for one in layers}
     assert {"never", "even ranks", "last rank", "even steps", "last part", "zero"} <= {one.used for one in layers}
@@ -62,43 +62,43 @@ PLAIN = Plan(
 
 
 @pytest.fixture(scope="module")
-def told(world2, tmp_path_factory):
+def reports(world2, tmp_path_factory):
     from tests.plans.running import run
 
     return pack([unpack(one) for one in world2.run(run, PLAIN.to_json(), str(tmp_path_factory.mktemp("plan")))])
 
 
-def test_laws_hold_of_a_plain_plan(told):
-    outcome = laws.judge(PLAIN, unpack(told))
+def test_laws_hold_of_a_plain_plan(reports):
+    outcome = laws.judge(PLAIN, unpack(reports))
     assert outcome.faults == []
     assert {"replicas", "conserved", "void", "simulated", "resumed", "bytes_count", "quiet"} <= set(outcome.held)
 
 
-def _weight(told, rank=1):
-    return told[rank].steps[1]
+def _weight(reports, rank=1):
+    return reports[rank].steps[1]
 
 
 BREAKS = {
-    "replicas": lambda told: _weight(told).digests.update({"layers.0.weight: itself": "another"}),
-    "conserved": lambda told: _weight(told).after["layers.0.weight"]["residual"].mul_(1.01),
-    "simulated": lambda told: told[0].steps[1].params_after["layers.0.weight"].add_(1e-7),
-    "resumed": lambda told: told[1].resumed["layers.0.weight"].mul_(1.0 + 1e-6),
-    "bytes_count": lambda told: setattr(_weight(told), "counted", 1.0),
-    "void": lambda told: setattr(_weight(told), "skipped", True),
-    "quiet": lambda told: told[0].warned.append("something"),
-    "given_back": lambda told: told[0].left[0].update(momentum=0.0),
+    "replicas": lambda reports: _weight(reports).digests.update({"layers.0.weight: itself": "another"}),
+    "conserved": lambda reports: _weight(reports).after["layers.0.weight"]["residual"].mul_(1.01),
+    "simulated": lambda reports: reports[0].steps[1].params_after["layers.0.weight"].add_(1e-7),
+    "resumed": lambda reports: reports[1].resumed["layers.0.weight"].mul_(1.0 + 1e-6),
+    "bytes_count": lambda reports: setattr(_weight(reports), "counted", 1.0),
+    "void": lambda reports: setattr(_weight(reports), "skipped", True),
+    "quiet": lambda reports: reports[0].warned.append("something"),
+    "given_back": lambda reports: reports[0].left[0].update(momentum=0.0),
 }
 
 
 @pytest.mark.parametrize("law", BREAKS)
-def test_laws_have_teeth(told, law):
-    found = unpack(told)
+def test_laws_have_teeth(reports, law):
+    found = unpack(reports)
     BREAKS[law](found)
     assert law in {said.split(":")[0] for said in laws.judge(PLAIN, found).faults}
 
 
-def test_what_is_refused_or_raised_by_some_ranks_alone_is_a_fault(told):
-    found = unpack(told)
+def test_what_is_refused_or_raised_by_some_ranks_alone_is_a_fault(reports):
+    found = unpack(reports)
     found[1].refused = "no"
     assert "all ranks or none" in laws.judge(PLAIN, found).faults[0]
     found[0].refused = "no"

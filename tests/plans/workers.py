@@ -13,7 +13,7 @@ from tests.plans.records import States, Step
 class Worker:
     """One worker's part in a step, whole, in float64."""
 
-    asked: dict[str, Tensor | None]
+    gradients: dict[str, Tensor | None]
     before: States
     after: States
     shared_before: States
@@ -30,7 +30,7 @@ def workers_of(plan: Plan, ranks: list[Step]) -> list[Worker]:
 
 
 def _worker(plan: Plan, ranks: list[Step]) -> Worker:
-    shape = {name: ranks[0].params[name] for name in ranks[0].asked}
+    shape = {name: ranks[0].params[name] for name in ranks[0].gradients}
     parts = ranks if plan.shards > 1 else ranks[:1]
 
     def whole(found: list[Tensor | None]) -> Tensor | None:
@@ -44,7 +44,7 @@ def _worker(plan: Plan, ranks: list[Step]) -> Worker:
         return {name: {key: whole([one[name][key] for one in found]) for key in kept[name]} for name in names}
 
     return Worker(
-        {name: _mean([one.asked[name] for one in ranks]) for name in ranks[0].asked},
+        {name: _mean([one.gradients[name] for one in ranks]) for name in ranks[0].gradients},
         states([one.before for one in parts]),
         states([one.after for one in parts]),
         states([one.shared_before for one in parts]),
@@ -67,9 +67,9 @@ def _mean(found: list[Tensor | None]) -> Tensor | None:
 def clip(workers: list[Worker], threshold: float | None, scale: float) -> None:
     """What ``thinwire.session.clipping`` does to each worker's gradients, in float64."""
     for worker in workers:
-        there = [g for g in worker.asked.values() if g is not None]
+        there = [g for g in worker.gradients.values() if g is not None]
         if threshold is None or not there:
             continue
         norm = torch.stack([g.square().sum() for g in there]).sum().sqrt()
         factor = min(1.0, threshold * len(workers) ** 0.5 / (float(norm) + 1e-6 / scale))
-        worker.asked = {name: None if g is None else g * factor for name, g in worker.asked.items()}
+        worker.gradients = {name: None if g is None else g * factor for name, g in worker.gradients.items()}

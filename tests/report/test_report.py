@@ -80,7 +80,7 @@ def test_a_demo_that_ends_in_its_warm_up_says_so(steps):
     cases = [_case("dense", 10, 0, 3.0), _case("dgc", steps, 40, 2.0)]
     rows = demo_runs.rows(cases)
     text = demo_report.html_page(cases, Settings(), rows, results.meta("0"))
-    assert demo_report.table(rows)[1][0] == "dgc (warm-up)"
+    assert demo_report.table(rows).rows[1][0] == "dgc (warm-up)"
     assert "Too short for a verdict" in demo_report.verdict(cases, Settings())
     assert f"dgc did {steps} steps and its warm-up takes 40" in text
     assert text.count("(warm-up)") == 2  # in the table, and at its bar
@@ -88,7 +88,7 @@ def test_a_demo_that_ends_in_its_warm_up_says_so(steps):
 
 def test_the_verdict_names_the_lowest_loss():
     done = [_case("dense", 10, 0, 3.0), _case("dgc", 41, 40, 2.0)]
-    assert demo_report.table(demo_runs.rows(done))[1][0] == "dgc"
+    assert demo_report.table(demo_runs.rows(done)).rows[1][0] == "dgc"
     assert "dgc reached the lowest held-out loss (dense 3.000, dgc 2.000)" in demo_report.verdict(done, Settings())
     assert "4.1 times the steps of dense" in demo_report.verdict(done, Settings())
     lost = [_case("dense", 10, 0, 1.0), _case("dgc", 41, 40, 2.0)]

@@ -187,16 +187,16 @@ def _other_method(rank):
     notes = [note for note in wire.ledger.notes if "starts from zero" in note]
     wire.set_method(dense())
     wire.load_state_dict(saved)
-    carried = torch.equal(wire.workers[0].local["middle.weight"].now["pending_residual"], residual)
+    pending = torch.equal(wire.workers[0].local["middle.weight"].now["pending_residual"], residual)
     wire.detach()
-    return kept, notes, carried
+    return kept, notes, pending
 
 
 def test_a_changed_method_keeps_the_residual_and_says_what_starts_anew(world2):
-    for kept, notes, carried in world2.run(_other_method):
+    for kept, notes, pending in world2.run(_other_method):
         assert kept
         assert "middle.weight: momentum is not in the checkpoint and starts from zero" in notes
-        assert carried
+        assert pending
 
 
 def _damaged(rank):

@@ -59,13 +59,6 @@ class Transformer(nn.Module):
 def transformer(vocabulary: int, *, width: int = 64, layers: int = 2, heads: int = 4, length: int = 128) -> Transformer:
     """Make a small GPT without dropout, initialised as GPT-2: 120,000 parameters at the default size.
 
-    Args:
-        vocabulary: number of different characters.
-        width: width of the residual stream; a multiple of ``heads``.
-        layers: number of blocks of attention and perceptron.
-        heads: attention heads per block.
-        length: the longest window, in characters.
-
     Raises:
         ThinwireError: ``heads`` does not divide ``width``.
 

@@ -2,13 +2,11 @@
 
 import multiprocessing
 import queue
-import socket
 import statistics
+import tempfile
 from collections.abc import Callable, Sequence
-from multiprocessing.queues import Queue
-from typing import Any
 
-from thinwire.cli.demo_training import CaseResult, Settings, train
+from thinwire.cli.demo_training import CaseResult, Messages, Settings, train
 from thinwire.core.errors import ThinwireError
 from thinwire.report.results import Row
 
@@ -17,13 +15,14 @@ Progress = Callable[[str, float, int, float], object]
 """Callback that gets the case, seconds trained, steps done and the last training loss."""
 
 
-def run(settings: Settings, cases: Sequence[str] = CASES, progress: Progress | None = None) -> list[CaseResult]:
+def run(settings: Settings, progress: Progress) -> list[CaseResult]:
     """Train each case in turn, with real processes.
 
     Raises:
         ThinwireError: a worker died.
     """
-    return [_run_case(case, settings, progress) for case in cases]
+    with tempfile.TemporaryDirectory() as folder:
+        return [_run_case(case, settings, f"file://{folder}/{case}", progress) for case in CASES]
 
 
 def rows(results: Sequence[CaseResult]) -> list[Row]:
@@ -47,12 +46,11 @@ def rows(results: Sequence[CaseResult]) -> list[Row]:
     return table
 
 
-def _run_case(case: str, settings: Settings, progress: Progress | None) -> CaseResult:
+def _run_case(case: str, settings: Settings, rendezvous: str, progress: Progress) -> CaseResult:
     context = multiprocessing.get_context("spawn")
-    messages: Queue[tuple[str, Any]] = context.Queue()
-    rendezvous = f"tcp://127.0.0.1:{_free_port()}"
+    messages: Messages = context.Queue()
     workers = [
-        context.Process(target=_worker, args=(rank, case, settings, rendezvous, messages), daemon=True)
+        context.Process(target=train, args=(rank, case, settings, rendezvous, messages), daemon=True)
         for rank in range(settings.workers)
     ]
     for worker in workers:
@@ -60,30 +58,15 @@ def _run_case(case: str, settings: Settings, progress: Progress | None) -> CaseR
     try:
         while True:
             try:
-                kind, value = messages.get(timeout=1.0)
+                message = messages.get(timeout=1.0)
             except queue.Empty:
                 if dead := [w for w in workers if w.exitcode not in (None, 0)]:
                     raise ThinwireError(f"a worker of case {case} ended with exit code {dead[0].exitcode}") from None
                 continue
-            if kind == "result":
-                return value
-            if progress is not None:
-                progress(case, *value)
+            if isinstance(message, CaseResult):
+                return message
+            progress(case, *message)
     finally:
         for worker in workers:
             worker.join(timeout=10)
             worker.kill()
-
-
-def _worker(rank: int, case: str, settings: Settings, rendezvous: str, messages: "Queue[tuple[str, Any]]") -> None:
-    def tell(kind: str, value: Any) -> None:
-        if rank == 0:
-            messages.put((kind, value))
-
-    train(rank, case, settings, rendezvous, tell)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

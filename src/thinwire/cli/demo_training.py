@@ -4,9 +4,9 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from multiprocessing.queues import Queue
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -85,21 +85,25 @@ class CaseResult:
         return self.steps <= self.warmup
 
 
-def train(rank: int, case: str, settings: Settings, rendezvous: str, tell: Callable[[str, Any], None]) -> None:
-    """Train as ``rank``; ``tell`` gets ``"progress", (seconds, step, loss)``, at the end ``"result", CaseResult``."""
+Messages: TypeAlias = "Queue[tuple[float, int, float] | CaseResult]"
+"""The first worker's seconds, step and loss after every step; its result at the end."""
+
+
+def train(rank: int, case: str, settings: Settings, rendezvous: str, messages: Messages) -> None:
+    """Train as ``rank``."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     logging.getLogger("thinwire").setLevel(logging.ERROR)  # the page has the ledger's notes, and bars fill the console
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=settings.workers)
     try:
-        result = _train(rank, case, settings, tell)
+        result = _train(rank, case, settings, messages)
     finally:
         dist.destroy_process_group()
     if rank == 0:
-        tell("result", result)
+        messages.put(result)
 
 
-def _train(rank: int, case: str, settings: Settings, tell: Callable[[str, Any], None]) -> CaseResult:
+def _train(rank: int, case: str, settings: Settings, messages: Messages) -> CaseResult:
     text = demo_text.load()
     torch.manual_seed(settings.seed)
     model = CharLM(len(text.vocabulary), hidden=settings.hidden)
@@ -134,7 +138,8 @@ def _train(rank: int, case: str, settings: Settings, tell: Callable[[str, Any], 
         result.step_seconds.append(time.perf_counter() - started)
         trained += result.step_seconds[-1]
         result.steps += 1
-        tell("progress", (min(trained, settings.seconds), result.steps, loss.item()))
+        if rank == 0:
+            messages.put((min(trained, settings.seconds), result.steps, loss.item()))
         if trained < settings.seconds and trained >= len(result.points) * settings.seconds / settings.evaluations:
             evaluate(trained)
         go_on.fill_(trained < settings.seconds)

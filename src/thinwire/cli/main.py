@@ -11,7 +11,7 @@ try:
     import click
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn
-    from rich.table import Table
+    from rich.table import Column, Table
 except ModuleNotFoundError as missing:  # pragma: no cover
     sys.exit(f"the command line needs {missing.name}; install it with: pip install 'thinwire[cli]'")
 
@@ -28,17 +28,12 @@ from thinwire.kernels.select import choose
 from thinwire.report import html, results
 
 
-class LinkType(click.ParamType[str]):
-    """A link like 100mbit; kept as text for display."""
-
-    name = "link"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        try:
-            Link.parse(value)
-        except ThinwireError as error:
-            self.fail(str(error), param, ctx)
-        return value
+def _link(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    try:
+        Link.parse(value)
+    except ThinwireError as error:
+        raise click.BadParameter(str(error)) from error
+    return value
 
 
 class Finite(click.FloatRange):
@@ -49,34 +44,33 @@ class Finite(click.FloatRange):
         return number if math.isfinite(number) else self.fail(f"{value!r} is not a finite number", param, ctx)
 
 
-DENSITY = Finite(0.0, 1.0, min_open=True)
+SHARE = Finite(0.0, 1.0, min_open=True)
+DENSITY = click.option("--density", type=SHARE, default=0.001, help="Share of the gradient DGC sends.")
+FILE = click.Path(dir_okay=False, path_type=Path)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(thinwire.__version__, prog_name="thinwire")
 def cli() -> None:
     """Train PyTorch over thin wires."""
 
 
 @cli.command()
-@click.option("--seconds", type=Finite(1.0), default=80.0, show_default=True, help="Training time, each.")
-@click.option("--link", type=LinkType(), default="100mbit", show_default=True, help="Emulated, e.g. 1gbit,0.5ms.")
-@click.option("--workers", type=click.IntRange(2), default=2, show_default=True, help="Worker processes.")
-@click.option("--density", type=DENSITY, default=0.001, show_default=True, help="Share of the gradient DGC sends.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo"), show_default=True)
-@click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the results here."
-)
+@click.option("--seconds", type=Finite(1.0), default=80.0, help="Training time, each.")
+@click.option("--link", metavar="LINK", callback=_link, default="100mbit", help="Emulated, e.g. 1gbit,0.5ms.")
+@click.option("--workers", type=click.IntRange(2), default=2, help="Worker processes.")
+@DENSITY
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo"))
+@click.option("--json", "json_file", type=FILE, help="Also write the results here.")
 @click.option("--quick", is_flag=True, help="A small model for a few seconds; the figures mean nothing.")
-def demo(
-    seconds: float, link: str, workers: int, density: float, out: Path, json_file: Path | None, quick: bool
-) -> None:
+def demo(out: Path, json_file: Path | None, quick: bool, **given: Any) -> None:
     """Train a language model on two workers over a thin link: dense, fp16 and DGC, side by side."""
-    for path in (out / "results.json", *([json_file] if json_file else [])):
+    written = [out / "results.json", *([json_file] if json_file else [])]
+    for path in written:
         files.check_writable(path)  # fail before hours of work, not after
-    settings = Settings(seconds=seconds, link=link, workers=workers, density=density)
+    settings = Settings(**given)
     if quick:
-        settings = dataclasses.replace(settings, seconds=min(seconds, 5.0), hidden=128, evaluations=3)
+        settings = dataclasses.replace(settings, seconds=min(settings.seconds, 5.0), hidden=128, evaluations=3)
     console = Console(stderr=True)
     console.print(demo_report.setting(settings), highlight=False)
     if (note := choose("auto", torch.device("cpu"))[1]) is not None:
@@ -91,31 +85,31 @@ def demo(
             info = f"{trained:4.0f} s  step {step:>5}  loss {loss:.3f}{stage}"
             bars.update(tasks[case], completed=trained, info=info)
 
-        cases = demo_runs.run(settings, progress=progress)
+        cases = demo_runs.run(settings, progress)
     rows = demo_runs.rows(cases)
-    meta = results.meta(thinwire.__version__, settings=dataclasses.asdict(settings), link=f"emulated {link}")
-    for path in (out / "results.json", *([json_file] if json_file else [])):
+    meta = results.meta(thinwire.__version__, settings=dataclasses.asdict(settings), link=f"emulated {settings.link}")
+    for path in written:
         results.write(path, meta, rows)
-    html.write(out / "report.html", demo_report.html_page(cases, settings, rows, meta))
-    _print_table(settings.wire, demo_report.HEADER, demo_report.table(rows))
+    files.write_text(out / "report.html", demo_report.html_page(cases, settings, rows, meta))
+    _print(settings.wire, demo_report.table(rows))
     click.echo(demo_report.verdict(cases, settings))
     click.echo(f"{out / 'results.json'}  {out / 'report.html'}")
 
 
 @cli.command()
-@click.option("--workers", type=click.IntRange(1), default=32, show_default=True, help="Virtual workers.")
-@click.option("--density", type=DENSITY, default=0.001, show_default=True, help="Share of the gradient DGC sends.")
-@click.option("--steps", type=click.IntRange(1), default=200, show_default=True)
-@click.option("--hidden", type=click.IntRange(8), default=128, show_default=True, help="Width of the LSTM.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
-def simulate(workers: int, density: float, steps: int, hidden: int, seed: int, json_file: Path | None) -> None:
+@click.option("--workers", type=click.IntRange(1), default=32, help="Virtual workers.")
+@DENSITY
+@click.option("--steps", type=click.IntRange(1), default=200)
+@click.option("--hidden", type=click.IntRange(8), default=128, help="Width of the LSTM.")
+@click.option("--seed", type=int, default=0)
+@click.option("--json", "json_file", type=FILE, help="Write the results here.")
+def simulate(json_file: Path | None, **given: Any) -> None:
     """Train as many workers in this one process, dense and with DGC, and compare the held-out loss."""
     if json_file:
         files.check_writable(json_file)
-    settings = SimulationSettings(workers, density, steps, hidden, seed)
+    settings = SimulationSettings(**given)
     with _progress(Console(stderr=True)) as bars:
-        tasks = {case: bars.add_task(case, total=steps, info="waits") for case in ("dense", "dgc")}
+        tasks = {case: bars.add_task(case, total=settings.steps, info="waits") for case in ("dense", "dgc")}
 
         def progress(case: str, step: int, loss: float) -> None:
             bars.update(tasks[case], completed=step + 1, info=f"step {step + 1:>5}  loss {loss:.3f}")
@@ -123,18 +117,8 @@ def simulate(workers: int, density: float, steps: int, hidden: int, seed: int, j
         rows = simulate_text(settings, progress)
     if json_file:
         results.write(json_file, results.meta(thinwire.__version__, settings=dataclasses.asdict(settings)), rows)
-    figures = {(row.case, row.metric): row.value for row in rows}
-    lines = [
-        [
-            case,
-            f"{figures[case, 'heldout_loss']:.3f}",
-            f"{figures[case, 'train_loss']:.3f}",
-            f"{figures[case, 'ratio']:,.1f}",
-        ]
-        for case in ("dense", "dgc")
-    ]
-    title = f"N = {workers} simulated workers, {steps} steps"
-    _print_table(title, ("method", "held-out loss", "training loss", "ratio over all steps"), lines)
+    title = f"N = {settings.workers} simulated workers, {settings.steps} steps"
+    _print(title, demo_report.table(rows, demo_report.SIMULATED))
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -158,10 +142,8 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _print_table(title: str, header: Any, lines: list[list[str]]) -> None:
-    table = Table(title=title)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for line in lines:
-        table.add_row(*line)
-    Console().print(table)
+def _print(title: str, table: html.Table) -> None:
+    printed = Table(table.header[0], *(Column(name, justify="right") for name in table.header[1:]), title=title)
+    for line in table.rows:
+        printed.add_row(*line)
+    Console().print(printed)

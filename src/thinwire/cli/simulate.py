@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from thinwire import Warmup, dense, dgc, simulate
 from thinwire.cli import text as demo_text
 from thinwire.cli.demo_models import CharLM, loss_of
-from thinwire.engines.simulator import simulate
-from thinwire.methods import dense, dgc
-from thinwire.methods.warmup import Warmup
 from thinwire.report.results import Row
 
 CLIP = 1.0

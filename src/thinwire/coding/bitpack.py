@@ -1,9 +1,11 @@
 """Packing of bits into bytes in plain PyTorch: bit ``j`` of the stream is bit ``j % 8`` of byte ``j // 8``."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-BESIDE = sum(1 << (56 - 7 * j) for j in range(8))
+TO_LAST_BYTE = sum(1 << (56 - 7 * j) for j in range(8))
 """Multiplier that moves bit ``8 j`` of a 64-bit word to bit ``56 + j``."""
 
 
@@ -20,7 +22,11 @@ def pack_fields(fields: Tensor, width: int) -> Tensor:
     each = 8 // width
     padded = torch.nn.functional.pad(fields, (0, -fields.numel() % each))
     if width == 1:  # a multiplication brings the lowest bit of each of 8 bytes into the last of them
-        return (padded.view(torch.int64) * BESIDE).view(torch.uint8)[7::8].clone(memory_format=torch.contiguous_format)
+        return (
+            (padded.view(torch.int64) * TO_LAST_BYTE)
+            .view(torch.uint8)[7::8]
+            .clone(memory_format=torch.contiguous_format)
+        )
     padded = padded.view(-1, each)
     packed = padded[:, 0].clone()
     for j in range(1, each):
@@ -58,14 +64,10 @@ def unpack_trits(packed: Tensor) -> Tensor:
     return (torch.div(packed.unsqueeze(1), powers, rounding_mode="floor") % 3).view(-1)
 
 
-def pack_bits(bits: Tensor) -> Tensor:
-    """Pack 0/1 bytes, uint8 ``[m]``, into uint8 ``[ceil(m / 8)]``; the last byte is filled with zeros."""
-    return pack_fields(bits, 1)
-
-
-def unpack_bits(packed: Tensor) -> Tensor:
-    """Undo ``pack_bits``: uint8 ``[b]`` to 0/1 bytes ``[8 b]``."""
-    return unpack_fields(packed, 1)
+pack_bits = partial(pack_fields, width=1)
+"""Pack 0/1 bytes, uint8 ``[m]``, into uint8 ``[ceil(m / 8)]``; the last byte is filled with zeros."""
+unpack_bits = partial(unpack_fields, width=1)
+"""Undo ``pack_bits``: uint8 ``[b]`` to 0/1 bytes ``[8 b]``."""
 
 
 def pack_words(words: Tensor, width: int) -> Tensor:

@@ -34,20 +34,15 @@ def sizes(k: int, n: int) -> tuple[int, int]:
 def encode(indices: Tensor, n: int) -> Tensor:
     """Encode int64 indices ``[k]`` in [0, n), ascending (equal ones allowed), to uint8 ``[sum(sizes(k, n))]``."""
     k = indices.numel()
-    if k == 0:
-        return torch.empty(0, dtype=torch.uint8, device=indices.device)
     width = low_width(k, n)
-    bitmap = torch.zeros(k + ((n - 1) >> width), dtype=torch.uint8, device=indices.device)
+    bitmap = torch.zeros(8 * sizes(k, n)[1], dtype=torch.uint8, device=indices.device)
     bitmap.index_fill_(0, (indices >> width) + torch.arange(k, device=indices.device), 1)
     return torch.cat([pack_words(indices, width), pack_bits(bitmap)])
 
 
 def decode(packed: Tensor, k: int, n: int) -> Tensor:
     """Undo ``encode``; returns int64 ``[k]``."""
-    if k == 0:
-        return torch.empty(0, dtype=torch.int64, device=packed.device)
-    width = low_width(k, n)
-    low_bytes, _ = sizes(k, n)
+    width, low_bytes = low_width(k, n), sizes(k, n)[0]
     ones = torch.nonzero_static(unpack_bits(packed[low_bytes:]), size=k).view(-1)  # the count is known: no sync
     high = ones - torch.arange(k, device=packed.device)
     indices = (high << width) | unpack_words(packed[:low_bytes], k, width)

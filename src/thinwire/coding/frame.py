@@ -175,7 +175,15 @@ def decode(data: bytes, *, max_content: int = 2**28) -> Frame:
     if zlib.crc32(memoryview(data)[HEAD.size :]) != checksum:
         raise FrameError(16, "the checksum does not fit the content")
     if stage == ZSTD:
-        reader = _decompressed(reader, max_content)
+        size = reader.number("Q", "length of the content")
+        at = reader.at - 8
+        if size > max_content:
+            raise FrameError(at, f"{size} bytes of content; at most {max_content} are read, see max_content=")
+        allowance.keep(size, at, "its content")
+        try:
+            reader = Reader(zstd.decompress(reader.data[reader.at :], size), allowance)
+        except zstd.BadContent as error:
+            raise FrameError(reader.at, str(error)) from error
     notes: dict[str, int | str] = {}
     for _ in range(reader.number("H", "number of notes")):
         allowance.keep(NOTE_BYTES, reader.at, "a note")
@@ -194,17 +202,6 @@ def decode(data: bytes, *, max_content: int = 2**28) -> Frame:
     if reader.at != len(reader.data):
         raise FrameError(reader.at, f"{len(reader.data) - reader.at} bytes after the last entry")
     return Frame(entries, notes)
-
-
-def _decompressed(reader: Reader, max_content: int) -> Reader:
-    size = reader.number("Q", "length of the content")
-    if size > max_content:
-        raise FrameError(reader.at - 8, f"{size} bytes of content; at most {max_content} are read, see max_content=")
-    try:
-        reader.allowance.keep(size, reader.at - 8, "its content")
-        return Reader(zstd.decompress(reader.rest(), size), reader.allowance)
-    except zstd.BadContent as error:
-        raise FrameError(reader.at, str(error)) from error
 
 
 def _entry_bytes(name: str, entry: Entry, kind: int) -> bytes:
@@ -302,14 +299,10 @@ def _coded(reader: Reader, code: str, k: int, name: str) -> tuple[tuple[str, Ten
     for i in range(0, k, step):  # a multiple of 8, so that each piece begins with a byte
         piece = packed[i * bits // 8 : (i + step) * bits // 8]
         values[i : i + step] = codes.decode(scales, piece, code, min(step, k - i))
-    if bool((scales < 0).any()) or not finite(values, step) or _spare_bits(packed, k * bits):
+    spare = k * bits % 8 and bool(packed[-1] >> k * bits % 8)
+    if bool((scales < 0).any()) or not finite(values, step) or spare:
         raise FrameError(at, f"{name!r} has scales {scales.tolist()}, or bits after the last value")
     return (code, scales, packed), values
-
-
-def _spare_bits(packed: Tensor, bits: int) -> bool:
-    """Return True if a bit after the last of ``bits`` bits is set."""
-    return bool(bits % 8) and bool(packed[-1] >> bits % 8)
 
 
 def _text(text: str, length: str) -> bytes:

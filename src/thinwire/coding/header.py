@@ -40,7 +40,7 @@ def is_nonfinite(values: Tensor) -> Tensor:
 
 
 def encode(used: Sequence[bool], nonfinite: Tensor, dtype: torch.dtype, step: int) -> Tensor:
-    """The header as bytes (uint8), or as elements of ``dtype`` to be summed, beside ``nonfinite``, bool ``[units]``."""
+    """Encode to bytes (uint8), or to elements of ``dtype`` to be summed; ``nonfinite`` is bool ``[units]``."""
     gathered = dtype == torch.uint8
     parts = [torch.ones(len(used), dtype=torch.uint8, device=nonfinite.device), nonfinite.to(torch.uint8)]
     flags = torch.cat(parts if gathered else [*parts, parts[0].new_zeros(SLOTS)])
@@ -54,7 +54,7 @@ def encode(used: Sequence[bool], nonfinite: Tensor, dtype: torch.dtype, step: in
 
 
 def decode(headers: Tensor, num_units: int) -> tuple[Tensor, Tensor, Tensor]:
-    """From the headers of all senders, ``[senders, n]``, or from their sum, ``[1, n]``.
+    """Decode the headers of all senders, ``[senders, n]``, or their sum, ``[1, n]``.
 
     Returns:
         used, nonfinite: bool ``[senders, num_units]`` each.
@@ -70,5 +70,5 @@ def decode(headers: Tensor, num_units: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def size(num_units: int, dtype: torch.dtype) -> int:
-    """Elements of a header."""
+    """Return the elements of a header."""
     return 1 + -(-2 * num_units // 8) if dtype == torch.uint8 else 2 * num_units + SLOTS

@@ -49,9 +49,11 @@ class Layout:
             self.parts.append(Part(u, tuple(t.shape), t.dtype, offset))
             offset += self.parts[-1].nbytes
         self.places = sorted(range(len(self.order)), key=lambda place: self.order[place])
+        self.listed = [self.parts[place] for place in self.places]  # in the order of the payloads
         self.num_units = len(payloads)
         self.nbytes = -(-offset // alignment) * alignment
         self.padding = self.nbytes - offset
+        self.sizes = [*(part.nbytes for part in self.parts), self.padding]
 
     @cached_property
     def unit_nbytes(self) -> list[int]:
@@ -80,31 +82,19 @@ class Layout:
 
         ``messages`` is ``[senders, n]``, n at least ``nbytes`` and a multiple of the largest itemsize. All are views.
         """
+        if not self.nbytes:  # the strides of empty rows don't allow a view in a wider dtype
+            messages = messages.new_empty(len(messages), WIDEST)
+        pieces = cast("tuple[Tensor, ...]", cast(Any, messages[:, : self.nbytes]).split(self.sizes, 1))
+        columns = [pieces[place].view(self.parts[place].dtype) for place in self.places]
+        columns = [
+            column if len(part.shape) == 1 else column.view(len(messages), *part.shape)
+            for part, column in zip(self.listed, columns, strict=True)
+        ]
         payloads: list[list[list[Tensor]]] = [[[] for _ in range(self.num_units)] for _ in range(len(messages))]
-        columns = self._columns(messages)
-        for part, column in zip(self._listed, columns, strict=True):
+        for part, column in zip(self.listed, columns, strict=True):
             for own, tensor in zip(payloads, column.unbind(), strict=True):
                 own[part.unit].append(tensor)
         return [[tuple(payload) for payload in own] for own in payloads], columns
-
-    def _columns(self, messages: Tensor) -> list[Tensor]:
-        if not self.nbytes:  # the strides of empty rows don't allow a view in a wider dtype
-            messages = messages.new_empty(len(messages), WIDEST)
-        pieces = cast("tuple[Tensor, ...]", cast(Any, messages[:, : self.nbytes]).split(self._sizes, 1))
-        columns = [pieces[place].view(self.parts[place].dtype) for place in self.places]
-        return [
-            column if len(part.shape) == 1 else column.view(len(messages), *part.shape)
-            for part, column in zip(self._listed, columns, strict=True)
-        ]
-
-    @cached_property
-    def _listed(self) -> list[Part]:
-        """The parts in the order of the payloads."""
-        return [self.parts[place] for place in self.places]
-
-    @cached_property
-    def _sizes(self) -> list[int]:
-        return [*(part.nbytes for part in self.parts), self.padding]
 
 
 def _adjacent(pieces: Sequence[Tensor]) -> bool:

@@ -12,7 +12,7 @@ MULTIPLE = 8
 """Memory that decoding may take, as a multiple of ``max_content``."""
 LEAST = 2**16
 """Bytes of memory that decoding may always take."""
-BESIDE = 200
+TEMPORARY = 200
 """Most bytes of temporaries for each element of a piece."""
 
 
@@ -29,7 +29,7 @@ class Allowance:
 
     def __init__(self, max_content: int) -> None:
         self.limit = max(MULTIPLE * max_content, LEAST)
-        self.step = max(64, min(2**18, self.limit // 8 // BESIDE) // 64 * 64)
+        self.step = max(64, min(2**18, self.limit // 8 // TEMPORARY) // 64 * 64)
         self.kept = 0
 
     def keep(self, nbytes: int, at: int, what: str) -> None:
@@ -67,9 +67,6 @@ class Reader:
             raise FrameError(self.at, f"{what} takes {nbytes} bytes, {len(self.data) - self.at} are left")
         self.at += nbytes
         return self.data[self.at - nbytes : self.at]
-
-    def rest(self) -> memoryview:
-        return self.data[self.at :]
 
     def unpack(self, format: str, what: str) -> tuple[Any, ...]:
         return struct.unpack(format, self.take(struct.calcsize(format), what))

@@ -31,12 +31,6 @@ def parameter(k: int, n: int) -> int:
     return min(range(max(0, near - 1), near + 2), key=lambda b: b - 1.0 / math.expm1(2.0**b * math.log1p(-p)))
 
 
-def num_bits(indices: Tensor, b: int) -> int:
-    """Return the exact length of the code in bits, before the last byte is filled."""
-    gaps = _gaps(indices.cpu().numpy())
-    return len(gaps) * (b + 1) + int((gaps >> b).sum())
-
-
 def encode(indices: Tensor, b: int) -> bytes:
     """Encode int64 indices ``[k]``, strictly ascending from 0 on.
 
@@ -131,8 +125,8 @@ def _codewords(bits: NDArray[np.uint8], b: int, most: int) -> tuple[NDArray[np.i
     while len(current):
         found.append(current)
         current = after[current]
-        inside = current < border
-        current, border = current[inside], border[inside]
+        within = current < border
+        current, border = current[within], border[within]
     starts = np.sort(np.concatenate(found))
     starts = starts[starts < len(stop)][:most]
     return starts, stop[starts]

@@ -1,4 +1,4 @@
-"""Collectives: the interface, and its implementation over ``torch.distributed``.
+"""Collectives: the interface, and a base for those that wrap another one.
 
 A collective only carries bytes. ``all_reduce``, ``all_gather``, ``all_to_all`` and ``broadcast`` start it and return
 an ``InFlight`` at once. No collective is ever started from the callback of another, since gloo runs callbacks in an
@@ -6,16 +6,17 @@ order that differs between ranks.
 """
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from thinwire.comm.gloo_p2p import Future
-from thinwire.comm.link import Link
+from thinwire.comm.link import Kind, Link, wire_bytes
 from thinwire.comm.liveness import Lost
 from thinwire.core.errors import ThinwireError
 
@@ -97,43 +98,45 @@ class InFlight:
             self.future.wait()
 
 
-class Carrier(Protocol):
-    """Some ranks that exchange messages: what a route needs of them."""
+class RowCarrier(ABC):
+    """Some ranks that exchange messages of bytes; routes of rows need no more of them."""
 
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world(self) -> int: ...
+    rank: int
+    world: int
 
-    def all_reduce(self, message: Tensor) -> InFlight:
-        """Sum ``message`` over the ranks; may happen in place."""
-        ...
-
+    @abstractmethod
     def all_gather(self, message: Tensor) -> InFlight:
         """Collect the uint8 ``message`` of every rank; all have the same size."""
-        ...
 
+    @abstractmethod
     def all_to_all(self, message: Tensor) -> InFlight:
         """Row r of the uint8 ``message`` ``[world, nbytes]`` goes to rank r; all have the same size."""
-        ...
 
+
+class Carrier(RowCarrier):
+    """Some ranks that exchange messages: all that a route may need of them."""
+
+    @abstractmethod
+    def all_reduce(self, message: Tensor) -> InFlight:
+        """Sum ``message`` over the ranks; may happen in place."""
+
+    @abstractmethod
     def broadcast(self, message: Tensor, source: int) -> InFlight:
         """The uint8 ``message`` ``[nbytes]`` of rank ``source`` to all; those of the others may be overwritten."""
-        ...
 
 
-class ControlChannel(Protocol):
+class ControlChannel(ABC):
     """A control channel between ranks."""
 
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world(self) -> int: ...
+    rank: int
+    world: int
+
     @property
     def everyone(self) -> "ControlChannel":
         """The control channel of all ranks of the model, one member per rank."""
-        ...
+        return self
 
+    @abstractmethod
     def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
         """Return the texts of all ranks, for control. Blocks; its bytes are not counted in ``sent``.
 
@@ -144,123 +147,140 @@ class ControlChannel(Protocol):
             NoAnswer: a rank did not answer in time, or is gone.
             ThinwireError: a rank's text is too long, or is not a text.
         """
-        ...
 
+    @abstractmethod
     def lost(self) -> Lost:
         """Find out which ranks are lost after a failed exchange. No exchange is possible afterwards."""
-        ...
 
+    @abstractmethod
     def here(self) -> None:
         """Write to the store that this rank is alive."""
-        ...
 
+    @abstractmethod
     def leave(self, word: str) -> None:
         """Leave in the middle of an exchange: close the connections and leave ``word`` in the store for the others."""
-        ...
 
 
-class Collective(ControlChannel, Carrier, Protocol):
-    """The interface that carries messages between workers. ``sent`` counts the bytes that this worker has sent."""
+class Collective(Carrier, ControlChannel):
+    """A base that carries messages between workers. Here every rank is a worker and holds the whole model."""
+
+    label: str
+    link: Link | None = None
+    """The speed of the link if it is emulated or assumed, else None."""
+    local_ranks: int = 1
+    """Number of local ranks: the ranks of one worker, each of which sends a part of its message."""
+    _sent = 0.0
 
     @property
-    def label(self) -> str: ...
-    @property
-    def sent(self) -> float: ...
-    @property
-    def link(self) -> Link | None:
-        """The speed of the link if it is emulated or assumed, else None."""
-        ...
+    def sent(self) -> float:
+        """Bytes that this worker has sent."""
+        return self._sent
 
-    @property
-    def checkpoint_group(self) -> "Collective":
-        """The checkpoint group: the ranks that each have a row in a checkpoint."""
-        ...
-
-    @property
-    def local_ranks(self) -> int:
-        """Number of local ranks: the ranks of one worker, each of which sends a part of its message."""
-        ...
+    def _count(self, kind: Kind, message: Tensor) -> None:
+        self._sent += wire_bytes(kind, message.nbytes, self.world)
 
     @property
     def sent_within_node(self) -> float:
         """Bytes that this rank has sent within the node."""
-        ...
+        return 0.0
 
-    def at(self, step: int) -> None:
-        """Set this rank's step. Local ranks send it in every part, since only one part has the message header."""
-        ...
+    @property
+    def checkpoint_group(self) -> "Collective":
+        """The checkpoint group: the ranks that each have a row in a checkpoint."""
+        return self
 
-    def apart(self) -> bool:
-        """Return True if messages since ``at`` show that local ranks are at different steps; blocks."""
-        ...
-
-    def mean_within_node(self, gradients: Tensor, timeout: float) -> None:
-        """Average over the local ranks in place; blocks."""
-        ...
-
-    def any_within_node(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
-        """Return for each unit True if any local rank used it; blocks."""
-        ...
-
-    def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:
-        """Return, for each flag, whether it is set on any rank with another shard of the same model; waits."""
-        ...
-
-    def norm_across_shards(self, norm: Tensor, timeout: float) -> Tensor:
-        """The norm over all parts of the model, from that over this rank's; waits."""
-        ...
-
+    @abstractmethod
     def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
         """Return a DTensor ``[world, *shape]``, this rank's ``tensor`` as a row; ``like`` tells how it is sharded."""
-        ...
 
     def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
         """Return replicated state for a checkpoint, sharded like ``like``; without ``like``, one row for each shard."""
-        ...
-
-    def hang_up(self) -> None:
-        """Close all connections if the backend can, so that no exchange in progress keeps the process alive."""
-        ...
-
-    def close(self) -> None:
-        """Stop threads; no collective may be started afterwards."""
-        ...
-
-
-class OneLevel:
-    """A base for collectives in which every rank is a worker."""
-
-    local_ranks = 1
-    sent_within_node = 0.0
-
-    @property
-    def everyone(self) -> Any:
-        return self
-
-    @property
-    def checkpoint_group(self) -> Any:
-        return self
+        return tensor
 
     def at(self, step: int) -> None:
-        pass
+        """Set this rank's step. Local ranks send it in every part, since only one part has the message header."""
 
     def apart(self) -> bool:
+        """Return True if messages since ``at`` show that local ranks are at different steps; blocks."""
         return False
 
     def mean_within_node(self, gradients: Tensor, timeout: float) -> None:
-        pass
+        """Average over the local ranks in place; blocks."""
 
     def any_within_node(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
+        """Return for each unit True if any local rank used it; blocks."""
         return list(used)
 
     def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:
+        """Return, for each flag, True if it is set on any rank with another shard of the same model; blocks."""
         return list(flags)
 
     def norm_across_shards(self, norm: Tensor, timeout: float) -> Tensor:
+        """Return the norm over all parts of the model, from that over this rank's; blocks."""
         return norm
 
-    def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
-        return tensor
+    def hang_up(self) -> None:
+        """Close all connections if the backend can, so that no exchange in progress keeps the process alive."""
+
+    def close(self) -> None:
+        """Stop threads; no collective may be started afterwards."""
+
+
+class Wrapped(Collective):
+    """A collective that forwards to another one, in which every rank is a worker; subclasses override what differs."""
+
+    def __init__(self, inner: Collective, label: str) -> None:
+        self.inner, self.label = inner, label
+        self.rank, self.world, self.link = inner.rank, inner.world, inner.link
+
+    @property
+    def sent(self) -> float:
+        return self.inner.sent
+
+    @property
+    def everyone(self) -> ControlChannel:
+        return self.inner.everyone
+
+    @property
+    def checkpoint_group(self) -> Collective:
+        return self.inner.checkpoint_group
+
+    def all_reduce(self, message: Tensor) -> InFlight:
+        return self.started("all_reduce", message, self.inner.all_reduce(message))
+
+    def all_gather(self, message: Tensor) -> InFlight:
+        return self.started("all_gather", message, self.inner.all_gather(message))
+
+    def all_to_all(self, message: Tensor) -> InFlight:
+        return self.started("all_to_all", message, self.inner.all_to_all(message))
+
+    def broadcast(self, message: Tensor, source: int) -> InFlight:
+        return self.started("broadcast", message, self.inner.broadcast(message, source))
+
+    def started(self, kind: Kind, message: Tensor, inner: InFlight) -> InFlight:
+        """Return the exchange of ``message`` that the wrapped collective has just started, perhaps changed."""
+        return inner
+
+    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
+        return self.inner.exchange_text(text, timeout)
+
+    def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
+        return self.inner.rows(tensor, like)
+
+    def lost(self) -> Lost:
+        return self.everyone.lost()
+
+    def here(self) -> None:
+        self.everyone.here()
+
+    def leave(self, word: str) -> None:
+        self.everyone.leave(word)
+
+    def hang_up(self) -> None:
+        self.inner.hang_up()
+
+    def close(self) -> None:
+        self.inner.close()
 
 
 def exchange_failed(collective: Collective, step: int, names: Sequence[str], error: Exception) -> ThinwireError:

@@ -6,7 +6,6 @@ group stays usable. After an error in the middle of an exchange the rank leaves,
 
 import contextlib
 from collections.abc import Generator
-from types import TracebackType
 from typing import Self
 
 from thinwire.comm.collectives import ControlChannel, NoAnswer, failed
@@ -21,13 +20,7 @@ TOLD = 1000
 
 
 class Together:
-    """One such call: every rank learns of an error that leaves the ``with`` block.
-
-    Args:
-        channel: the control channel; a collective if there is one already.
-        what: the name of the call, for errors.
-        way_out: advice for errors when a rank did not answer.
-    """
+    """One such call, named ``what`` in errors: every rank learns of an error that leaves the ``with`` block."""
 
     def __init__(self, channel: ControlChannel, what: str, way_out: str = "Restart from the last checkpoint") -> None:
         self.channel, self.what, self.way_out = channel, what, way_out
@@ -35,36 +28,30 @@ class Together:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         if error is None or is_known(error):
             return
         if isinstance(error, NoAnswer):
             raise known_to_all(failed(self.channel, self.what, error, self.way_out)) from error
-        self.channel.leave(self._told(error))
+        self.channel.leave(self._text(error))
         known_to_all(error)
 
     @contextlib.contextmanager
     def alone(self) -> Generator[None]:
-        """Run a part in which this rank exchanges nothing; afterwards all ranks learn of errors on any rank.
-
-        Raises:
-            ThinwireError: another rank raised an error.
-        """
+        """Run a part in which this rank exchanges nothing; afterwards an error on any rank is raised on all."""
         try:
             yield
         except BaseException as error:
             if not is_known(error):
-                self._tell(error)
+                self._send(error)
             raise
         for text in self.channel.everyone.exchange_text(""):
             if text:
                 raise known_to_all(ThinwireError(text))
 
-    def _tell(self, error: BaseException) -> None:
+    def _send(self, error: BaseException) -> None:
         patience = None if isinstance(error, Exception) else GRACE
-        text = self._told(error)
+        text = self._text(error)
         try:
             self.channel.everyone.exchange_text(text, patience)
         except (NoAnswer, ThinwireError) as reason:  # ``__exit__`` leaves the message in the store
@@ -72,6 +59,6 @@ class Together:
         else:
             known_to_all(error)
 
-    def _told(self, error: BaseException) -> str:
+    def _text(self, error: BaseException) -> str:
         said = str(error) if isinstance(error, ThinwireError) else f"{type(error).__name__}: {error}"
         return f"{self.what} failed on rank {self.channel.everyone.rank}: {said[:TOLD]}"

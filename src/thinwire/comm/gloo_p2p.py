@@ -74,11 +74,7 @@ class Sent:
             self.future.set_result(self._received)
 
     def wait(self, timeout: timedelta) -> None:
-        """Wait for this exchange, which includes the callbacks of earlier exchanges.
-
-        Raises:
-            RuntimeError: gloo failed, or the wait timed out, which closes all connections of the group.
-        """
+        """Wait for this exchange and the callbacks of earlier ones; a timeout closes all connections of the group."""
         if not self._over.wait(timeout.total_seconds()):
             self._direct.hang_up()
             seconds = timeout.total_seconds()
@@ -97,10 +93,7 @@ class Direct:
         self._thread: Thread | None = None
 
     def start(self, rows: Sequence[Tensor], received: Tensor) -> Sent:
-        """Send row r of ``rows`` to rank r and receive row r of ``received`` from it; all ranks call in one order.
-
-        If a connection is closed, the wait raises the error.
-        """
+        """Send row r of ``rows`` to rank r and receive row r of ``received`` from it; all ranks call in one order."""
         if self._thread is None:
             self._thread = Thread(target=_finish_all, args=(self._queue,), name="thinwire-direct", daemon=True)
             self._thread.start()

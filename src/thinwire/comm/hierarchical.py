@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from thinwire.coding.header import CLOCK, SLOTS
 from thinwire.coding.layout import ROW_ALIGNMENT
-from thinwire.comm.collectives import Collective, InFlight, network
+from thinwire.comm.collectives import Collective, InFlight, Wrapped, network
 from thinwire.comm.emulated import Paced
 from thinwire.comm.link import Link
 from thinwire.comm.liveness import Lost
@@ -31,14 +31,7 @@ from thinwire.core.errors import ThinwireError
 
 
 def check_nodes(everyone: ProcessGroup, nodes: int | DeviceMesh | None) -> None:
-    """Check that the ranks can be divided into such nodes, before any group is made.
-
-    Args:
-        nodes: as for ``groups_of``; None for no nodes.
-
-    Raises:
-        ThinwireError: ``nodes`` does not divide all ranks into whole nodes.
-    """
+    """Raise a ``ThinwireError`` if ``nodes`` does not divide all ranks into whole nodes, before any group is made."""
     if nodes is None:
         return
     ranks = dist.get_process_group_ranks(everyone.group)
@@ -64,36 +57,31 @@ def groups_of(
         nodes: the number of consecutive ranks in a node, or a mesh of two dimensions (between nodes, within the node).
     """
     if not isinstance(nodes, int):
-        inside, between = (ProcessGroup(nodes.get_group(dim), everyone.timeout) for dim in (1, 0))
-        return inside, between, []
+        within, between = (ProcessGroup(nodes.get_group(dim), everyone.timeout) for dim in (1, 0))
+        return within, between, []
     ranks = dist.get_process_group_ranks(everyone.group)
     # every rank makes every group in one order: making only its own would find stale addresses in the store
-    inside = [_group(ranks[i : i + nodes], everyone.timeout) for i in range(0, len(ranks), nodes)]
+    within = [_group(ranks[i : i + nodes], everyone.timeout) for i in range(0, len(ranks), nodes)]
     between = [_group(ranks[local::nodes], everyone.timeout) for local in range(nodes)]
     node, local_rank = divmod(everyone.rank, nodes)
-    made = [inside[node], between[local_rank]]
+    made = [within[node], between[local_rank]]
     return ProcessGroup(made[0], everyone.timeout), ProcessGroup(made[1], everyone.timeout), made
 
 
-class Nodes:
+class Nodes(Wrapped):
     """A collective with one worker per node; each exchange has a stage between nodes and one within the node."""
 
     def __init__(
-        self, everyone: ProcessGroup, inside: Collective, between: Collective, made: Sequence[dist.ProcessGroup] = ()
+        self, everyone: ProcessGroup, within: Collective, between: Collective, made: Sequence[dist.ProcessGroup] = ()
     ) -> None:
-        self.everyone = everyone
-        self.inside, self.between, self._made = inside, between, made
+        super().__init__(everyone, f"{between.label}, between {between.world} nodes of {within.world} ranks")
+        self.within, self.between, self._made = within, between, made
         self.rank, self.world = between.rank, between.world
-        self.local_ranks, self._local_rank = inside.world, inside.rank
-        self.label = f"{between.label}, between {self.world} nodes of {self.local_ranks} ranks"
+        self.local_ranks, self._local_rank = within.world, within.rank
         link = between.link
         self.link = link and Link(link.bandwidth * self.local_ranks, link.latency)
         self._step = 0
         self._parted: list[Tensor] = []  # for each exchange since ``at``: True if its steps differ
-
-    @property
-    def checkpoint_group(self) -> Collective:
-        return self.everyone
 
     @property
     def sent(self) -> float:
@@ -101,14 +89,14 @@ class Nodes:
 
     @property
     def sent_within_node(self) -> float:
-        return self.inside.sent
+        return self.within.sent
 
     def mean_within_node(self, gradients: Tensor, timeout: float) -> None:
-        self.inside.all_reduce(gradients.mul_(1.0 / self.local_ranks)).wait(timeout)
+        self.within.all_reduce(gradients.mul_(1.0 / self.local_ranks)).wait(timeout)
 
     def any_within_node(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
         flags = torch.tensor(used, dtype=torch.float32, device=gradients.device)
-        return [bool(flag) for flag in self.inside.all_reduce(flags).wait(timeout)]
+        return [bool(flag) for flag in self.within.all_reduce(flags).wait(timeout)]
 
     def at(self, step: int) -> None:
         self._step = step
@@ -122,7 +110,7 @@ class Nodes:
         shape, dtype, nbytes = message.shape, message.dtype, message.nbytes
         part = self._part(message.reshape(1, -1).view(torch.uint8), SLOTS * message.itemsize).view(dtype)
         part[0, self._step % SLOTS - SLOTS] = 1
-        return self._then_inside(
+        return self._then_within_node(
             self.between.all_reduce(part),
             1,
             SLOTS * message.itemsize,
@@ -158,9 +146,9 @@ class Nodes:
         return part
 
     def _gathered(self, first: InFlight, rows: int, whole: Callable[[Tensor], Tensor]) -> InFlight:
-        return self._then_inside(first, rows, ROW_ALIGNMENT, lambda clocks: (clocks != clocks[0, 0]).any(), whole)
+        return self._then_within_node(first, rows, ROW_ALIGNMENT, lambda clocks: (clocks != clocks[0, 0]).any(), whole)
 
-    def _then_inside(
+    def _then_within_node(
         self,
         first: InFlight,
         rows: int,
@@ -170,10 +158,8 @@ class Nodes:
     ) -> InFlight:
         """Add the second stage to an exchange: an all-gather within the node.
 
-        Args:
-            more: columns of a part that hold the step.
-            parted: computes from these columns, ``[local ranks, rows, more]``, True if the steps differ; bool ``[]``.
-            whole: computes the answer from the rows.
+        The last ``more`` columns of a part hold the step. ``parted`` computes from them, ``[local ranks, rows, more]``,
+        True if the steps differ; ``whole`` computes the answer from the rows.
         """
         local_ranks = self.local_ranks
 
@@ -184,44 +170,26 @@ class Nodes:
 
         @cache
         def then() -> InFlight:
-            return replace(self.inside.all_gather(first.answer().reshape(-1).view(torch.uint8)), arrange=arrange)
+            return replace(self.within.all_gather(first.answer().reshape(-1).view(torch.uint8)), arrange=arrange)
 
         return replace(first, then=then)
 
-    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
-        return self.everyone.exchange_text(text, timeout)
-
-    def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:
-        return list(flags)
-
-    def norm_across_shards(self, norm: Tensor, timeout: float) -> Tensor:
-        return norm
-
-    def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
-        return self.everyone.rows(tensor, like)
-
-    def shared(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
-        return tensor
-
     def lost(self) -> Lost:
-        found = self.everyone.lost()
+        found = super().lost()
         self.hang_up()
         return found
 
-    def here(self) -> None:
-        self.everyone.here()
-
     def leave(self, word: str) -> None:
-        self.everyone.leave(word)
+        super().leave(word)
         self.hang_up()
 
     def hang_up(self) -> None:
-        for part in (self.everyone, self.inside, self.between):
+        for part in (self.inner, self.within, self.between):
             part.hang_up()
 
     def close(self) -> None:
         self.between.close()
-        self.inside.close()
+        self.within.close()
         for group in self._made:
             dist.destroy_process_group(group)
 

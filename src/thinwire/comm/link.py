@@ -73,11 +73,7 @@ class Link:
 
     @staticmethod
     def read(name: str, given: Any) -> "Link | None":
-        """Read an argument that is a ``Link``, a text for ``parse``, or None.
-
-        Raises:
-            ThinwireError: the argument is none of these.
-        """
+        """Read an argument that is a ``Link``, a text for ``parse``, or None; others raise a ``ThinwireError``."""
         if given is None or isinstance(given, Link):
             return given
         if isinstance(given, str):

@@ -120,15 +120,15 @@ class Liveness:
         if dist.get_backend(self.group) != "gloo":
             return []
         closed: list[int] = []
-        asked: dict[int, Any] = {}
+        probes: dict[int, Any] = {}
         for rank in (rank for rank in range(self.world) if rank != self.rank):
             nothing = torch.zeros(1, dtype=torch.uint8, device="cpu")
             try:  # even a message that no rank receives fails at once on a closed connection
-                asked[rank] = dist.isend(nothing, dist.get_global_rank(self.group, rank), group=self.group)
+                probes[rank] = dist.isend(nothing, dist.get_global_rank(self.group, rank), group=self.group)
             except RuntimeError as error:
                 closed += [rank] * _by_the_other(error)
         deadline = time.monotonic() + PROBE_SECONDS
-        for rank, work in asked.items():
+        for rank, work in probes.items():
             try:
                 work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
             except RuntimeError as error:

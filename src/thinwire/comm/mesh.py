@@ -14,25 +14,23 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from thinwire.comm.collectives import Collective, ControlChannel, InFlight, NoAnswer, failed
+from thinwire.comm.collectives import Collective, ControlChannel, NoAnswer, Wrapped, failed
 from thinwire.comm.liveness import Lost
 from thinwire.comm.process_group import ProcessGroup
 from thinwire.comm.texts import heard
 from thinwire.core.errors import ThinwireError
 from thinwire.core.sharding import shape_of, shard_dim
 
+OTHER_SHARDS = "the word of the ranks that hold the other shards"
 
-class BothAxes:
+
+class BothAxes(ControlChannel):
     """The control channel of all ranks of the mesh; a rank is its replica times the number of shards plus its shard."""
 
     def __init__(self, replicas: ControlChannel, shards: ControlChannel) -> None:
         self.replicas, self.shards = replicas, shards
         self.rank = replicas.rank * shards.world + shards.rank
         self.world = replicas.world * shards.world
-
-    @property
-    def everyone(self) -> ControlChannel:
-        return self
 
     def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
         said = self.shards.exchange_text(json.dumps(self.replicas.exchange_text(text, timeout)), timeout)
@@ -82,7 +80,7 @@ def _read_ranks(said: str) -> list[int]:
     return [rank % 2**31 for rank in cast("list[int]", ranks)]
 
 
-class Mesh:
+class Mesh(Wrapped):
     """A collective between the replicas of this rank's shard.
 
     Args:
@@ -90,14 +88,13 @@ class Mesh:
         shards: the process group of the ranks that hold the shards of one replica.
         group: the process group of the replicas; None if there are none.
         device: the device of control messages across shards.
-        columns: the ranks of each shard's replicas, from ``columns_of``.
+        columns: from ``columns_of``.
 
     Raises:
         ThinwireError: the two axes do not form a mesh.
     """
 
-    local_ranks = 1
-    sent_within_node = 0.0
+    sent_across_shards = 0.0
     """Bytes that this rank has sent along the shard axis; the sender adds them."""
 
     def __init__(
@@ -108,10 +105,9 @@ class Mesh:
         device: torch.device,
         columns: Sequence[Sequence[int]],
     ) -> None:
-        self.replicas, self.shards, self.device = replicas, shards, device
-        self.everyone = BothAxes(replicas, shards)
-        self.rank, self.world, self.link = replicas.rank, replicas.world, replicas.link
-        self.label = f"{replicas.label}, {self.world} replicas of {shards.world} shards"
+        super().__init__(replicas, f"{replicas.label}, {replicas.world} replicas of {shards.world} shards")
+        self.shards, self.device = shards, device
+        self._both = BothAxes(replicas, shards)
         whole = len({len(c) for c in columns}) == 1
         ranks = torch.tensor(columns if whole else [], dtype=torch.int64, device="cpu").t()
         if ranks.unique().numel() != self.everyone.world:
@@ -124,63 +120,34 @@ class Mesh:
         self._mesh: DeviceMesh | None = None
 
     @property
-    def sent(self) -> float:
-        return self.replicas.sent
+    def sent_within_node(self) -> float:
+        return self.sent_across_shards
+
+    @property
+    def everyone(self) -> BothAxes:
+        return self._both
 
     @property
     def checkpoint_group(self) -> Collective:
         return self
 
-    def all_reduce(self, message: Tensor) -> InFlight:
-        return self.replicas.all_reduce(message)
-
-    def all_gather(self, message: Tensor) -> InFlight:
-        return self.replicas.all_gather(message)
-
-    def all_to_all(self, message: Tensor) -> InFlight:
-        return self.replicas.all_to_all(message)
-
-    def broadcast(self, message: Tensor, source: int) -> InFlight:
-        return self.replicas.broadcast(message, source)
-
-    def at(self, step: int) -> None:
-        pass  # every message of a replica has a message header
-
-    def apart(self) -> bool:
-        return False
-
-    def mean_within_node(self, gradients: Tensor, timeout: float) -> None:
-        pass  # the reduce-scatter has done it
-
-    def any_within_node(self, used: Sequence[bool], gradients: Tensor, timeout: float) -> list[bool]:
-        return list(used)
-
     def any_across_shards(self, flags: Sequence[bool], timeout: float) -> list[bool]:
-        found = self._sum_across_shards(torch.tensor(flags, dtype=torch.float32, device=self.device), timeout)
-        return [bool(flag) for flag in found]
+        x = torch.tensor(flags, dtype=torch.float32, device=self.device)
+        return [bool(flag) for flag in self._sum(x, self.shards, timeout, OTHER_SHARDS)]
 
     def any_replica(self, flag: bool, timeout: float) -> bool:
         """Return True if the flag is set on any replica of this shard; blocks."""
         found = torch.tensor([float(flag)], dtype=torch.float32, device=self.device)
-        try:
-            return bool(self.replicas.all_reduce(found).wait(timeout, on_host=True))
-        except NoAnswer as error:
-            raise failed(
-                self, "the word of the replicas on a step", error, "Restart from the last checkpoint"
-            ) from error
+        return bool(self._sum(found, self.inner, timeout, "the word of the replicas on a step", on_host=True))
 
     def norm_across_shards(self, norm: Tensor, timeout: float) -> Tensor:
-        return self._sum_across_shards(norm.square(), timeout).sqrt()
+        return self._sum(norm.square(), self.shards, timeout, OTHER_SHARDS).sqrt()
 
-    def _sum_across_shards(self, x: Tensor, timeout: float) -> Tensor:
+    def _sum(self, x: Tensor, along: Collective, timeout: float, what: str, on_host: bool = False) -> Tensor:
         try:
-            return self.shards.all_reduce(x).wait(timeout)
+            return along.all_reduce(x).wait(timeout, on_host=on_host)
         except NoAnswer as error:
-            what = "the word of the ranks that hold the other shards"
             raise failed(self, what, error, "Restart from the last checkpoint") from error
-
-    def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
-        return self.replicas.exchange_text(text, timeout)
 
     def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
         dim = None if like is None else shard_dim(like)
@@ -208,19 +175,10 @@ class Mesh:
             part.contiguous(), self._mesh, placements, run_check=False, shape=shape, stride=stride
         )
 
-    def lost(self) -> Lost:
-        return self.everyone.lost()
-
-    def here(self) -> None:
-        self.everyone.here()
-
-    def leave(self, word: str) -> None:
-        self.everyone.leave(word)
-
     def hang_up(self) -> None:
-        self.replicas.hang_up()
+        super().hang_up()
         self.shards.hang_up()
 
     def close(self) -> None:
-        self.replicas.close()
+        super().close()
         self.shards.close()

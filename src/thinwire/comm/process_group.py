@@ -14,9 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from thinwire.comm import texts
-from thinwire.comm.collectives import TIMEOUT, InFlight, OneLevel, network
+from thinwire.comm.collectives import TIMEOUT, Collective, InFlight, network
 from thinwire.comm.gloo_p2p import Direct, at_once, pays
-from thinwire.comm.link import Link, wire_bytes
 from thinwire.comm.liveness import Liveness, Lost
 
 # torch 2.13 renames all_gather_into_tensor to all_gather_single and warns at the old name.
@@ -35,11 +34,10 @@ def _let_go() -> None:
         time.sleep(0.05)
 
 
-class ProcessGroup(OneLevel):
+class ProcessGroup(Collective):
     """Collectives of ``torch.distributed``, on any backend."""
 
     used: ClassVar[bool] = False
-    link: Link | None = None
     _mesh: DeviceMesh | None = None
 
     def __init__(self, group: dist.ProcessGroup, timeout: float = TIMEOUT) -> None:
@@ -48,17 +46,16 @@ class ProcessGroup(OneLevel):
         self.label = dist.get_backend(group)
         self.rank = dist.get_rank(group)
         self.world = dist.get_world_size(group)
-        self.sent = 0.0
         self._direct = Direct(group)
         self._liveness = Liveness(group, self.rank, self.world)
 
     def all_reduce(self, message: Tensor) -> InFlight:
         work = cast(Any, dist.all_reduce(message, group=self.group, async_op=True))
-        self.sent += wire_bytes("all_reduce", message.nbytes, self.world)
+        self._count("all_reduce", message)
         return InFlight(work.get_future(), message, work)
 
     def all_gather(self, message: Tensor) -> InFlight:
-        self.sent += wire_bytes("all_gather", message.nbytes, self.world)
+        self._count("all_gather", message)
         gathered = message.new_empty(self.world, message.numel())
         if pays(self.group, message):
             return self._straight([message] * self.world, gathered)
@@ -71,7 +68,7 @@ class ProcessGroup(OneLevel):
         return InFlight(work.get_future(), gathered, work)
 
     def all_to_all(self, message: Tensor) -> InFlight:
-        self.sent += wire_bytes("all_to_all", message.nbytes, self.world)
+        self._count("all_to_all", message)
         received = torch.empty_like(message)
         if pays(self.group, message[0]):
             return self._straight(message.unbind(), received)
@@ -88,7 +85,7 @@ class ProcessGroup(OneLevel):
     def broadcast(self, message: Tensor, source: int) -> InFlight:
         root = dist.get_global_rank(self.group, source)
         work = cast(Any, dist.broadcast(message, root, group=self.group, async_op=True))
-        self.sent += wire_bytes("broadcast", message.nbytes, self.world)
+        self._count("broadcast", message)
         return InFlight(work.get_future(), message, work)
 
     def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinwire.comm.collectives import Future, InFlight, OneLevel
-from thinwire.comm.link import Link, wire_bytes
+from thinwire.comm.collectives import Collective, Future, InFlight
+from thinwire.comm.link import Link
 from thinwire.comm.liveness import Lost
 from thinwire.core.errors import ThinwireError
 
@@ -25,19 +25,18 @@ class _Meeting:
     waiting: list[Future] = field(default_factory=list[Future])
 
 
-class Local(OneLevel):
+class Local(Collective):
     """The collectives of one worker of N in one process; the workers call them in rank order.
 
     Sums are taken in rank order, so they are bit-equal to any real exchange that gathers, and to a real all-reduce
     of two workers. All workers get the same result tensor and must not write to it.
     """
 
+    label = "simulated"
+    link = ASSUMED
+
     def __init__(self, rank: int, world: int, meetings: dict[int, _Meeting]) -> None:
-        self.label = "simulated"
-        self.link: Link | None = ASSUMED
-        self.rank = rank
-        self.world = world
-        self.sent = 0.0
+        self.rank, self.world = rank, world
         self._meetings = meetings  # the n-th collective of each worker belongs to the n-th of all others
         self._started = 0
 
@@ -48,20 +47,20 @@ class Local(OneLevel):
         return [Local(rank, world, meetings) for rank in range(world)]
 
     def all_reduce(self, message: Tensor) -> InFlight:
-        self.sent += wire_bytes("all_reduce", message.nbytes, self.world)
+        self._count("all_reduce", message)
         return self._meet(message, message.shape, _sum_in_order)
 
     def all_gather(self, message: Tensor) -> InFlight:
-        self.sent += wire_bytes("all_gather", message.nbytes, self.world)
+        self._count("all_gather", message)
         return self._meet(message, (self.world, message.numel()), _stack)
 
     def all_to_all(self, message: Tensor) -> InFlight:
-        self.sent += wire_bytes("all_to_all", message.nbytes, self.world)
+        self._count("all_to_all", message)
         met = self._meet(message, (self.world, *message.shape), _stack)
         return replace(met, result=met.result[:, self.rank])
 
     def broadcast(self, message: Tensor, source: int) -> InFlight:
-        self.sent += wire_bytes("broadcast", message.nbytes, self.world)
+        self._count("broadcast", message)
         return self._meet(message, message.shape, lambda messages, out: out.copy_(messages[source]))
 
     def _meet(
@@ -96,12 +95,6 @@ class Local(OneLevel):
         pass
 
     def leave(self, word: str) -> None:
-        pass
-
-    def hang_up(self) -> None:
-        pass
-
-    def close(self) -> None:
         pass
 
 

@@ -2,18 +2,15 @@
 
 from thinwire.compressors.block_topk import BlockTopK
 from thinwire.compressors.cast import Cast
-from thinwire.compressors.cltk import CLTK
 from thinwire.compressors.dct import DctTopK
-from thinwire.compressors.natural import Natural
 from thinwire.compressors.powersgd import PowerSGD
 from thinwire.compressors.quantize import QSGD, Quantize
 from thinwire.compressors.randk import RandK
+from thinwire.compressors.rounding import Natural, TernGrad
 from thinwire.compressors.scaled import Scaled
-from thinwire.compressors.sidco import SIDCo
 from thinwire.compressors.sign import Sign
-from thinwire.compressors.sparse import TopK
-from thinwire.compressors.ternary import TernGrad
-from thinwire.compressors.threshold import Threshold
+from thinwire.compressors.sparse import CLTK, TopK
+from thinwire.compressors.threshold import SIDCo, Threshold
 
 __all__ = [
     "CLTK",

@@ -4,18 +4,12 @@ A scale is float32. It is NaN if its block has a nonfinite element, so the sum o
 beyond float32's range saturate.
 """
 
-import math
 from typing import cast
 
 import torch
 from torch import Tensor
 
 LARGEST = torch.finfo(torch.float32).max
-
-
-def count(n: int, size: int) -> int:
-    """Return the number of blocks of n elements; the last may be short."""
-    return math.ceil(n / size)
 
 
 def as_float32(x: Tensor) -> Tensor:
@@ -25,7 +19,7 @@ def as_float32(x: Tensor) -> Tensor:
 
 
 def in_blocks(x: Tensor, size: int, *, repeat: bool = False) -> Tensor:
-    """Reshape ``x`` ``[n]`` to ``[count(n, size), size]``, padded with zeros or, with ``repeat``, its last element."""
+    """Reshape ``x`` ``[n]`` to ``[ceil(n / size), size]``, padded with zeros or, with ``repeat``, its last element."""
     missing = -x.numel() % size
     if missing:
         fill = x[-1:].expand(missing) if repeat else x.new_zeros(missing)

@@ -6,11 +6,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from thinwire.core import Compressor, Context, Decompressed, Dense, Payload, State, Traits, flat, register
 from thinwire.core.checks import check_fields, dtype, optional
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Dense, flat, shortened
+from thinwire.core.tensors import shortened
 
 DTYPES = {
     "float64": torch.float64,

@@ -1,21 +1,18 @@
 """DeMo's compressor: the largest coefficients of a cosine transform in chunks."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from thinwire.compressors import chunked_indices
-from thinwire.compressors.sampling import largest_of_each
+from thinwire.compressors.block_topk import BlockTopK
+from thinwire.core import Compressor, Context, Decompressed, Dense, Payload, State, Traits, flat, register
 from thinwire.core.ambient import full_precision
 from thinwire.core.capabilities import Adjustable
 from thinwire.core.checks import check_fields, share, whole
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Dense, flat, float_at_least_32, shortened
+from thinwire.core.tensors import float_at_least_32, shortened
 
 
 def chunk_of(n: int, largest: int) -> int:
@@ -97,7 +94,7 @@ class DctTopK(Compressor, Adjustable):
     Raises:
         ThinwireError: a value is outside its range.
 
-    **Wire**: k values, and k indices as in ``thinwire.compressors.chunked_indices``, 9.0 bits each for 32 of 4096: 41
+    **Wire**: k values, and k indices as in ``thinwire.compressors.BlockTopK``, 9.0 bits each for 32 of 4096: 41
     bits per coefficient, 25 with ``>> Cast("bfloat16")``; the reference sends 96.
 
     Example:
@@ -120,12 +117,6 @@ class DctTopK(Compressor, Adjustable):
     def __post_init__(self) -> None:
         check_fields(self, density=share("32 / 4096"), chunk=whole(1))
 
-    def with_density(self, density: float) -> "DctTopK":
-        return replace(self, density=max(density, self.density))
-
-    def scaled_density(self, factor: float) -> "DctTopK":
-        return replace(self, density=min(1.0, factor * self.density))
-
     @cached_property
     def traits(self) -> Traits:
         return Traits(
@@ -135,22 +126,23 @@ class DctTopK(Compressor, Adjustable):
     def _contraction(self, n: int) -> float:
         return min(self.density, 1.0 - 1e-6)  # a transform rounds
 
-    def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
+    def _layout(self, x: Tensor) -> tuple[Grid, int, BlockTopK]:
+        """Return the chunks of ``x``, the number of coefficients, and the compressor of these."""
         grid = Grid.of(x, self.chunk)
-        each = math.ceil(self.density * grid.size)
-        k, n = each * grid.chunks, grid.size * grid.chunks
+        return grid, grid.size * grid.chunks, BlockTopK(self.density, grid.size)
+
+    def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
+        grid, n, blocks = self._layout(x)
         if x.is_meta:
-            return x.new_empty(k), x.new_empty(chunked_indices.nbytes(k, n, grid.size), dtype=torch.uint8)
-        coefficients = grid.transform(flat(x).to(float_at_least_32(x.dtype)))
-        chosen = largest_of_each(coefficients.abs(), each)
-        values = shortened(coefficients.view(-1)[chosen], x.dtype, torch.finfo(x.dtype).max)
-        return values, chunked_indices.encode(chosen, n, grid.size, ctx)
+            return blocks.compress(x.new_empty(n), state, ctx)
+        coefficients = grid.transform(flat(x).to(float_at_least_32(x.dtype))).view(-1)
+        chosen = blocks.select(coefficients, blocks.k(n), ctx)
+        values = shortened(coefficients[chosen], x.dtype, torch.finfo(x.dtype).max)
+        return blocks.encode(chosen, values, n, ctx)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        grid = Grid.of(like, self.chunk)
-        each = math.ceil(self.density * grid.size)
-        n = grid.size * grid.chunks
-        values = payload[0].to(float_at_least_32(payload[0].dtype))
-        coefficients = values.new_zeros(n)
-        coefficients[chunked_indices.decode(payload[1], values.numel(), n, grid.size, each, ctx)] = values
+        grid, n, blocks = self._layout(like)
+        coefficients = payload[0].new_zeros(n, dtype=float_at_least_32(payload[0].dtype))
+        indices, values = blocks.decompress(payload, coefficients, state, ctx).entries()
+        coefficients[indices] = values.to(coefficients.dtype)
         return Dense(grid.back(coefficients.view(-1, grid.size)))

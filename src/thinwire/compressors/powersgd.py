@@ -12,13 +12,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from thinwire.core import Compressor, Context, Decompressed, Dense, Payload, State, Traits, flat, register
 from thinwire.core.ambient import full_precision
 from thinwire.core.capabilities import ErrorTable, WarmStarted
 from thinwire.core.checks import check_fields, real, whole
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Dense, flat, float_at_least_32
+from thinwire.core.tensors import float_at_least_32
 
 
 def as_matrix(x: Tensor) -> Tensor:

@@ -10,20 +10,29 @@ import torch
 from torch import Tensor
 
 from thinwire.coding.bitpack import pack_fields, unpack_fields
-from thinwire.compressors.block_scales import as_float32, count, in_blocks, l2, scale_of
+from thinwire.compressors.block_scales import as_float32, in_blocks, l2, scale_of
+from thinwire.core import Compressor, Context, Decompressed, Dense, Payload, State, Traits, flat, register
 from thinwire.core.capabilities import ErrorTable
 from thinwire.core.checks import check_fields, one_of, whole
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Dense, flat
 
 
-def lost_in_rounding(levels: Tensor, *, randomly: bool) -> Tensor:
-    """Return ``E(rounded - level)^2`` for each of ``levels``, floats of at least 0: with random rounding
-    ``f (1 - f)``, f the fractional part; else the squared distance to the nearest level."""
-    beyond = levels - levels.floor()
-    return beyond * (1.0 - beyond) if randomly else torch.minimum(beyond, 1.0 - beyond).square()
+def lost_in_rounding(shares: Tensor, scales: Tensor, n: int, tops: Sequence[int], *, randomly: bool) -> list[float]:
+    """Return ``E||rounded - x||^2`` with each number ``tops`` of levels above 0.
+
+    Args:
+        shares: the elements over the scale of their block, in [0, 1]; only the first n count.
+        scales: of the blocks.
+        randomly: an element loses ``f (1 - f)``, f the fractional part of its level; else the distance to the nearest
+            level, squared.
+    """
+    lost: list[float] = []
+    for top in tops:
+        levels = shares * top
+        beyond = levels - levels.floor()
+        squares = beyond * (1.0 - beyond) if randomly else torch.minimum(beyond, 1.0 - beyond).square()
+        squares.view(-1)[n:] = 0.0
+        lost.append(float(squares.sum(1, dtype=torch.float64) @ scales.double().square()) / top**2)
+    return lost
 
 
 def rounded_randomly(levels: Tensor, ctx: Context) -> Tensor:
@@ -93,7 +102,7 @@ class QSGD(Compressor, ErrorTable):
         return max(0.0, 1.0 - self._variance(n))
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
-        n, blocks = x.numel(), count(x.numel(), self.block)
+        n, blocks = x.numel(), -(-x.numel() // self.block)
         if x.is_meta:
             return x.new_empty(blocks, dtype=torch.float32), x.new_empty(-(-n * self.bits // 8), dtype=torch.uint8)
         rows = in_blocks(as_float32(flat(x)), self.block)
@@ -111,8 +120,7 @@ class QSGD(Compressor, ErrorTable):
         rows = in_blocks(as_float32(flat(x)), self.block).abs_()
         scales = scale_of(l2(rows) if self.norm == "l2" else rows.amax(1))
         rows.div_(torch.where(scales > 0, scales, 1.0).unsqueeze(1))
-        lost = [lost_in_rounding(rows * one.levels, randomly=True).sum(1, dtype=torch.float64) for one in alike]
-        return [float(e @ scales.double().square()) / one.levels**2 for one, e in zip(alike, lost, strict=True)]
+        return lost_in_rounding(rows, scales, x.numel(), [one.levels for one in alike], randomly=True)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         scales, packed = payload
@@ -182,7 +190,7 @@ class Quantize(Compressor, ErrorTable):
         return size / (2 * (2**self.bits - 1) ** 2) + 1e-6  # for float32 rounding
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
-        n, blocks, top = x.numel(), count(x.numel(), self.block), 2**self.bits - 1
+        n, blocks, top = x.numel(), -(-x.numel() // self.block), 2**self.bits - 1
         if x.is_meta:
             return x.new_empty(blocks, 2, dtype=torch.float32), x.new_empty(-(-n * self.bits // 8), dtype=torch.uint8)
         rows = in_blocks(as_float32(flat(x)), self.block, repeat=True)
@@ -204,15 +212,8 @@ class Quantize(Compressor, ErrorTable):
         low, high = rows.aminmax(dim=1, keepdim=True)
         span = high - low
         place = (rows - low).div_(torch.where(span > 0, span, 1.0))
-        filled = -x.numel() % self.block  # the last element, repeated
-        found: list[float] = []
-        for one in alike:
-            top = 2**one.bits - 1
-            lost = lost_in_rounding(place * top, randomly=self.rounding == "stochastic")
-            if filled:
-                lost[-1, -filled:] = 0.0
-            found.append(float(lost.sum(1, dtype=torch.float64) @ span.view(-1).double().square()) / top**2)
-        return found
+        tops = [2**one.bits - 1 for one in alike]
+        return lost_in_rounding(place, span.view(-1), x.numel(), tops, randomly=self.rounding == "stochastic")
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         ends, packed = payload

@@ -1,7 +1,7 @@
 """Rand-k: send the elements at random positions, which every receiver draws from the same seed."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
 
@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from thinwire.coding.header import is_nonfinite
+from thinwire.core import Compressor, Context, Decompressed, Payload, Sparse, State, Traits, flat, register
 from thinwire.core.capabilities import Adjustable
 from thinwire.core.checks import check_fields, flag, share
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Sparse, flat
 
 MASK_ABOVE = 1 / 64
 """Density above which a mask of all elements is faster than sorting the drawn positions."""
@@ -74,12 +71,6 @@ class RandK(Compressor, Adjustable):
 
     def __post_init__(self) -> None:
         check_fields(self, density=share("0.01"), shared=flag, scaled=flag)
-
-    def with_density(self, density: float) -> "RandK":
-        return replace(self, density=max(density, self.density))
-
-    def scaled_density(self, factor: float) -> "RandK":
-        return replace(self, density=min(1.0, factor * self.density))
 
     @cached_property
     def traits(self) -> Traits:

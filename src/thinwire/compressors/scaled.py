@@ -1,28 +1,14 @@
 """Scaled: an unbiased compressor, scaled down so that error feedback is stable."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from torch import Tensor
 
-from thinwire.core.capabilities import (
-    Adjustable,
-    TakesSparse,
-    WarmStarted,
-    commit,
-    compress_sparse,
-    inherit,
-    moved,
-    scaled_density,
-    title,
-    with_density,
-)
+from thinwire.core import Compressor, Context, Decompressed, Payload, State, ThinwireError, Traits, register
+from thinwire.core.capabilities import Wrapper, title
 from thinwire.core.checks import check_fields, of_type
-from thinwire.core.context import Context
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Sparse
 
 
 @dataclass(frozen=True)
@@ -31,10 +17,7 @@ class Times(Decompressed):
 
     other: Decompressed
     factor: float
-
-    @property
-    def density(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.other.density
+    density: float
 
     def write_to(self, out: Tensor, alpha: float = 1.0) -> None:
         self.other.write_to(out, alpha * self.factor)
@@ -52,7 +35,7 @@ class Times(Decompressed):
 
 @register("scaled")
 @dataclass(frozen=True)
-class Scaled(Compressor, WarmStarted, Adjustable, TakesSparse):
+class Scaled(Wrapper):
     """An unbiased compressor for error feedback: ``C / (1 + omega)`` contracts where C alone may not.
 
     ``E||x - C(x) / (1 + omega)||^2 <= (1 - 1 / (1 + omega)) ||x||^2``.
@@ -77,6 +60,8 @@ class Scaled(Compressor, WarmStarted, Adjustable, TakesSparse):
 
     compressor: Compressor
 
+    adjusts: ClassVar[str] = "compressor"
+
     def __post_init__(self) -> None:
         check_fields(
             self, compressor=of_type(Compressor, "Scaled takes an unbiased compressor, such as QSGD(2) or RandK(0.01)")
@@ -99,29 +84,9 @@ class Scaled(Compressor, WarmStarted, Adjustable, TakesSparse):
     def _factor(self, n: int) -> float:
         return 1.0 / (1.0 + (self.compressor.traits.variance(n) or 0.0))
 
-    def init(self, like: Tensor, ctx: Context) -> State:
-        return self.compressor.init(like, ctx)
-
-    def commit(self, payload: Payload, like: Tensor, old: State, new: State, ctx: Context) -> None:
-        commit(self.compressor, payload, like, old, new, ctx)
-
-    def inherit(self, old: State, fresh: State) -> State:
-        return inherit(self.compressor, old, fresh)
-
-    def moved(self, old: State, fresh: State, order: Tensor) -> State:
-        return moved(self.compressor, old, fresh, order)
-
-    def with_density(self, density: float) -> "Scaled":
-        return replace(self, compressor=with_density(self.compressor, density))
-
-    def scaled_density(self, factor: float) -> "Scaled":
-        return replace(self, compressor=scaled_density(self.compressor, factor))
-
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         return self.compressor.compress(x, state, ctx)
 
-    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        return compress_sparse(self.compressor, x, like, state, ctx)
-
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        return Times(self.compressor.decompress(payload, like, state, ctx), self._factor(like.numel()))
+        decoded = self.compressor.decompress(payload, like, state, ctx)
+        return Times(decoded, self._factor(like.numel()), decoded.density)

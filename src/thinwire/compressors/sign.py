@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from thinwire.coding.bitpack import pack_bits, unpack_bits
-from thinwire.compressors.block_scales import as_float32, count, in_blocks, l2, scale_of
+from thinwire.compressors.block_scales import as_float32, in_blocks, l2, scale_of
+from thinwire.core import Compressor, Context, Decompressed, Dense, Payload, State, Traits, flat, register
 from thinwire.core.checks import check_fields, one_of, whole
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Dense, flat
 
 
 @register("sign")
@@ -66,7 +63,7 @@ class Sign(Compressor):
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         n = x.numel()
         if x.is_meta:
-            scales = 1 if self.scale == "none" else count(n, self.block)
+            scales = 1 if self.scale == "none" else -(-n // self.block)
             return x.new_empty(scales, dtype=torch.float32), x.new_empty(-(-n // 8), dtype=torch.uint8)
         y = as_float32(flat(x))
         negative = y < 0

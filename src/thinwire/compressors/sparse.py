@@ -1,35 +1,57 @@
-"""Top-k: send the elements of largest magnitude and their indices."""
+"""Top-k: each rank sends its elements of largest magnitude; CLT-k: all send those of one rank, the leader."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from thinwire.coding import elias_fano
 from thinwire.coding import values as codes
-from thinwire.compressors.cast import DTYPES, OWN, dtype_named
 from thinwire.compressors.sampling import EXACT_BELOW, Sampling, sample_size
-from thinwire.core.capabilities import Adjustable, ErrorTable, SumsSparsely, TakesSparse, Thresholded
-from thinwire.core.checks import check_fields, dtype, one_of, optional, real, share, whole
-from thinwire.core.context import Context
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Payload, State, Traits
+from thinwire.compressors.sparsifier import VALUES, Sparsifier
+from thinwire.core import Compressor, Context, Decompressed, Payload, Sparse, State, Traits, flat, register
+from thinwire.core.capabilities import ErrorTable, Thresholded
+from thinwire.core.checks import check_fields, one_of, real, share, whole
 from thinwire.core.loops import Found
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, Sparse, flat, float_at_least_32, shortened
 from thinwire.kernels.reference import REFERENCE
 
-VALUES = optional(dtype((*codes.CODES, *DTYPES), OWN))
-"""Check of ``values``: a code, a dtype or None."""
+
+class Largest(Sparsifier, Thresholded):
+    """The selection of Top-k: the elements of largest magnitude, exactly or by a threshold from a sample."""
+
+    selection: Literal["auto", "exact", "sampled"] = "auto"
+    sample_ratio: float = 0.0025
+    lower: float = 0.8
+    attempts: int = 10
+
+    def select(self, x: Tensor, k: int, ctx: Context) -> Tensor:
+        return (ctx.kernels or REFERENCE).largest(x, k)
+
+    def _found(self, x: Tensor, ctx: Context) -> Found:
+        sampling = self.sampling(x.shape, ctx)
+        return super()._found(x, ctx) if sampling is None else sampling.select(flat(x), ctx.kernels or REFERENCE)
+
+    def sampling(self, shape: Sequence[int], ctx: Context) -> Sampling | None:
+        n = math.prod(shape)
+        k = self.k(n)
+        few = n < EXACT_BELOW or 2 * sample_size(n, self._share, self.sample_ratio) > n
+        if self.selection == "exact" or (self.selection == "auto" and few) or k in (0, n):
+            return None
+        row = shape[-1] if shape else 1
+        return Sampling.plan(n, k, row, ctx, ratio=self.sample_ratio, lower=self.lower, attempts=self.attempts)
+
+    def own(self, payload: Payload, chosen: Tensor, like: Tensor, state: State, ctx: Context) -> Decompressed:
+        if self.values in codes.CODES or chosen.numel() < self.k(like.numel()):
+            return self.decompress(payload, like, state, ctx)
+        return Sparse(chosen, payload[0], self._share, ctx.kernels)  # without decoding the indices
 
 
 @register("topk")
 @dataclass(frozen=True)
-class TopK(Compressor, Adjustable, Thresholded, SumsSparsely, TakesSparse, ErrorTable):
+class TopK(Largest, ErrorTable):
     """Sends the ``k = ceil(density * n)`` elements of largest magnitude of each tensor.
 
     ``decompress(compress(x))_j = x_j`` for the k largest ``|x_j|``, 0 elsewhere; so
@@ -81,27 +103,8 @@ class TopK(Compressor, Adjustable, Thresholded, SumsSparsely, TakesSparse, Error
             attempts=whole(0),
         )
 
-    def with_density(self, density: float) -> "TopK":
-        return replace(self, density=max(density, self.density))
-
-    def scaled_density(self, factor: float) -> "TopK":
-        return replace(self, density=min(1.0, factor * self.density))
-
-    @cached_property
-    def traits(self) -> Traits:
-        return Traits(
-            splittable=True,
-            needs_feedback=self.density < 1.0,
-            keeps_values=self.values not in codes.CODES,
-            contraction=self._contraction,
-        )
-
-    def _contraction(self, n: int) -> float | None:
-        return 1.0 / (2 * n) if self.values in codes.CODES else self.k(n) / n
-
-    def k(self, n: int) -> int:
-        """Return the number of elements sent of n."""
-        return min(n, math.ceil(self.density * n))
+    def _contraction(self, n: int) -> float:
+        return super()._contraction(n) if self.values in codes.CODES else self.k(n) / n
 
     def losses(self, x: Tensor, family: Sequence[Compressor]) -> list[float] | None:
         """Return the sums of squares outside the k largest, by one sort or selection; None if ``values`` is set."""
@@ -119,76 +122,40 @@ class TopK(Compressor, Adjustable, Thresholded, SumsSparsely, TakesSparse, Error
         heads = magnitudes.topk(most).values.double().square().cpu().cumsum(0)
         return [0.0 if k == n else max(0.0, whole - float(heads[k - 1])) for k in ks]
 
-    def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
-        n, k = x.numel(), self.k(x.numel())
-        if x.is_meta:
-            indices = x.new_empty(sum(elias_fano.sizes(k, n)), dtype=torch.uint8)
-            if self.values in codes.CODES:
-                scales, packed = codes.sizes(self.values, k)
-                return x.new_empty(scales, dtype=torch.float32), x.new_empty(packed, dtype=torch.uint8), indices
-            return x.new_empty(k, dtype=dtype_named(self.values, x.dtype)), indices
-        return self.encode(*self._select(flat(x), x.shape, k, ctx), n, ctx)
 
-    def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
-        """Encode ``values`` ``[m]`` at the indices ``chosen``, int64 ``[m]`` ascending below n, ``m <= k``."""
-        k = self.k(n)
-        kernels = ctx.kernels or REFERENCE
-        if values.numel() > k:
-            raise ThinwireError(f"{values.numel()} values for a message of {k}, of {n} elements; send at most {k}")
-        if self.values in codes.CODES or values.numel() < k:  # a code has no 0
-            chosen, values = kernels.fill(chosen, values, k)
-        if self.values in codes.CODES:
-            parts = codes.encode(values, self.values)
-        else:
-            dtype = dtype_named(self.values, values.dtype)
-            if torch.finfo(dtype).max < torch.finfo(values.dtype).max:  # saturate: the residual keeps the rest
-                values = shortened(values, dtype, torch.finfo(dtype).max)
-            parts = (values.to(dtype),)
-        return *parts, kernels.encode_indices(chosen, n)
+@register("cltk")
+@dataclass(frozen=True)
+class CLTK(Largest):
+    """Cyclic local Top-k: all workers send the elements that are largest at the leader, worker ``step mod N``.
 
-    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        """Encode ``x`` by an exact selection, whatever ``selection`` is: there are few elements to choose from."""
-        chosen = (ctx.kernels or REFERENCE).largest(x.values, self.k(like.numel()))
-        return self.encode(x.indices[chosen], x.values[chosen].to(like.dtype), like.numel(), ctx)
+    With ``I`` the k largest ``|x_leader|``, ``C(x_i)_j = x_i_j`` for j in ``I``, 0 elsewhere. So the sum has k
+    elements; a sum of N Top-k payloads has up to N k. Elements that are large only at a follower wait until it leads.
+    A step may lose all of a follower's ``x``, so no contraction is declared.
 
-    def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        n, k = like.numel(), self.k(like.numel())
-        indices = (ctx.kernels or REFERENCE).decode_indices(payload[-1], k, n)
-        # padding must become 0, even if the code, or the compressor after >>, has no 0
-        values = (ctx.kernels or REFERENCE).without_repeats(indices, self._values(payload, n))
-        return Sparse(indices, values, self.density, ctx.kernels)
+    Args:
+        density: kept / total, in (0, 1]; the leader selects as ``TopK`` does.
 
-    def _values(self, payload: Payload, n: int) -> Tensor:
-        if self.values in codes.CODES:
-            return codes.decode(payload[0], payload[1], self.values, self.k(n))
-        return payload[0]
+    Raises:
+        ThinwireError: ``density`` is outside its range.
 
-    def together(
-        self, payloads: Sequence[tuple[int, Payload]], like: Tensor, ctx: Context, alpha: float, most: float
-    ) -> Found | None:
-        if self.density * len(payloads) > most:
-            return None
-        n, dtype = like.numel(), float_at_least_32(like.dtype)
-        values = [self._values(payload, n).to(dtype) for _, payload in payloads]
-        return (ctx.kernels or REFERENCE).gather([payload[-1] for _, payload in payloads], values, n, alpha)
+    **Wire**: k indices in Elias-Fano code by a broadcast, and k values by an all-reduce:
+    ``(N-1)/N (k 12 + 2 k 32)`` bits per worker at 0.1 %, for any N.
 
-    def own(self, payload: Payload, chosen: Tensor, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        if self.values in codes.CODES or chosen.numel() < self.k(like.numel()):
-            return self.decompress(payload, like, state, ctx)
-        return Sparse(chosen, payload[0], self.density, ctx.kernels)  # without decoding the indices
+    Example:
+        >>> [t.nbytes for t in CLTK(0.01).compress(torch.empty(10_000, device="meta"), {}, NOWHERE)]
+        [400, 107]
 
-    def sampling(self, shape: Sequence[int], ctx: Context) -> Sampling | None:
-        n = math.prod(shape)
-        k = self.k(n)
-        few = n < EXACT_BELOW or 2 * sample_size(n, self.density, self.sample_ratio) > n
-        if self.selection == "exact" or (self.selection == "auto" and few) or k in (0, n):
-            return None
-        row = shape[-1] if shape else 1
-        return Sampling.plan(n, k, row, ctx, ratio=self.sample_ratio, lower=self.lower, attempts=self.attempts)
+    Source: C. Chen et al., "ScaleCom: Scalable Sparsified Gradient Compression for Communication-Efficient Distributed
+    Training", 2020, arXiv:2104.11125, section 3.
 
-    def _select(self, x: Tensor, shape: Sequence[int], k: int, ctx: Context) -> Found:
-        sampling = self.sampling(shape, ctx)
-        if sampling is not None:
-            return sampling.select(x, ctx.kernels or REFERENCE)
-        chosen = (ctx.kernels or REFERENCE).largest(x, k)
-        return chosen, x[chosen]
+    Departures: selects the largest of the whole tensor; the paper's implementation selects the largest of each chunk.
+    """
+
+    density: float
+
+    def __post_init__(self) -> None:
+        check_fields(self, density=share("0.01"))
+
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(leader_selected=True, needs_feedback=self.density < 1.0, keeps_values=True, selects=True)

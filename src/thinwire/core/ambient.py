@@ -38,15 +38,12 @@ def full_precision() -> Generator[None]:
     """
     global _users
     backends = cast(Any, torch.backends)
-    kinds: tuple[Any, ...] = (backends.mkldnn.matmul, backends.cuda.matmul)
     with _precise:
-        short: list[tuple[Any, str]] = [
-            (kind, kind.fp32_precision) for kind in kinds if kind.fp32_precision not in ("none", "ieee")
-        ]
-        for kind, _ in short:
-            kind.fp32_precision = "ieee"
+        for kind in (backends.mkldnn.matmul, backends.cuda.matmul):
+            if kind.fp32_precision not in ("none", "ieee"):
+                _short.append((kind, kind.fp32_precision))
+                kind.fp32_precision = "ieee"
         _users += 1
-        _short.extend(short)
     try:
         yield
     finally:

@@ -1,12 +1,13 @@
-"""Capabilities: what a compressor may offer beside ``compress`` and ``decompress``, each as a small interface.
+"""Capabilities: what a compressor may offer besides ``compress`` and ``decompress``, each as a small interface.
 
 A compressor that offers one derives from its class. Everybody else calls the functions below, which know what to do for
-a compressor without the capability. A wrapper (``Chain``, ``Scaled``) derives from those that it passes on.
+a compressor without the capability. A ``Wrapper`` passes on those of the compressor in it.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from dataclasses import replace
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
@@ -14,8 +15,6 @@ from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload, State
 from thinwire.core.loops import Found, Selection
 from thinwire.core.tensors import Decompressed, Sparse
-
-C = TypeVar("C", bound=Compressor)
 
 
 class WarmStarted(ABC):
@@ -34,16 +33,24 @@ class WarmStarted(ABC):
         return {key: value.clone() for key, value in fresh.items()}
 
 
-class Adjustable(ABC):
+class Adjustable:
     """A compressor with a density that a warm-up raises and a second stage scales."""
 
-    @abstractmethod
-    def with_density(self, density: float) -> Compressor:
-        """The same compressor at a density no lower than this. At 1 a warm-up sends dense, whatever the compressor."""
+    adjusts: ClassVar[str] = "density"
+    """The name of the field that holds the density."""
 
-    @abstractmethod
+    @property
+    def _share(self) -> float:
+        """The density: kept / total."""
+        return getattr(self, self.adjusts)
+
+    def with_density(self, density: float) -> Compressor:
+        """Return the same compressor at a density no lower than this; at 1 a warm-up sends dense instead."""
+        return replace(cast(Any, self), **{self.adjusts: max(density, self._share)})
+
     def scaled_density(self, factor: float) -> Compressor:
-        """The same compressor at ``factor`` times its density, at most 1."""
+        """Return the same compressor at ``factor`` times its density, at most 1."""
+        return replace(cast(Any, self), **{self.adjusts: min(1.0, factor * self._share)})
 
 
 class Thresholded(ABC):
@@ -57,9 +64,9 @@ class Thresholded(ABC):
     def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
         """The payload of a selection: ascending int64 indices into ``n`` elements, and the values there."""
 
-    @abstractmethod
     def own(self, payload: Payload, chosen: Tensor, like: Tensor, state: State, ctx: Context) -> Decompressed:
         """Decode what ``encode`` has just made of the elements ``chosen``."""
+        return cast(Compressor, self).decompress(payload, like, state, ctx)
 
 
 class SumsSparsely(ABC):
@@ -89,7 +96,7 @@ class TakesSparse(ABC):
 
 
 class LeaderSelected(ABC):
-    """A sparsifier of which one rank, the leader of the step, chooses the elements for all."""
+    """A sparsifier that can send the elements that another rank, the leader of the step, selects for all."""
 
     @abstractmethod
     def follow(self, x: Tensor, choice: Payload, state: State, ctx: Context) -> Payload:
@@ -139,31 +146,14 @@ def moved(compressor: Compressor, old: State, fresh: State, order: Tensor) -> St
     return {key: value.clone() for key, value in fresh.items()}
 
 
-def with_density(compressor: C, density: float) -> C:
-    """The same compressor at a density no lower than this; one without a density as it is."""
-    return cast(C, compressor.with_density(density)) if isinstance(compressor, Adjustable) else compressor
+def with_density(compressor: Compressor, density: float) -> Compressor:
+    """Return the same compressor at a density no lower than this; one without a density as it is."""
+    return compressor.with_density(density) if isinstance(compressor, Adjustable) else compressor
 
 
-def scaled_density(compressor: C, factor: float) -> C:
-    """The same compressor at ``factor`` times its density, at most 1; one without a density as it is."""
-    return cast(C, compressor.scaled_density(factor)) if isinstance(compressor, Adjustable) else compressor
-
-
-def sampling(compressor: Compressor, shape: Sequence[int], ctx: Context) -> Selection | None:
-    """The selection of this step's elements, if it is by a threshold."""
-    return compressor.sampling(shape, ctx) if isinstance(compressor, Thresholded) else None
-
-
-def together(
-    compressor: Compressor,
-    payloads: Sequence[tuple[int, Payload]],
-    like: Tensor,
-    ctx: Context,
-    alpha: float,
-    most: float,
-) -> Found | None:
-    """Decode and sum the payloads of all ranks sparsely; None if only ``decompress`` can, or they are too many."""
-    return compressor.together(payloads, like, ctx, alpha, most) if isinstance(compressor, SumsSparsely) else None
+def scaled_density(compressor: Compressor, factor: float) -> Compressor:
+    """Return the same compressor at ``factor`` times its density, at most 1; one without a density as it is."""
+    return compressor.scaled_density(factor) if isinstance(compressor, Adjustable) else compressor
 
 
 def compress_sparse(compressor: Compressor, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
@@ -173,6 +163,35 @@ def compress_sparse(compressor: Compressor, x: Sparse, like: Tensor, state: Stat
     return compressor.compress(x.dense(like), state, ctx)
 
 
-def losses(compressor: Compressor, x: Tensor, family: Sequence[Compressor]) -> list[float] | None:
-    """``||x - C(x)||^2`` for each C of a family; None if only trying tells."""
-    return compressor.losses(x, family) if isinstance(compressor, ErrorTable) else None
+def led(compressor: Compressor, route: str) -> bool:
+    """Return True if a leader selects the elements for all ranks, with a method of this route."""
+    return compressor.traits.leader_selected or (route == "leader" and compressor.traits.selects)
+
+
+class Wrapper(Compressor, WarmStarted, Adjustable, TakesSparse):
+    """A compressor around another one, the field ``adjusts``, which has the state and the density."""
+
+    @property
+    def wrapped(self) -> Compressor:
+        return getattr(self, self.adjusts)
+
+    def init(self, like: Tensor, ctx: Context) -> State:
+        return self.wrapped.init(like, ctx)
+
+    def commit(self, payload: Payload, like: Tensor, old: State, new: State, ctx: Context) -> None:
+        commit(self.wrapped, payload, like, old, new, ctx)
+
+    def inherit(self, old: State, fresh: State) -> State:
+        return inherit(self.wrapped, old, fresh)
+
+    def moved(self, old: State, fresh: State, order: Tensor) -> State:
+        return moved(self.wrapped, old, fresh, order)
+
+    def with_density(self, density: float) -> Compressor:
+        return replace(cast(Any, self), **{self.adjusts: with_density(self.wrapped, density)})
+
+    def scaled_density(self, factor: float) -> Compressor:
+        return replace(cast(Any, self), **{self.adjusts: scaled_density(self.wrapped, factor)})
+
+    def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
+        return compress_sparse(self.wrapped, x, like, state, ctx)

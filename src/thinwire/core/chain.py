@@ -3,28 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from thinwire.core.capabilities import (
-    Adjustable,
-    LeaderSelected,
-    SumsSparsely,
-    TakesSparse,
-    Thresholded,
-    WarmStarted,
-    commit,
-    compress_sparse,
-    inherit,
-    moved,
-    sampling,
-    scaled_density,
-    title,
-    together,
-    with_density,
-)
+from thinwire.core.capabilities import LeaderSelected, SumsSparsely, Thresholded, Wrapper, title
 from thinwire.core.checks import check_fields, of_type
 from thinwire.core.context import NOWHERE, NUMBER, Context
 from thinwire.core.errors import ThinwireError
@@ -36,7 +20,7 @@ from thinwire.core.tensors import Decompressed, Sparse
 
 @register("chain")
 @dataclass(frozen=True)
-class Chain(Compressor, WarmStarted, Adjustable, Thresholded, SumsSparsely, TakesSparse, LeaderSelected):
+class Chain(Wrapper, Thresholded, SumsSparsely, LeaderSelected):
     """``first``, and the first tensor of its payload (values, factors) by ``then``.
 
     What either loses stays in the residual of an error feedback: where ``first`` keeps a part ``s`` of ``x`` that is
@@ -59,6 +43,8 @@ class Chain(Compressor, WarmStarted, Adjustable, Thresholded, SumsSparsely, Take
 
     first: Compressor
     then: Compressor
+
+    adjusts: ClassVar[str] = "first"
 
     def __post_init__(self) -> None:
         beside = of_type(Compressor, "what stands beside >> is a compressor, as in TopK(0.01) >> Quantize(4)")
@@ -84,6 +70,7 @@ class Chain(Compressor, WarmStarted, Adjustable, Thresholded, SumsSparsely, Take
         return replace(
             kept,
             summable=kept.summable and coder.summable,
+            selects=kept.selects and coder.summable,
             keeps_values=coder.keeps_values,
             needs_feedback=kept.needs_feedback or coder.needs_feedback,
             linear=False,
@@ -103,38 +90,20 @@ class Chain(Compressor, WarmStarted, Adjustable, Thresholded, SumsSparsely, Take
         kept, coded = self.first.traits.variance(n), self.then.traits.variance(n)
         return None if kept is None or coded is None else (1.0 + kept) * (1.0 + coded) - 1.0
 
-    def init(self, like: Tensor, ctx: Context) -> State:
-        return self.first.init(like, ctx)
-
-    def inherit(self, old: State, fresh: State) -> State:
-        return inherit(self.first, old, fresh)
-
-    def moved(self, old: State, fresh: State, order: Tensor) -> State:
-        return moved(self.first, old, fresh, order)
-
-    def with_density(self, density: float) -> "Chain":
-        return replace(self, first=with_density(self.first, density))
-
-    def scaled_density(self, factor: float) -> "Chain":
-        return replace(self, first=scaled_density(self.first, factor))
-
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         return self._code(self.first.compress(x, state, ctx), ctx)
 
     def compress_sparse(self, x: Sparse, like: Tensor, state: State, ctx: Context) -> Payload:
-        return self._code(compress_sparse(self.first, x, like, state, ctx), ctx)
+        return self._code(super().compress_sparse(x, like, state, ctx), ctx)
 
     def follow(self, x: Tensor, choice: Payload, state: State, ctx: Context) -> Payload:
         return self._code(cast(LeaderSelected, self.first).follow(x, choice, state, ctx), ctx)
 
     def sampling(self, shape: Sequence[int], ctx: Context) -> Selection | None:
-        return sampling(self.first, shape, ctx)
+        return self.first.sampling(shape, ctx) if isinstance(self.first, Thresholded) else None
 
     def encode(self, chosen: Tensor, values: Tensor, n: int, ctx: Context) -> Payload:
         return self._code(cast(Thresholded, self.first).encode(chosen, values, n, ctx), ctx)
-
-    def own(self, payload: Payload, chosen: Tensor, like: Tensor, state: State, ctx: Context) -> Decompressed:
-        return self.decompress(payload, like, state, ctx)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         return self.first.decompress(self._decode(payload, like, ctx), like, state, ctx)
@@ -142,11 +111,13 @@ class Chain(Compressor, WarmStarted, Adjustable, Thresholded, SumsSparsely, Take
     def together(
         self, payloads: Sequence[tuple[int, Payload]], like: Tensor, ctx: Context, alpha: float, most: float
     ) -> Found | None:
+        if not isinstance(self.first, SumsSparsely):
+            return None
         decoded = [(rank, self._decode(one, like, replace(ctx, rank=rank))) for rank, one in payloads]
-        return together(self.first, decoded, like, ctx, alpha, most)
+        return self.first.together(decoded, like, ctx, alpha, most)
 
     def commit(self, payload: Payload, like: Tensor, old: State, new: State, ctx: Context) -> None:
-        commit(self.first, self._decode(payload, like, ctx), like, old, new, ctx)
+        super().commit(self._decode(payload, like, ctx), like, old, new, ctx)
 
     def _code(self, payload: Payload, ctx: Context) -> Payload:
         values, *rest = payload

@@ -65,15 +65,13 @@ def as_number(name: str, value: Any, meaning: str) -> float:
 
 def _instead(text: str) -> str:
     """Return a hint for a number in quotes; empty for other texts."""
+    text = text.strip()
     try:
-        number = float(text.strip().removesuffix("%"))
+        number = float(text.removesuffix("%"))
     except ValueError:
-        return ""
-    if not math.isfinite(number):
-        return ""
-    if text.strip().endswith("%"):
-        return f"write {number / 100:g} for {text.strip()}, without quotes: "
-    return f"write {text.strip()}, without quotes: "
+        number = math.nan
+    better = f"{number / 100:g} for {text}" if text.endswith("%") else text
+    return f"write {better}, without quotes: " if math.isfinite(number) else ""
 
 
 def _kind(value: object) -> str:
@@ -100,19 +98,22 @@ def real(
     return check
 
 
-def whole(low: int, high: int | None = None, *, hint: str = "", says: str = "") -> Check:
+def whole(low: float = -math.inf, high: float = math.inf, *, hint: str = "", says: str = "") -> Check:
     """Make a check for a whole number from ``low`` to ``high``; ``says`` replaces the description in the error."""
-    bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+    bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
     meaning = says or f"it must be a whole number, {bounds}{hint}"
 
     def check(name: str, value: Any) -> int:
         number = as_number(name, value, meaning)
         exact = int(value) if isinstance(value, Integral) else int(number)
-        if exact != value or exact < low or (high is not None and exact > high):
+        if exact != value or not low <= exact <= high:
             raise ThinwireError(f"{name} is {shown(value)}; {meaning}")
         return exact
 
     return check
+
+
+seed: Check = whole(says="it must be a whole number, equal on all ranks, e.g. 0")
 
 
 def share(example: str = "0.01", what: str = "kept/total") -> Check:
@@ -168,15 +169,6 @@ def dtype(names: Sequence[str], also: str = "") -> Check:
 def optional(check: Check) -> Check:
     """Make a check that also accepts None."""
     return lambda name, value: None if value is None else check(name, value)
-
-
-def seed(name: str, value: Any) -> int:
-    """Check a seed, any integer."""
-    meaning = "it must be a whole number, equal on all ranks, e.g. 0"
-    number = as_number(name, value, meaning)
-    if int(value if isinstance(value, Integral) else number) != value:
-        raise ThinwireError(f"{name} is {shown(value)}; {meaning}")
-    return int(value)
 
 
 def seconds(name: str, value: Any) -> float:

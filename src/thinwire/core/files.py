@@ -19,30 +19,19 @@ NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 def write(path: str | Path, fill: Callable[[BinaryIO], object]) -> None:
     """Replace a file by a new one, atomically.
 
-    The content goes into a new file with a random name in the same folder, is synced to disk, and then replaces the old
-    file, whose permissions it gets. On any error the new file and new folders are removed and the old file stays.
+    ``fill`` writes into a new file with a random name in the same folder, which is synced to disk and then replaces the
+    old file, whose permissions it gets. On any error the new file and new folders are removed and the old file stays.
     A link at ``path`` is replaced, not followed. The folder may be a link, since the caller chose it; it is opened
     once.
-
-    Args:
-        path: the file; its folder is created if missing.
-        fill: writes the content.
-
-    Raises:
-        ThinwireError: the file can't be written.
     """
-    path = _path(path)
-    made = _beginning(path) + secrets.token_hex(8)
-    with _failing_as(path), _folder(path) as folder:
-        _check_place(path, folder)
-        mode = _mode(path, folder)
+    with _folder(path) as (folder, made, mode):
         file = os.open(made, NEW, 0o666 if mode is None else mode, dir_fd=folder)
         try:
             with _Out(file) as out:
                 if mode is not None and mode != stat.S_IMODE(os.fstat(file).st_mode):  # the umask removed some bits
                     os.fchmod(file, mode)
                 out.fill(fill)
-            os.replace(made, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+            os.replace(made, Path(path).name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(made, dir_fd=folder)
@@ -52,11 +41,7 @@ def write(path: str | Path, fill: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace a file by one with this text in UTF-8; see ``write``.
-
-    Raises:
-        ThinwireError: as ``write``, or the text can't be encoded as UTF-8.
-    """
+    """Replace a file by one with this text in UTF-8; see ``write``."""
     try:
         data = text.encode()
     except UnicodeEncodeError as error:
@@ -79,16 +64,8 @@ def _beginning(path: Path) -> str:
 
 
 def check_writable(path: str | Path) -> None:
-    """Check that ``write`` would succeed, before the content is computed.
-
-    Raises:
-        ThinwireError: the file can't be written.
-    """
-    path = _path(path)
-    with _failing_as(path), _folder(path) as folder:
-        _check_place(path, folder)
-        _mode(path, folder)  # fails for a name that is too long, as ``write`` would
-        made = _beginning(path) + secrets.token_hex(8)
+    """Check that ``write`` would succeed, before the content is computed."""
+    with _folder(path) as (folder, made, _):
         os.close(os.open(made, NEW, 0o666, dir_fd=folder))
         os.unlink(made, dir_fd=folder)
 
@@ -129,8 +106,18 @@ class _Out:
 
 
 @contextlib.contextmanager
-def _folder(path: Path) -> Generator[int]:
-    """Open the folder of ``path``, created if missing; on an error, created folders are removed."""
+def _folder(path: str | Path) -> Generator[tuple[int, str, int | None]]:
+    """Open the folder of ``path``, created if missing; on an error, created folders are removed.
+
+    Yields the folder, a new name in it, and the permissions of the file to replace.
+    """
+    try:
+        named = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        raise ThinwireError(f"can't write {os.fspath(path)!r}: no file can have this name; choose another one")
+    path = Path(path)
     made: list[Path] = []
     try:
         missing = takewhile(lambda each: not os.path.exists(each), (path.parent, *path.parent.parents))
@@ -143,58 +130,33 @@ def _folder(path: Path) -> Generator[int]:
                     raise
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            yield folder
+            yield folder, _beginning(path) + secrets.token_hex(8), _mode(path, folder)
         finally:
             os.close(folder)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # another process has put something there
             for each in reversed(made):
                 each.rmdir()
-        raise
-
-
-def _path(path: str | Path) -> Path:
-    try:
-        named = b"\0" not in os.fsencode(path)
-    except UnicodeEncodeError:
-        named = False
-    if not named:
-        raise ThinwireError(f"can't write {os.fspath(path)!r}: no file can have this name; choose another one")
-    return Path(path)
-
-
-def _mode(path: Path, folder: int) -> int | None:
-    """Return the permissions of the file to replace, None if there is none."""
-    try:
-        mode = os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode
-    except FileNotFoundError:
-        return None
-    return mode & 0o777 if stat.S_ISREG(mode) else None
-
-
-def _check_place(path: Path, folder: int) -> None:
-    """Refuse to replace a device or a pipe, directly or through a link, or a folder."""
-    if path.name in ("", ".."):
-        raise ThinwireError(f"can't write {path}: it is a folder; give the name of a file in it")
-    for follow in (False, True):
-        try:
-            mode = os.stat(path.name, dir_fd=folder, follow_symlinks=follow).st_mode
-        except OSError:  # nothing there, or a broken link
-            continue
-        if stat.S_ISDIR(mode) and not follow:
-            raise ThinwireError(f"can't write {path}: it is a folder; give the name of a file in it")
-        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
-            raise ThinwireError(
-                f"can't write {path}: it is a device or a pipe, which is not replaced; give the name of a file"
-            )
-
-
-@contextlib.contextmanager
-def _failing_as(path: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
+        if not isinstance(error, OSError):
+            raise
         raise ThinwireError(
             f"can't write {path}: {error.strerror or error}; what stood there before is as it was, and nothing is "
             "left behind. Make room or choose another place, and write it again"
         ) from error
+
+
+def _mode(path: Path, folder: int) -> int | None:
+    """Return the permissions of the file to replace, None if there is none; refuse a folder, a device or a pipe."""
+    try:
+        mode = target = os.stat(path.name or ".", dir_fd=folder, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(mode):
+        raise ThinwireError(f"can't write {path}: it is a folder; give the name of a file in it")
+    with contextlib.suppress(OSError):  # a broken link
+        target = os.stat(path.name, dir_fd=folder).st_mode
+    if not (stat.S_ISREG(target) or stat.S_ISLNK(target) or stat.S_ISDIR(target)):
+        raise ThinwireError(
+            f"can't write {path}: it is a device or a pipe, which is not replaced; give the name of a file"
+        )
+    return mode & 0o777 if stat.S_ISREG(mode) else None

@@ -56,8 +56,11 @@ class Traits:
     """True if it sends only the sign of each element."""
     warm_started: bool = False
     """True if its state follows the mean of all payloads, which needs a sum: see ``WarmStarted``."""
+    selects: bool = False
+    """True if its payload is the values of selected elements, which ranks may sum where they send the same elements,
+    and then the indices; so a leader can select for all: see ``LeaderSelected``."""
     leader_selected: bool = False
-    """True if all ranks send the elements that one of them has selected: see ``LeaderSelected``."""
+    """True if all ranks send the elements that one of them has selected, whatever the method's route."""
     contraction: Callable[[int], float | None] = unknown
     """``alpha`` in (0, 1] with ``E||x - C(x)||^2 <= (1 - alpha) ||x||^2`` for n elements.
 

@@ -1,20 +1,74 @@
-"""Capabilities of memories: what a memory may offer beside ``compensate``, ``sent`` and ``receive``.
+"""Capabilities of memories: what a memory may offer besides ``compensate``, ``sent`` and ``receive``.
 
 A memory that offers one derives from its class. Everybody else calls the functions below, which know what to do for a
 memory without the capability.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Set
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar, cast
 
 from torch import Tensor
 
-from thinwire.core.absorbed import Absorbed
-from thinwire.core.interfaces import Compressor, Memory, State, feeds_back
+from thinwire.core.interfaces import Memory, State
 from thinwire.core.loops import Accumulation
 
 M = TypeVar("M", bound=Memory)
+
+
+@dataclass(frozen=True)
+class Absorbed:
+    """SGD settings of one parameter that a memory applies instead of the optimizer."""
+
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    @property
+    def kind(self) -> tuple[bool, bool, bool]:
+        """The settings that are on; a memory's state tensors depend on that, not on the values."""
+        return bool(self.momentum), self.nesterov, bool(self.weight_decay)
+
+
+@dataclass(frozen=True)
+class MemoryTraits:
+    """Facts of a memory under its present settings, all with a safe default."""
+
+    accumulation: Accumulation | None = None
+    """The arithmetic of ``compensate``, if a kernel can do it together with the selection."""
+    fused_slots: tuple[str, str] = ("residual", "momentum")
+    """The slots that the kernel reads and writes: the pending one, and that of the momentum."""
+    passes_on: bool = False
+    """True if ``receive`` returns the mean as it is, so that one of few elements may stay a sparse tensor."""
+    gives: str = "gradient"
+    """The name of what the optimizer gets as ``grad``; the optimizer must take that."""
+    uncompressed: Memory | None = None
+    """The memory for parameters that are sent dense; None for one that forgets."""
+    begins_as: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Local slots that begin as a copy of another one, where an earlier memory left that one alone."""
+    rests: Set[str] = frozenset()
+    """The slots that no step changes."""
+    takes_votes: bool = False
+    """True if training converges with compressors that send only signs, although it forgets what they lose."""
+    residual_gain: float = 1.0
+    """The share of a gradient's whole effect that one unit of the residual has, momentum included.
+
+    A residual that another memory takes over is scaled by it: a velocity already has the momentum in it.
+    """
+
+
+PLAIN = MemoryTraits()
+
+
+class HasTraits(ABC):
+    """A memory with facts that differ from the defaults."""
+
+    @cached_property
+    @abstractmethod
+    def traits(self) -> MemoryTraits:
+        """The facts; computed once, since the exchange reads them at every step."""
 
 
 class FollowsOptimizer(ABC):
@@ -33,11 +87,6 @@ class OwnsMomentum(FollowsOptimizer):
     def absorbed(self) -> Absorbed:
         """The settings of the SGD optimizer that it stands in for."""
 
-    @property
-    @abstractmethod
-    def rests(self) -> Set[str]:
-        """The slots that no step changes under the present settings."""
-
     @abstractmethod
     def take_buffer(self, buffer: Tensor, local: State, shared: State) -> None:
         """Continue from an SGD momentum buffer."""
@@ -50,73 +99,8 @@ class OwnsMomentum(FollowsOptimizer):
         """Go on from states of the same memory with other settings; what ``shared`` loses goes into ``local``."""
 
 
-class Fusable(ABC):
-    """A memory whose ``compensate`` is an accumulation that a kernel can do together with the selection."""
-
-    @property
-    @abstractmethod
-    def accumulation(self) -> Accumulation | None:
-        """The arithmetic of the kernel; None if the present settings need more."""
-
-    @property
-    def fused_slots(self) -> tuple[str, str]:
-        """The names of the slots that the kernel reads and writes: the pending one, and that of the momentum."""
-        return "residual", "momentum"
-
-
-class PassesOn:
-    """A memory whose ``receive`` returns the mean as it is, so that one of few elements may stay a sparse tensor."""
-
-    @property
-    def passes_on(self) -> bool:
-        """False if the present settings change the mean."""
-        return True
-
-
-class GivesMomentum(ABC):
-    """A memory that hands the optimizer something else than a gradient; the optimizer must take that."""
-
-    @property
-    @abstractmethod
-    def gives(self) -> str:
-        """The name of what the optimizer gets as ``grad``."""
-
-
-class HasDenseForm(ABC):
-    """A memory that stands beside another one for parameters that are sent dense."""
-
-    @property
-    @abstractmethod
-    def uncompressed(self) -> Memory:
-        """The memory for parameters that are sent dense."""
-
-
-class AcceptsBias(ABC):
-    """A memory under which training converges with some biased compressors although it forgets what they lose."""
-
-    @abstractmethod
-    def makes_up_for(self, compressor: Compressor) -> bool:
-        """True if it does with this one."""
-
-
-class ScaledResidual(ABC):
-    """A memory whose residual is not in units of gradients."""
-
-    @property
-    @abstractmethod
-    def residual_gain(self) -> float:
-        """The share of a gradient's whole effect that one unit of the residual has, momentum included.
-
-        A residual that changes hands is scaled by it: a velocity already has the momentum in it.
-        """
-
-
-class Infers(ABC):
-    """A memory that can make a slot of its own from the slots of another memory."""
-
-    @abstractmethod
-    def inferred(self, known: State) -> State:
-        """Return further slots of a local state that follow from ``known``, which another memory left."""
+def traits_of(memory: Memory) -> MemoryTraits:
+    return memory.traits if isinstance(memory, HasTraits) else PLAIN
 
 
 def absorb(memory: M, settings: Absorbed) -> M:
@@ -140,41 +124,7 @@ def give_buffer(memory: Memory, local: State, shared: State) -> tuple[Tensor | N
     return memory.give_buffer(local, shared) if isinstance(memory, OwnsMomentum) else (None, None)
 
 
-def rests(memory: Memory) -> Set[str]:
-    """The slots that no step changes under the present settings."""
-    return memory.rests if isinstance(memory, OwnsMomentum) else frozenset()
-
-
-def accumulation(memory: Memory) -> Accumulation | None:
-    """The arithmetic that a kernel can do in place of ``compensate``; None if it can't."""
-    return memory.accumulation if isinstance(memory, Fusable) else None
-
-
-def passes_on(memory: Memory) -> bool:
-    """True if ``receive`` returns the mean as it is."""
-    return isinstance(memory, PassesOn) and memory.passes_on
-
-
-def gives(memory: Memory) -> str:
-    """The name of what the optimizer gets as ``grad``."""
-    return memory.gives if isinstance(memory, GivesMomentum) else "gradient"
-
-
-def uncompressed(memory: Memory) -> Memory | None:
-    """The memory for parameters that are sent dense; None for one that forgets."""
-    return memory.uncompressed if isinstance(memory, HasDenseForm) else None
-
-
-def makes_up_for(memory: Memory, compressor: Compressor) -> bool:
-    """True if training converges under this memory although the compressor is biased."""
-    return memory.makes_up_for(compressor) if isinstance(memory, AcceptsBias) else feeds_back(memory)
-
-
-def residual_gain(memory: Memory) -> float:
-    """The share of a gradient's whole effect that one unit of the residual has; 1 for gradients."""
-    return memory.residual_gain if isinstance(memory, ScaledResidual) else 1.0
-
-
 def inferred(memory: Memory, known: State) -> State:
     """Return further slots of a local state that follow from those that another memory left."""
-    return memory.inferred(known) if isinstance(memory, Infers) else {}
+    pairs = traits_of(memory).begins_as.items()
+    return {key: known[other].clone() for key, other in pairs if key not in known and other in known}

@@ -95,18 +95,11 @@ def _place(kind: type) -> tuple[str, str]:
     return module, kind.__qualname__
 
 
-def name_of(kind: type[Compressor | Memory]) -> str | None:
-    """The name that a class is registered under; None if it is not."""
-    for name, known in (COMPRESSORS | MEMORIES).items():
-        if kind is known:
-            return name
-    return None
-
-
 def to_json(part: Compressor | Memory) -> dict[str, Any]:
     """``{"kind": name, **hyper-parameters}``; of a class that is not thinwire's, also where it is."""
     kind = type(part)
-    if (name := name_of(kind)) is None:
+    name = next((name for name, known in (COMPRESSORS | MEMORIES).items() if known is kind), None)
+    if name is None:
         raise ThinwireError(
             f"{kind.__name__} is not registered, so ranks can't compare it; write @thinwire.register("
             f"{kind.__name__.lower()!r}) above the class"
@@ -124,11 +117,7 @@ def to_json(part: Compressor | Memory) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any], rows: Mapping[str, Any]) -> Any:
-    """The compressor or memory that ``to_json`` wrote; ``rows`` is ``COMPRESSORS`` or ``MEMORIES``.
-
-    Raises:
-        ThinwireError: the name is not registered here, or the class has no such hyper-parameters.
-    """
+    """The compressor or memory that ``to_json`` wrote; ``rows`` is ``COMPRESSORS`` or ``MEMORIES``."""
     own = dict(data)
     kind, place = own.pop("kind", None), own.pop("class", None)  # no field can be called class
     if kind not in rows:

@@ -19,11 +19,7 @@ COMPLEX = (torch.complex64, torch.complex128)
 
 
 def check_parameter(name: str, param: Tensor) -> None:
-    """Check that a trained parameter can be exchanged, by whatever method.
-
-    Raises:
-        ThinwireError: it can't; none of its values has been read.
-    """
+    """Check that a trained parameter can be exchanged, by whatever method, without reading its values."""
     if is_lazy(param):
         raise ThinwireError(
             f"parameter {name!r} has no shape yet (a lazy module): run one forward pass on every rank, then attach"
@@ -61,11 +57,7 @@ def check_parameter(name: str, param: Tensor) -> None:
 
 
 def check_complex(name: str, param: Tensor, method: str, compressor: Compressor, memory: Memory) -> None:
-    """Check that the rule of a complex parameter treats real and imaginary parts separately.
-
-    Raises:
-        ThinwireError: the rule does not.
-    """
+    """Check that the rule of a complex parameter treats real and imaginary parts separately."""
     if param.is_complex() and not (compressor.traits.linear and memory.linear):
         pair = f"{type(compressor).__name__} with {type(memory).__name__}"
         raise ThinwireError(

@@ -4,12 +4,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from thinwire.core.errors import ThinwireError
+from thinwire.core.loops import Kernels
 
 
 def is_dense(x: Tensor) -> bool:
@@ -44,14 +45,6 @@ def norm(tensors: Iterable[Tensor]) -> Tensor:
         own = cast(Tensor, torch.linalg.vector_norm(x, dtype=float_at_least_32(x.dtype)))
         each.append(own.to(each[0].device) if each else own)
     return torch.stack(each).square().sum().sqrt()
-
-
-class Adds(Protocol):
-    """An object with a sparse ``add``, such as the kernels."""
-
-    def add(self, out: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
-        """Compute ``out[indices] += alpha * values`` in order, for ``out`` of one dimension."""
-        ...
 
 
 class Decompressed(ABC):
@@ -106,7 +99,7 @@ class Sparse(Decompressed):
     indices: Tensor  # [k]
     values: Tensor  # [k]
     density: float
-    kernels: Adds | None = None
+    kernels: Kernels | None = None
 
     def write_to(self, out: Tensor, alpha: float = 1.0) -> None:
         out.zero_()
@@ -134,15 +127,11 @@ class Sparse(Decompressed):
 
 def shortened(x: Tensor, dtype: torch.dtype, limit: float) -> Tensor:
     """Convert ``x`` to ``dtype``: finite values saturate at ``limit``, nonfinite ones become NaN."""
-    bound = _at_most(limit, x.dtype)
-    return torch.where(x.isfinite(), x.clamp(-bound, bound), torch.nan).to(dtype)
-
-
-def _at_most(limit: float, dtype: torch.dtype) -> float:
-    """Return ``limit``, lowered if ``dtype`` would round it up: bfloat16 rounds float16's largest, 65504, to 65536."""
-    eps = torch.finfo(dtype).eps
+    eps = torch.finfo(x.dtype).eps
     step = eps * 2.0 ** (math.frexp(limit)[1] - 1)
-    return limit if round(limit / step) * step <= limit else limit * (1.0 - eps)
+    if round(limit / step) * step > limit:  # bfloat16 would round float16's largest, 65504, to 65536
+        limit *= 1.0 - eps
+    return torch.where(x.isfinite(), x.clamp(-limit, limit), torch.nan).to(dtype)
 
 
 def float_at_least_32(dtype: torch.dtype) -> torch.dtype:

@@ -26,7 +26,7 @@ from thinwire.core.errors import ThinwireError
 from thinwire.core.supported import check_parameter, parts
 from thinwire.engines.grad_hooks import GradHooks, Owned
 from thinwire.engines.model_hooks import Hook
-from thinwire.engines.names import clean
+from thinwire.engines.names import check_some, clean, modules_of, sparse_weights
 from thinwire.engines.stepped import inside, wrappers
 from thinwire.exchange.fused import warm_up_kernels
 from thinwire.methods.method import Method
@@ -44,12 +44,7 @@ KEPT_OUT = ("momentum", "weight_decay")
 
 
 class Plain:
-    """A model without a wrapper, before it is attached.
-
-    Args:
-        group: the ranks that train it.
-        nodes, sparse, timeout: see ``thinwire.attach``.
-    """
+    """A model without a wrapper, before it is attached; the ranks of ``group`` train it."""
 
     def __init__(
         self,
@@ -91,8 +86,7 @@ class Plain:
 
     def exchanged(self) -> list[tuple[str, Tensor]]:
         check_nodes(self.channel, self.nodes)
-        modules: list[tuple[str, nn.Module]] = [*self.model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
-        for name, module in modules:
+        for name, module in modules_of(self.model):
             if isinstance(module, (DistributedDataParallel, nn.DataParallel)):
                 kind = type(cast(nn.Module, module)).__name__
                 raise ThinwireError(
@@ -101,26 +95,21 @@ class Plain:
                 )
         every: list[tuple[str, Tensor]] = list(self.model.named_parameters())
         named = [(clean(name), param) for name, param in every if param.requires_grad]
-        if not named:
-            raise ThinwireError("the model has no parameter that requires a gradient; there is nothing to exchange")
+        check_some(named)
         self._check_attached(named)
         for name, param in named:
             check_parameter(name, param)
         self._check_wrapped(named)
         self._check_tensors()
-        for name, module in modules:
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
-                raise ThinwireError(f"{name}.weight has sparse gradients, which need DDP; build it with sparse=False")
+        if weight := next(sparse_weights(self.model), None):
+            raise ThinwireError(f"{weight[0]} has sparse gradients, which need DDP; build it with sparse=False")
         return named
 
     def _check_attached(self, named: Sequence[tuple[str, Tensor]]) -> None:
         others = [found for other in _attached.values() if (found := other()) is not None and found.session is not None]
         for name, param in named:
             if other := next((one for one in others if id(param) in one.by_param), None):
-                method = cast(Session, other.session).method.name
-                raise ThinwireError(
-                    f"{method} is attached to this model ({name!r}); call wire.set_method(), or wire.detach() first"
-                )
+                other.check_free(f" ({name!r})")
             if hasattr(param, "_in_backward_optimizers"):
                 raise ThinwireError(
                     f"parameter {name!r} has an optimizer in backward, which would not wait; leave it out"
@@ -208,8 +197,7 @@ class Plain:
             if room <= 0:
                 number, room = number - 1, BUCKET
             room -= param.nbytes
-            path, _, leaf = name.rpartition(".")
-            owned.append(Owned(clean(name), param, self.model.get_submodule(path), leaf, number))
+            owned.append(Owned(clean(name), param, number))
         return owned
 
 

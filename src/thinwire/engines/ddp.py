@@ -23,8 +23,8 @@ from thinwire.comm.hierarchical import check_nodes, levels
 from thinwire.comm.link import Link
 from thinwire.comm.process_group import ProcessGroup
 from thinwire.core.errors import ThinwireError
-from thinwire.engines.ddp_hook import Dispatcher, ignored
-from thinwire.engines.names import clean
+from thinwire.engines.ddp_hook import Dispatcher
+from thinwire.engines.names import check_some, clean, sparse_weights
 from thinwire.engines.stepped import inside
 from thinwire.engines.unchanged import warn_of_apart
 from thinwire.exchange.units import DENSE
@@ -34,17 +34,13 @@ from thinwire.session.session import Session
 
 
 class Ddp:
-    """A DDP model, before it is attached.
-
-    Args:
-        nodes, timeout: see ``thinwire.attach``.
-    """
+    """A DDP model, before it is attached."""
 
     def __init__(self, ddp: DistributedDataParallel, nodes: int | DeviceMesh | None, timeout: float = TIMEOUT) -> None:
         self.ddp, self.nodes = ddp, nodes
         self.channel = ProcessGroup(cast(dist.ProcessGroup, ddp.process_group), timeout)
         # the session holds this function, so it must not hold the DDP model
-        self.fits = partial(_check_sparse, cast(nn.Module, ddp.module))  # pyright: ignore[reportUnknownMemberType]
+        self.fits = partial(_check_sparse, inside(ddp))
 
     def exchanged(self) -> list[tuple[str, Tensor]]:
         check_nodes(self.channel, self.nodes)
@@ -57,9 +53,8 @@ class Ddp:
     begins_alike = False
 
     def compared(self, every: int) -> Replicas:
-        module = cast(nn.Module, self.ddp.module)  # pyright: ignore[reportUnknownMemberType]
         ignored: set[str] = cast(Any, self.ddp).parameters_to_ignore  # DDP does not keep those equal
-        named = [(clean(name), param) for name, param in module.named_parameters() if name not in ignored]
+        named = [(clean(name), param) for name, param in inside(self.ddp).named_parameters() if name not in ignored]
         return Replicas(named, self.channel, every=every)
 
     def collective(self, link: Link | None, together: Together) -> Collective:
@@ -74,29 +69,23 @@ class Ddp:
             dispatcher = _dispatchers[self.ddp] = Dispatcher(self.channel.group)
             self.ddp.register_comm_hook(None, dispatcher.hook)
         dispatcher.install(session, self.ddp)
-        if apart := ignored(self.ddp):
-            warn_of_apart([name for name, _ in apart], "DDP's parameters_to_ignore names it")
+        if dispatcher.apart:
+            warn_of_apart(dispatcher.apart, "DDP's parameters_to_ignore names it")
 
 
 _dispatchers: WeakKeyDictionary[DistributedDataParallel, Dispatcher] = WeakKeyDictionary()
 
 
 def _exchanged(ddp: DistributedDataParallel) -> list[tuple[str, Tensor]]:
-    """Return the parameters whose gradients this DDP model exchanges.
-
-    Raises:
-        ThinwireError: thinwire can't be attached to this model.
-    """
+    """Return the parameters whose gradients this DDP model exchanges, or raise an error if it can't be attached to."""
     everything: list[tuple[str, Tensor]] = list(inside(ddp).named_parameters())
     named = [
         (name, param) for name, param in everything if param.requires_grad and name not in ddp.parameters_to_ignore
     ]
-    if not named:
-        raise ThinwireError("the model has no parameter that requires a gradient; there is nothing to exchange")
+    check_some(named)
     dispatcher = _dispatchers.get(ddp)
-    if dispatcher is not None and dispatcher.session is not None:
-        name = dispatcher.session.method.name
-        raise ThinwireError(f"{name} is attached to this model; call wire.set_method(), or wire.detach() first")
+    if dispatcher is not None:
+        dispatcher.check_free()
     in_backward = any(hasattr(param, "_in_backward_optimizers") for _, param in named)
     if in_backward or (dispatcher is None and _taken(ddp)):
         raise ThinwireError(
@@ -109,19 +98,13 @@ def _exchanged(ddp: DistributedDataParallel) -> list[tuple[str, Tensor]]:
 
 def _taken(ddp: DistributedDataParallel) -> bool:
     """Return True if the reducer has a hook; that of a copied DDP model has none, even if the model lists hooks."""
-    told = _told(ddp)
-    return bool(told.get("comm_hook") if told else getattr(ddp, "_comm_hooks", None))
+    data = _logged(ddp)
+    return bool(data.get("comm_hook") if data else getattr(ddp, "_comm_hooks", None))
 
 
-def _averaged(ddp: DistributedDataParallel) -> int | None:
-    """Return the number of parameters in the reducer."""
-    return _told(ddp).get("num_parameter_tensors")
-
-
-def _told(ddp: DistributedDataParallel) -> Mapping[str, Any]:
+def _logged(ddp: DistributedDataParallel) -> Mapping[str, Any]:
     """Return the logging data of the reducer, which has no public API."""
-    look: Any = getattr(ddp, "_get_ddp_logging_data", dict)
-    return look()
+    return cast(Any, getattr(ddp, "_get_ddp_logging_data", dict))()
 
 
 def _check_tracked(ddp: DistributedDataParallel, named: Sequence[tuple[str, Tensor]]) -> None:
@@ -138,7 +121,7 @@ def _check_tracked(ddp: DistributedDataParallel, named: Sequence[tuple[str, Tens
             f"parameter {name!r} {what} after the model was wrapped; DDP does not average its gradient: wrap again, "
             "then attach"
         )
-    averaged, trains = _averaged(ddp), sum(param.requires_grad for param in tracked)
+    averaged, trains = _logged(ddp).get("num_parameter_tensors"), sum(param.requires_grad for param in tracked)
     if averaged not in (None, trains):
         raise ThinwireError(
             f"{trains} parameters require a gradient and DDP averages {averaged}: some were frozen or unfrozen after "
@@ -147,13 +130,10 @@ def _check_tracked(ddp: DistributedDataParallel, named: Sequence[tuple[str, Tens
 
 
 def _check_sparse(model: nn.Module, method: Method) -> None:
-    modules: list[tuple[str, nn.Module]] = [*model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
-    for name, module in modules:
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
-            weight = clean(f"{name}.weight")
-            rule = method.rule(weight, module.weight.shape, module.weight.numel())
-            if rule.memory.stateful or rule.compressor != DENSE or method.clip is not None:
-                raise ThinwireError(
-                    f"{weight} has sparse gradients, which {method.name} can't compress, remember or clip; build "
-                    f"it with sparse=False, or use thinwire.topk(..., keep_dense=[{weight!r}])"
-                )
+    for name, weight in sparse_weights(model):
+        rule = method.rule(name, weight.shape, weight.numel())
+        if rule.memory.stateful or rule.compressor != DENSE or method.clip is not None:
+            raise ThinwireError(
+                f"{name} has sparse gradients, which {method.name} can't compress, remember or clip; build "
+                f"it with sparse=False, or use thinwire.topk(..., keep_dense=[{name!r}])"
+            )

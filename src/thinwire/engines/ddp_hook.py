@@ -8,7 +8,6 @@ has no ``from __future__ import annotations``.
 """
 
 import contextlib
-import warnings
 from typing import Any, cast
 
 import torch
@@ -24,11 +23,10 @@ from thinwire.core.errors import ThinwireError
 from thinwire.core.sharding import own
 from thinwire.engines.ddp_join import Entry, Joined
 from thinwire.engines.ddp_layout import Bucketed
-from thinwire.engines.model_hooks import Hook
-from thinwire.engines.names import clean
-from thinwire.engines.scheduler import ACCUMULATED, Scheduler
-from thinwire.engines.stepped import Steps, inside
-from thinwire.engines.unchanged import Parameters
+from thinwire.engines.hooks import ModelHooks
+from thinwire.engines.inflight import Gradients
+from thinwire.engines.scheduler import Scheduler
+from thinwire.engines.stepped import inside
 from thinwire.exchange.buckets import Bucket
 from thinwire.exchange.status import StepStatus
 from thinwire.session.session import Session
@@ -39,25 +37,22 @@ WAY_OUT = (
 )
 
 
-class Dispatcher:
+class Dispatcher(ModelHooks):
     """The only hook of a DDP model; without a session it averages buckets as DDP does without a hook."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
+        super().__init__(Scheduler(), "ddp.no_sync()", WAY_OUT)
         self.group = group
-        self.session: Session | None = None
-        self.params: list[Tensor] = []
-        self.scheduler = Scheduler()
         self.bucketed = Bucketed(False)
         self.planned: list[Bucket] | None = None  # the buckets of the current exchange
         self.absent: list[str] = []  # parameters in no bucket of the last exchange
-        self.late: list[Tensor] = []  # parameters whose gradients were added to after their exchange
+        self.added: list[Tensor] = []  # parameters whose gradients were added to after their exchange
         self.watches = contextlib.ExitStack()  # the hooks that find them
         self.sparse: list[Future] = []  # all-reduces of sparse gradients, as DDP does them
         self.used: set[int] | None = None  # parameters that this backward reached, if DDP allows unused ones
-        self.exchanged_since_step = False
         self.missing = 0  # parameters that no bucket of the current pass has held yet
         self.first: Tensor | None = None  # the first parameter of its first bucket
-        self.warned = self.watching = False
+        self.watching = False
         self.joined: Joined | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -66,36 +61,21 @@ class Dispatcher:
 
     def install(self, session: Session, ddp: DistributedDataParallel) -> None:
         """Exchange this model's gradients through the session from now on."""
-        exchanged, apart = {unit.name: unit.param for unit in session.units}, ignored(ddp)
-        self.params = list(exchanged.values())
-        self.parameters = Parameters(
-            inside(ddp), exchanged, [name for name, _ in apart], "wrapping", "wrap the model and attach again"
-        )
-        mine = {id(param) for param in self.params}
-        others = [param for param in inside(ddp).parameters() if id(param) not in mine]
-        self.steps = Steps(exchanged, others, WAY_OUT, self.unfinished, lambda: self.late)
-        self.steps.install(session)
         self.bucketed, self.planned, self.absent = Bucketed(ddp.gradient_as_bucket_view), None, []
-        session.cleanup.callback(self.uninstall)
-        session.cleanup.callback(ddp.register_forward_pre_hook(Hook(self.before_forward)).remove)
-        if session.optimizer is not None:
-            session.cleanup.callback(session.optimizer.register_step_post_hook(self.after_optimizer).remove)
+        self.joined = Joined(ddp)
+        self.follow(session, ddp, inside(ddp), "wrapping", "wrap the model and attach again")
         if ddp.find_unused_parameters or ddp.static_graph:
             self.used = set()
-            for param in self.params:
-                handle = cast(Any, param).register_post_accumulate_grad_hook(self.reached)
-                session.cleanup.callback(handle.remove)
-        self.exchanged_since_step = False
-        self.session, self.joined = session, Joined(ddp)
-        session.cleanup.callback(Entry.install(ddp, self.joined, session))
+            self.hook_gradients(self.reached, session.cleanup)
+        Entry(ddp, self.joined, session)
 
     def uninstall(self) -> None:
-        self.session = self.used = self.joined = None
+        super().uninstall()
+        self.used = self.joined = None
         self.params.clear()
         self._watch_no_more()
 
-    def before_forward(self, ddp: DistributedDataParallel, *_: object) -> None:
-        """Check the session and the model here, because DDP does not survive an error in its hook."""
+    def before_forward(self, called: DistributedDataParallel, *_: object) -> None:
         if self.session is None:
             return
         self.session.check()
@@ -106,16 +86,12 @@ class Dispatcher:
         if self.parameters.check(self.session):
             self.bucketed.changed()
         self.bucketed.check()
-        self._check_waits(ddp)
-        if self.exchanged_since_step and all(param.grad is None for param in self.params):
-            self.exchanged_since_step = False  # the step was left out and its gradients cleared
-        if not self.exchanged_since_step:
-            return
-        if not ddp.require_backward_grad_sync:  # allowed if no optimizer steps on the sum, as in a GAN
+        self._check_waits(called)
+        self.notice_cleared()
+        if called.require_backward_grad_sync:
+            self.warn_of_old(self.session)
+        elif self.exchanged_since_step:  # allowed if no optimizer steps on the sum, as in a GAN
             self._watch()
-        elif not self.warned and not self.session.transaction.failed:
-            self.warned = True
-            warnings.warn(ACCUMULATED.format("ddp.no_sync()"), stacklevel=3)
 
     def _check_waits(self, ddp: DistributedDataParallel) -> None:
         """Raise an error if a parameter is frozen or gone, because DDP would wait for its gradient forever."""
@@ -130,15 +106,17 @@ class Dispatcher:
 
     def _watch(self) -> None:
         """Record gradients that change after their exchange, until the next exchange or the optimizer's step."""
-        if not self.late and not self.watching:
+        if not self.watching:
             self.watching = True
-            for param in self.params:
-                self.watches.callback(cast(Any, param).register_post_accumulate_grad_hook(self.late.append).remove)
+            self.hook_gradients(self.added.append, self.watches)
 
     def _watch_no_more(self) -> None:
         self.watching = False
         self.watches.close()
-        self.late.clear()
+        self.added.clear()
+
+    def late(self) -> list[Tensor]:
+        return self.added
 
     def unfinished(self) -> list[str]:
         """Return the parameters that DDP waits for, those without a gradient first."""
@@ -149,9 +127,8 @@ class Dispatcher:
         return [unit.name for unit in sorted(missing, key=lambda unit: unit.param.grad is not None)]
 
     def after_optimizer(self, *_: object) -> None:
-        self.exchanged_since_step = False
-        if self.watching:
-            self._watch_no_more()
+        super().after_optimizer()
+        self._watch_no_more()
 
     def reached(self, param: Tensor) -> None:
         """Note that the backward pass has added to the gradient of this parameter."""
@@ -173,7 +150,11 @@ class Dispatcher:
         if self._begins(bucket, params):
             if shadowed is not None:
                 shadowed.check(session)
-            self._begin(session)
+            self.bucketed.begin()
+            self.planned = []
+            self.added.clear()
+            self.sparse.clear()
+            self.begin_step(session)
         planned = session.bucket(params)
         if self.planned is not None:
             self.planned.append(planned)
@@ -198,15 +179,6 @@ class Dispatcher:
         self.missing, self.first = len(self.params), params[0]
         return True
 
-    def _begin(self, session: Session) -> None:
-        self.scheduler.begin()
-        self.bucketed.begin()
-        self.planned = []
-        self.late.clear()
-        self.sparse.clear()
-        self.exchanged_since_step = session.optimizer is not None
-        session.begin_step()
-
     def _end(self, session: Session) -> None:
         self.scheduler.end(session)
         for done in self.sparse:
@@ -218,10 +190,9 @@ class Dispatcher:
         if sum(len(bucket.units) for bucket in self.planned or ()) < len(session.units):
             self.absent = self.unfinished()
         self.planned = None
-        self.steps.ended()
         if self.joined is not None and session.replicas is not None:
             session.replicas.aside = self.joined.shadows
-        session.end_step()
+        self.end_step(session)
         if self.joined is not None:
             self.joined.tell(session)
 
@@ -234,7 +205,7 @@ class Dispatcher:
         used = [self.used is None or id(unit.param) in self.used for unit in planned.units]
         if self.used is not None:
             used = session.collective.any_within_node(used, buffer, session.timeout)
-        return self.scheduler.send(session, planned, grads, buffer, used, back)
+        return self.scheduler.send(session, Gradients(planned, grads, buffer, used, back))
 
     def _pass_sparse(self, planned: Bucket, buffer: Tensor) -> torch.futures.Future[torch.Tensor]:
         name, session = planned.units[0].name, cast(Session, self.session)
@@ -273,12 +244,6 @@ def _gradients(planned: Bucket, bucket: GradBucket) -> list[Tensor]:
     mine = [unit.own for unit in planned.units]
     runs = cast("tuple[Tensor, ...]", cast(Any, own(bucket.buffer()).view(-1)).split([x.numel() for x in mine]))
     return [run.view(x.shape) for run, x in zip(runs, mine, strict=True)]
-
-
-def ignored(ddp: DistributedDataParallel) -> list[tuple[str, Tensor]]:
-    """Return the parameters that require a gradient and that DDP does not average."""
-    named: list[tuple[str, Tensor]] = list(inside(ddp).named_parameters())
-    return [(clean(name), param) for name, param in named if param.requires_grad and name in ddp.parameters_to_ignore]
 
 
 def _first(future: Future) -> Tensor:

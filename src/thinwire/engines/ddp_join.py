@@ -11,7 +11,7 @@ what the other ranks' loop does in addition, such as a scheduler or ``clip_grad_
 are not compared, until DDP replaces them; its optimizer state stays different.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 from weakref import ref
 
@@ -46,20 +46,12 @@ class Joined:
         return self.active and not in_backward()
 
     def check(self, session: Session) -> None:
-        """Check the options of an active ``join()`` before a step.
-
-        Raises:
-            ThinwireError: as ``allow``.
-        """
+        """Check the options of an active ``join()`` before a step, as ``allow`` does."""
         if self.active:
             self.allow(session, getattr(self._ddp(), "_divide_by_initial_world_size", True))
 
     def allow(self, session: Session, divide_by_initial_world_size: bool) -> None:
-        """Check that the session supports this ``join()``.
-
-        Raises:
-            ThinwireError: there is an enabled scaler, or gradients are divided by the ranks that still have data.
-        """
+        """Raise an error if the session does not support this ``join()``."""
         if not divide_by_initial_world_size:
             raise ThinwireError(
                 "ddp.join(divide_by_initial_world_size=False) divides by the ranks that still have data; thinwire "
@@ -113,16 +105,10 @@ class Entry:
 
     def __init__(self, ddp: DistributedDataParallel, joined: Joined, session: Session) -> None:
         self._ddp, self._joined, self._session = ref(ddp), joined, ref(session)
+        vars(ddp)["join"] = self
+        session.cleanup.callback(self._remove)
 
-    @classmethod
-    def install(cls, ddp: DistributedDataParallel, joined: Joined, session: Session) -> Callable[[], object]:
-        """Replace ``ddp.join``; returns a function that restores it."""
-        mine = cls(ddp, joined, session)
-        vars(ddp)["join"] = mine
-        return mine.remove
-
-    def remove(self) -> None:
-        """Restore DDP's own ``join``."""
+    def _remove(self) -> None:
         if (ddp := self._ddp()) is not None:
             vars(ddp).pop("join", None)
 

@@ -24,11 +24,7 @@ Strides: TypeAlias = tuple[int, ...]
 
 
 class Bucketed:
-    """The strides of the gradients in the buckets of one DDP model, as far as they are known.
-
-    Args:
-        views: True if gradients are views of the buckets.
-    """
+    """The known strides of gradients in the buckets of one DDP model; ``views``: gradients are views of the buckets."""
 
     def __init__(self, views: bool) -> None:
         self.views = views

@@ -5,55 +5,42 @@ in a backward pass, at the end of it. On CPUs, buckets with small messages wait 
 reducer; all other engines use this file.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
-from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
 
-from thinwire.comm.link import Link
 from thinwire.core.ambient import undisturbed
 from thinwire.core.errors import ThinwireError
 from thinwire.core.sharding import own, wrapped
 from thinwire.core.tensors import flat
-from thinwire.engines.model_hooks import Hook
-from thinwire.engines.names import clean
+from thinwire.engines.hooks import ModelHooks
+from thinwire.engines.inflight import Gradients
+from thinwire.engines.model_hooks import weak
 from thinwire.engines.passes import Passes
-from thinwire.engines.scheduler import ACCUMULATED, Scheduler
-from thinwire.engines.stepped import Steps
-from thinwire.engines.unchanged import Parameters
-from thinwire.exchange.buckets import Routing
+from thinwire.engines.scheduler import Scheduler
+from thinwire.exchange.buckets import USUAL, Routing, start_bytes, travel_together
 from thinwire.exchange.status import used
 from thinwire.exchange.units import bytes_alone
 from thinwire.session.backward import in_backward
 from thinwire.session.session import Session
 
-START_COST = 3e-3
-"""Seconds of CPU time to start an exchange during a backward pass, when the compression code is not in the cache. Fewer
-bytes than the link carries in this time wait for the next bucket."""
-USUAL = Link(1e9)
-"""The link that is assumed if the speed is not known: 1 Gb/s."""
-
 
 @dataclass(frozen=True, eq=False)
 class Owned:
-    """A parameter, its module and attribute name in the model, and the number of its bucket."""
+    """A parameter, and the number of its bucket."""
 
     name: str
     param: Tensor
-    owner: nn.Module
-    leaf: str
     bucket: int
 
 
-class GradHooks:
+class GradHooks(ModelHooks):
     """The gradient hooks of one model, whose gradients are exchanged where autograd has left them.
 
     Args:
-        accumulating: the way to accumulate gradients without an exchange, for messages.
         exchanges: True if there are other ranks to exchange with.
         sparse: True if the optimizer gets sparse gradients for parameters of which few elements arrive.
     """
@@ -61,15 +48,14 @@ class GradHooks:
     def __init__(
         self, model: nn.Module, owned: Sequence[Owned], accumulating: str, exchanges: bool = True, sparse: bool = False
     ) -> None:
-        self.model, self.owned = model, owned
-        self.accumulating, self.exchanges, self.sparse = accumulating, exchanges, sparse
-        self.session: Session | None = None
+        way_out = f"Accumulate under {accumulating} in all micro-batches of a step but the last"
+        super().__init__(Scheduler(sparse, eager=False), accumulating, way_out)
+        self.model, self.owned, self.exchanges, self.sparse = model, owned, exchanges, sparse
         self.by_param = {id(one.param): one for one in owned}
         numbers = sorted({one.bucket for one in owned}, reverse=True)
         self.parts = [[one for one in owned if one.bucket == number] for number in numbers]
         self.buckets = self.parts  # ``parts``, joined where several are sent together
         self.routing: Routing | None = None  # for which ``buckets`` was decided
-        self.scheduler = Scheduler(sparse, eager=False)
         self.arrived: set[int] = set()
         self.before: set[int] = set()  # parameters that got gradients in passes without an exchange
         self.passes = Passes(self.end)
@@ -78,45 +64,17 @@ class GradHooks:
         self.repeated = False
         self.left: list[tuple[list[Owned], list[Tensor], list[bool]]] = []
         """The sent buckets: parameters, gradients, and True for each gradient that this rank lacks (zeros)."""
-        self.exchanged_since_step = False
-        self.warned = False
         self.checked = False  # True if the model was checked since the last backward pass
         self.ended = True  # True if the last exchange has ended
         self.laid: list[tuple[Owned, Tensor]] = []  # copies of gradients that have other strides than the parameter
         self.copied: list[tuple[Owned, Tensor]] = []  # copies of gradients that share memory with other tensors
-        everything: list[tuple[str, Tensor]] = list(model.named_parameters())
-        exchanged = {clean(name): param for name, param in everything if id(param) in self.by_param}
-        others = [(clean(name), param) for name, param in everything if id(param) not in self.by_param]
-        self.apart = [name for name, param in others if param.requires_grad]
-        self.parameters = Parameters(model, exchanged, self.apart)
-        self.steps = Steps(
-            exchanged, [param for _, param in others],
-            f"Accumulate under {accumulating} in all micro-batches of a step but the last",
-            self.unfinished, lambda: [one.param for one in owned if id(one.param) in self.before],
-        )  # fmt: skip
 
     def install(self, session: Session) -> None:
         """Exchange this model's gradients through the session from now on."""
-        arrives = WeakMethod(self.arrives)  # weak, because the garbage collector can't see references in this hook
-
-        def hook(param: Tensor) -> None:
-            if (call := arrives()) is not None:
-                call(param)
-
-        for one in self.owned:
-            handle = cast(Any, one.param).register_post_accumulate_grad_hook(hook)
-            session.cleanup.callback(handle.remove)
-        session.cleanup.callback(self.uninstall)
-        session.cleanup.callback(self.model.register_forward_pre_hook(Hook(self.before_forward)).remove)
-        self.steps.install(session)
-        if session.optimizer is not None:
-            session.cleanup.callback(session.optimizer.register_step_post_hook(self.after_optimizer).remove)
+        self.follow(session, self.model, self.model)
+        self.hook_gradients(weak(self.arrives), session.cleanup)
         if self.exchanges:
             session.expect_unused()
-        self.session = session
-
-    def uninstall(self) -> None:
-        self.session = None
 
     # -- what an engine adds ---------------------------------------------------------------------------------------
 
@@ -125,8 +83,10 @@ class GradHooks:
         self.parameters.check(session)
 
     def unfinished(self) -> list[str]:
-        """Return the names of the parameters that the current exchange waits for."""
         return [] if self.ended else [one.name for one in self.owned if id(one.param) not in self.arrived]
+
+    def late(self) -> list[Tensor]:
+        return [param for param in self.params if id(param) in self.before]
 
     def begin_exchange(self, session: Session) -> None:
         """Begin a new exchange."""
@@ -144,28 +104,15 @@ class GradHooks:
 
     # -- the passes ------------------------------------------------------------------------------------------------
 
-    def before_forward(self, *_: object) -> None:
-        """Check the model and the session before the forward pass, where an error does no harm."""
+    def before_forward(self, called: object, *_: object) -> None:
         if self.session is None or not torch.is_grad_enabled() or in_backward():
             return
         self.check_same(self.session)
         self.checked = True
         self.session.check()
-        if self.exchanged_since_step and all(one.param.grad is None for one in self.owned):
-            self.exchanged_since_step = False  # the step was left out and its gradients cleared
+        self.notice_cleared()
         if not self.paused:  # allowed if no optimizer steps on the sum, as in a GAN
-            self._warn_of_old(self.session, 0)
-
-    def _warn_of_old(self, session: Session, new: int) -> None:
-        """Warn if gradients would be added to exchanged ones; ``new``: number of gradients that are allowed."""
-        if not self.exchanged_since_step or self.warned or session.transaction.failed:
-            return
-        if sum(one.param.grad is not None for one in self.owned) > new:
-            self.warned = True
-            warnings.warn(ACCUMULATED.format(self.accumulating), stacklevel=3)
-
-    def after_optimizer(self, *_: object) -> None:
-        self.exchanged_since_step = False
+            self.warn_of_old(self.session)
 
     def begin(self, session: Session) -> None:
         """Begin an exchange at the first gradient of a backward pass."""
@@ -176,15 +123,11 @@ class GradHooks:
             if not self.checked:  # a backward pass can run without a call of before_forward
                 self.check_same(session)
             self.checked = False
-            self._warn_of_old(session, 1)
+            self.warn_of_old(session, 1)
             under_way.begun, self.repeated, self.ended = True, False, False
-            self.arrived.clear()
-            self.left.clear()
-            self.laid.clear()
-            self.copied.clear()
-            self.scheduler.begin()
-            self.exchanged_since_step = session.optimizer is not None
-            session.begin_step()
+            for earlier in (self.arrived, self.left, self.laid, self.copied):
+                earlier.clear()
+            self.begin_step(session)
             if self.routing is not session.stages.routing:  # each stage has its own routing
                 self._join(session)
             self.begin_exchange(session)
@@ -220,18 +163,19 @@ class GradHooks:
     def _join(self, session: Session) -> None:
         """Decide which buckets are sent together; the same on all ranks."""
         routing, world = session.stages.routing, session.collective.world
-        enough = START_COST * (routing.link or USUAL).bandwidth / 8
+        enough = start_bytes(routing.link)
         # not on CUDA, where starting costs no CPU time, nor on other routes, where joining changes the result's bits
         joins = routing.route == "all_gather" and not any(one.param.is_cuda for one in self.owned)
+        units = [[session.stages.by_param[id(one.param)] for one in part] for part in self.parts]
+        nbytes = [
+            sum(bytes_alone(u.compressor, u.like, world, routing.route, routing.second) for u in p) for p in units
+        ]
         joined: list[list[Owned]] = []
-        sent = enough
-        for part in self.parts:
-            if sent >= enough or not joins:
-                joined.append([])
-                sent = 0.0
-            joined[-1] += part
-            for unit in (session.stages.by_param[id(one.param)] for one in part):
-                sent += bytes_alone(unit.compressor, unit.like, world, routing.route, routing.second)
+        start = 0
+        while start < len(self.parts):
+            end = start + ((travel_together(nbytes[start:], enough) or len(self.parts)) if joins else 1)
+            joined.append([one for part in self.parts[start:end] for one in part])
+            start = end
         self.routing, self.buckets = routing, joined
         if len(joined) < len(self.parts) and world > 1:
             session.ledger.note(
@@ -266,7 +210,7 @@ class GradHooks:
         if self.sparse:  # frees the memory once the result has arrived
             for one in bucket:
                 one.param.grad = None
-        self.scheduler.send(session, planned, grads, grads[0], here)
+        self.scheduler.send(session, Gradients(planned, grads, grads[0], here))
 
     def _unshared(self, one: Owned, grad: Tensor) -> Tensor:
         """Return the gradient, or a copy if its memory is shared, because the exchange overwrites it."""
@@ -278,6 +222,8 @@ class GradHooks:
 
     def _write_back(self) -> None:
         """Copy results to the gradients' own memory at the end of backward; of overlapping ones only to the first."""
+        for one, grad in self.laid:
+            one.param.grad = cast(Any, wrapped(grad, one.param))
         end, each = 0, [(own(cast(Tensor, one.param.grad)), one, copy) for one, copy in self.copied]
         for grad, one, copy in sorted(each, key=lambda found: found[0].data_ptr()):
             if grad.data_ptr() < end:
@@ -311,16 +257,11 @@ class GradHooks:
                     one.param.grad = cast(Any, wrapped(grad, one.param))
             elif self.sparse:
                 one.param.grad = grad
-        for one, grad in self.laid if not self.sparse else ():
-            one.param.grad = cast(Any, wrapped(grad, one.param))
-        self.laid.clear()
         if not self.sparse:
             self._write_back()
-        self.copied.clear()
-        bad = self.closing(session)
-        self.left.clear()
-        self.before.clear()
+        nonfinite = self.closing(session)
+        for done in (self.left, self.laid, self.copied, self.before):
+            done.clear()
         self.overlaps = not self.repeated
         self.ended = True
-        self.steps.ended()
-        session.end_step(bad)
+        self.end_step(session, nonfinite)

@@ -7,14 +7,13 @@ reference, the process group would be destroyed on its own thread.
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from thinwire.comm.collectives import Collective, Future, InFlight, in_future
-from thinwire.core.loops import Kernels
 from thinwire.exchange import pipeline
 from thinwire.exchange.buckets import Bucket
 from thinwire.exchange.pipeline import Outbox
@@ -23,34 +22,42 @@ from thinwire.exchange.workers import Worker
 from thinwire.report.ledger import StepRow, Stopwatch
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of one bucket.
+
+    Args:
+        buffer: the tensor that ``grads`` are views of, or any one of them; it gives the device.
+        used: for each unit, True if this rank used it.
+        back: pairs (target, copy among ``grads``) to write back at the end, for gradients with other strides in DDP's
+            bucket.
+    """
+
+    bucket: Bucket
+    grads: list[Tensor]
+    buffer: Tensor
+    used: Sequence[bool]
+    back: Sequence[tuple[Tensor, Tensor]] = ()
+
+
 @dataclass
 class BucketInFlight:
     """One bucket between ``send`` and ``receive``.
 
     Args:
         outbox: the messages, until their exchange is started.
-        used: for each unit, True if this rank used it.
-        statuses: ``receive`` appends the step statuses here.
+        decode: writes what has arrived to the gradients.
+        statuses: the list to which the step statuses are added.
         eager: receive as soon as the exchange has ended, without a ``wait``; on CUDA that only queues work. On CPUs, a
             second thread would take a core away from the backward pass, with a cold instruction cache.
     """
 
-    bucket: Bucket
+    gradients: Gradients
     outbox: Outbox
-    grads: list[Tensor]
-    buffer: Tensor
-    used: Sequence[bool]
-    seed: int
-    step: int
-    turn: int
-    loss_scale: float
+    decode: Callable[[Sequence[InFlight]], list[StepStatus]]
     row: StepRow
     statuses: list[StepStatus]
-    kernels: Kernels
-    sparse: bool
     eager: bool
-    back: Sequence[tuple[Tensor, Tensor]] = ()
-    """Pairs (target, source among ``grads``) to copy at the end, for gradients with other strides in the bucket."""
     inbox: list[InFlight] = field(default_factory=list[InFlight])
     promise: Future | None = None
     """Future returned to DDP before the last collective started, or if ``wait`` receives the result."""
@@ -62,27 +69,28 @@ class BucketInFlight:
         if self.completed is not None:
             return self.completed
         if self.promise is None:
-            self.promise = in_future(self.buffer)
+            self.promise = in_future(self.gradients.buffer)
         return self.promise
 
     def started(self, inbox: list[InFlight]) -> None:
         """Take the started exchange; an eager exchange of one stage then completes by itself."""
         self.outbox.messages.clear()
         self.inbox, self.since = inbox, time.perf_counter()
-        if self.eager and not self.bucket.relays and not any(arrived.then for arrived in inbox):
+        if self.eager and not self.gradients.bucket.relays and not any(arrived.then for arrived in inbox):
             self._complete()
 
-    def advance(self, worker: Worker, collective: Collective, timeout: float) -> None:
+    def advance(self, worker: Worker, step: int, collective: Collective, timeout: float) -> None:
         """Wait for all stages but the last, and start the stage after each."""
         if self.completed is not None:
             return
+        bucket = self.gradients.bucket
         with self._waiting():
             self.inbox = [arrived.advance(timeout) for arrived in self.inbox]
-            if self.bucket.relays:
+            if bucket.relays:
                 self._await(timeout)
-        if self.bucket.relays:
+        if bucket.relays:
             with Stopwatch(self.row, "send_seconds"):
-                self.inbox = pipeline.relay(self.bucket, self.inbox, worker, self.step, collective)
+                self.inbox = pipeline.relay(bucket, self.inbox, worker, step, collective)
             with self._waiting():
                 self.inbox = [arrived.advance(timeout) for arrived in self.inbox]
         if self.eager:
@@ -108,7 +116,7 @@ class BucketInFlight:
     def _complete(self) -> None:
         futures = [arrived.future for arrived in self.inbox]
         # A future made by collect_all knows no device; on CUDA the first one's callback waits for the others' streams.
-        alone = len(futures) == 1 or self.buffer.is_cuda
+        alone = len(futures) == 1 or self.gradients.buffer.is_cuda
         self.completed = (futures[0] if alone else torch.futures.collect_all(futures)).then(self._finish)
         if (promise := self.promise) is not None:
             self.completed.then(lambda exchanged: resolve(promise, exchanged))
@@ -125,18 +133,16 @@ class BucketInFlight:
                 if tensor is not None and tensor.is_cuda:
                     tensor.record_stream(torch.cuda.current_stream(tensor.device))
         with Stopwatch(self.row, "receive_seconds"):
-            found = pipeline.receive(
-                self.bucket, self.inbox, self.grads, self.seed, self.step, self.loss_scale, self.kernels,
-                self.outbox.cleared, self.sparse, self.turn,
-            )  # fmt: skip
+            found = self.decode(self.inbox)
         self.statuses.extend(found)
-        if not all(self.used) and (idle := unused(found)):  # DDP does not clear a bucket view itself
-            for unit, grad in zip(self.bucket.units, self.grads, strict=True):
+        mine = self.gradients
+        if not all(mine.used) and (idle := unused(found)):  # DDP does not clear a bucket view itself
+            for unit, grad in zip(mine.bucket.units, mine.grads, strict=True):
                 if unit.name in idle:
                     grad.zero_()
-        for grad, copy in self.back:
+        for grad, copy in mine.back:
             grad.copy_(copy)
-        return self.buffer
+        return mine.buffer
 
 
 def resolve(promise: Future, exchanged: Future) -> None:

@@ -1,4 +1,4 @@
-"""Hooks on a model that do nothing in its copies.
+"""Hooks on a model that do nothing in its copies, and hooks that do not keep their object alive.
 
 ``copy.deepcopy`` and ``pickle`` include the hooks of a module. Ours hold objects that can't be copied or pickled, such
 as a process group; and a copy has no session.
@@ -7,6 +7,7 @@ as a process group; and a copy has no session.
 import contextlib
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakMethod
 
 
 class Hook:
@@ -23,3 +24,14 @@ class Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def weak(method: Callable[..., None]) -> Callable[..., None]:
+    """Return a hook with a weak reference, for hooks that outlive a session or that the garbage collector can't see."""
+    call = WeakMethod(method)
+
+    def hook(*args: Any) -> None:
+        if (found := call()) is not None:
+            found(*args)
+
+    return hook

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from thinwire.comm.collectives import InFlight
 from thinwire.comm.simulated import Local
 from thinwire.core.checks import called, of_type, whole
-from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
 from thinwire.core.sharding import own, wrapped
-from thinwire.engines.layouts import Layouts
+from thinwire.engines.names import check_some
 from thinwire.engines.outer.engine import anchor_of
 from thinwire.engines.outer.rounds import LocalRounds
 from thinwire.engines.outer.simulated import LocalSteps, SimulatedReplica
+from thinwire.engines.unchanged import Layouts
 from thinwire.exchange import pipeline
 from thinwire.exchange.workers import Worker
 from thinwire.kernels.select import Choice, choose
@@ -69,10 +69,9 @@ class SimulatedWorkers:
         self.optimizer: Optimizers = of_type(kinds, "pass the one of the model")("optimizer", joined(optimizer))
         self.peers = Local.of(workers)
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        if not named:
-            raise ThinwireError("the model has no parameter that requires a gradient; there is nothing to exchange")
+        check_some(named)
         check_held(named, self.optimizer)
-        chosen, note = choose(asked["kernels"], named[0][1].device if named else torch.device("cpu"))
+        chosen, note = choose(asked["kernels"], named[0][1].device)
         ranks = [Worker(rank, asked["seed"], kernels=chosen) for rank in range(workers)]
         live = [param for _, param in named]
         rounds: Rounds = OptimizerSteps(self.optimizer)
@@ -123,14 +122,9 @@ class SimulatedWorkers:
             inboxes = [pipeline.relay(bucket, inbox, worker, session.step, peer) for worker, peer, inbox in journeys]
         outs = [torch.empty_like(own(p)) for p in params]
         with Stopwatch(session.row, "receive_seconds"):
+            kernels = session.workers[0].kernels
             session.transaction.statuses = pipeline.receive(
-                bucket,
-                inboxes[0],
-                outs,
-                session.seed,
-                session.step,
-                kernels=session.workers[0].kernels,
-                turn=session.turn,
+                bucket, inboxes[0], outs, session.seed, session.step, kernels=kernels, turn=session.turn
             )
         for param, out, used in zip(params, outs, reached, strict=True):
             param.grad = wrapped(out, param) if used else None  # as in DDP, no gradient if no worker used it

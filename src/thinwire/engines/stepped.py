@@ -8,7 +8,7 @@ import gc
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
-from weakref import WeakKeyDictionary, WeakMethod, WeakSet, finalize
+from weakref import WeakKeyDictionary, WeakSet, finalize
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from thinwire.core.errors import ThinwireError
 from thinwire.core.sharding import own
+from thinwire.engines.model_hooks import weak
 from thinwire.session.session import Session
 
 Marks: TypeAlias = dict[int, tuple[int, int]]
@@ -27,21 +28,15 @@ class Steps:
     """The check of all optimizers that hold a parameter of one model, even those that ``attach`` was not given.
 
     Args:
-        exchanged: the parameters whose gradients are exchanged, by name.
-        apart: the other parameters of the model.
+        apart: the parameters of the model whose gradients are not exchanged.
         way_out: advice on how to exchange the gradients, for the message.
-        unfinished: returns the names of parameters that an exchange waits for.
-        late: returns the parameters whose gradients were added to after their exchange.
+        unfinished, late: see ``ModelHooks``.
     """
 
     def __init__(
-        self,
-        exchanged: Mapping[str, Tensor],
-        apart: Iterable[Tensor],
-        way_out: str,
-        unfinished: Callable[[], Sequence[str]],
-        late: Callable[[], Iterable[Tensor]],
-    ) -> None:
+        self, exchanged: Mapping[str, Tensor], apart: Iterable[Tensor], way_out: str,
+        unfinished: Callable[[], Sequence[str]], late: Callable[[], Iterable[Tensor]],
+    ) -> None:  # fmt: skip
         self.names = {id(param): name for name, param in exchanged.items()}
         self.apart = {id(param) for param in apart}
         self.way_out, self.unfinished, self.late = way_out, unfinished, late
@@ -63,7 +58,7 @@ class Steps:
             (register_optimizer_step_pre_hook, self.before),
             (register_optimizer_step_post_hook, self.after),
         ):
-            handle = register(_weak(method))
+            handle = register(weak(method))
             finalize(self, handle.remove)
             session.cleanup.callback(handle.remove)
 
@@ -73,11 +68,7 @@ class Steps:
         self.stepped.clear()
 
     def before(self, optimizer: torch.optim.Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Check the gradients of an optimizer before its step.
-
-        Raises:
-            ThinwireError: it would step on gradients that were not exchanged.
-        """
+        """Raise an error if the optimizer is about to step on gradients that were not exchanged."""
         if not (mine := self._mine(optimizer)):
             return
         if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
@@ -174,14 +165,3 @@ def _moves(param: Tensor) -> bool:
     """Return True if the parameter's gradient has a nonzero element."""
     grad = cast(Tensor, param.grad)
     return bool((grad.coalesce().values() if grad.is_sparse else own(grad)).count_nonzero())
-
-
-def _weak(method: Callable[..., None]) -> Callable[..., None]:
-    """Return a hook with a weak reference: hooks of all optimizers outlive a session, and must not keep it alive."""
-    call = WeakMethod(method)
-
-    def hook(*args: Any) -> None:
-        if (found := call()) is not None:
-            found(*args)
-
-    return hook

@@ -1,39 +1,77 @@
 """A check before each forward pass that the parameters of a model are those of attach.
 
-The quick check compares only identities and layouts; if something has changed, all modules are visited.
+The quick check compares only identities and layouts; if something has changed, all modules are visited. Changed strides
+are followed; changed dtypes, shapes and devices can't be.
 """
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from thinwire.core.errors import ThinwireError
-from thinwire.engines.layouts import Layouts
-from thinwire.engines.names import clean
+from thinwire.core.sharding import own, real_strides
+from thinwire.core.tensors import is_dense
+from thinwire.engines.names import clean, modules_of
 from thinwire.session.session import Session
+
+Lies: TypeAlias = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
+DTYPE, DEVICE, SHAPE, STRIDES = range(4)
+
+
+class Layouts:
+    """The known layouts of some parameters; ``again`` is advice for the error if one can't be followed."""
+
+    def __init__(self, named: Mapping[str, Tensor], again: str) -> None:
+        self.again = again
+        self.known: list[tuple[Tensor, str, Lies]] = [(param, name, _lies(param)) for name, param in named.items()]
+
+    def check(self, session: Session) -> bool:
+        """Follow changed strides; returns True if any have changed, and then it is a collective call."""
+        for param, _, (dtype, device, shape, stride) in self.known:
+            if param.stride() != stride or param.dtype != dtype or param.shape != shape or param.device != device:
+                self._follow(session)
+                return True
+        return False
+
+    def _follow(self, session: Session) -> None:
+        now = [(param, name, _lies(param)) for param, name, _ in self.known]
+        moved: dict[str, tuple[int, ...]] = {}
+        for (param, name, was), (_, _, lies) in zip(self.known, now, strict=True):
+            if lies != was:
+                self._check(param, name, was, lies)
+                moved[name] = real_strides(param, was[-1])
+        session.follow(moved)
+        self.known = now
+
+    def _check(self, param: Tensor, name: str, was: Lies, lies: Lies) -> None:
+        part = next(part for part in (SHAPE, DTYPE, DEVICE, STRIDES) if lies[part] != was[part])
+        if part == STRIDES and is_dense(own(param)) and not isinstance(param, DTensor):
+            return
+        kept = ", with what is pending: state = wire.state_dict() before, and wire.load_state_dict(state) after"
+        raise ThinwireError(
+            f"parameter {name!r} was {_shown(was, part)} at attach and is {_shown(lies, part)} now, which what is "
+            f"remembered of it can't follow; {self.again}{kept if part != SHAPE else ''}"
+        )
 
 
 class Parameters:
-    """The exchanged parameters of a model, and its others.
+    """The exchanged parameters of a model, by name, and its others.
 
     Args:
-        exchanged: the parameters whose gradients are exchanged, by name.
         apart: the names of trained parameters that are not exchanged.
         since: the event after which they must not change, for messages.
         again: advice for the error if they have changed.
-
-    Raises:
-        ThinwireError: by ``check``; nothing has been sent then.
     """
 
     def __init__(
         self,
         model: nn.Module,
         exchanged: Mapping[str, Tensor],
-        apart: Collection[str] = (),
+        apart: Collection[str],
         since: str = "attach",
         again: str = "detach() and attach again",
     ) -> None:
@@ -57,8 +95,7 @@ class Parameters:
     def _walk(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each parameter once; for one that FSDP2 has gathered, its sharded parameter."""
         seen: set[int] = set()
-        modules: list[tuple[str, nn.Module]] = [*self.model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
-        for path, module in modules:
+        for path, module in modules_of(self.model):
             for leaf, param in _parameters(module).items():
                 param = self.sharded.get((id(module), leaf), param) if not isinstance(param, DTensor) else param
                 if param is not None and id(param) not in seen:
@@ -67,10 +104,9 @@ class Parameters:
 
     def _take(self) -> None:
         """Record what the quick check compares."""
-        modules: list[nn.Module] = [*self.model.modules()]  # pyright: ignore[reportUnknownArgumentType]
         self.places: list[tuple[Mapping[str, object], str, object]] = []
         self.sizes: list[tuple[Mapping[str, object], int]] = []
-        for module in modules:
+        for _, module in modules_of(self.model):
             params = _parameters(module)
             self.sharded |= {(id(module), leaf): x for leaf, x in params.items() if isinstance(x, DTensor)}
             before = {leaf: self.sharded.get((id(module), leaf), param) for leaf, param in params.items()}
@@ -121,3 +157,12 @@ def _parameters(module: nn.Module) -> "dict[str, Tensor | None]":
 def _gathered(now: object) -> bool:
     """Return True for a parameter that FSDP2 may have gathered in place of a sharded one."""
     return isinstance(now, Tensor) and not isinstance(now, DTensor)
+
+
+def _lies(param: Tensor) -> Lies:
+    return param.dtype, param.device, param.shape, param.stride()
+
+
+def _shown(lies: Lies, part: int) -> str:
+    dtype, device, shape, strides = lies
+    return (f"{dtype}", f"on {device}", f"of shape {tuple(shape)}", f"of strides {strides}")[part]

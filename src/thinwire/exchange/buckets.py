@@ -6,9 +6,10 @@ they are gathered with the compressed ones: that saves a round trip, and does no
 buckets. Payloads whose elements a leader selects take a broadcast of the selection, then an all-reduce.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 
@@ -20,12 +21,16 @@ from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Payload
 from thinwire.exchange.pieces import Piece
 from thinwire.exchange.routes.leader import LeaderRoute
-from thinwire.exchange.routes.route import Route
+from thinwire.exchange.routes.route import Route, Whole
 from thinwire.exchange.routes.two_phase import two_phase
-from thinwire.exchange.routes.whole import Whole
 from thinwire.exchange.units import Unit, payload_like
 from thinwire.methods.method import RouteName
 from thinwire.report.ledger import StepRow
+
+START_COST = 3e-3
+"""Seconds of CPU time to start an exchange during a backward pass, when the compression code is not in the cache."""
+USUAL = Link(1e9)
+"""The link that is assumed if the speed is not known: 1 Gb/s."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
     led: dict[torch.dtype, list[int]] = {}
     gathered: list[int] = []
     for i, unit in enumerate(units):
-        if unit.compressor.traits.leader_selected:
+        if unit.led:
             led.setdefault(payloads[i][0].dtype, []).append(i)
         elif unit.compressor.traits.summable and not unit.gathered:
             summed.setdefault(payloads[i][0].dtype, []).append(i)
@@ -112,7 +117,7 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
 
     gathering: list[Route] = [whole("all_gather", gathered, torch.uint8)] if gathered else []
     splittable = [i for i in gathered if units[i].compressor.traits.splittable]
-    if routing.route != "all_gather" and any(units[i].own.numel() for i in splittable):
+    if routing.route in ("two_phase", "auto") and any(units[i].own.numel() for i in splittable):
         rest = [i for i in gathered if i not in splittable]
         owned = [in_pieces(splittable), *([whole("all_gather", rest, torch.uint8)] if rest else [])]
         if routing.route == "two_phase" or seconds(owned, routing, world) < seconds(gathering, routing, world):
@@ -120,6 +125,21 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
     summing = [whole("all_reduce", chosen, dtype) for dtype, chosen in summed.items()]
     leading = [following(chosen, dtype) for dtype, chosen in led.items()]
     return Bucket(tuple(units), (*gathering, *summing, *leading))
+
+
+def travel_together(nbytes: Iterable[float], least: float) -> int:
+    """Return how many messages at the head of a queue are sent as one: as few as have ``least`` bytes; 0 if all wait.
+
+    An exchange of fewer bytes than the link carries in the time that it takes to start one is better joined with the
+    next. Messages that are ready wait for the link's latency (``Session.turn_bytes``). Buckets whose gradients are not
+    there yet wait also for the CPU (``start_bytes``), in plans, since to compress them together saves that time too.
+    """
+    return next((count for count, total in enumerate(accumulate(nbytes), 1) if total >= least), 0)
+
+
+def start_bytes(link: Link | None) -> float:
+    """Return the bytes that the link carries in ``START_COST``."""
+    return START_COST * (link or USUAL).bandwidth / 8
 
 
 def seconds(routes: Sequence[Route], routing: Routing, world: int) -> float:

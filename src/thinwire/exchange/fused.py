@@ -6,12 +6,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from thinwire.core.capabilities import Thresholded, sampling
+from thinwire.core.capabilities import Thresholded
 from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Payload
 from thinwire.core.loops import Cut, Found, Kernels, Pass, Selection, smallest
-from thinwire.core.memory_capabilities import Fusable, accumulation
+from thinwire.core.memory_capabilities import traits_of
 from thinwire.core.tensors import Decompressed, flat
 from thinwire.exchange.pieces import Piece
 from thinwire.exchange.units import Unit
@@ -27,22 +27,16 @@ def select(
     scale: float,
     clear: bool = True,
 ) -> dict[int, Found]:
-    """Compensate and select the elements of all pieces that the fused kernel can handle, together.
+    """Compensate all pieces that the fused kernel can handle, and return the elements that each of them sends.
 
-    Args:
-        grads: of the units.
-        contexts: of the pieces.
-        clear: True to set gradients to zero afterwards.
-
-    Returns:
-        For each piece that was handled: the elements to send, in ascending order. The piece's next state is written;
-        the compensated tensor is the new residual.
+    Their next states are written; the compensated tensor is the new residual. ``clear``: zero the gradients afterwards.
     """
     works: dict[int, Pass] = {}
     selections: dict[int, Selection] = {}
     for j, (piece, ctx) in enumerate(zip(pieces, contexts, strict=True)):
         unit = units[piece.unit]
-        selection = sampling(unit.compressor, piece.of(unit.own).shape, ctx)
+        selector = unit.compressor
+        selection = selector.sampling(piece.of(unit.own).shape, ctx) if isinstance(selector, Thresholded) else None
         work = None if selection is None else _pass(unit, piece, grads[piece.unit], worker, scale, clear)
         if selection is not None and work is not None and worker.kernels.runs(work):
             works[j], selections[j] = work, selection
@@ -59,7 +53,9 @@ def select(
 
 def warm_up_kernels(units: Sequence[Unit], kernels: Kernels, clear: bool = True) -> None:
     """Compile the kernels that will run, so that no training step waits for it. ``clear``: see ``select``."""
-    kinds = {(accumulation(unit.memory), unit.own.dtype, unit.like.dtype, unit.param.device) for unit in units}
+    kinds = {
+        (traits_of(unit.memory).accumulation, unit.own.dtype, unit.like.dtype, unit.param.device) for unit in units
+    }
     for rule, grad, state, device in kinds:
         if rule is not None:
             v, new_v, u, new_u = (torch.zeros(65, dtype=state, device=device) for _ in range(4))
@@ -81,10 +77,11 @@ def warm_up_kernels(units: Sequence[Unit], kernels: Kernels, clear: bool = True)
 
 def _pass(unit: Unit, piece: Piece, grad: Tensor, worker: Worker, scale: float, clear: bool) -> Pass | None:
     """Return arguments for the fused kernel; None if the memory can't be fused now, or if strides or dtypes differ."""
-    rule, local = accumulation(unit.memory), worker.local[unit.name]
+    traits, local = traits_of(unit.memory), worker.local[unit.name]
+    rule = traits.accumulation
     if rule is None or "pending_residual" in local.now:
         return None
-    pending, momentum = cast(Fusable, unit.memory).fused_slots
+    pending, momentum = traits.fused_slots
     like = [(t.stride(), t.dtype) for t in (local.now[pending], local.next[pending])]
     if like[0] != like[1] or grad.stride() != like[0][0]:
         return None
@@ -96,19 +93,15 @@ def _pass(unit: Unit, piece: Piece, grad: Tensor, worker: Worker, scale: float, 
 def compress(
     unit: Unit, piece: Piece, grad: Tensor, worker: Worker, ctx: Context, chosen: Found | None, loss_scale: float
 ) -> tuple[Tensor, Payload, Decompressed | None]:
-    """Compensate and compress one piece.
+    """Return one piece's compensated tensor, its payload, and what the receivers decode from it.
 
-    Args:
-        chosen: the elements sent, if ``select`` has compensated and selected already.
-
-    Returns:
-        The compensated tensor, its payload, and the tensor that the receivers decode from it. The last is None if no
-        memory or measurement needs it, since decoding takes time.
+    The last is None if no memory or measurement needs it, since decoding takes time. ``chosen``: the elements, if
+    ``select`` has compensated and selected already.
     """
     local = worker.local[unit.name]
     now, new, known = (piece.of_state(state) for state in (local.now, local.next, unit.shared.now))
     if chosen is not None:
-        x = new[cast(Fusable, unit.memory).fused_slots[0]]
+        x = new[traits_of(unit.memory).fused_slots[0]]
         selector = cast(Thresholded, unit.compressor)  # since ``select`` used its sampling
         payload = selector.encode(chosen[0], unit.held(chosen[1], loss_scale), x.numel(), ctx)
         own = selector.own(payload, chosen[0], x, known, ctx)

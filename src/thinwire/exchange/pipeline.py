@@ -12,12 +12,13 @@ one place.
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from thinwire.coding import header
-from thinwire.comm.collectives import Carrier, InFlight
+from thinwire.comm.collectives import Carrier, InFlight, RowCarrier
 from thinwire.core.ambient import undisturbed
 from thinwire.core.context import Context
 from thinwire.core.loops import Kernels
@@ -152,16 +153,15 @@ def receive(
 
 
 def exchange(
-    bucket: Bucket, grads: list[Tensor], outs: list[Tensor], worker: Worker, step: int, collective: Carrier,
+    bucket: Bucket, grads: list[Tensor], outs: list[Tensor], worker: Worker, step: int, carrier: RowCarrier,
     timeout: float, loss_scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """Run the whole exchange and wait for it, for exchanges within a forward or backward pass. Writes ``outs``."""
+    """Run the whole exchange of a bucket on a route of rows, within a forward or backward pass. Writes ``outs``."""
+    collective = cast(Carrier, carrier)  # such a route needs no more of it
     outbox = send(bucket, grads, worker, step, [True] * len(grads), loss_scale, clear=False)
-    [inbox] = route([bucket], [outbox.messages], collective, step)
-    for arrived in inbox:
-        arrived.wait(timeout)
+    [[arrived]] = route([bucket], [outbox.messages], collective, step)
+    arrived.wait(timeout)
     if bucket.relays:
-        inbox = relay(bucket, inbox, worker, step, collective)
-        for arrived in inbox:
-            arrived.wait(timeout)
-    receive(bucket, inbox, outs, worker.seed, step, loss_scale)
+        [arrived] = relay(bucket, [arrived], worker, step, collective)
+        arrived.wait(timeout)
+    receive(bucket, [arrived], outs, worker.seed, step, loss_scale)

@@ -33,14 +33,14 @@ class Stages:
         self.buckets.clear()
         self._period = math.lcm(*(unit.method_compressor.traits.period for unit in units))
         self.routing = Routing(method.route, method.second_stage_density_ratio, link)
-        # a link without latency also takes time to start a message
-        settings = (method.route, method.second_stage_density_ratio, turn_bytes or TURN_BYTES)
         if method.second_stage_density_ratio != 1.0 and method.route == "all_gather":
             self.ledger.note("second_stage_density_ratio has no effect: route='all_gather' has one stage")
         summed = [unit for unit in units if unit.compressed and unit.method_compressor.traits.summable]
         if method.route != "all_gather" and summed:
             self.ledger.note(f"route={method.route!r} has no effect for {summed[0].name}: its payloads are summed")
-        for note in set_stage(units, density, self.collective.world, *settings):
+        # a link without latency also takes time to start a message
+        least, world = turn_bytes or TURN_BYTES, self.collective.world
+        for note in set_stage(units, density, world, method.route, method.second_stage_density_ratio, least):
             self.ledger.note(note)
 
     def set_headers(self, units: Sequence[Unit], method: Method, optional: bool, pending: bool) -> None:
@@ -62,11 +62,7 @@ class Stages:
         self.buckets.clear()
 
     def bucket(self, params: Sequence[Tensor], turn: int) -> Bucket:
-        """Return the bucket of these parameters in an exchange of this turn.
-
-        Raises:
-            ThinwireError: a parameter was not in the model at attach.
-        """
+        """Return the bucket of these parameters in an exchange of this turn."""
         own = tuple(map(id, params))
         key = (turn % self._period, *own)
         if key not in self.buckets:

@@ -14,8 +14,7 @@ from torch import Tensor
 from thinwire.comm.link import wire_bytes
 from thinwire.compressors.cast import Cast
 from thinwire.core import registry
-from thinwire.core.absorbed import Absorbed
-from thinwire.core.capabilities import scaled_density, with_density
+from thinwire.core.capabilities import led, scaled_density, with_density
 from thinwire.core.context import NOWHERE, Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import (
@@ -28,7 +27,7 @@ from thinwire.core.interfaces import (
     replicated,
     shared_state,
 )
-from thinwire.core.memory_capabilities import OwnsMomentum, absorb, absorbed, rests
+from thinwire.core.memory_capabilities import Absorbed, OwnsMomentum, absorb, absorbed, traits_of
 from thinwire.core.sharding import own
 from thinwire.core.supported import check_complex, check_parameter
 from thinwire.core.tensors import shortened
@@ -66,6 +65,8 @@ class Unit:
     kept: bool = False
     """True if the optimizer requires it dense at all steps."""
     seed: int = 0
+    route: RouteName = "all_gather"
+    """The method's route for compressed units."""
     declined: str | None = None
     """The reason why an earlier rule that matches the unit was not used."""
     _fed: tuple[Memory, bool] | None = field(default=None, init=False, repr=False, compare=False)
@@ -108,9 +109,14 @@ class Unit:
         return self.compressor == DENSE
 
     @property
+    def led(self) -> bool:
+        """True if a leader selects the elements to send at this stage."""
+        return led(self.compressor, self.route)
+
+    @property
     def saturates(self) -> float:
         """See ``Context``; half of the range if payloads are summed, since a sum of rounded values may exceed it."""
-        summed = self.compressor.traits.leader_selected or (self.compressor.traits.summable and not self.gathered)
+        summed = self.led or (self.compressor.traits.summable and not self.gathered)
         return (0.5 if summed else 1.0) if self.feeds_back else 0.0
 
     def held(self, x: Tensor, loss_scale: float) -> Tensor:
@@ -144,7 +150,7 @@ class Unit:
         if (absorbed(old) or Absorbed()).kind == (absorbed(memory) or Absorbed()).kind:
             return
         fresh = shared_state(memory, self._blank())
-        for key in shared_state(old, self.like).keys() - fresh.keys() - rests(memory):
+        for key in shared_state(old, self.like).keys() - fresh.keys() - traits_of(memory).rests:
             del shared[key]
         shared.update({key: value for key, value in fresh.items() if key not in shared})
         self.align(workers)
@@ -152,7 +158,7 @@ class Unit:
     def align(self, workers: Sequence["Worker"]) -> None:
         """Give the next states the keys of the present ones; see ``TwoCopies.align``."""
         for state in self.states(workers):
-            state.align(rests(self.memory))
+            state.align(traits_of(self.memory).rests)
 
     def states(self, workers: Sequence["Worker"]) -> list[TwoCopies]:
         """Return its shared state, and the local one of each worker."""
@@ -180,8 +186,7 @@ def resolve(
 ) -> list[Unit]:
     """Return the units of these parameters for a method, with fresh shared state.
 
-    Args:
-        settings: the optimizer's settings for each parameter, for the memories that take them over.
+    ``settings``: the optimizer's, by parameter, for the memories that take them over.
     """
     units: list[Unit] = []
     guarded = any(rule.memory.stateful for rule in method.rules)
@@ -191,7 +196,7 @@ def resolve(
         memory = absorb(rule.memory, settings[name]) if name in settings else rule.memory
         unit = Unit(
             name, param, rule.compressor, memory, method_compressor=rule.compressor, guarded=guarded, seed=seed,
-            declined=declined,
+            route=method.route, declined=declined,
         )  # fmt: skip
         check_complex(name, param, method.name, rule.compressor, memory)
         check_sum(unit)
@@ -203,7 +208,7 @@ def resolve(
 def check_sum(unit: Unit) -> None:
     """Reject a replicated estimate with a sum below 32 bits: the local and shared estimates would drift apart."""
     compressor = unit.method_compressor
-    if unit.replicated and (compressor.traits.summable or compressor.traits.leader_selected):
+    if unit.replicated and (compressor.traits.summable or led(compressor, unit.route)):
         dtype = payload_like(compressor, unit.like)[0].dtype
         if dtype.itemsize < 4:
             raise ThinwireError(
@@ -228,13 +233,13 @@ def bytes_alone(compressor: Compressor, like: Tensor, world: int, route: RouteNa
     """Return the bytes a worker sends for a unit alone, on the allowed route that takes the fewest."""
     if compressor.traits.summable:
         return wire_bytes("all_reduce", payload_nbytes(compressor, like), world)
-    if compressor.traits.leader_selected:
+    if led(compressor, route):
         values, *choice = payload_like(compressor, like)
         chosen = sum(t.nbytes for t in choice)
         return wire_bytes("broadcast", chosen, world) + wire_bytes("all_reduce", values.nbytes, world)
     nbytes = payload_nbytes(compressor, like)
     gathered = wire_bytes("all_gather", nbytes, world)
-    if route == "all_gather" or not compressor.traits.splittable:
+    if route not in ("two_phase", "auto") or not compressor.traits.splittable:
         return gathered
     owned = wire_bytes("all_to_all", nbytes + payload_nbytes(scaled_density(compressor, second), like), world)
     return owned if route == "two_phase" else min(gathered, owned)
@@ -250,13 +255,7 @@ def set_stage(
 ) -> list[str]:
     """Set each unit's compressor for a warm-up stage (``density=None``: the final one), or send it dense if cheaper.
 
-    Args:
-        route, second: of the method.
-        turn_bytes: see ``TURN_BYTES``.
-
-    Returns:
-        Notes for the ledger, e.g. on units that a later rule handles, and on units that are sent dense because their
-        payloads would be larger.
+    ``route`` and ``second`` are the method's. Return notes for the ledger, e.g. on units that are sent dense.
     """
     declined: dict[str, list[str]] = {}
     for unit in units:
@@ -268,7 +267,7 @@ def set_stage(
     extra = wire_bytes("all_gather", plain_nbytes, world) - wire_bytes("all_reduce", plain_nbytes, world)
     small = plain_nbytes <= GATHER_BYTES and (route == "two_phase" or extra <= 2 * (world - 1) * turn_bytes)
     compresses = any(
-        not (unit.method_compressor.traits.summable or unit.method_compressor.traits.leader_selected) for unit in units
+        not (unit.method_compressor.traits.summable or led(unit.method_compressor, route)) for unit in units
     )
     unchanged: list[str] = []
     for unit in units:
@@ -291,7 +290,7 @@ def set_stage(
                 f"{unit.name} is sent dense{at}: compressed it would be {compressed:,.0f} bytes a worker and step, "
                 f"dense {plain:,.0f}, with {world} workers"
             )
-        elif route != "all_gather" and not (asked.traits.splittable or asked.traits.leader_selected):
+        elif route != "all_gather" and not (asked.traits.splittable or led(asked, route)):
             notes.append(f"{unit.name} takes an all-gather: {type(asked).__name__} can't be cut into pieces")
     if unchanged:
         notes.append(f"{_listed(unchanged)}: a warm-up density of {density:g} changes nothing")

@@ -22,20 +22,20 @@ class Probe:
     """The measurement of the compression error. It reads every tensor once, so only few steps are measured."""
 
     lost: list[Tensor] = field(default_factory=list[Tensor])
-    asked: list[Tensor] = field(default_factory=list[Tensor])
+    compensated: list[Tensor] = field(default_factory=list[Tensor])
 
     def look(self, x: Tensor, own: Decompressed) -> None:
         indices, values = own.entries()
         before = flat(x)[indices].double()
-        asked = flat(x).double().square().sum()  # summed as below, so that a lossless unit has an error of exactly 0
-        self.asked.append(asked)
-        self.lost.append(asked - before.square().sum() + (before - values).square().sum())
+        total = flat(x).double().square().sum()  # summed as below, so that a lossless unit has an error of exactly 0
+        self.compensated.append(total)
+        self.lost.append(total - before.square().sum() + (before - values).square().sum())
 
     @property
     def error(self) -> float | None:
         """``||x - sent||² / ||x||²`` over all measured tensors; None without any."""
-        asked = sum(float(a) for a in self.asked)
-        return sum(float(e) for e in self.lost) / asked if asked else None
+        total = sum(float(one) for one in self.compensated)
+        return sum(float(one) for one in self.lost) / total if total else None
 
 
 class Watch(Protocol):

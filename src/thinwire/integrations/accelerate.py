@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.attach import attach as attach_to
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
 from thinwire.integrations import per_rank_files
-from thinwire.integrations.versions import framework
+from thinwire.integrations.frameworks import attach_within, check_processes, framework
 from thinwire.methods.method import Method, Rule
 from thinwire.session.checkpoint import OnWorldChange
 from thinwire.session.session import Session
@@ -29,6 +27,11 @@ if TYPE_CHECKING:
 
 framework("accelerate", "accelerate", "1.0")
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs  # noqa: E402
+
+ONE_PROCESS = (
+    "start the script with `accelerate launch` or torchrun on 2 or more (on CPUs: Accelerator(cpu=True)), or leave "
+    "thinwire out"
+)
 
 
 def attach(
@@ -67,10 +70,8 @@ def attach(
         model, optimizer, data = accelerator.prepare(model, optimizer, data)
         wire = attach(accelerator, model, thinwire.dgc(0.01), optimizer=optimizer)
     """
-    _check_processes(accelerator)
-    wrapped = next((part for part in model.modules() if isinstance(part, DistributedDataParallel)), model)
-    scaler = cast(Any, accelerator).scaler
-    wire = attach_to(wrapped, method, optimizer=optimizer, **{"scaler": scaler, **options})
+    check_processes("the accelerator", accelerator.num_processes, ONE_PROCESS)
+    wire = attach_within(model, method, optimizer, cast(Any, accelerator).scaler, options)
 
     def save(models: Any, weights: Any, folder: str) -> None:
         per_rank_files.save(wire, folder)
@@ -113,7 +114,7 @@ class DdpHandler:
         arguments: DistributedDataParallelKwargs | None = None,
         **options: Any,
     ) -> None:
-        _check_processes(accelerator)
+        check_processes("the accelerator", accelerator.num_processes, ONE_PROCESS)
         kind, anything = accelerator.distributed_type, cast(Any, accelerator)
         parallelism = getattr(anything, "parallelism_config", None)
         if not kind.name.startswith("MULTI_") or (parallelism is not None and parallelism.tp_enabled):
@@ -158,11 +159,3 @@ class DdpHandler:
                 "leave it out and call attach() on each after prepare()"
             )
         self._wire = self._attach(model)
-
-
-def _check_processes(accelerator: "Accelerator") -> None:
-    if accelerator.num_processes == 1:
-        raise ThinwireError(
-            "the accelerator has 1 process, so nothing is exchanged and the model is not wrapped; start the script "
-            "with `accelerate launch` or torchrun on 2 or more (on CPUs: Accelerator(cpu=True)), or leave thinwire out"
-        )

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.attach import attach
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
 from thinwire.integrations import per_rank_files
-from thinwire.integrations.versions import framework
+from thinwire.integrations.frameworks import attach_within, check_processes, framework, warn_of_clipping
 from thinwire.methods.given import method_of
 from thinwire.methods.method import Method, Rule
 from thinwire.session.checkpoint import OnWorldChange
@@ -69,12 +67,9 @@ class Compression(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.wire is not None:
             self.wire.detach()
-        wrapped, optimizers = cast(Any, trainer.strategy.model), trainer.optimizers
-        if trainer.world_size == 1:
-            raise ThinwireError(
-                "the Trainer has 1 process, so nothing is exchanged and the model is not wrapped; set devices= or "
-                "num_nodes= to 2 or more, or leave the callback out"
-            )
+        optimizers = trainer.optimizers
+        way_out = "set devices= or num_nodes= to 2 or more, or leave the callback out"
+        check_processes("the Trainer", trainer.world_size, way_out)
         if len(optimizers) != 1:
             raise ThinwireError(
                 f"the module has {len(optimizers)} optimizers, and one must hold all parameters; join them into one "
@@ -82,12 +77,11 @@ class Compression(Callback):
             )
         if trainer.gradient_clip_val and trainer.is_global_zero:
             setting = f"gradient_clip_val={trainer.gradient_clip_val}"
-            per_rank_files.warn_of_clipping(self.method, setting, "gradient_clip_val=None")
-        wrapped = next((part for part in wrapped.modules() if isinstance(part, DistributedDataParallel)), wrapped)
+            warn_of_clipping(self.method, setting, "gradient_clip_val=None")
         before = optimizers[0].register_step_pre_hook(_run_closure)  # so it runs before that of the session
         try:
-            options: dict[str, Any] = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self.options}
-            self.wire = attach(wrapped, self.method, optimizer=optimizers[0], **options)
+            scaler, model = getattr(trainer.precision_plugin, "scaler", None), cast(Any, trainer.strategy.model)
+            self.wire = attach_within(model, self.method, optimizers[0], scaler, self.options)
         except ThinwireError:
             before.remove()
             raise

@@ -7,7 +7,6 @@ A file is ``thinwire-rank<r>-of-<world>.pt``. It holds that rank's ``Session.sta
 import contextlib
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from thinwire.comm.control import Together
 from thinwire.core import files
 from thinwire.core.errors import ThinwireError
-from thinwire.methods.method import Method
 from thinwire.session.checkpoint import OnWorldChange
 from thinwire.session.migrate import agree
 from thinwire.session.session import Session
@@ -37,7 +35,7 @@ def save(wire: Session, folder: str | Path) -> None:
         ThinwireError: the folder is not a path of a filesystem, or the file can't be written.
     """
     place, channel = _local(folder), wire.collective.everyone
-    path = place / f"thinwire-rank{channel.rank}-of-{channel.world}.pt"
+    path = place / _name(channel.rank, channel.world)
     for killed in files.leftovers(path):
         killed.unlink(missing_ok=True)
     state = _plain(wire.state_dict())
@@ -79,20 +77,9 @@ def load(wire: Session, folder: str | Path, on_world_change: OnWorldChange = "er
 def remove(wire: Session, folder: str | Path) -> None:
     """Remove this rank's file, and the folder if that was the last one."""
     place, channel = _local(folder), wire.collective.everyone
-    (place / f"thinwire-rank{channel.rank}-of-{channel.world}.pt").unlink(missing_ok=True)
+    (place / _name(channel.rank, channel.world)).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # other ranks' files are still there
         place.rmdir()
-
-
-def warn_of_clipping(method: Method, setting: str, off: str) -> None:
-    """Warn that a framework clips after the exchange, which loses gradient if the method sends pending residuals."""
-    if any(rule.memory.stateful for rule in method.rules):
-        warnings.warn(
-            f"{setting} clips after the exchange, where the gradient of {method.name} is a burst of what was held "
-            f"back, and what is cut off there is lost; set {off}, and clip on each rank by the method: "
-            "thinwire.dgc(clip=)",
-            stacklevel=3,
-        )
 
 
 def _read(folder: Path, rank: int, world: int) -> Any:
@@ -101,14 +88,18 @@ def _read(folder: Path, rank: int, world: int) -> Any:
     if not worlds:
         return None
     if world in worlds:
-        return _open(folder / f"thinwire-rank{rank}-of-{world}.pt")
+        return _open(folder / _name(rank, world))
     if len(worlds) > 1:
         raise ThinwireError(
             f"{folder} has the files of {' and of '.join(map(str, sorted(worlds)))} ranks, and {world} load them; "
             "remove those that are not of this checkpoint"
         )
     saved = worlds.pop()
-    return [_open(folder / f"thinwire-rank{other}-of-{saved}.pt") for other in range(saved)]
+    return [_open(folder / _name(other, saved)) for other in range(saved)]
+
+
+def _name(rank: int, world: int) -> str:
+    return f"thinwire-rank{rank}-of-{world}.pt"
 
 
 def _open(path: Path) -> Any:

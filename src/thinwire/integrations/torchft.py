@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.functional import pad
 
-from thinwire.comm.collectives import TIMEOUT, Future, InFlight, in_future
+from thinwire.comm.collectives import TIMEOUT, Future, InFlight, RowCarrier, in_future
 from thinwire.comm.link import wire_bytes
 from thinwire.core import registry
 from thinwire.core.ambient import undisturbed
@@ -33,7 +33,7 @@ from thinwire.exchange.pipeline import exchange
 from thinwire.exchange.routes.rows import check_flat, payload_bytes, reduced
 from thinwire.exchange.states import TwoCopies
 from thinwire.exchange.workers import Worker
-from thinwire.integrations.versions import framework
+from thinwire.integrations.frameworks import framework
 from thinwire.memories.error_feedback import NoMemory
 from thinwire.methods.method import Rule
 
@@ -172,7 +172,7 @@ class CompressedProcessGroup(ProcessGroupWrapper):
         self._agreed = True
 
 
-class _Carrier:
+class _Carrier(RowCarrier):
     """The collectives of an exchange, over a process group that ``torch.distributed`` does not know."""
 
     def __init__(self, rank: int, world: int, group: Any) -> None:
@@ -190,12 +190,6 @@ class _Carrier:
         work = self.group.allgather([list(gathered)], [message], AllgatherOptions())
         self.sent += wire_bytes("all_gather", message.nbytes, self.world)
         return InFlight(work.get_future(), gathered, work)
-
-    def all_reduce(self, message: Tensor) -> InFlight:
-        raise NotImplementedError
-
-    def broadcast(self, message: Tensor, source: int) -> InFlight:
-        raise NotImplementedError
 
 
 class _Done(dist.Work):

@@ -11,14 +11,11 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
-from torch.nn.parallel import DistributedDataParallel
-
-from thinwire.attach import attach
 from thinwire.core.checks import of_type
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
 from thinwire.integrations import per_rank_files
-from thinwire.integrations.versions import framework
+from thinwire.integrations.frameworks import attach_within, check_processes, ddp_within, framework, warn_of_clipping
 from thinwire.methods.given import method_of
 from thinwire.methods.method import Method, Rule
 from thinwire.session.checkpoint import OnWorldChange
@@ -83,18 +80,14 @@ class Compression(TrainerCallback):
                 "a hyper-parameter search saves each trial in a folder that a callback is not told; search without "
                 "thinwire, then train with it"
             )
-        if args.world_size == 1:
-            raise ThinwireError(
-                "the Trainer has 1 process, so nothing is exchanged and the model is not wrapped; start the script "
-                "with torchrun on 2 or more (on CPUs with TrainingArguments(use_cpu=True)), or leave the callback out"
-            )
+        way_out = "start the script with torchrun on 2 or more (on CPUs with TrainingArguments(use_cpu=True))"
+        check_processes("the Trainer", cast(int, args.world_size), f"{way_out}, or leave the callback out")
         self._leave()
-        wrapped = self.trainer.model_wrapped
-        wrapped = next((part for part in wrapped.modules() if isinstance(part, DistributedDataParallel)), wrapped)
+        wrapped = ddp_within(self.trainer.model_wrapped)
         if args.process_index == 0:
             self._warn(args, wrapped)
-        options = {"scaler": self.trainer.accelerator.scaler, **self.options}
-        self.wire = attach(wrapped, self.method, optimizer=self.trainer.optimizer, **options)
+        scaler = self.trainer.accelerator.scaler
+        self.wire = attach_within(wrapped, self.method, self.trainer.optimizer, scaler, self.options)
         self._attached, self._began = True, state
         if state.global_step > 0:
             per_rank_files.load(self.wire, self._resumed_from(args, state), self.on_world_change, self.strict)
@@ -121,14 +114,10 @@ class Compression(TrainerCallback):
                 stacklevel=2,
             )
         if args.max_grad_norm:
-            per_rank_files.warn_of_clipping(self.method, f"max_grad_norm={args.max_grad_norm}", "max_grad_norm=0")
+            warn_of_clipping(self.method, f"max_grad_norm={args.max_grad_norm}", "max_grad_norm=0")
 
     def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> Path:
-        """Find the checkpoint that the Trainer has loaded; the Trainer does not expose its path.
-
-        Raises:
-            ThinwireError: the checkpoint in ``output_dir`` is not the loaded one.
-        """
+        """Find the checkpoint that the Trainer has loaded; the Trainer does not expose its path."""
         if self.resume_from is not None:
             return Path(self.resume_from)
         folder = _folder(args, state)

@@ -19,7 +19,7 @@ from torch import Tensor
 from thinwire.coding import elias_fano
 from thinwire.core.loops import Cut, Found, Pass
 from thinwire.kernels import cpu_bits, cpu_blocks
-from thinwire.kernels.reference import BITS, REFERENCE, above, kth_largest, resolved
+from thinwire.kernels.reference import BITS, Reference, above, kth_largest, resolved
 
 BLOCK = cpu_blocks.BLOCK
 MIN_BLOCKS = 2**12
@@ -41,7 +41,7 @@ def _kind(work: Pass) -> str:
     return "plain" if work.rule.momentum is None else "nesterov" if work.rule.nesterov else "momentum"
 
 
-class Cpu:
+class Cpu(Reference):
     """Kernels in numba, on at most as many threads as torch uses."""
 
     def __init__(self) -> None:
@@ -87,9 +87,6 @@ class Cpu:
     def look(self, x: Tensor, cut: Cut) -> Found:
         return resolved(self.above(x, cut.threshold), cut, partial(self.above, x), self)
 
-    def fill(self, indices: Tensor, values: Tensor, k: int) -> Found:
-        return REFERENCE.fill(indices, values, k)
-
     def above(self, x: Tensor, threshold: Tensor) -> Found:
         """Find the elements of ``x`` ``[n]`` with ``|x|`` not below the threshold."""
         if x.dtype not in STATES:
@@ -101,13 +98,13 @@ class Cpu:
 
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
         if magnitude.dtype not in STATES:
-            return REFERENCE.kth(magnitude, k)
+            return super().kth(magnitude, k)
         kth = _kth_largest(magnitude.view(BITS[magnitude.dtype]).numpy(), k, INFINITY[magnitude.dtype])
         return torch.from_numpy(numpy.array(kth, BITS_OF[magnitude.dtype])).view(magnitude.dtype)
 
     def largest(self, x: Tensor, k: int) -> Tensor:
         if x.dtype != torch.float32 or not 0 < k < x.numel():
-            return REFERENCE.largest(x, k)
+            return super().largest(x, k)
         as_bits, infinity, out = x.view(torch.int32).numpy(), INFINITY[x.dtype], numpy.empty(k, numpy.int64)
         cpu_bits.at_least(as_bits, _kth_largest(as_bits, k, infinity), infinity, out)
         return torch.from_numpy(out)
@@ -116,7 +113,7 @@ class Cpu:
         if out.dtype == torch.float32:
             cpu_bits.add(out.numpy(), indices.numpy(), values.numpy(), alpha)
         else:
-            out.index_add_(0, indices, values, alpha=alpha)
+            super().add(out, indices, values, alpha)
 
     def _run_all(self, shares: Sequence[Callable[[], dict[int, Any]]]) -> list[dict[int, Any]]:
         """Run the first share on this thread and the others on the pool."""
@@ -128,23 +125,23 @@ class Cpu:
 
     def merge(self, indices: Sequence[Tensor], values: Sequence[Tensor], alpha: float) -> Found:
         if values[0].dtype != torch.float32:
-            return REFERENCE.merge(indices, values, alpha)
+            return super().merge(indices, values, alpha)
         every, summed = torch.cat([*indices]), torch.cat([*values])
         there, total = torch.empty_like(every), torch.empty_like(summed)
         edges = numpy.array([*accumulate((one.numel() for one in indices), initial=0)], numpy.int64)
         count = cpu_bits.merge(every.numpy(), summed.numpy(), edges, alpha, there.numpy(), total.numpy())
-        return (there[:count], total[:count]) if count >= 0 else REFERENCE.merge(indices, values, alpha)
+        return (there[:count], total[:count]) if count >= 0 else super().merge(indices, values, alpha)
 
     def gather(self, packed: Sequence[Tensor], values: Sequence[Tensor], n: int, alpha: float) -> Found:
         if values[0].dtype != torch.float32:
-            return REFERENCE.gather(packed, values, n, alpha)
+            return super().gather(packed, values, n, alpha)
         senders, k = len(packed), values[0].numel()
         coded, summed = torch.cat([*packed]).view(senders, -1).numpy(), torch.cat([*values]).numpy()
         every, there, total = (numpy.empty(senders * k, dtype) for dtype in (numpy.int64, numpy.int64, numpy.float32))
         width, low = elias_fano.low_width(k, n), elias_fano.sizes(k, n)[0]
         count = cpu_bits.gather(coded, width, low, every, summed, alpha, there, total)
         if count < 0:  # the bytes are damaged
-            return REFERENCE.gather(packed, values, n, alpha)
+            return super().gather(packed, values, n, alpha)
         return torch.from_numpy(there[:count]), torch.from_numpy(total[:count])
 
     def coordinates(self, indices: Tensor, shape: Sequence[int]) -> Tensor:
@@ -154,7 +151,7 @@ class Cpu:
 
     def without_repeats(self, indices: Tensor, values: Tensor) -> Tensor:
         if values.dtype != torch.float32:
-            return REFERENCE.without_repeats(indices, values)
+            return super().without_repeats(indices, values)
         if not cpu_bits.repeats(indices.numpy()):
             return values
         values = values.clone()

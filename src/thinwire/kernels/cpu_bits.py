@@ -6,38 +6,36 @@ from typing import Any, cast
 import numba
 import numpy
 from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
-_intrinsic: Any = intrinsic
-_types: Any = types
-_njit: Callable[..., Any] = cast(Any, numba).njit
+njit: Callable[..., Any] = cast(Any, numba).njit
+intrinsic: Any = cast(Any, numba).extending.intrinsic
+types: Any = cast(Any, numba).types
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
     """Compile once per machine: numba caches the code next to this file, or in another folder it can write to."""
     try:
-        return _njit(nogil=True, cache=True)(function)
+        return njit(nogil=True, cache=True)(function)
     except RuntimeError:  # numba finds no folder for the cache
-        return _njit(nogil=True)(function)
+        return njit(nogil=True)(function)
 
 
-@_intrinsic
+@intrinsic
 def lowest_bit(_: Any, word: Any) -> Any:
     """Return the position of the lowest set bit of a nonzero word."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return b.cttz(args[0], ir.Constant(ir.IntType(1), 1))
 
-    return _types.int64(_types.uint64), generate
+    return types.int64(types.uint64), generate
 
 
-@_intrinsic
+@intrinsic
 def count_bits(_: Any, word: Any) -> Any:
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return b.ctpop(args[0])
 
-    return _types.int64(_types.uint64), generate
+    return types.int64(types.uint64), generate
 
 
 @_compiled
@@ -217,7 +215,7 @@ def encode(indices: Any, width: int, low_bytes: int, out: Any) -> None:
         out[at] = pending & numpy.uint64(255)
 
 
-@_njit(nogil=True)
+@njit(nogil=True)
 def _words(packed: Any) -> Any:
     """Copy bytes to 64-bit words, with one more word of zeros."""
     words = numpy.zeros(packed.size // 8 + 2, numpy.uint64)

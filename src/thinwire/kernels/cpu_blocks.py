@@ -5,21 +5,15 @@ copies of the state cost no more than an update in place. numba can't emit such 
 have 16 floats; LLVM splits them to the machine's width.
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
-import numba
 import numpy
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
+from numba.core import cgutils
 
-from thinwire.kernels.cpu_bits import lowest_bit
+from thinwire.kernels.cpu_bits import intrinsic, lowest_bit, njit, types
 
-_intrinsic: Any = intrinsic
-_njit: Callable[..., Any] = cast(Any, numba).njit
-_types: Any = types
 UNDEFINED: Any = cast(Any, ir).Undefined
 BLOCK = 64
 LANES = 16
@@ -61,7 +55,7 @@ def _rounded(b: Any, x: Any) -> Any:
     return b.trunc(b.select(b.fcmp_unordered("uno", x, x), _all(0x7FC0), near), VH)
 
 
-@_intrinsic
+@intrinsic
 def as_bfloat16(_: Any, x: Any) -> Any:
     """Round float32 to bfloat16, returned as float32."""
 
@@ -69,7 +63,7 @@ def as_bfloat16(_: Any, x: Any) -> Any:
         wide = b.bitcast(b.shl(b.zext(_rounded(b, splat(b, args[0], VF)), VI), _all(16)), VF)
         return b.extract_element(wide, ir.Constant(I32, 0))
 
-    return _types.float32(_types.float32), generate
+    return types.float32(types.float32), generate
 
 
 def _store(b: Any, x: Any, address: Any, j: int, past_cache: bool) -> None:
@@ -92,8 +86,8 @@ def _fetch(b: Any, address: Any) -> None:
     byte = ir.IntType(8).as_pointer()
     name = "llvm.prefetch.p0"
     kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-    ask = b.module.globals.get(name) or ir.Function(b.module, kind, name)
-    b.call(ask, [b.inttoptr(address, byte), ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+    prefetch = b.module.globals.get(name) or ir.Function(b.module, kind, name)
+    b.call(prefetch, [b.inttoptr(address, byte), ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
 
 
 def _stepped(b: Any, kind: str, g: Any, u: Any, v: Any, m: Any) -> tuple[Any, Any]:
@@ -123,11 +117,11 @@ def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, 
     cache.
     """
 
-    @_intrinsic
+    @intrinsic
     def block(
         _: Any, g: Any, u: Any, v: Any, new_u: Any, new_v: Any, kept: Any, momentum: Any, scale: Any, threshold: Any
     ) -> Any:
-        address = (_types.int64,) * 6
+        address = (types.int64,) * 6
 
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
             g, u, v, new_u, new_v, kept, momentum, scale, threshold = args
@@ -157,7 +151,7 @@ def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, 
                     _store(b, _all(0) if grad == "float32" else _all(0, VH), g, j, False)
             return mask
 
-        return _types.uint64(*address, _types.float32, _types.float32, _types.float32), generate
+        return types.uint64(*address, types.float32, types.float32, types.float32), generate
 
     return block
 
@@ -166,7 +160,7 @@ def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, 
 def magnitudes(kind: str, grad: str, state: str) -> Any:
     """Make ``f(g, u, v, out, momentum, scale)``: writes ``|v'|`` of 16 elements at these addresses as float32."""
 
-    @_intrinsic
+    @intrinsic
     def run(_: Any, g: Any, u: Any, v: Any, out: Any, momentum: Any, scale: Any) -> Any:
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
             g, u, v, out, momentum, scale = args
@@ -177,26 +171,26 @@ def magnitudes(kind: str, grad: str, state: str) -> Any:
             _store(b, b.bitcast(b.and_(bits, _all(0x7FFFFFFF)), VF), out, 0, False)
             return context.get_dummy_value()
 
-        return _types.void(*(_types.int64,) * 4, _types.float32, _types.float32), generate
+        return types.void(*(types.int64,) * 4, types.float32, types.float32), generate
 
     return run
 
 
-@_intrinsic
+@intrinsic
 def fused(_: Any, x: Any, y: Any, z: Any) -> Any:
     """Compute ``x y + z``, rounded once."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return _fused(b, *args)
 
-    return _types.float32(_types.float32, _types.float32, _types.float32), generate
+    return types.float32(types.float32, types.float32, types.float32), generate
 
 
 @cache
 def load(dtype: str) -> Any:
     """Make ``f(address) -> float32``, which loads one element."""
 
-    @_intrinsic
+    @intrinsic
     def one(_: Any, address: Any) -> Any:
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
             kind = {"float32": F32, "bfloat16": I16, "float16": ir.HalfType()}[dtype]
@@ -205,12 +199,12 @@ def load(dtype: str) -> Any:
                 return b.fpext(x, F32)
             return b.bitcast(b.shl(b.zext(x, I32), ir.Constant(I32, 16)), F32) if dtype == "bfloat16" else x
 
-        return _types.float32(_types.int64), generate
+        return types.float32(types.int64), generate
 
     return one
 
 
-@_intrinsic
+@intrinsic
 def fetch(_: Any, address: Any) -> Any:
     """Prefetch the cache line at ``address``."""
 
@@ -218,10 +212,10 @@ def fetch(_: Any, address: Any) -> Any:
         _fetch(b, args[0])
         return context.get_dummy_value()
 
-    return _types.void(_types.int64), generate
+    return types.void(types.int64), generate
 
 
-@_intrinsic
+@intrinsic
 def copy(_: Any, to: Any, source: Any, nbytes: Any) -> Any:
     """Run ``memcpy(to, source, nbytes)``."""
 
@@ -230,10 +224,10 @@ def copy(_: Any, to: Any, source: Any, nbytes: Any) -> Any:
         cgutils.raw_memcpy(b, b.inttoptr(args[0], byte), b.inttoptr(args[1], byte), args[2], 1)  # pyright: ignore[reportUnknownMemberType]
         return context.get_dummy_value()
 
-    return _types.void(_types.int64, _types.int64, _types.int64), generate
+    return types.void(types.int64, types.int64, types.int64), generate
 
 
-@_njit(nogil=True)
+@njit(nogil=True)
 def _collect(word: Any, first: int, kept: Any, indices: Any, values: Any, count: int) -> int:
     """Append the elements of a block's mask, as far as they fit; returns the count, including those that don't fit."""
     one = numpy.uint64(1)
@@ -258,7 +252,7 @@ def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, clear: boo
     edge = accumulate(kind, grad, state, False, clear)
     wide_g, wide = BLOCK * ITEMSIZE[grad], BLOCK * ITEMSIZE[state]
 
-    @_njit(nogil=True)
+    @njit(nogil=True)
     def run(
         g: int,
         u: int,
@@ -311,7 +305,7 @@ def compiled_sample(kind: str, grad: str, state: str) -> Any:
     size_g, size = ITEMSIZE[grad], ITEMSIZE[state]
     plain, nesterov, short = kind == "plain", kind == "nesterov", state == "bfloat16"
 
-    @_njit(nogil=True)
+    @njit(nogil=True)
     def pick(
         g: int, u: int, v: int, start: int, stride: int, run: int, momentum: float, scale: float, out: Any
     ) -> None:

@@ -12,11 +12,10 @@ from typing import Any, cast
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from thinwire.core.loops import Cut, Found, Pass
-from thinwire.kernels import fixed_shapes
-from thinwire.kernels.reference import BLOCK, Reference
+from thinwire.kernels.fixed_shapes import FixedShapes
+from thinwire.kernels.reference import BLOCK
 
 _tl: Any = tl
 _jit: Any = cast(Any, triton).jit
@@ -99,7 +98,7 @@ def _accumulate(
     _tl.store(maxima + row, _tl.max(_tl.where(there, bits, 0), axis=1), mask=row.to(_tl.int64) * BLOCK < n)
 
 
-class Cuda(Reference):
+class Cuda(FixedShapes):
     """Kernels in Triton; small steps (the sample, the selected elements) are plain PyTorch on the device.
 
     Only ``merge`` makes the host wait, since its output size is a count. Sparse gradients and two-phase routes use it.
@@ -114,18 +113,6 @@ class Cuda(Reference):
     def accumulate(self, works: Sequence[Pass], cuts: Sequence[Cut]) -> list[Found]:
         return [self._pass(work, cut) for work, cut in zip(works, cuts, strict=True)]
 
-    def look(self, x: Tensor, cut: Cut) -> Found:
-        return fixed_shapes.within(x, fixed_shapes.maxima(x, BLOCK), BLOCK, cut)
-
-    def fill(self, indices: Tensor, values: Tensor, k: int) -> Found:
-        return fixed_shapes.fill(indices, values, k)
-
-    def kth(self, magnitude: Tensor, k: int) -> Tensor:
-        return fixed_shapes.kth(magnitude, k)
-
-    def largest(self, x: Tensor, k: int) -> Tensor:
-        return fixed_shapes.largest(x, k)
-
     def _pass(self, work: Pass, cut: Cut) -> Found:
         n, new_v = work.grad.numel(), work.new_residual
         blocks = -(-n // BLOCK)
@@ -137,4 +124,4 @@ class Cuda(Reference):
             settings = (n, work.rule.momentum or 0.0, work.scale, kind, work.clear, ROWS, BLOCK)
             grid = (_cdiv(blocks, ROWS),)
             _accumulate[grid](work.grad, u, work.old_residual, new_u, new_v, maxima, *settings, enable_fp_fusion=False)
-        return fixed_shapes.within(new_v, maxima.view(torch.float32)[: n // BLOCK], BLOCK, cut)
+        return self.within(new_v, maxima.view(torch.float32)[: n // BLOCK], cut)

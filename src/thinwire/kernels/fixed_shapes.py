@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from thinwire.core.loops import Cut, Found
+from thinwire.kernels.reference import BLOCK, Reference
 
 
 def exactly(magnitude: Tensor, threshold: Tensor, k: int) -> Tensor:
@@ -20,59 +21,51 @@ def exactly(magnitude: Tensor, threshold: Tensor, k: int) -> Tensor:
     return above | (ties & (place <= k - above.sum(1, keepdim=True)))
 
 
-def kth(magnitude: Tensor, k: int) -> Tensor:
-    """Compute ``Kernels.kth``."""
-    return torch.topk(magnitude, k, sorted=False).values.nan_to_num(math.inf, math.inf).min()
+class FixedShapes(Reference):
+    """Kernels that select in fixed shapes, in plain PyTorch."""
 
+    def look(self, x: Tensor, cut: Cut) -> Found:
+        whole = x[: x.numel() // BLOCK * BLOCK]
+        return self.within(x, whole.view(-1, BLOCK).abs().amax(1), cut)
 
-def largest(x: Tensor, k: int) -> Tensor:
-    """Compute ``Kernels.largest``."""
-    n = x.numel()
-    if k >= n:
-        return torch.arange(n, device=x.device)
-    if k == 0:
-        return torch.empty(0, dtype=torch.int64, device=x.device)
-    magnitude = _finite(x.abs())
-    chosen = exactly(magnitude.view(1, -1), kth(magnitude, k), k)
-    return torch.nonzero_static(chosen.view(-1), size=k).view(-1)
+    def within(self, x: Tensor, maxima: Tensor, cut: Cut) -> Found:
+        """Compute ``look`` from known ``maxima`` of the magnitudes in all whole blocks."""
+        indices, values = self._largest_of(x, maxima, cut.k)
+        magnitude, levels = _finite(values.abs()), cut.levels()
+        passed = (magnitude >= levels.unsqueeze(1)).sum(1)  # if below k, also the count over all of x
+        which = (passed < cut.enough).sum().clamp_(max=cut.attempts)
+        return self.fill(indices, values.masked_fill(magnitude < levels.gather(0, which.view(1)), 0.0), cut.k)
 
+    def largest(self, x: Tensor, k: int) -> Tensor:
+        n = x.numel()
+        if k >= n:
+            return torch.arange(n, device=x.device)
+        if k == 0:
+            return torch.empty(0, dtype=torch.int64, device=x.device)
+        magnitude = _finite(x.abs())
+        chosen = exactly(magnitude.view(1, -1), self.kth(magnitude, k), k)
+        return torch.nonzero_static(chosen.view(-1), size=k).view(-1)
 
-def maxima(x: Tensor, block: int) -> Tensor:
-    """Return the largest magnitude of each whole ``block`` of ``x`` ``[n]``."""
-    return x[: x.numel() // block * block].view(-1, block).abs().amax(1)
+    def _largest_of(self, x: Tensor, maxima: Tensor, k: int) -> Found:
+        """Return the k elements of largest magnitude; the elements after the last whole block are always candidates."""
+        whole = maxima.numel() * BLOCK
+        if k >= maxima.numel():
+            chosen = self.largest(x, k)
+            return chosen, x[chosen]
+        hot = self.largest(maxima, k)
+        some = torch.cat([x[:whole].view(-1, BLOCK).index_select(0, hot).view(-1), x[whole:]])
+        chosen = self.largest(some, k)
+        in_blocks = hot[(chosen // BLOCK).clamp_(max=k - 1)] * BLOCK + chosen % BLOCK
+        return torch.where(chosen < k * BLOCK, in_blocks, chosen + (whole - k * BLOCK)), some[chosen]
 
-
-def within(x: Tensor, maxima: Tensor, block: int, cut: Cut) -> Found:
-    """Compute ``Kernels.look`` from known ``maxima`` of all whole blocks."""
-    indices, values = _largest_of(x, maxima, block, cut.k)
-    magnitude, levels = _finite(values.abs()), cut.levels()
-    passed = (magnitude >= levels.unsqueeze(1)).sum(1)  # if below k, also the count over all of x
-    which = (passed < cut.enough).sum().clamp_(max=cut.attempts)
-    return fill(indices, values.masked_fill(magnitude < levels.gather(0, which.view(1)), 0.0), cut.k)
-
-
-def _largest_of(x: Tensor, maxima: Tensor, block: int, k: int) -> Found:
-    """Return the k elements of largest magnitude; the elements after the last whole block are always candidates."""
-    whole = maxima.numel() * block
-    if k >= maxima.numel():
-        chosen = largest(x, k)
-        return chosen, x[chosen]
-    hot = largest(maxima, k)
-    some = torch.cat([x[:whole].view(-1, block).index_select(0, hot).view(-1), x[whole:]])
-    chosen = largest(some, k)
-    inside = hot[(chosen // block).clamp_(max=k - 1)] * block + chosen % block
-    return torch.where(chosen < k * block, inside, chosen + (whole - k * block)), some[chosen]
-
-
-def fill(indices: Tensor, values: Tensor, k: int) -> Found:
-    """Compute ``Kernels.fill``."""
-    missing = k - indices.numel()
-    indices, values = (torch.nn.functional.pad(t, (0, missing)) for t in (indices, values))
-    if not k:
-        return indices, values
-    there = values != 0  # True for NaN
-    order = there.logical_not().to(torch.uint8).sort(stable=True).indices
-    return torch.where(there, indices, indices.where(there, 0).amax())[order], values[order]
+    def fill(self, indices: Tensor, values: Tensor, k: int) -> Found:
+        missing = k - indices.numel()
+        indices, values = (torch.nn.functional.pad(t, (0, missing)) for t in (indices, values))
+        if not k:
+            return indices, values
+        there = values != 0  # True for NaN
+        order = there.logical_not().to(torch.uint8).sort(stable=True).indices
+        return torch.where(there, indices, indices.where(there, 0).amax())[order], values[order]
 
 
 def _finite(magnitude: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from thinwire.coding import elias_fano
 from thinwire.core.loops import Cut, Found, Kernels, Pass
-from thinwire.kernels import fixed_shapes
 from thinwire.kernels.accumulate import accumulate
 
 CHUNK = 2**19
@@ -68,6 +67,8 @@ class Reference:
     """Plain PyTorch, on any device."""
 
     name = "reference"
+    encode_indices = staticmethod(elias_fano.encode)
+    decode_indices = staticmethod(elias_fano.decode)
 
     def runs(self, work: Pass) -> bool:
         return True
@@ -81,20 +82,9 @@ class Reference:
 
     def accumulate(self, works: Sequence[Pass], cuts: Sequence[Cut]) -> list[Found]:
         return [
-            resolved(self._one(work, cut), cut, partial(above, work.new_residual), self)
+            resolved(_search(_accumulated(work), cut.threshold), cut, partial(above, work.new_residual), self)
             for work, cut in zip(works, cuts, strict=True)
         ]
-
-    def _one(self, work: Pass, cut: Cut) -> Found:
-        tensors = (work.grad, work.old_residual, work.new_residual, work.old_momentum, work.new_momentum)
-        search = Search(work.new_residual, cut.threshold)
-        for grad, v, new_v, u, new_u in zip(*map(chunks, tensors), strict=False):
-            accumulate(work.rule, work.scale, grad, v, new_v, u, new_u)
-            # the gradient is in the cache and no longer needed: reuse its memory
-            search.take(new_v, grad if grad.dtype == new_v.dtype else None)
-            if work.clear:
-                grad.zero_()
-        return search.found()
 
     def look(self, x: Tensor, cut: Cut) -> Found:
         return resolved(above(x, cut.threshold), cut, partial(above, x), self)
@@ -110,7 +100,7 @@ class Reference:
 
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
         if magnitude.device.type != "cpu":
-            return fixed_shapes.kth(magnitude, k)
+            return torch.topk(magnitude, k, sorted=False).values.nan_to_num(math.inf, math.inf).min()
         x = magnitude.view(BITS[magnitude.dtype]).numpy()
         kth = torch.from_numpy(kth_largest(x & numpy.iinfo(x.dtype).max, k))  # NaN may have a sign
         return kth.view(magnitude.dtype).nan_to_num(math.inf, math.inf)[0]
@@ -156,12 +146,6 @@ class Reference:
     def without_repeats(self, indices: Tensor, values: Tensor) -> Tensor:
         return torch.cat([values[:1], values[1:].masked_fill(indices[1:] == indices[:-1], 0.0)])
 
-    def encode_indices(self, indices: Tensor, n: int) -> Tensor:
-        return elias_fano.encode(indices, n)
-
-    def decode_indices(self, packed: Tensor, k: int, n: int) -> Tensor:
-        return elias_fano.decode(packed, k, n)
-
     def close(self) -> None:
         pass
 
@@ -185,10 +169,7 @@ def resolved(found: Found, cut: Cut, again: Callable[[Tensor], Found], kernels: 
 
 def above(x: Tensor, threshold: Tensor) -> Found:
     """Find the elements of ``x`` ``[n]`` with ``|x|`` not below the threshold."""
-    search = Search(x, threshold)
-    for part in chunks(x):
-        search.take(part)
-    return search.found()
+    return _search(((part, None) for part in chunks(x)), threshold)
 
 
 def runs(x: Tensor, start: int, stride: int, run: int) -> Tensor:
@@ -205,29 +186,34 @@ def chunks(x: Tensor | None) -> Iterable[Any]:
     return cast(Any, x).split(CHUNK if x.device.type == "cpu" else max(BLOCK, x.numel()))
 
 
-class Search:
-    """The search of ``above`` in chunks, while each is in the cache. It reuses memory, since fresh memory is slow."""
+def _accumulated(work: Pass) -> Iterable[tuple[Tensor, Tensor | None]]:
+    """Write the new states in chunks; yields each, and the memory of its gradient, which is in the cache, for reuse."""
+    tensors = (work.grad, work.old_residual, work.new_residual, work.old_momentum, work.new_momentum)
+    for grad, v, new_v, u, new_u in zip(*map(chunks, tensors), strict=False):
+        accumulate(work.rule, work.scale, grad, v, new_v, u, new_u)
+        yield new_v, grad if grad.dtype == new_v.dtype else None
+        if work.clear:
+            grad.zero_()
 
-    def __init__(self, x: Tensor, threshold: Tensor) -> None:
-        self._threshold = threshold
-        self._mask: Any = mask_room(min(CHUNK, x.numel())) if x.device.type == "cpu" else None
-        self._room: Tensor | None = None
-        self._found: list[Found] = []
-        self._taken = 0
 
-    def take(self, part: Tensor, room: Tensor | None = None) -> None:
-        """Search the next chunk; ``room``, of its size, is overwritten."""
+def _search(parts: Iterable[tuple[Tensor, Tensor | None]], threshold: Tensor) -> Found:
+    """Compute ``above`` in chunks, each with memory to overwrite or None; fresh memory is slow, so it is kept."""
+    mask: Any = None
+    own: Tensor | None = None
+    found: list[Found] = []
+    taken = 0
+    for part, room in parts:
+        if mask is None and part.device.type == "cpu":  # the first chunk is the largest
+            mask = mask_room(part.numel())
         if room is None:
-            room = self._room = torch.empty_like(part) if self._room is None else self._room[: part.numel()]
-        there = at_least(torch.abs(part, out=room), self._threshold, self._mask)
-        self._found.append((there + self._taken, part[there]))
-        self._taken += part.numel()
-
-    def found(self) -> Found:
-        if len(self._found) == 1:
-            return self._found[0]
-        indices, values = zip(*self._found, strict=True)
-        return torch.cat(indices), torch.cat(values)
+            room = own = torch.empty_like(part) if own is None else own[: part.numel()]
+        there = at_least(torch.abs(part, out=room), threshold, mask)
+        found.append((there + taken, part[there]))
+        taken += part.numel()
+    if len(found) == 1:
+        return found[0]
+    indices, values = zip(*found, strict=True)
+    return torch.cat(indices), torch.cat(values)
 
 
 REFERENCE = Reference()

@@ -13,15 +13,15 @@ from thinwire.kernels.reference import REFERENCE
 Choice: TypeAlias = Literal["auto", "reference", "cpu", "cuda"]
 
 
-def choose(asked: Choice, device: torch.device) -> tuple[Kernels, str | None]:
+def choose(choice: Choice, device: torch.device) -> tuple[Kernels, str | None]:
     """Choose the kernels for parameters on ``device``; returns them and a note for the user, or None.
 
     Raises:
         ThinwireError: kernels requested by name can't run.
     """
-    if asked not in ("auto", "reference", "cpu", "cuda"):
-        raise ThinwireError(f"kernels is {asked!r}; choose 'auto', 'reference', 'cpu' or 'cuda'")
-    kind = device.type if asked == "auto" else asked
+    if choice not in ("auto", "reference", "cpu", "cuda"):
+        raise ThinwireError(f"kernels is {choice!r}; choose 'auto', 'reference', 'cpu' or 'cuda'")
+    kind = device.type if choice == "auto" else choice
     missing = None
     if kind == "reference":
         return REFERENCE, None
@@ -38,8 +38,8 @@ def choose(asked: Choice, device: torch.device) -> tuple[Kernels, str | None]:
             return _load(kind), None
         except Exception as error:  # whatever a compiler that does not fit this machine raises
             missing = f"they can't be loaded: {error!r:.200}"
-    if asked != "auto":
-        raise ThinwireError(f"kernels={asked!r} can't run: {missing}; kernels='auto' takes what there is")
+    if choice != "auto":
+        raise ThinwireError(f"kernels={choice!r} can't run: {missing}; kernels='auto' takes what there is")
     return REFERENCE, f"kernels are plain PyTorch, which is slower: compiled ones are not used, since {missing}"
 
 

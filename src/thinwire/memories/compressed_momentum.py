@@ -2,22 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from thinwire.core.absorbed import Absorbed
 from thinwire.core.checks import check_fields, real
 from thinwire.core.context import NOWHERE, Context
-from thinwire.core.interfaces import Memory, Role, Slot, State
-from thinwire.core.memory_capabilities import FollowsOptimizer, GivesMomentum, HasDenseForm, ScaledResidual
+from thinwire.core.interfaces import Role, Slot, State
+from thinwire.core.memory_capabilities import Absorbed, FollowsOptimizer, HasTraits, MemoryTraits
 from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, float_at_least_32
+from thinwire.core.tensors import Decompressed
+from thinwire.memories.error_feedback import ResidualMemory
 
 
 @register("compressed_momentum")
 @dataclass(frozen=True)
-class CompressedMomentum(Memory, FollowsOptimizer, GivesMomentum, HasDenseForm, ScaledResidual):
+class CompressedMomentum(ResidualMemory, FollowsOptimizer, HasTraits):
     """A memory that exchanges Adam's momentum instead of the gradient, with error feedback.
 
     ``x_i = beta1 m + (1 - beta1) g_i + e_i``,  ``e_i = x_i - C(x_i)``,  ``m = mean_i C(x_i)``
@@ -58,20 +59,9 @@ class CompressedMomentum(Memory, FollowsOptimizer, GivesMomentum, HasDenseForm, 
         derived = Slot(Role.DERIVED, "both")  # 0 where the variance is: of the optimizer, where it has such elements
         return {"residual": Slot(Role.PENDING), "momentum": Slot(Role.MOMENTUM, "shared"), "live": derived}
 
-    @property
-    def gives(self) -> str:
-        return "momentum"
-
-    @property
-    def residual_gain(self) -> float:
-        return 1.0 / (1.0 - self.beta1)
-
-    @property
-    def uncompressed(self) -> "CompressedMomentum":
-        return self
-
-    def dtype(self, grad: torch.dtype) -> torch.dtype:
-        return float_at_least_32(grad)
+    @cached_property
+    def traits(self) -> MemoryTraits:
+        return MemoryTraits(gives="momentum", residual_gain=1.0 / (1.0 - self.beta1), uncompressed=self)
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
@@ -81,7 +71,7 @@ class CompressedMomentum(Memory, FollowsOptimizer, GivesMomentum, HasDenseForm, 
         return _alive(x, new)
 
     def sent(self, decoded: Decompressed, new: State, sign: float = -1.0) -> None:
-        decoded.add_to(new["residual"], alpha=sign)
+        super().sent(decoded, new, sign)
         _alive(new["residual"], new)
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
@@ -98,7 +88,7 @@ def _alive(x: Tensor, state: State) -> Tensor:
 
 @register("steady_feedback")
 @dataclass(frozen=True)
-class SteadyFeedback(Memory, GivesMomentum, HasDenseForm):
+class SteadyFeedback(ResidualMemory, HasTraits):
     """Error feedback that leaves the residual out of dense steps, so that these give the exact mean gradient.
 
     compressed: ``x_i = g_i + e_i``, ``e_i = x_i - C(x_i)``; dense: ``x_i = g_i``, ``e_i`` stays.
@@ -116,26 +106,12 @@ class SteadyFeedback(Memory, GivesMomentum, HasDenseForm):
     arXiv:2202.06009.
     """
 
-    @property
-    def slots(self) -> Mapping[str, Slot]:
-        return {"residual": Slot(Role.PENDING)}
-
-    @property
-    def gives(self) -> str:
-        return "gradient beside dense steps"
-
-    @property
-    def uncompressed(self) -> "SteadyFeedback":
-        return self
-
-    def dtype(self, grad: torch.dtype) -> torch.dtype:
-        return float_at_least_32(grad)
+    @cached_property
+    def traits(self) -> MemoryTraits:
+        return MemoryTraits(gives="gradient beside dense steps", uncompressed=self)
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
     ) -> Tensor:
         pending = torch.add(old["residual"], grad, alpha=scale, out=new["residual"])
         return torch.mul(grad, scale).to(pending.dtype) if ctx.exact else pending
-
-    def sent(self, decoded: Decompressed, new: State, sign: float = -1.0) -> None:
-        decoded.add_to(new["residual"], alpha=sign)

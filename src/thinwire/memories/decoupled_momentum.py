@@ -1,23 +1,22 @@
 """DeMo's memory: the momentum holds what was not sent yet."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from thinwire.core.checks import check_fields, flag, real
 from thinwire.core.context import NOWHERE, Context
-from thinwire.core.interfaces import Memory, Role, Slot, State
-from thinwire.core.memory_capabilities import HasDenseForm
+from thinwire.core.interfaces import State
+from thinwire.core.memory_capabilities import HasTraits, MemoryTraits
 from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, float_at_least_32
-from thinwire.memories.error_feedback import signs
+from thinwire.memories.error_feedback import ResidualMemory, signs
 
 
 @register("decoupled_momentum")
 @dataclass(frozen=True)
-class DecoupledMomentum(Memory, HasDenseForm):
+class DecoupledMomentum(ResidualMemory, HasTraits):
     """A momentum on each rank that is compressed and sent; the ranks' momenta are never synchronised.
 
     ``M = beta M + g``; ``C(M)`` is sent and subtracted from ``M``; the optimizer gets the sign of the mean.
@@ -44,24 +43,14 @@ class DecoupledMomentum(Memory, HasDenseForm):
     def __post_init__(self) -> None:
         check_fields(self, decay=real(0.0, 1.0, below=True, hint=", e.g. 0.999"), sign=flag)
 
-    @property
-    def slots(self) -> Mapping[str, Slot]:
-        return {"residual": Slot(Role.PENDING)}
-
-    @property
-    def uncompressed(self) -> "DecoupledMomentum":
-        return self
-
-    def dtype(self, grad: torch.dtype) -> torch.dtype:
-        return float_at_least_32(grad)
+    @cached_property
+    def traits(self) -> MemoryTraits:
+        return MemoryTraits(uncompressed=self)
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
     ) -> Tensor:
         return torch.mul(old["residual"], self.decay, out=new["residual"]).add_(grad, alpha=scale)
-
-    def sent(self, decoded: Decompressed, new: State, sign: float = -1.0) -> None:
-        decoded.add_to(new["residual"], alpha=sign)
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
         return signs(mean) if self.sign else mean

@@ -5,6 +5,7 @@ All arithmetic is elementwise, so it does not depend on the memory layout of the
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import torch
@@ -14,7 +15,7 @@ from thinwire.core.checks import check_fields, dtype, real
 from thinwire.core.context import NOWHERE, Context
 from thinwire.core.interfaces import Memory, Role, Slot, State
 from thinwire.core.loops import Accumulation
-from thinwire.core.memory_capabilities import Fusable, PassesOn
+from thinwire.core.memory_capabilities import HasTraits, MemoryTraits
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, float_at_least_32
 from thinwire.kernels.accumulate import accumulate
@@ -29,10 +30,30 @@ def signs(x: Tensor) -> Tensor:
     return torch.where(x.isnan(), x, x.sign(), out=x)
 
 
+class ResidualMemory(Memory):
+    """A memory with one residual, from which what was sent is subtracted; in at least float32 by default."""
+
+    state_dtype: StateDtype = "float32"
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        return {"residual": Slot(Role.PENDING)}
+
+    def dtype(self, grad: torch.dtype) -> torch.dtype:
+        return torch.bfloat16 if self.state_dtype == "bfloat16" else float_at_least_32(grad)
+
+    def sent(self, decoded: Decompressed, new: State, sign: float = -1.0) -> None:
+        decoded.add_to(new["residual"], alpha=sign)
+
+
 @register("none")
 @dataclass(frozen=True)
-class NoMemory(Memory, PassesOn):
+class NoMemory(Memory, HasTraits):
     """The empty memory, which passes the gradient on as it is, loss scale included, without error feedback."""
+
+    @cached_property
+    def traits(self) -> MemoryTraits:
+        return MemoryTraits(passes_on=True)
 
     @property
     def stateful(self) -> bool:
@@ -50,7 +71,7 @@ class NoMemory(Memory, PassesOn):
 
 @register("error_feedback")
 @dataclass(frozen=True)
-class ErrorFeedback(Memory, Fusable, PassesOn):
+class ErrorFeedback(ResidualMemory, HasTraits):
     """Error feedback, which adds the residual of earlier steps to every gradient.
 
     ``x = residual + g``,  ``residual = (1 - beta) residual + beta (x - decompress(compress(x)))``, default ``beta`` 1.
@@ -83,19 +104,13 @@ class ErrorFeedback(Memory, Fusable, PassesOn):
         )
 
     @property
-    def slots(self) -> Mapping[str, Slot]:
-        return {"residual": Slot(Role.PENDING)}
-
-    @property
     def linear(self) -> bool:
         return True
 
-    @property
-    def accumulation(self) -> Accumulation | None:
-        return Accumulation(None) if self.decay == self.beta == 1.0 else None
-
-    def dtype(self, grad: torch.dtype) -> torch.dtype:
-        return torch.bfloat16 if self.state_dtype == "bfloat16" else float_at_least_32(grad)
+    @cached_property
+    def traits(self) -> MemoryTraits:
+        plain = self.decay == self.beta == 1.0
+        return MemoryTraits(accumulation=Accumulation(None) if plain else None, passes_on=True)
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from thinwire.core.checks import check_fields, real
 from thinwire.core.context import NOWHERE, Context
-from thinwire.core.interfaces import Compressor, Memory, Role, Slot, State
-from thinwire.core.memory_capabilities import AcceptsBias, HasDenseForm
+from thinwire.core.interfaces import Memory, Role, Slot, State
+from thinwire.core.memory_capabilities import HasTraits, MemoryTraits
 from thinwire.core.registry import register
 from thinwire.core.tensors import float_at_least_32
 from thinwire.memories.error_feedback import signs
@@ -21,7 +22,7 @@ means that were sent dense."""
 
 @register("majority_vote")
 @dataclass(frozen=True)
-class MajorityVote(Memory, AcceptsBias, HasDenseForm):
+class MajorityVote(Memory, HasTraits):
     """The memory of signSGD with majority vote and, with momentum, of Signum. The optimizer gets -1, 0 or 1.
 
     ``m = beta m + (1 - beta) g``; ``m`` is compressed by ``Sign(scale="none")``; the gradient is the sign of the mean.
@@ -52,12 +53,9 @@ class MajorityVote(Memory, AcceptsBias, HasDenseForm):
     def slots(self) -> Mapping[str, Slot]:
         return {"momentum": Slot(Role.MOMENTUM)} if self.momentum else {}
 
-    def makes_up_for(self, compressor: Compressor) -> bool:
-        return compressor.traits.votes
-
-    @property
-    def uncompressed(self) -> "MajorityVote":
-        return self
+    @cached_property
+    def traits(self) -> MemoryTraits:
+        return MemoryTraits(uncompressed=self, takes_votes=True)
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad) if self.momentum else grad

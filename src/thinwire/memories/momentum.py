@@ -3,43 +3,60 @@
 Momentum and weight decay that every rank computes alike are in the shared state.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from functools import cached_property
+from typing import Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
-from thinwire.core.absorbed import Absorbed
-from thinwire.core.checks import Check, check_fields, flag, one_of, real
+from thinwire.core.checks import check_fields, flag, one_of, real
 from thinwire.core.context import NOWHERE, Context
 from thinwire.core.interfaces import Memory, Role, Slot, State
 from thinwire.core.loops import Accumulation
-from thinwire.core.memory_capabilities import (
-    Fusable,
-    HasDenseForm,
-    OwnsMomentum,
-    PassesOn,
-    ScaledResidual,
-    absorbed,
-)
+from thinwire.core.memory_capabilities import Absorbed, HasTraits, MemoryTraits, OwnsMomentum, absorbed
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, float_at_least_32
 from thinwire.kernels.accumulate import accumulate
-from thinwire.memories.error_feedback import STATE, StateDtype
+from thinwire.memories.error_feedback import STATE, ResidualMemory, StateDtype
 
 WeightDecay: TypeAlias = Literal["separate", "local", "decoupled"]
-SGD: dict[str, Check] = {
-    "momentum": real(0.0, 1.0, below=True, hint=", e.g. 0.9"),
-    "nesterov": flag,
-    "weight_decay": real(0.0),
-    "decay": one_of("separate", "local", "decoupled"),
-}
+
+
+@dataclass(frozen=True)
+class SGDMemory(Memory, OwnsMomentum, HasTraits):
+    """A memory with the settings of SGD, which an attached optimizer sets, but for ``decay``."""
+
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    decay: WeightDecay = "separate"
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            momentum=real(0.0, 1.0, below=True, hint=", e.g. 0.9"),
+            nesterov=flag,
+            weight_decay=real(0.0),
+            decay=one_of("separate", "local", "decoupled"),
+        )
+
+    @property
+    def linear(self) -> bool:
+        return True
+
+    def absorb(self, settings: Absorbed) -> Self:
+        return replace(self, momentum=settings.momentum, nesterov=settings.nesterov, weight_decay=settings.weight_decay)
+
+    @property
+    def absorbed(self) -> Absorbed:
+        return Absorbed(self.momentum, self.nesterov, self.weight_decay)
 
 
 @register("momentum_correction")
 @dataclass(frozen=True)
-class MomentumCorrection(Memory, OwnsMomentum, Fusable, PassesOn, ScaledResidual, HasDenseForm):
+class MomentumCorrection(SGDMemory, ResidualMemory):
     """The memory of DGC, which accumulates the velocity instead of the gradient so that sparse sending keeps momentum.
 
     vanilla:   ``u = m u + g``,        ``v = v + u``
@@ -66,16 +83,13 @@ class MomentumCorrection(Memory, OwnsMomentum, Fusable, PassesOn, ScaledResidual
     Departures: ``v`` loses only what was decompressed, so a cast's error stays. ``mask_below_density`` limits masking.
     """
 
-    momentum: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    decay: WeightDecay = "separate"
     masking: bool = True
     mask_below_density: float = 0.05
     state_dtype: StateDtype = "float32"
 
     def __post_init__(self) -> None:
-        check_fields(self, **SGD, masking=flag, mask_below_density=real(0.0, 1.0), state_dtype=STATE)
+        super().__post_init__()
+        check_fields(self, masking=flag, mask_below_density=real(0.0, 1.0), state_dtype=STATE)
 
     @property
     def slots(self) -> Mapping[str, Slot]:
@@ -84,40 +98,22 @@ class MomentumCorrection(Memory, OwnsMomentum, Fusable, PassesOn, ScaledResidual
             slots["decay"] = Slot(Role.MOMENTUM, "shared")
         return slots
 
-    @property
-    def linear(self) -> bool:
-        return True
+    @cached_property
+    def traits(self) -> MemoryTraits:
+        decays_first = bool(self.weight_decay) and self.decay == "local"
+        resting = {"momentum", "decay"} if self.weight_decay else {"momentum"}
+        return MemoryTraits(
+            accumulation=None if decays_first else self._accumulation,
+            passes_on=decays_first or not self.weight_decay,
+            rests=frozenset() if self.momentum else frozenset(resting),
+            uncompressed=Momentum(decay=self.decay),
+            residual_gain=1.0 - self.momentum,
+        )
 
-    @property
-    def residual_gain(self) -> float:
-        return 1.0 - self.momentum
-
-    @property
-    def accumulation(self) -> Accumulation | None:
-        decays_first = self.weight_decay and self.decay == "local"
-        return None if decays_first else self._accumulation
-
-    @property
+    @cached_property
     def _accumulation(self) -> Accumulation:
         """The kernel's rule. Without a momentum it keeps ``u`` for later, as SGD keeps its buffer."""
         return Accumulation(self.momentum, self.nesterov) if self.momentum else Accumulation(None)
-
-    @property
-    def rests(self) -> Set[str]:
-        if self.momentum:
-            return frozenset()
-        return frozenset({"momentum", "decay"} if self.weight_decay else {"momentum"})
-
-    @property
-    def passes_on(self) -> bool:
-        return not self.weight_decay or self.decay == "local"
-
-    @property
-    def uncompressed(self) -> "Momentum":
-        return Momentum(decay=self.decay)
-
-    def dtype(self, grad: torch.dtype) -> torch.dtype:
-        return torch.bfloat16 if self.state_dtype == "bfloat16" else float_at_least_32(grad)
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
@@ -129,7 +125,7 @@ class MomentumCorrection(Memory, OwnsMomentum, Fusable, PassesOn, ScaledResidual
         return v
 
     def sent(self, decoded: Decompressed, new: State, sign: float = -1.0) -> None:
-        decoded.add_to(new["residual"], alpha=sign)
+        super().sent(decoded, new, sign)
         if sign < 0.0 and self.masking and self.momentum and decoded.density <= self.mask_below_density:
             decoded.clear(new["momentum"])
 
@@ -142,13 +138,6 @@ class MomentumCorrection(Memory, OwnsMomentum, Fusable, PassesOn, ScaledResidual
         if self.nesterov:
             return mean.add_(param, alpha=self.weight_decay).add_(w, alpha=self.momentum)
         return mean.add_(w)
-
-    def absorb(self, settings: Absorbed) -> "MomentumCorrection":
-        return replace(self, momentum=settings.momentum, nesterov=settings.nesterov, weight_decay=settings.weight_decay)
-
-    @property
-    def absorbed(self) -> Absorbed:
-        return Absorbed(self.momentum, self.nesterov, self.weight_decay)
 
     def take_over(self, old: Memory, local: State, shared: State) -> None:
         now, was = form(self.absorbed), form(absorbed(old) or Absorbed())
@@ -170,7 +159,7 @@ class MomentumCorrection(Memory, OwnsMomentum, Fusable, PassesOn, ScaledResidual
 
 @register("momentum")
 @dataclass(frozen=True)
-class Momentum(Memory, OwnsMomentum, HasDenseForm):
+class Momentum(SGDMemory):
     """Ordinary SGD momentum, applied after the exchange; DGC uses it for parameters that it does not compress.
 
     ``b = m b + (mean + wd * param)``; the gradient is ``b``, or ``mean + wd * param + m b`` with Nesterov.
@@ -178,25 +167,13 @@ class Momentum(Memory, OwnsMomentum, HasDenseForm):
     State: one value per element, equal on all ranks.
     """
 
-    momentum: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    decay: WeightDecay = "separate"
-
-    def __post_init__(self) -> None:
-        check_fields(self, **SGD)
-
-    @property
-    def uncompressed(self) -> "Momentum":
-        return self
-
     @property
     def slots(self) -> Mapping[str, Slot]:
         return {"momentum": Slot(Role.MOMENTUM, "shared", wide=True)} if self.momentum else {}
 
-    @property
-    def linear(self) -> bool:
-        return True
+    @cached_property
+    def traits(self) -> MemoryTraits:
+        return MemoryTraits(rests=frozenset() if self.momentum else frozenset({"momentum"}), uncompressed=self)
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
@@ -211,17 +188,6 @@ class Momentum(Memory, OwnsMomentum, HasDenseForm):
             b = torch.mul(old["momentum"], self.momentum, out=new["momentum"]).add_(mean)
             mean = mean.add_(b, alpha=self.momentum) if self.nesterov else mean.copy_(b)
         return mean.add_(param, alpha=self.weight_decay) if self.weight_decay and decoupled else mean
-
-    def absorb(self, settings: Absorbed) -> "Momentum":
-        return replace(self, momentum=settings.momentum, nesterov=settings.nesterov, weight_decay=settings.weight_decay)
-
-    @property
-    def absorbed(self) -> Absorbed:
-        return Absorbed(self.momentum, self.nesterov, self.weight_decay)
-
-    @property
-    def rests(self) -> Set[str]:
-        return frozenset() if self.momentum else frozenset({"momentum"})
 
     def take_buffer(self, buffer: Tensor, local: State, shared: State) -> None:
         if "momentum" in shared:

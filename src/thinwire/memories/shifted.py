@@ -7,6 +7,7 @@ are called ``estimate``). The compressor gets the difference between the gradien
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,14 +16,15 @@ from thinwire.core.checks import check_fields, of_type, optional, real
 from thinwire.core.context import NOWHERE, NUMBER, Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Memory, Role, Slot, State
-from thinwire.core.memory_capabilities import Infers
+from thinwire.core.memory_capabilities import HasTraits, MemoryTraits
 from thinwire.core.registry import register
 from thinwire.core.tensors import Decompressed, float_at_least_32
+from thinwire.memories.error_feedback import ResidualMemory
 
 
 @register("ef21")
 @dataclass(frozen=True)
-class EF21(Memory, Infers):
+class EF21(Memory, HasTraits):
     """The memory of EF21, which sends the difference between the gradient and an estimate and steps with the estimate.
 
     ``v_i = (1 - eta) v_i + eta g_i``,  ``h_i = h_i + C(v_i - h_i)``,  the optimizer gets ``h = mean h_i``.
@@ -73,8 +75,16 @@ class EF21(Memory, Infers):
             participation=real(0.0, 1.0, above=True, hint=": it is a probability"),
             downlink=optional(of_type(Compressor, "downlink takes a compressor, e.g. TopK(0.05)")),
         )
-        if self.downlink is not None:
-            check_downlink(self.downlink)
+        if (downlink := self.downlink) is None:
+            return
+        kind = type(downlink).__name__
+        if downlink.traits.min_ndim or downlink.init(NUMBER, NOWHERE):
+            raise ThinwireError(f"{kind} needs matrices or keeps a state, which a downlink can't; use e.g. TopK(0.05)")
+        alpha = downlink.traits.contraction(2**20)
+        if alpha is not None and alpha <= 0.0:
+            raise ThinwireError(
+                f"{kind} may lose more than it is given, so a downlink would diverge; use e.g. TopK(0.05)"
+            )
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         return float_at_least_32(grad)
@@ -88,10 +98,9 @@ class EF21(Memory, Infers):
             slots["server"] = Slot(Role.ESTIMATE, "shared")
         return slots
 
-    def inferred(self, known: State) -> State:
-        if self.eta == 1.0 or "average" in known or "estimate" not in known:
-            return {}
-        return {"average": known["estimate"].clone()}  # the estimate follows the gradients as the average would
+    @cached_property
+    def traits(self) -> MemoryTraits:  # the estimate follows the gradients as the average would
+        return MemoryTraits(begins_as={"average": "estimate"} if self.eta < 1.0 else {})
 
     def present(self, ctx: Context) -> bool:
         """Return True if this rank takes part in this step."""
@@ -129,7 +138,7 @@ class EF21(Memory, Infers):
 
 @register("econtrol")
 @dataclass(frozen=True)
-class EControl(Memory):
+class EControl(ResidualMemory):
     """The memory of EControl, which is EF21 plus a residual that is added back with the weight ``eta``.
 
     ``x_i = eta e_i + g_i - h_i``,  ``h_i = h_i + C(x_i)``,  ``e_i = e_i + g_i - h_i`` with the new ``h_i``; the
@@ -163,9 +172,6 @@ class EControl(Memory):
     def __post_init__(self) -> None:
         check_fields(self, eta=real(0.0, 1.0, hint=", and about the density to be stable"))
 
-    def dtype(self, grad: torch.dtype) -> torch.dtype:
-        return float_at_least_32(grad)
-
     @property
     def slots(self) -> Mapping[str, Slot]:
         return {"residual": Slot(Role.PENDING), "estimate": Slot(Role.ESTIMATE, "both")}
@@ -181,17 +187,7 @@ class EControl(Memory):
 
     def sent(self, decoded: Decompressed, new: State, sign: float = -1.0) -> None:
         decoded.add_to(new["estimate"], alpha=-sign)
-        decoded.add_to(new["residual"], alpha=sign)
+        super().sent(decoded, new, sign)
 
     def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
         return mean.copy_(torch.add(old["estimate"], mean, out=new["estimate"]))
-
-
-def check_downlink(downlink: Compressor) -> None:
-    """Check that a downlink compresses any shape, keeps no state and is a contraction."""
-    kind = type(downlink).__name__
-    if downlink.traits.min_ndim or downlink.init(NUMBER, NOWHERE):
-        raise ThinwireError(f"{kind} needs matrices or keeps a state, which a downlink can't; use e.g. TopK(0.05)")
-    alpha = downlink.traits.contraction(2**20)
-    if alpha is not None and alpha <= 0.0:
-        raise ThinwireError(f"{kind} may lose more than it is given, so a downlink would diverge; use e.g. TopK(0.05)")

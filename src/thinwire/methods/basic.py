@@ -12,8 +12,6 @@ from thinwire.memories.momentum import Momentum, MomentumCorrection, WeightDecay
 from thinwire.methods.method import Method, Rule
 from thinwire.methods.options import IDENTITY, Options, recipe
 
-SENT = checks.dtype(tuple(DTYPES), "; thinwire.dense() sends gradients as they are")
-
 
 def dense(*, clip: float | None = None) -> Method:
     """Send every gradient as it is: plain data parallelism, bit-equal to DDP without a hook.
@@ -38,7 +36,7 @@ def cast(dtype: str | torch.dtype = "float16", *, clip: float | None = None) -> 
 
     **Wire**: half of ``dense()`` for ``"float16"`` and ``"bfloat16"``.
     """
-    name = SENT("dtype", dtype)
+    name = checks.dtype(tuple(DTYPES), "; thinwire.dense() sends gradients as they are")("dtype", dtype)
     return Method(name, (Rule(Cast(name), NoMemory()),), clip)
 
 
@@ -60,8 +58,7 @@ def topk(
         values: precision of the values sent, e.g. ``"float16"``, ``"int4"`` or ``"sign"``; the rounding error stays in
             the residual. See ``thinwire.compressors.TopK``, also for ``selection``.
         state_dtype: dtype of the residual, see ``thinwire.memories.ErrorFeedback``.
-        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
-            ``second_stage_density_ratio``.
+        options: the options of all recipes, see ``Options``.
 
     Raises:
         ThinwireError: a value is outside its range.
@@ -98,8 +95,7 @@ def dgc(
     Args:
         density: kept / total of each parameter, in (0, 1].
         masking, mask_below_density, decay: see ``thinwire.memories.MomentumCorrection``.
-        values: precision of the values sent, e.g. ``"float16"``, ``"int4"`` or ``"sign"``; the rounding error stays in
-            the residual. See ``thinwire.compressors.TopK``, also for ``selection``.
+        values, selection: as for ``topk``.
         state_dtype: dtype of the residual and the momentum, see ``thinwire.memories.ErrorFeedback``.
         options: the options of all recipes, see ``Options``. The paper advises a ``warmup`` over 1 to 5 % of the
             training. ``clip`` needs the norm of the whole gradient, so the exchange starts only at the end of backward.
@@ -114,14 +110,12 @@ def dgc(
         >>> dgc(0.001, warmup=Warmup(steps=400)).absorbs
         True
 
-    Source: Y. Lin, S. Han, H. Mao, Y. Wang, W. Dally, "Deep Gradient Compression: Reducing the Communication Bandwidth
-    for Distributed Training", 2018, arXiv:1712.01887.
+    Source: Y. Lin et al., "Deep Gradient Compression", 2018, arXiv:1712.01887.
 
     Departures: Elias-Fano indices instead of 16-bit runs; see also ``thinwire.memories.MomentumCorrection`` and
     ``thinwire.compressors.sampling``.
     """
-    after_averaging = Momentum(decay=decay)
     memory = MomentumCorrection(
         decay=decay, masking=masking, mask_below_density=mask_below_density, state_dtype=state_dtype
     )
-    return recipe("dgc", TopK(density, values, selection), memory, options, Rule(Cast(), after_averaging))
+    return recipe("dgc", TopK(density, values, selection), memory, options, Rule(Cast(), Momentum(decay=decay)))

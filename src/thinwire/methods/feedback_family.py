@@ -23,8 +23,7 @@ def ef14(compressor: float | Compressor, *, decay: float = 1.0, **options: Unpac
     Args:
         compressor: a density in (0, 1], for Top-k; or a compressor.
         decay: see ``thinwire.memories.ErrorFeedback``.
-        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
-            ``second_stage_density_ratio``.
+        options: the options of all recipes, see ``Options``.
 
     Raises:
         ThinwireError: a value is outside its range, or the compressor may lose more than it is given.
@@ -84,8 +83,7 @@ def ef21_sgdm(compressor: float | Compressor, *, eta: float = 0.1, **options: Un
         >>> ef21_sgdm(0.01).rules[0].memory.eta
         0.1
 
-    Source: I. Fatkhullin, A. Tyurin, P. Richtárik, "Momentum Provably Improves Error Feedback!", 2023,
-    arXiv:2305.15155, algorithm 1.
+    Source: I. Fatkhullin et al., "Momentum Provably Improves Error Feedback!", 2023, arXiv:2305.15155, algorithm 1.
     """
     return recipe("ef21_sgdm", _compressor(compressor), EF21(eta), options)
 
@@ -184,8 +182,7 @@ def econtrol(compressor: float | Compressor, *, eta: float | None = None, **opti
         >>> econtrol(0.01).rules[0].memory
         EControl(eta=0.01)
 
-    Source: Y. Gao, R. Islamov, S. Stich, "EControl: Fast Distributed Optimization with Compression and Error Control",
-    2024, arXiv:2311.05645.
+    Source: Y. Gao, R. Islamov, S. Stich, "EControl", 2024, arXiv:2311.05645; see ``thinwire.memories.EControl``.
     """
     chosen = _compressor(compressor)
     if eta is None:

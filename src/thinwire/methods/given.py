@@ -14,7 +14,7 @@ from thinwire.core.capabilities import title
 from thinwire.core.checks import shown
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Memory
-from thinwire.core.memory_capabilities import uncompressed
+from thinwire.core.memory_capabilities import traits_of
 from thinwire.memories.error_feedback import ErrorFeedback, NoMemory
 from thinwire.methods.method import TYPICAL, Method, Rule
 
@@ -48,7 +48,7 @@ def method_of(given: Any) -> Method:
 
 def _with_rest(rule: Rule) -> Method:
     """Make a method of a rule, with a dense rule for the parameters that it does not fit."""
-    return Method(title(rule.compressor), (rule, Rule(Cast(), uncompressed(rule.memory) or NoMemory())))
+    return Method(title(rule.compressor), (rule, Rule(Cast(), traits_of(rule.memory).uncompressed or NoMemory())))
 
 
 def _wrong(given: Any) -> str:

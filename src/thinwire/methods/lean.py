@@ -54,8 +54,7 @@ def lean(bits_per_parameter: float = 0.06, *, momentum: bool = True, **options: 
         bits_per_parameter: bits per step for each compressed parameter, indices and values, above 0; 0.02 to 0.3 were
             measured. Dense float32 takes 32.
         momentum: take momentum over from SGD, as ``dgc`` does; False for AdamW and every other optimizer.
-        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
-            ``second_stage_density_ratio``.
+        options: the options of all recipes, see ``Options``.
 
     Raises:
         ThinwireError: a value is outside its range.

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from thinwire.compressors.quantize import Quantize
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
-from thinwire.core.memory_capabilities import gives
+from thinwire.core.memory_capabilities import traits_of
 from thinwire.memories.error_feedback import ErrorFeedback
 from thinwire.methods.basic import dense, topk
 from thinwire.methods.local_settings import Local
@@ -46,7 +46,7 @@ def local(exchange: Exchange = None, *, every: int, name: str = "local", **setti
     method = dense() if exchange is None else method_of(exchange)
     if method.local is not None:
         raise ThinwireError(f"exchange is {method.name}, which makes local updates already; give the method inside")
-    if method.absorbs or any(gives(rule.memory) != "gradient" for rule in method.rules):
+    if method.absorbs or any(traits_of(rule.memory).gives != "gradient" for rule in method.rules):
         raise ThinwireError(
             f"exchange is {method.name}, which stands in for a part of the optimizer, and local updates keep the whole "
             "optimizer on each worker; use thinwire.topk(), thinwire.lean(..., momentum=False), or another method "

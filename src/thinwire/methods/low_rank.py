@@ -39,8 +39,7 @@ def powersgd(
         >>> powersgd(2).rule("layer.weight", (512, 256), 512 * 256).compressor.rank
         2
 
-    Source: T. Vogels, S. P. Karimireddy, M. Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed
-    Optimization", 2019, arXiv:1905.13727.
+    Source: T. Vogels, S. P. Karimireddy, M. Jaggi, "PowerSGD", 2019, arXiv:1905.13727.
 
     Departures: see ``thinwire.compressors.PowerSGD``. Each step does half a power iteration for half the bytes of a
     whole one, so compare at twice the rank.

@@ -5,16 +5,16 @@ A method is a value. It can be written to JSON and read back, and ranks compare 
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 from thinwire.core import registry
-from thinwire.core.capabilities import LeaderSelected, WarmStarted, declines, title
+from thinwire.core.capabilities import LeaderSelected, WarmStarted, declines, led, title
 from thinwire.core.checks import check_fields, of_type, one_of, optional, real, shown, whole
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, Memory, feeds_back
-from thinwire.core.memory_capabilities import OwnsMomentum, makes_up_for
+from thinwire.core.memory_capabilities import OwnsMomentum, traits_of
 from thinwire.methods.local_settings import Local
 from thinwire.methods.warmup import Warmup
 
@@ -22,8 +22,7 @@ RESERVED = "pending_residual"
 """The key of a residual that an earlier method left, in every state."""
 TYPICAL = 2**20
 """Number of elements for which a rule is checked."""
-ROUTING = ("route", "second_stage_density_ratio")
-RouteName: TypeAlias = Literal["all_gather", "two_phase", "auto"]
+RouteName: TypeAlias = Literal["all_gather", "two_phase", "auto", "leader"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,8 @@ class Rule:
             min_numel=whole(0),
         )
         kind, traits = title(self.compressor), self.compressor.traits
-        if traits.needs_feedback and not makes_up_for(self.memory, self.compressor):
+        kept = feeds_back(self.memory) or (traits.votes and traits_of(self.memory).takes_votes)
+        if traits.needs_feedback and not kept:
             raise ThinwireError(
                 f"{kind} is biased, and {type(self.memory).__name__} forgets what it does not send: training need not "
                 "converge; use a memory like ErrorFeedback(), or an unbiased compressor such as RandK or QSGD"
@@ -94,7 +94,8 @@ class Method:
         warmup: the densities of the first steps.
         route: the route of compressed units. ``"all_gather"``: each payload to every other rank. ``"two_phase"``:
             pieces to their owners, then the mean to all; the bytes per worker do not grow with the number of workers,
-            but it compresses twice. ``"auto"``: the faster of the two for each bucket.
+            but it compresses twice. ``"auto"``: the faster of the two for each bucket. ``"leader"``: one rank in turn
+            selects the elements that all send, and their values are summed; for sparsifiers such as ``TopK``.
         second_stage_density_ratio: density of the second phase over that of the first, above 0.
         local: the settings of local updates: what is exchanged is then not the gradient, but what the optimizer of each
             worker has changed in several steps. None for gradients.
@@ -119,6 +120,12 @@ class Method:
             second_stage_density_ratio=real(0.0, above=True, hint=": it multiplies the density"),
             local=optional(of_type(Local, "use thinwire.local(method, every=...)")),
         )
+        others = (rule.compressor for rule in self.rules if not rule.compressor.traits.linear)
+        if self.route == "leader" and (wrong := [one for one in others if not led(one, self.route)]):
+            raise ThinwireError(
+                f"route 'leader' sums values at elements that a leader selects, which {title(wrong[0])} does not send; "
+                "take a sparsifier without values=, such as TopK, SIDCo or BlockTopK, alone or >> Cast('float16')"
+            )
 
     @property
     def absorbs(self) -> bool:
@@ -145,38 +152,26 @@ class Method:
 
     def to_json(self) -> str:
         rules = [
-            {
-                "compressor": registry.to_json(rule.compressor),
-                "memory": registry.to_json(rule.memory),
-                "match": rule.match,
-                "min_ndim": rule.min_ndim,
-                "min_numel": rule.min_numel,
-            }
+            vars(rule) | {"compressor": registry.to_json(rule.compressor), "memory": registry.to_json(rule.memory)}
             for rule in self.rules
         ]
         warmup = asdict(self.warmup) if self.warmup else None
-        local = {} if self.local is None else {"local": self.local.to_json()}
-        rest = {"clip": self.clip, "warmup": warmup, **local} | {key: getattr(self, key) for key in ROUTING}
-        return json.dumps({"name": self.name, "rules": rules, **rest}, sort_keys=True)
+        local = {"local": None if self.local is None else self.local.to_json()}
+        return json.dumps(vars(self) | {"rules": rules, "warmup": warmup} | local, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> "Method":
         """Read a method that ``to_json`` wrote."""
         try:
             data: dict[str, Any] = json.loads(text)
+            kinds = {"compressor": registry.COMPRESSORS, "memory": registry.MEMORIES}
             rules = tuple(
-                Rule(
-                    **{
-                        **rule,
-                        "compressor": registry.from_json(rule["compressor"], registry.COMPRESSORS),
-                        "memory": registry.from_json(rule["memory"], registry.MEMORIES),
-                    }
-                )
+                Rule(**rule | {key: registry.from_json(rule[key], rows) for key, rows in kinds.items()})
                 for rule in data["rules"]
             )
             warmup = Warmup(**data["warmup"]) if data["warmup"] else None
-            routing = {key: data[key] for key in ROUTING}
             local = Local(**data["local"]) if data.get("local") else None
-            return Method(data["name"], rules, data["clip"], warmup, local=local, **routing)
+            data |= {"rules": rules, "warmup": warmup, "local": local}
+            return Method(**{field.name: data[field.name] for field in fields(Method)})
         except (KeyError, TypeError, ValueError) as error:
             raise ThinwireError(f"this is not a method in JSON: {error!r}") from error

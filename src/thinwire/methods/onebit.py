@@ -36,8 +36,7 @@ def onebit_adam(*, block: int = 4096, **options: Unpack[Options]) -> Method:
         >>> [round(row.dense_bytes / row.wire_bytes) for row in result.ledger.rows]
         [1, 1, 21, 21]
 
-    Source: H. Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed",
-    2021, arXiv:2102.02888.
+    Source: H. Tang et al., "1-bit Adam", 2021, arXiv:2102.02888.
 
     Departures: see ``thinwire.optim.OneBitAdam`` and ``thinwire.memories.CompressedMomentum``.
     """
@@ -52,8 +51,7 @@ def zeroone_adam(*, block: int = 4096, **options: Unpack[Options]) -> Method:
 
     **Wire**: as ``onebit_adam``, with spread dense steps: ``16 (1 + log2(T / 16))`` of T steps.
 
-    Source: Y. Lu et al., "Maximizing Communication Efficiency for Large-scale Training via 0/1 Adam", 2022,
-    arXiv:2202.06009.
+    Source: Y. Lu et al., 2022, arXiv:2202.06009, the paper of 0/1 Adam.
 
     Departures: without the local steps of its second half, see ``thinwire.optim.ZeroOneAdam``.
     """
@@ -63,8 +61,7 @@ def zeroone_adam(*, block: int = 4096, **options: Unpack[Options]) -> Method:
 def onebit_lamb(*, block: int = 4096, **options: Unpack[Options]) -> Method:
     """Exchange 1-bit LAMB's momentum as ``onebit_adam`` does; for ``thinwire.optim.OneBitLamb``.
 
-    Source: C. Li et al., "1-bit LAMB: Communication Efficient Large-Scale Large-Batch Training with LAMB's Convergence
-    Speed", 2021, arXiv:2104.06069.
+    Source: C. Li et al., "1-bit LAMB", 2021, arXiv:2104.06069.
 
     Departures: see ``thinwire.optim.OneBitLamb``.
     """

@@ -43,13 +43,7 @@ def recipe(
 ) -> Method:
     """Make a method that compresses parameters of at least ``min_ndim`` dimensions; the others use the rule ``rest``.
 
-    Args:
-        name: name of the method.
-        options: the options given to the recipe.
-        route: the route if the options have none.
-
-    Raises:
-        ThinwireError: no recipe has such an option.
+    ``options`` are those given to the recipe; without a route among them it is ``route``.
     """
     given: Mapping[str, Any] = options
     if unknown := given.keys() - Options.__annotations__.keys():

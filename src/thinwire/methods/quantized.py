@@ -3,10 +3,9 @@
 from typing import Literal, Unpack
 
 from thinwire.compressors.cast import Cast
-from thinwire.compressors.natural import Natural
 from thinwire.compressors.quantize import QSGD, Quantize
+from thinwire.compressors.rounding import Natural, TernGrad
 from thinwire.compressors.sign import Sign
-from thinwire.compressors.ternary import TernGrad
 from thinwire.core.checks import flag
 from thinwire.memories.error_feedback import ErrorFeedback, NoMemory, StateDtype
 from thinwire.memories.majority_vote import MajorityVote
@@ -31,8 +30,7 @@ def qsgd(bits: int = 4, *, block: int = 512, norm: Literal["l2", "max"] = "l2", 
         >>> qsgd(4).rules[0].compressor.bits
         4
 
-    Source: D. Alistarh et al., "QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding", 2017,
-    arXiv:1610.02132.
+    Source: D. Alistarh et al., "QSGD", 2017, arXiv:1610.02132.
     """
     return recipe("qsgd", QSGD(bits, block, norm), NoMemory(), options, route="two_phase")
 
@@ -62,8 +60,7 @@ def maxmin(
         >>> maxmin(4, block=256, feedback=True).name
         'maxmin'
 
-    Source: I. Markov, H. Ramezanikebrya, D. Alistarh, "CGX: Adaptive System Support for Communication-Efficient Deep
-    Learning", 2022, arXiv:2111.08617.
+    Source: I. Markov, H. Ramezanikebrya, D. Alistarh, "CGX", 2022, arXiv:2111.08617.
 
     Departures: the owner's own share is rounded like all others.
     """
@@ -76,8 +73,7 @@ def terngrad(*, clip_rms: float | None = 2.5, **options: Unpack[Options]) -> Met
 
     Args:
         clip_rms: see ``thinwire.compressors.TernGrad``.
-        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
-            ``second_stage_density_ratio``.
+        options: the options of all recipes, see ``Options``.
 
     Raises:
         ThinwireError: a value is outside its range.
@@ -98,8 +94,7 @@ def natural(**options: Unpack[Options]) -> Method:
     """Round every element at random to a power of two (natural compression), without a memory.
 
     Args:
-        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
-            ``second_stage_density_ratio``.
+        options: the options of all recipes, see ``Options``.
 
     **Wire**: ``2 (N-1)/N * 9`` bits per element in two phases.
 
@@ -131,8 +126,7 @@ def signsgd(momentum: float = 0.9, **options: Unpack[Options]) -> Method:
         >>> signsgd().name
         'signsgd'
 
-    Source: J. Bernstein et al., "signSGD with Majority Vote is Communication Efficient And Fault Tolerant", 2019,
-    arXiv:1810.05291.
+    Source: J. Bernstein et al., "signSGD with Majority Vote", 2019, arXiv:1810.05291.
     """
     vote = MajorityVote(momentum)
     return recipe("signsgd", Sign(scale="none"), vote, options, Rule(Cast(), vote), route="two_phase")
@@ -144,8 +138,7 @@ def ef_sign(*, block: int = 4096, state_dtype: StateDtype = "float32", **options
     Args:
         block: see ``thinwire.compressors.Sign``.
         state_dtype: dtype of the residual, see ``thinwire.memories.ErrorFeedback``.
-        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
-            ``second_stage_density_ratio``.
+        options: the options of all recipes, see ``Options``.
 
     Raises:
         ThinwireError: a value is outside its range.
@@ -156,7 +149,6 @@ def ef_sign(*, block: int = 4096, state_dtype: StateDtype = "float32", **options
         >>> ef_sign().name
         'ef_sign'
 
-    Source: S. Karimireddy, Q. Rebjock, S. Stich, M. Jaggi, "Error Feedback Fixes SignSGD and other Gradient Compression
-    Schemes", 2019, arXiv:1901.09847.
+    Source: S. Karimireddy et al., "Error Feedback Fixes SignSGD", 2019, arXiv:1901.09847.
     """
     return recipe("ef_sign", Sign(block), ErrorFeedback(state_dtype), options, route="two_phase")

@@ -3,10 +3,10 @@
 from typing import Literal, Unpack
 
 from thinwire.compressors.cast import DTYPES, Cast
-from thinwire.compressors.cltk import CLTK
 from thinwire.compressors.dct import DctTopK
 from thinwire.compressors.randk import RandK
-from thinwire.compressors.sidco import SIDCo
+from thinwire.compressors.sparse import CLTK
+from thinwire.compressors.threshold import SIDCo
 from thinwire.core.checks import dtype, flag, optional
 from thinwire.core.interfaces import Compressor
 from thinwire.memories.decoupled_momentum import DecoupledMomentum
@@ -30,8 +30,7 @@ def randk(
         feedback: True for error feedback; without it values are scaled by ``1 / density`` to be unbiased.
         shared: True if all workers draw the same positions; if False, payloads are gathered.
         state_dtype: dtype of the residual, see ``thinwire.memories.ErrorFeedback``.
-        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
-            ``second_stage_density_ratio``.
+        options: the options of all recipes, see ``Options``.
 
     Raises:
         ThinwireError: a value is outside its range.
@@ -62,8 +61,7 @@ def sidco(
         density: kept / total of each parameter, in (0, 1].
         fit, values: see ``thinwire.compressors.SIDCo``.
         state_dtype: dtype of the residual, see ``thinwire.memories.ErrorFeedback``.
-        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
-            ``second_stage_density_ratio``.
+        options: the options of all recipes, see ``Options``.
 
     Raises:
         ThinwireError: a value is outside its range.
@@ -74,8 +72,7 @@ def sidco(
         >>> sidco(0.01).name
         'sidco'
 
-    Source: A. Abdelmoniem, A. Elzanaty, M. Alouini, M. Canini, "An Efficient Statistical-based Gradient Compression
-    Technique for Distributed Training Systems", 2021, arXiv:2101.10761.
+    Source: A. Abdelmoniem et al., 2021, arXiv:2101.10761, the paper of SIDCo.
     """
     return recipe("sidco", SIDCo(density, fit=fit, values=values), ErrorFeedback(state_dtype), options)
 
@@ -104,8 +101,7 @@ def scalecom(
         >>> scalecom(0.01).rules[0].compressor.traits.leader_selected
         True
 
-    Source: C. Chen et al., "ScaleCom: Scalable Sparsified Gradient Compression for Communication-Efficient Distributed
-    Training", 2020, arXiv:2104.11125, algorithm 1.
+    Source: C. Chen et al., "ScaleCom", 2020, arXiv:2104.11125, algorithm 1.
     """
     return recipe("scalecom", CLTK(density), ErrorFeedback(state_dtype, beta=beta), options)
 
@@ -127,8 +123,7 @@ def decoupled_momentum(
         density, chunk: see ``thinwire.compressors.DctTopK``; the paper's 32 coefficients of 64 x 64 are ``32 / 4096``.
         decay, sign: see ``thinwire.memories.DecoupledMomentum``.
         values: dtype of the coefficients on the wire, None for float32; the cast's error stays in the momentum.
-        options: the options of all recipes, see ``Options``: ``warmup``, ``clip``, ``keep_dense``, ``route`` and
-            ``second_stage_density_ratio``.
+        options: the options of all recipes, see ``Options``.
 
     Raises:
         ThinwireError: a value is outside its range.

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from thinwire.core.checks import one_of, real
 from thinwire.core.errors import ThinwireError
 
 Mean: TypeAlias = Literal["quadratic", "arithmetic"]
@@ -32,8 +33,7 @@ def xi(alpha: float) -> float:
 
     Source: P. Richtárik et al., "EF21", 2021, arXiv:2106.05203, theorem 1.
     """
-    if not 0.0 < alpha <= 1.0:
-        raise ThinwireError(f"alpha is {alpha}; a contraction is in (0, 1], k / n for Top-k")
+    real(0.0, 1.0, above=True, hint=": a contraction, k / n for Top-k")("alpha", alpha)
     return (1.0 + math.sqrt(1.0 - alpha)) / alpha - 1.0
 
 
@@ -81,9 +81,8 @@ def ef21_pp_step(smoothness: float, each: Sequence[float], alpha: float, partici
     Departures: the authors' code fixes ``s = rho = 0.001``, which gives no rate for ``alpha <= 0.001``; here ``s`` is
     that of EF21, ``1 / sqrt(1 - alpha) - 1``.
     """
-    p, ratio = participation, xi(alpha)
-    if not 0.0 < p <= 1.0:
-        raise ThinwireError(f"participation is {p}; it is a probability and must be in (0, 1]")
+    ratio = xi(alpha)
+    p = real(0.0, 1.0, above=True, hint=": it is a probability")("participation", participation)
     if p == 1.0:
         return ef21_step(smoothness, each, alpha)
     theta = alpha / (1.0 + math.sqrt(1.0 - alpha))  # avoids the cancellation in 1 - sqrt(1 - alpha)
@@ -125,7 +124,6 @@ def _checked(smoothness: float, each: Sequence[float]) -> float:
 
 
 def _mean(each: Sequence[float], kind: Mean) -> float:
-    if kind not in ("quadratic", "arithmetic"):
-        raise ThinwireError(f"mean is {kind!r}; choose 'quadratic' or 'arithmetic'")
+    one_of("quadratic", "arithmetic")("mean", kind)
     power = 2 if kind == "quadratic" else 1
     return (sum(value**power for value in each) / len(each)) ** (1 / power)

@@ -62,11 +62,7 @@ class Warmup:
 
     @staticmethod
     def read(name: str, given: Any, stages: tuple[float, ...] = PAPER) -> "Warmup | None":
-        """Read a ``warmup`` argument: a ``Warmup``, a number of steps (with ``stages``), or 0 or None for no warm-up.
-
-        Raises:
-            ThinwireError: the argument is none of these.
-        """
+        """Read a ``warmup`` argument: a ``Warmup``, a number of steps (with ``stages``), or 0 or None for none."""
         if given is None or isinstance(given, Warmup):
             return given
         example = "give a number of steps, e.g. 400, or thinwire.Warmup(400, stages)"

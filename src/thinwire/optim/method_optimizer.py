@@ -5,16 +5,16 @@ Such an optimizer has one step counter for all parameters, which counts the step
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal, TypeAlias, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from thinwire.core.absorbed import Absorbed
 from thinwire.core.ambient import undisturbed
 from thinwire.core.errors import ThinwireError
+from thinwire.core.memory_capabilities import Absorbed
 from thinwire.core.sharding import own
 from thinwire.core.tensors import flat, float_at_least_32
 from thinwire.optim.rare import is_sparse, lifted, quiet
@@ -64,11 +64,17 @@ class MethodOptimizer(torch.optim.Optimizer):
 
     def settings(self) -> dict[int, Absorbed]:
         """Return the settings that the memory applies for the optimizer, by the parameter's id."""
-        return {id(p): Absorbed() for group in self.param_groups for p in group["params"]}
+        momentum = self.takes == "momentum"
+        return {id(p): Absorbed(group["betas"][0] if momentum else 0.0) for p, group in self.params()}
 
     def rule(self) -> str:
         """Return one line of settings that must be equal on all ranks."""
         return f"{type(self).__name__} at step {self.steps}"
+
+    def params(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Yield each parameter with its group."""
+        for group in self.param_groups:
+            yield from ((param, group) for param in group["params"])
 
     @property
     def steps(self) -> int:
@@ -92,9 +98,9 @@ class MethodOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} steps with what {self.recipe} hands it, and nothing is attached; call "
                 f"thinwire.attach(ddp, {self.recipe}, optimizer=optimizer) before the first backward"
             )
-        work = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for param, group in work:
-            self.update(param, param.grad, self.state[param], group)
+        work = [(param, param.grad, group) for param, group in self.params() if param.grad is not None]
+        for param, grad, group in work:
+            self.update(param, grad, self.state[param], group)
         if work:
             for group in self.param_groups:
                 group["steps"] += 1
@@ -112,7 +118,7 @@ class MethodOptimizer(torch.optim.Optimizer):
 
     def say_kept(self) -> None:
         """Add a ledger note that names the parameters that stay dense."""
-        if shapes := [tuple(p.shape) for group in self.param_groups for p in group["params"] if self.kept(p)]:
+        if shapes := [tuple(p.shape) for p, _ in self.params() if self.kept(p)]:
             more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
             self.note(
                 f"{len(shapes)} parameters of rare features, of shapes {', '.join(map(str, shapes[:3]))}{more}, stay "
@@ -124,18 +130,16 @@ class MethodOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         # torch has cast all but ``step`` to the parameter's dtype, which is too coarse for updates of a variance
         saved = (index for group in state_dict["param_groups"] for index in group["params"])
-        params = (param for group in self.param_groups for param in group["params"])
-        for index, param in zip(saved, params, strict=True):
+        for index, (param, _) in zip(saved, self.params(), strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[param][key] = value.to(device=self.state[param][key].device, copy=True)
 
     def variances(self) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
         """Yield each variance with its state and its group."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if "exp_avg_sq" in (state := self.state.get(param, {})):
-                    yield state["exp_avg_sq"], state, group
+        for param, group in self.params():
+            if "exp_avg_sq" in (state := self.state.get(param, {})):
+                yield state["exp_avg_sq"], state, group
 
 
 class Freezing(MethodOptimizer):
@@ -147,25 +151,27 @@ class Freezing(MethodOptimizer):
     """
 
     takes: ClassVar[str] = "momentum"
+    more: Mapping[str, Any] = {}
+    """Further settings of a group."""
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        freeze_step: FreezeStep,
-        bias_correction: bool,
-        **rest: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        freeze_step: FreezeStep = "auto",
+        bias_correction: bool = True,
     ) -> None:
         if freeze_step is not None and freeze_step != "auto" and not (type(freeze_step) is int and freeze_step >= 1):
             raise ThinwireError(
                 f"freeze_step is {freeze_step!r}; give a number of steps from 1 on (15 to 25 % of the training, not "
                 "less than the learning rate's warm-up), 'auto', or None for never"
             )
-        rest |= {"weight_decay": weight_decay, "freeze_step": freeze_step, "bias_correction": bias_correction}
-        super().__init__(params, lr, betas, eps, **rest, frozen_at=None, looked=None)
+        own = {"weight_decay": weight_decay, "freeze_step": freeze_step, "bias_correction": bias_correction}
+        super().__init__(params, lr, betas, eps, **self.more, **own, frozen_at=None, looked=None)
 
     @property
     def frozen(self) -> bool:
@@ -175,9 +181,6 @@ class Freezing(MethodOptimizer):
     def rule(self) -> str:
         group = self.param_groups[0]
         return f"{super().rule()}, freeze_step {group['freeze_step']!r}, frozen at {group['frozen_at']}"
-
-    def settings(self) -> dict[int, Absorbed]:
-        return {id(p): Absorbed(group["betas"][0]) for group in self.param_groups for p in group["params"]}
 
     def density(self, ahead: int = 0) -> float | None:
         group = self.param_groups[0]
@@ -238,7 +241,7 @@ class Freezing(MethodOptimizer):
                 flat(own(v)).copy_(found)
                 small += count
         dead = sum(int((v == 0).sum()) for v, state, _ in self.variances() if not state["kept"])
-        params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
+        params = [param for param, _ in self.params() if param.requires_grad]
         dead += sum(param.numel() for param in params if "exp_avg_sq" not in self.state.get(param, {}))
         left_out = f"; {dead:,} elements whose variance is 0 are left out from here on" if dead else ""
         self.notes.append(f"the variance is frozen after {self.steps} steps ({why}){left_out}")
@@ -269,8 +272,3 @@ def check(lr: float, betas: tuple[float, float], eps: float, weight_decay: float
         raise ThinwireError(f"eps is {eps}; it must be above 0, e.g. 1e-8")
     if not weight_decay >= 0.0:
         raise ThinwireError(f"weight_decay is {weight_decay}; it must not be negative")
-
-
-def takes(optimizer: object) -> str:
-    """Return the content of ``grad`` that the optimizer needs."""
-    return cast(str, getattr(optimizer, "takes", "gradient"))

@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from thinwire.core.errors import ThinwireError
 from thinwire.core.sharding import own, wrapped
-from thinwire.optim.method_optimizer import FreezeStep, Freezing, MethodOptimizer, fresh
+from thinwire.optim.method_optimizer import Freezing, MethodOptimizer, fresh
 from thinwire.optim.rare import is_sparse, lifted, quiet
 
 
@@ -47,19 +47,6 @@ class OneBitAdam(Freezing):
     """
 
     recipe: ClassVar[str] = "thinwire.onebit_adam()"
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        freeze_step: FreezeStep = "auto",
-        bias_correction: bool = True,
-    ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, freeze_step, bias_correction)
 
     def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
@@ -137,8 +124,7 @@ class ZeroOneAdam(MethodOptimizer):
     def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         fresh(state, param, "exp_avg", "exp_avg_sq")
-        if not state.keys() & {"refreshed"}:
-            state["refreshed"] = 0
+        state.setdefault("refreshed", 0)
         m, v = state["exp_avg"], state["exp_avg_sq"]
         state["step"] += 1
         m.mul_(beta1).add_(grad, alpha=1.0 - beta1)

@@ -63,8 +63,8 @@ class OneBitLamb(Freezing):
         for name, share in (("coeff_beta", coeff_beta), ("factor_change", factor_change)):
             if not 0.0 < share < 1.0:
                 raise ThinwireError(f"{name} is {share}; it must be in (0, 1)")
-        rest = {"coeff": coeff, "coeff_beta": coeff_beta, "factor": factor, "factor_change": factor_change}
-        super().__init__(params, lr, betas, eps, weight_decay, freeze_step, bias_correction, **rest)
+        self.more = {"coeff": coeff, "coeff_beta": coeff_beta, "factor": factor, "factor_change": factor_change}
+        super().__init__(params, lr, betas, eps, weight_decay, freeze_step=freeze_step, bias_correction=bias_correction)
 
     def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]

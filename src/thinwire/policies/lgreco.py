@@ -19,8 +19,8 @@ from thinwire.comm.link import Link
 from thinwire.comm.link_speed import measure
 from thinwire.comm.texts import heard
 from thinwire.core.ambient import undisturbed
-from thinwire.core.capabilities import declines
-from thinwire.core.capabilities import losses as losses_of
+from thinwire.core.capabilities import ErrorTable, declines, led
+from thinwire.core.checks import one_of
 from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
@@ -134,10 +134,8 @@ class LGreCo:
     """The last plan."""
 
     def __post_init__(self) -> None:
-        if self.objective not in get_args(Objective):
-            raise ThinwireError(f"objective is {self.objective!r}; choose 'bytes' or 'seconds'")
-        if self.error not in get_args(Error):
-            raise ThinwireError(f"error is {self.error!r}; choose 'l2' or 'l2sq'")
+        one_of(*get_args(Objective))("objective", self.objective)
+        one_of(*get_args(Error))("error", self.error)
         if not 0 < self.looks < self.every:
             raise ThinwireError(f"looks is {self.looks} and every {self.every}; they must be 0 < looks < every")
         if (
@@ -195,7 +193,7 @@ class LGreCo:
             return
         chosen = improve(costs, errors, uniform, self.slack, self.resolution)
         self.plan = {unit.name: options[unit.name][q] for unit, q in zip(known, chosen, strict=True)}
-        rules = (Rule(one, self._rule(unit).memory, glob.escape(unit.name)) for unit, one in self._planned(known))
+        rules = (Rule(self.plan[unit.name], self._rule(unit).memory, glob.escape(unit.name)) for unit in known)
         method = replace(base, rules=(*rules, *base.rules), warmup=None)
         spent = time.perf_counter() - started + sum(one.seconds for one in seen)
         self.seconds += spent
@@ -208,9 +206,6 @@ class LGreCo:
         if method.rules != session.method.rules:
             session.set_method(method)
             self._installed = session.method
-
-    def _planned(self, units: Iterable[Unit]) -> list[tuple[Unit, Compressor]]:
-        return [(unit, self.plan[unit.name]) for unit in units]
 
     def _options(self, unit: Unit) -> list[Compressor]:
         """Return the candidates of one unit without repeats, including its own compressor and dense."""
@@ -231,18 +226,14 @@ class LGreCo:
 
     def _cost(self, session: Session, unit: Unit, option: Compressor) -> float:
         base, world = cast(Method, self._base), session.collective.world
-        nbytes = payload_nbytes(option, unit.like)
         if self.objective == "bytes" and world == 1:
-            return nbytes
-        sent, messages = bytes_alone(option, unit.like, world, base.route, base.second_stage_density_ratio), world - 1
-        if (
-            option.traits.summable
-            or option.traits.leader_selected
-            or (base.route != "all_gather" and option.traits.splittable)
-        ):
-            messages *= 2
+            return payload_nbytes(option, unit.like)
+        sent = bytes_alone(option, unit.like, world, base.route, base.second_stage_density_ratio)
         if self.objective == "bytes":
             return sent
+        traits = option.traits
+        owned = base.route != "all_gather" and traits.splittable
+        messages = (world - 1) * (2 if traits.summable or led(option, base.route) or owned else 1)
         if self._link is None:
             link = session.collective.link
             self._link = link or measure(session.collective, session.timeout, unit.param.device)
@@ -277,15 +268,13 @@ def mean_row(rows: Iterable[Sequence[float]]) -> list[float]:
 @undisturbed
 def losses(x: Tensor, options: Sequence[Compressor], ctx: Context) -> list[float]:
     """Compute ``||x - C(x)||^2`` of each option, by the compressor's ``losses`` if it has one, else by compressing."""
-    found: dict[int, float] = {}
-    kinds: dict[type[Compressor], list[int]] = {}
-    for j, option in enumerate(options):
-        kinds.setdefault(type(option), []).append(j)
-    for members in kinds.values():
-        alike = [options[j] for j in members]
-        known = losses_of(alike[0], x, alike)
-        found |= zip(members, known if known is not None else [tried(one, x, ctx) for one in alike], strict=True)
-    return [found[j] for j in range(len(options))]
+    found: dict[Compressor, float] = {}
+    for kind in dict.fromkeys(map(type, options)):
+        alike = [one for one in options if type(one) is kind]
+        one = alike[0]
+        known = one.losses(x, alike) if isinstance(one, ErrorTable) else None
+        found |= zip(alike, known if known is not None else [tried(other, x, ctx) for other in alike], strict=True)
+    return [found[one] for one in options]
 
 
 def tried(compressor: Compressor, x: Tensor, ctx: Context) -> float:

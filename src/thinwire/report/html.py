@@ -4,10 +4,7 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from thinwire.core import files
 
 COLOURS = ("#4c6a92", "#d08c3f", "#2f8f6b", "#a0527a", "#777777", "#222222")
 # On a narrow screen a row of a table becomes a block, with the name of the column before each cell.
@@ -96,10 +93,6 @@ def page(
     )
 
 
-def write(path: str | Path, text: str) -> None:
-    files.write_text(path, text)
-
-
 def _table(table: Table) -> str:
     caption = f"<caption>{html.escape(table.caption)}</caption>" if table.caption else ""
     columns = [html.escape(cell) for cell in table.header]
@@ -116,22 +109,21 @@ def _table(table: Table) -> str:
 
 
 def _svg(plot: Plot | Bars) -> str:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     # 5 inches wide: scaled down to 4 inches on a phone, text is still 9 points
     figure: Any = Figure(figsize=(5, 3.2 if isinstance(plot, Plot) else 2.2), layout="constrained")
-    FigureCanvasSVG(figure)
     axes: Any = figure.subplots()
     if isinstance(plot, Plot):
-        for i, (case, (xs, ys)) in enumerate(plot.lines.items()):
-            axes.plot(xs, ys, marker="o", markersize=3, color=COLOURS[i % len(COLOURS)], label=case)
+        axes.set_prop_cycle(color=COLOURS)
+        for case, (xs, ys) in plot.lines.items():
+            axes.plot(xs, ys, marker="o", markersize=3, label=case)
         axes.legend(frameon=False)
         axes.set(ylabel=plot.y)
         axes.margins(y=0.15)
     else:
         lengths = [length for length, _ in plot.bars.values()]
-        drawn = axes.barh(list(plot.bars), lengths, color=[COLOURS[i % len(COLOURS)] for i in range(len(lengths))])
+        drawn = axes.barh(list(plot.bars), lengths, color=COLOURS)
         axes.bar_label(drawn, [f" {label}" for _, label in plot.bars.values()])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.6 * max(lengths, default=1.0))  # room for the labels

@@ -4,7 +4,6 @@ import json
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,43 +77,41 @@ class Ledger:
         if not last:
             return f"{self.method}, {self.world} workers over {self.link}: no step yet\n" + self._notes()
         lossy = [row for row in last if row.compressed_wire_bytes]
+
+        def median(field: str, scale: float = 1.0) -> float:
+            return statistics.median(getattr(row, field) for row in last) * scale
+
+        def ratio(dense: str, sent: str, rows: list[StepRow] = last) -> str:
+            if not rows:
+                return "-"
+            ratios = [getattr(row, dense) / getattr(row, sent) if getattr(row, sent) else 1.0 for row in rows]
+            return f"{statistics.median(ratios):,.1f}"
+
         lines = [
             ("workers", f"{self.world}"),
             ("link", self.link),
             ("kernels", self.kernels or "-"),
             ("exchanges", f"{self.steps}"),
             ("skipped (not finite, or no optimizer step)", f"{self.skipped}"),
-            ("wire bytes per step and worker", f"{statistics.median(row.wire_bytes for row in last):,.0f}"),
-            ("ratio to dense fp32", f"{_median_ratio((r.dense_bytes, r.wire_bytes) for r in last):,.1f}"),
-            (
-                "ratio of the compressed units",
-                f"{_median_ratio((r.compressed_dense_bytes, r.compressed_wire_bytes) for r in lossy):,.1f}"
-                if lossy
-                else "-",
-            ),
+            ("wire bytes per step and worker", f"{median('wire_bytes'):,.0f}"),
+            ("ratio to dense fp32", ratio("dense_bytes", "wire_bytes")),
+            ("ratio of the compressed units", ratio("compressed_dense_bytes", "compressed_wire_bytes", lossy)),
             ("ratio over all steps", f"{self.ratio:,.1f}"),
-            ("compress, ms", f"{statistics.median(row.send_seconds for row in last) * 1e3:.2f}"),
-            (
-                "exchange, ms (DDP, CUDA: overlaps)",
-                f"{statistics.median(row.exchange_seconds for row in last) * 1e3:.2f}",
-            ),
-            ("decompress, ms", f"{statistics.median(row.receive_seconds for row in last) * 1e3:.2f}"),
+            ("compress, ms", f"{median('send_seconds', 1e3):.2f}"),
+            ("exchange, ms (DDP, CUDA: overlaps)", f"{median('exchange_seconds', 1e3):.2f}"),
+            ("decompress, ms", f"{median('receive_seconds', 1e3):.2f}"),
         ]
+        sharded = any(row.within_node_dense_bytes for row in last)
         if any(row.within_node_bytes for row in last):
-            sharded = any(row.within_node_dense_bytes for row in last)
             what = "of the reduce-scatter" if sharded else "inside the node"
-            lines.append(
-                (f"bytes {what} per step and rank", f"{statistics.median(r.within_node_bytes for r in last):,.0f}")
-            )
+            lines.append((f"bytes {what} per step and rank", f"{median('within_node_bytes'):,.0f}"))
             if sharded:
-                ratio = _median_ratio((row.within_node_dense_bytes, row.within_node_bytes) for row in last)
-                lines.append(("ratio of the reduce-scatter to fp32", f"{ratio:,.1f}"))
+                lines.append(
+                    ("ratio of the reduce-scatter to fp32", ratio("within_node_dense_bytes", "within_node_bytes"))
+                )
         if any(row.gather_bytes for row in last):
-            lines.append(
-                ("bytes of the all-gather per step and rank", f"{statistics.median(r.gather_bytes for r in last):,.0f}")
-            )
-            ratio = _median_ratio((row.gather_dense_bytes, row.gather_bytes) for row in last)
-            lines.append(("ratio of the all-gather to fp32", f"{ratio:,.1f}"))
+            lines.append(("bytes of the all-gather per step and rank", f"{median('gather_bytes'):,.0f}"))
+            lines.append(("ratio of the all-gather to fp32", ratio("gather_dense_bytes", "gather_bytes")))
         if errors := [row.error for row in self.rows if row.error is not None]:
             lines.append(("relative error of one step (residual energy)", f"{errors[-1]:.4f}"))
         width = max(len(name) for name, _ in lines)
@@ -138,7 +135,3 @@ class Stopwatch:
     def __exit__(self, *_: object) -> None:
         seconds = time.perf_counter() - self.start
         setattr(self.row, self.field, getattr(self.row, self.field) + seconds)
-
-
-def _median_ratio(pairs: Iterable[tuple[float, float]]) -> float:
-    return statistics.median(dense / sent if sent else 1.0 for dense, sent in pairs)

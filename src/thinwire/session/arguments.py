@@ -18,7 +18,6 @@ from thinwire.core.errors import ThinwireError
 from thinwire.methods.given import method_of
 from thinwire.session.optimizers import Optimizers, Several
 
-SCALES = ("get_scale", "is_enabled")
 ORDER = "the model comes first and the method second: attach(model, thinwire.dgc(), optimizer=optimizer)"
 
 
@@ -50,8 +49,8 @@ def _wrong_model(given: Any) -> str:
         return f"the class {given.__name__}; make a model of it, and wrap it in DistributedDataParallel"
     if isinstance(given, torch.optim.Optimizer):
         return f"an optimizer, {type(given).__name__}; {ORDER}"
-    if inspect.isgenerator(given) or isinstance(given, (list, tuple, Tensor)):
-        return f"{_parameters(given)}; pass the model itself"
+    if parameters := _parameters(given):
+        return f"{parameters}; pass the model itself"
     try:
         name = method_of(given).name
     except ThinwireError:
@@ -76,29 +75,29 @@ def optimizer_of(name: str, given: Any) -> Any:
         raise ThinwireError(f"{name} is the class {kind}; call it: {kind}(model.parameters(), lr=0.1)")
     if isinstance(given, nn.Module):
         raise ThinwireError(f"{name} is a model, {type(given).__name__}; {example}")
-    if inspect.isgenerator(given) or isinstance(given, (list, tuple, Tensor)):
-        raise ThinwireError(f"{name} is {_parameters(given)}; {example}")
+    if parameters := _parameters(given):
+        raise ThinwireError(f"{name} is {parameters}; {example}")
     raise ThinwireError(f"{name} is {shown(cast(object, given))}; {example}")
 
 
-def _parameters(given: Any) -> str:
+def _parameters(given: Any) -> str | None:
+    """Return a text about parameters that were given instead of what holds them; None for anything else."""
     if inspect.isgenerator(given):
         return "a generator, such as model.parameters()"
-    return f"a {type(given).__name__}" if isinstance(given, Tensor) else f"a {type(given).__name__} of {len(given)}"
+    if isinstance(given, Tensor):
+        return f"a {type(given).__name__}"
+    return f"a {type(given).__name__} of {len(given)}" if isinstance(given, (list, tuple)) else None  # pyright: ignore[reportUnknownArgumentType]
 
 
-def _scaler(name: str, given: Any) -> Any:
-    if given is not None and (isinstance(given, type) or not all(hasattr(given, key) for key in SCALES)):
-        raise ThinwireError(f"{name} is {shown(given)}; pass the GradScaler of the run: torch.amp.GradScaler(...)")
-    return given
+def _having(*names: str, says: str) -> Check:
+    """Return a check that passes None, and objects with these methods."""
 
+    def check(name: str, given: Any) -> Any:
+        if given is not None and (isinstance(given, type) or not all(hasattr(given, key) for key in names)):
+            raise ThinwireError(f"{name} is {shown(given)}; {says}")
+        return given
 
-def _policy(name: str, given: Any) -> Any:
-    if given is not None and (isinstance(given, type) or not hasattr(given, "after_step")):
-        raise ThinwireError(
-            f"{name} is {shown(given)}; pass a policy with after_step(session), e.g. thinwire.policies.LGreCo()"
-        )
-    return given
+    return check
 
 
 def _nodes(name: str, given: Any) -> Any:
@@ -117,14 +116,14 @@ def _group(name: str, given: Any) -> Any:
 OPTIONS: dict[str, Check] = {
     "seed": checks.seed,
     "emulate_link": Link.read,
-    "scaler": _scaler,
+    "scaler": _having("get_scale", "is_enabled", says="pass the GradScaler of the run: torch.amp.GradScaler(...)"),
     "on_nonfinite": checks.one_of("skip", "raise"),
     "timeout": checks.seconds,
     "kernels": checks.one_of("auto", "reference", "cpu", "cuda"),
     "ranks_per_node": _nodes,
     "process_group": _group,
     "sparse_gradients": checks.flag,
-    "policy": _policy,
+    "policy": _having("after_step", says="pass a policy with after_step(session), e.g. thinwire.policies.LGreCo()"),
 }
 
 

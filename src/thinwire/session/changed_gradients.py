@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from thinwire.core.memory_capabilities import gives
+from thinwire.core.memory_capabilities import traits_of
 from thinwire.core.sharding import own
 from thinwire.core.tensors import float_at_least_32
 from thinwire.exchange.units import Unit
@@ -45,8 +45,10 @@ class Touched:
     def exchanged(self, units: Sequence[Unit], method: Method) -> None:
         """Record the norms of a checked step, at the end of the backward pass, when its gradients are complete."""
         self.before = {}
-        if self.warned or not owns(method):
-            return
+        if self.warned or not (
+            method.absorbs or any(traits_of(rule.memory).gives != "gradient" for rule in method.rules)
+        ):
+            return  # the optimizer gets plain gradients
         self.exchanges += 1
         n = self.exchanges
         if n <= FIRST or n % EVERY == 0 or n & (n - 1) == 0:
@@ -67,15 +69,18 @@ class Touched:
             )
             return
         now = [torch.zeros(()) if unit.param.grad is None else _norm(unit.param.grad) for unit in looked]
-        norms = _read([*(self.before[unit.name] for unit in looked), *now])
+        both = [*(self.before[unit.name] for unit in looked), *now]
+        stacked: Any = torch.stack([norm.to(both[0].device, torch.float64) for norm in both])
+        norms = cast("list[float]", stacked.tolist())  # one device synchronization for all
         for unit, was, norm in zip(looked, norms, norms[len(looked) :], strict=False):
             unscaled = self.scaled and abs(norm * loss_scale - was) <= 1e-3 * was
             if not (abs(norm - was) <= 1e-6 * was or unscaled) and math.isfinite(was):
+                recipe = f"thinwire.{method.name}" if method.name.isidentifier() else "Method"
                 self._warn(
                     f"the gradient of {unit.name} was changed between the exchange and optimizer.step() (its norm was "
                     f"{was:.4g} and is {norm:.4g}). With {method.name} it is no plain gradient but a momentum, or a "
                     "burst of what was held back, and what is cut off it is lost. To clip, give the method clip=, as "
-                    f"in {_recipe(method)}(clip=1.0), and leave out clip_grad_norm_ and clip_grad_value_; for a "
+                    f"in {recipe}(clip=1.0), and leave out clip_grad_norm_ and clip_grad_value_; for a "
                     "GradScaler, pass attach(..., scaler=scaler); weight decay belongs in the optimizer's "
                     "weight_decay; noise and other changes come before the exchange, in a hook of the parameter"
                 )
@@ -86,27 +91,12 @@ class Touched:
         warnings.warn(text, stacklevel=5)
 
 
-def owns(method: Method) -> bool:
-    """Return True if the method gives the optimizer something other than a plain gradient."""
-    return method.absorbs or any(gives(rule.memory) != "gradient" for rule in method.rules)
-
-
-def _recipe(method: Method) -> str:
-    return f"thinwire.{method.name}" if method.name.isidentifier() else "Method"
-
-
 def _norm(grad: Tensor) -> Tensor:
     mine = own(grad.detach())
     mine = mine.coalesce().values() if mine.is_sparse else mine
     with torch.no_grad():
         norm = cast(Any, torch.linalg).vector_norm(mine, dtype=float_at_least_32(mine.dtype))
     return cast(Tensor, norm.double())
-
-
-def _read(norms: Sequence[Tensor]) -> list[float]:
-    """Return the norms as floats, with one device synchronization for all."""
-    both: Any = torch.stack([x.to(norms[0].device, torch.float64) for x in norms])
-    return cast("list[float]", both.tolist())
 
 
 def _in_scaler(optimizer: Any) -> bool:

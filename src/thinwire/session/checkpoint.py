@@ -34,7 +34,7 @@ from thinwire.core import registry
 from thinwire.core.context import Context
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Memory, Role, State, named, replicated
-from thinwire.core.memory_capabilities import inferred, residual_gain
+from thinwire.core.memory_capabilities import inferred, traits_of
 from thinwire.core.sharding import cut, place, shape_of, shard_dim
 from thinwire.core.tensors import flat, float_at_least_32, norm
 from thinwire.exchange.units import Unit
@@ -83,13 +83,17 @@ class Restored:
         return f"{self.clock()}, shared state {digest.hexdigest()[:16]}"
 
 
+def _as_it_is(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    return tensor
+
+
 def save(
     units: Sequence[Unit],
     worker: Worker,
     rows: Form,
     clock: Mapping[str, int],
     method: str,
-    shared: Form | None = None,
+    shared: Form = _as_it_is,
     round_state: RoundState | None = None,
 ) -> dict[str, Any]:
     """Return the state of one rank. All tensors are copies, because a load in place writes into them.
@@ -99,7 +103,6 @@ def save(
         round_state: the state of a source in the middle of a round, or None.
     """
     shard, shards = place(units[0].param)
-    shared = shared or _as_it_is
     own: dict[str, dict[str, State]] = {
         "local": {u.name: {key: t.clone() for key, t in _saved(u, worker.local[u.name].now).items()} for u in units},
         "shared": {unit.name: _saved_shared(unit) for unit in units},
@@ -168,10 +171,6 @@ def _like(unit: Unit, key: str, value: Tensor) -> Tensor | None:
     return unit.param if value.shape == unit.own.shape and key not in packed else None
 
 
-def _as_it_is(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    return tensor
-
-
 def plan_of(unit: Unit, local: State) -> str:
     parts = (registry.to_json(unit.method_compressor), registry.to_json(unit.memory))
     shape, keys = list(shape_of(unit.param)), sorted(local)
@@ -199,7 +198,8 @@ def restore(
     if (version := read_integer(state, "version", 1)) > VERSION:
         raise ThinwireError(f"the checkpoint has version {version}; this thinwire reads version 1 to {VERSION}")
     clock = read_integer(state, "step", 0), read_integer(state, "installed_at", 0)
-    if saved_world != world and on_world_change == "error":
+    same_world = saved_world == world
+    if not same_world and on_world_change == "error":
         raise ThinwireError(
             f"the checkpoint was saved by {saved_world} workers, and {world} load it; choose on_world_change='fold' to "
             "give each of them the mean of what was pending, or 'reset' to drop it"
@@ -208,14 +208,12 @@ def restore(
         raise ThinwireError(
             f"the checkpoint's method is from step {clock[1]}, after its step {clock[0]}; it is damaged"
         )
-    if saved_world == world:
-        whose = _rows(state.get("rank"), "rank", (), rank, world)
-        saver = float(whose)
-        if saver != rank:
-            raise ThinwireError(
-                f"this is the state of rank {saver:g}, and rank {rank} loads it; every rank has its own"
-            )
-    _check_shard(state, units)
+    if same_world and (saver := float(_rows(state.get("rank"), "rank", (), rank, world))) != rank:
+        raise ThinwireError(f"this is the state of rank {saver:g}, and rank {rank} loads it; every rank has its own")
+    if "shard" in state:
+        saved, (shard, shards) = read_tensor(state["shard"], "shard"), place(units[0].param)
+        if saved.numel() == 1 and shards > 1 and float(saved) != shard:
+            raise ThinwireError(f"this is the state of shard {float(saved):g}, and shard {shard} loads it")
     plan, local, shared = (read_mapping(state, key) for key in ("plan", "local", "shared"))
     for other in states:
         check_plan(read_mapping(other, "plan"), units)
@@ -224,18 +222,15 @@ def restore(
             raise ThinwireError(
                 f"the states are not of one checkpoint: one is of step {clock[0]}, another of {theirs[2]}"
             )
-    if saved_world != world:
+    if not same_world:
         _check_ranks(states, saved_world)
-    notes: list[str] = []
-    new_local: dict[str, State] = {}
-    new_shared: dict[str, State] = {}
-    round_local: dict[str, State] = {}
-    round_shared: dict[str, State] = {}
+    notes, new_local, new_shared = list[str](), dict[str, State](), dict[str, State]()
+    round_local, round_shared = dict[str, State](), dict[str, State]()
     for unit in units:
         saved = read_mapping(local, unit.name)
         was = _memory(plan[unit.name], saved, unit)
         pending = named(was, Role.PENDING)
-        if saved_world == world:
+        if same_world:
             mine = {key: _row(value, unit, key, rank, saved_world) for key, value in saved.items()}
         else:
             mine = {key: _mean_row(states, unit, key, saved_world) for key in saved}
@@ -244,7 +239,7 @@ def restore(
                     size = float(norm(held))
                     notes.append(f"{unit.name}: a mean pending update of norm {size:.3g} was dropped")
                 mine = {key: value for key, value in mine.items() if key not in pending | {"pending_residual"}}
-        gain = residual_gain(was) / residual_gain(unit.memory)
+        gain = traits_of(was).residual_gain / traits_of(unit.memory).residual_gain
         fresh, begun = unit.fresh_local().now, unit.fresh_shared().now
         packed, largest = unit.init_packed(), _largest(unit)
         both = {
@@ -267,11 +262,11 @@ def restore(
     if version == 1 and "checks" not in state:
         notes.append("the checkpoint is from before there were checksums, so its bytes were not checked")
     else:
-        for other in states if saved_world != world else [state]:
-            notes += checksums.check(other, rank if saved_world == world else None)
+        for other in [state] if same_world else states:
+            notes += checksums.check(other, rank if same_world else None)
     round_state = None
     if "round" in state:
-        distance = _rows(state.get("distance"), "distance", (), rank, world) if saved_world == world else 0.0
+        distance = _rows(state.get("distance"), "distance", (), rank, world) if same_world else 0.0
         round_state = RoundState(str(state["round"]), round_local, round_shared, float(distance))
     return Restored(*clock, new_local, new_shared, notes, round_state)
 
@@ -282,11 +277,9 @@ def _of_round(state: State) -> State:
 
 
 def _fit(saved: State, fresh: State, gain: float | None, unit: Unit, notes: list[str], was: Memory) -> State:
-    """Return the slots that the memory has; a pending residual without one is sent with the next step.
+    """Return the memory's slots, filled with those that the memory ``was`` has saved, see ``slot_for``.
 
-    Args:
-        gain: what a residual is scaled by; None for the shared state.
-        was: the memory that the state was saved by.
+    ``gain`` scales a pending residual; None for the shared state, which has none.
     """
     fitted = dict(fresh)
     for key, value in saved.items():
@@ -353,13 +346,6 @@ def _rows(value: Any, what: str, shape: tuple[int, ...], rank: int, world: int) 
     if tensor.ndim == 0 or tensor.shape[0] not in (1, world) or tuple(tensor.shape[1:]) != shape:
         raise ThinwireError(f"{what} in the checkpoint is of shape {tuple(tensor.shape)}, not of {(world, *shape)}")
     return tensor[rank if tensor.shape[0] == world else 0]
-
-
-def _check_shard(state: Mapping[str, Any], units: Sequence[Unit]) -> None:
-    shard, shards = place(units[0].param)
-    saved = read_tensor(state["shard"], "shard") if "shard" in state else None
-    if saved is not None and saved.numel() == 1 and shards > 1 and float(saved) != shard:
-        raise ThinwireError(f"this is the state of shard {float(saved):g}, and shard {shard} loads it")
 
 
 def _check_ranks(states: Sequence[Mapping[str, Any]], world: int) -> None:

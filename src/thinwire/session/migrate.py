@@ -13,7 +13,7 @@ from thinwire.comm.texts import known_to_all
 from thinwire.core.capabilities import inherit, moved
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Memory, Role, State, named
-from thinwire.core.memory_capabilities import OwnsMomentum, inferred, residual_gain, take_buffer
+from thinwire.core.memory_capabilities import OwnsMomentum, inferred, take_buffer, traits_of
 from thinwire.core.tensors import flat
 from thinwire.exchange.states import TwoCopies
 from thinwire.exchange.units import Unit
@@ -65,7 +65,7 @@ def migrate(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: 
         worker.local[new.name] = new.fresh_local()
     if old is None:
         return
-    gain = residual_gain(old.memory) / residual_gain(new.memory)
+    gain = traits_of(old.memory).residual_gain / traits_of(new.memory).residual_gain
     packed, alone = new.init_packed(), old.replicated ^ new.replicated
     for worker, state in zip(workers, was, strict=True):
         left = {k: v for k, v in state.now.items() if k not in alone}

@@ -10,17 +10,16 @@ import logging
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from thinwire.comm.collectives import Collective
 from thinwire.core import registry
-from thinwire.core.absorbed import Absorbed
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Memory, feeds_back
-from thinwire.core.memory_capabilities import OwnsMomentum, absorb, absorbed, give_buffer, take_buffer
+from thinwire.core.memory_capabilities import Absorbed, OwnsMomentum, absorb, absorbed, give_buffer, take_buffer
 from thinwire.core.sharding import own, wrapped
 from thinwire.exchange.units import Unit
 from thinwire.exchange.workers import Worker
@@ -33,8 +32,6 @@ warn_once = cache(log.warning)
 
 CLEARED: dict[str, Any] = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
 WRITTEN = (*CLEARED, "dampening", "maximize")
-Written: TypeAlias = list[tuple[Any, ...]]
-"""The number of parameters and the settings of each parameter group."""
 
 
 INSTEAD = (
@@ -77,7 +74,7 @@ class MomentumTransfer:
         }
         self.settings = self.read()
         self._check_nothing_is_lost(self.settings)
-        self.seen: Written | None = None
+        self.seen: list[tuple[Any, ...]] | None = None
         """The settings of the groups that the memories follow."""
         self.inside: list[tuple[dict[str, Any], dict[str, Any]]] = []
         """The groups whose optimizer is in its step, and their settings outside of it."""
@@ -85,8 +82,8 @@ class MomentumTransfer:
 
     # -- the settings ----------------------------------------------------------------------------------------------
 
-    def written(self) -> Written:
-        """Return the settings of the groups now."""
+    def written(self) -> list[tuple[Any, ...]]:
+        """Return the number of parameters and the settings of each group now."""
         self.restore()
         groups = [group for optimizer in self.each for group in optimizer.param_groups]
         return [(len(group["params"]), *(group[key] for key in WRITTEN)) for group in groups]
@@ -185,9 +182,7 @@ class MomentumTransfer:
         found = False
         for unit in units:
             holder = self.held.get(unit.name)
-            if holder is None or unit.param not in holder.state:
-                continue
-            buffer = holder.state[unit.param].pop("momentum_buffer", None)
+            buffer = holder.state.get(unit.param, {}).pop("momentum_buffer", None) if holder is not None else None
             if buffer is not None:
                 found = True
                 for worker in workers:

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from thinwire.comm.collectives import Collective
-from thinwire.core.absorbed import Absorbed
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Role, named
-from thinwire.core.memory_capabilities import gives
+from thinwire.core.memory_capabilities import Absorbed, traits_of
 from thinwire.core.sharding import own, wrapped
 from thinwire.exchange.fused import warm_up_kernels
 from thinwire.exchange.units import Unit
 from thinwire.methods.method import Method
-from thinwire.optim.method_optimizer import MethodOptimizer, takes
+from thinwire.optim.method_optimizer import MethodOptimizer
 from thinwire.session.momentum_transfer import MomentumTransfer
 from thinwire.session.optimizers import Optimizers, check_optimizer, each_of, holders, kind_of, release_optimizer
 
@@ -77,18 +76,18 @@ class OptimizerLink:
 
     def _check_gives(self, method: Method) -> None:
         """Raise a ``ThinwireError`` if the memories give the optimizer something else than it needs."""
-        wanted, kind = takes(self.optimizer), kind_of(self.optimizer)
+        wanted, kind = getattr(self.optimizer, "takes", "gradient"), kind_of(self.optimizer)
         if len(each := each_of(self.optimizer)) > 1 and any(isinstance(one, MethodOptimizer) for one in each):
             raise ThinwireError(
                 f"optimizer= is {kind}, of which one is a part of its method; it must hold all parameters that are "
                 "exchanged, alone"
             )
         for rule in method.rules:
-            if self.optimizer is not None and gives(rule.memory) != wanted:
+            given = traits_of(rule.memory).gives
+            if self.optimizer is not None and given != wanted:
                 way_out = f"attach {self.owner.recipe}" if self.owner else "use the one that its recipe names"
                 raise ThinwireError(
-                    f"{method.name} hands the optimizer its {gives(rule.memory)}, and {kind} steps with its {wanted}; "
-                    f"{way_out}"
+                    f"{method.name} hands the optimizer its {given}, and {kind} steps with its {wanted}; {way_out}"
                 )
 
     def leave(self, transfer: MomentumTransfer | None) -> None:
@@ -137,7 +136,7 @@ class OptimizerLink:
         self.owner.attached = attached
         for unit in units:
             state = self.owner.state.get(unit.param, {})
-            if gives(unit.memory) != "momentum" or not state:
+            if traits_of(unit.memory).gives != "momentum" or not state:
                 continue
             if not attached:
                 state["exp_avg"] = wrapped(unit.shared.now["momentum"].clone(), unit.param)

@@ -89,12 +89,13 @@ class Replicas:
 
     def _odd(self, said: Sequence[str]) -> dict[int, int]:
         """Return, for each rank whose text differs, the first rank that holds the same shard."""
-        first: dict[int, int] = {}
+        first, odd = dict[int, int](), dict[int, int]()
         for rank, text in enumerate(said):
             if not text.startswith(ASIDE):
-                first.setdefault(rank % self.parts, rank)
-        others = [(rank, first[rank % self.parts]) for rank, text in enumerate(said) if not text.startswith(ASIDE)]
-        return {rank: one for rank, one in others if said[rank] != said[one]}
+                one = first.setdefault(rank % self.parts, rank)
+                if text != said[one]:
+                    odd[rank] = one
+        return odd
 
     def _asked(self, hashes: Sequence[int]) -> dict[int, int]:
         return self._odd(self.channel.exchange_text(self._said(hashes)))
@@ -113,11 +114,11 @@ class Replicas:
         for rank, one in ranks.items():
             first.setdefault(one, []).append(str(rank))
         shard = ", which holds the same shard" if self.parts > 1 else ""
-        said = [
-            ("ranks {} differ" if len(odd) > 1 else "rank {} differs").format(" and ".join(odd))
-            for odd in first.values()
-        ]
-        return "; ".join(f"{what} from rank {rank}{shard}" for rank, what in zip(first, said, strict=True))
+        said: list[str] = []
+        for rank, odd in first.items():
+            differ = f"ranks {' and '.join(odd)} differ" if len(odd) > 1 else f"rank {odd[0]} differs"
+            said.append(f"{differ} from rank {rank}{shard}")
+        return "; ".join(said)
 
 
 def _has_bits(param: Tensor) -> bool:

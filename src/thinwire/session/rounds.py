@@ -123,22 +123,18 @@ class OptimizerSteps(Rounds):
         self.loss_scale = self.scaler.get_scale() if self.scaler is not None and self.scaler.is_enabled() else 1.0
         partly = transaction.pending and not transaction.failed and bool(self.done)
         if partly:
-            self._say_partial()
+            left = [f"{type(one).__name__} ({i})" for i, one in enumerate(self.each) if not self._is_done(one)]
+            note = (
+                f"{', '.join(left)} did not step after the last exchange, where another of the {len(self.each)} "
+                "optimizers did; what was exchanged for its parameters is void"
+            )
+            self.session.ledger.skipped += 1
+            self.session.ledger.note(note)
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"{note}. Step all of optimizer= after each backward that exchanges", stacklevel=3)
         self.done = []
         return partly
-
-    def _say_partial(self) -> None:
-        """Note and warn that only some optimizers have stepped since the exchange."""
-        left = [f"{type(one).__name__} ({i})" for i, one in enumerate(self.each) if not self._is_done(one)]
-        note = (
-            f"{', '.join(left)} did not step after the last exchange, where another of the {len(self.each)} optimizers "
-            "did; what was exchanged for its parameters is void"
-        )
-        self.session.ledger.skipped += 1
-        self.session.ledger.note(note)
-        if not self._warned:
-            self._warned = True
-            warnings.warn(f"{note}. Step all of optimizer= after each backward that exchanges", stacklevel=4)
 
     def exchanged(self) -> None:
         self.touched.exchanged(self.session.units, self.session.method)

@@ -32,6 +32,7 @@ from thinwire.methods.given import method_of
 from thinwire.methods.method import Method, Rule
 from thinwire.report.ledger import Ledger, StepRow
 from thinwire.session import checkpoint
+from thinwire.session.checkpoint import OnWorldChange
 from thinwire.session.detached import OfThisRun, changing, leave_behind
 from thinwire.session.migrate import agree, describe, follow, migrate_all
 from thinwire.session.momentum_transfer import log, remembering, warn_once
@@ -219,11 +220,7 @@ class Session(OfThisRun):
     # -- the step --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Check the optimizers before a step; engines call it before the forward pass, where an error does no harm.
-
-        Raises:
-            ThinwireError: the memory can't follow the optimizer's settings.
-        """
+        """Check the optimizers' settings; engines call it before the forward pass, where an error does no harm."""
         self.optimizer_link.check()
 
     def follow(self, strides: Mapping[str, tuple[int, ...]]) -> None:
@@ -255,17 +252,12 @@ class Session(OfThisRun):
         self.workers[0].probe = Probe() if self.step % PROBE_EVERY == 0 else None
 
     def end_step(self, nonfinite: bool | None = None) -> None:
-        """End a step, after the last bucket has arrived.
-
-        Args:
-            nonfinite: True if the engine's own state was nonfinite.
-        """
-        row = self.row
-        row.wire_bytes = self.collective.sent - self._sent_before[0]
-        row.within_node_bytes = self.collective.sent_within_node - self._sent_before[1]
+        """End a step, after its last bucket; ``nonfinite``: True if the engine's own state was nonfinite."""
+        self.row.wire_bytes = self.collective.sent - self._sent_before[0]
+        self.row.within_node_bytes = self.collective.sent_within_node - self._sent_before[1]
         if (probe := self.workers[0].probe) is not None:
-            row.error = probe.error
-        self.ledger.add(row)
+            self.row.error = probe.error
+        self.ledger.add(self.row)
         if nonfinite is not None or self.stages.reads:
             across_shards = partial(self.collective.any_across_shards, timeout=self.timeout)
             self.transaction.end(self.step, across_shards, bool(nonfinite), self._steps, self.collective.apart())
@@ -321,9 +313,7 @@ class Session(OfThisRun):
         return checkpoint.save(self.units, worker, group.rows, clock, self.method.to_json(), group.shared, round_state)
 
     def load_state_dict(
-        self,
-        state: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-        on_world_change: checkpoint.OnWorldChange = "error",
+        self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]], on_world_change: OnWorldChange = "error"
     ) -> None:
         """Continue from a checkpoint; if it is damaged or does not fit, nothing is changed.
 
@@ -337,7 +327,7 @@ class Session(OfThisRun):
         """
         self._load(lambda: state, on_world_change)
 
-    def _load(self, read: Callable[[], Any], on_world_change: checkpoint.OnWorldChange) -> None:
+    def _load(self, read: Callable[[], Any], on_world_change: OnWorldChange) -> None:
         group = self.collective.checkpoint_group
         with self._together("loading a checkpoint") as together, remembering(self.units) as adopted:
             with together.alone():
@@ -357,7 +347,7 @@ class Session(OfThisRun):
                     self.ledger.note(note)
                 self._resume()
 
-    def load(self, folder: str | Path, key: str = "wire", on_world_change: checkpoint.OnWorldChange = "error") -> None:
+    def load(self, folder: str | Path, key: str = "wire", on_world_change: OnWorldChange = "error") -> None:
         """Continue from a checkpoint of ``torch.distributed.checkpoint``, saved by any number of workers.
 
         Args:

@@ -88,8 +88,7 @@ def _check_foreign(given: Mapping[Any, Any]) -> None:
         return  # a thinwire state, perhaps damaged
     if not given:
         raise ThinwireError("this state is empty, so it is no state of thinwire; give what wire.state_dict() returned")
-    holding = [key for key, value in given.items() if isinstance(value, Mapping) and "plan" in value]
-    if holding:
+    if holding := [key for key, value in given.items() if isinstance(value, Mapping) and "plan" in value]:
         key = checks.shown(holding[0])
         raise ThinwireError(
             f"this is no state of thinwire, but a checkpoint that has one under {key}; give state[{key}]"

@@ -1,8 +1,10 @@
 """The laws of a compressor."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +12,12 @@ from torch import Tensor
 from thinwire.core import registry
 from thinwire.core.capabilities import compress_sparse
 from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload
+from thinwire.core.interfaces import Compressor, Memory, Payload
 from thinwire.core.tensors import Sparse, flat, norm
 
 CTX = Context(seed=7, step=3, unit="w", rank=1)
 REPEATS = 200
+check_near = partial(torch.testing.assert_close, rtol=0.02, atol=0.02)
 
 
 def check_compressor(
@@ -42,7 +45,7 @@ def check_compressor(
     Example:
         >>> check_compressor(TopK(0.1))
     """
-    _check_json(compressor)
+    check_json(compressor, registry.COMPRESSORS)
     for shape in shapes:
         if len(shape) >= compressor.traits.min_ndim:
             for dtype in dtypes:
@@ -62,9 +65,10 @@ def _decoded(compressor: Compressor, x: Tensor, ctx: Context = CTX) -> tuple[Pay
     return payload, out
 
 
-def _check_json(compressor: Compressor) -> None:
-    row = json.loads(json.dumps(registry.to_json(compressor)))
-    assert registry.from_json(row, registry.COMPRESSORS) == compressor, f"JSON gives another compressor back: {row}"
+def check_json(part: Compressor | Memory, rows: Mapping[str, Any]) -> None:
+    row = json.loads(json.dumps(registry.to_json(part)))
+    kind = "compressor" if isinstance(part, Compressor) else "memory"
+    assert registry.from_json(row, rows) == part, f"JSON gives another {kind} back: {row}"
 
 
 def _check_payload(compressor: Compressor, x: Tensor) -> None:
@@ -136,7 +140,7 @@ def _check_sums(compressor: Compressor) -> None:
         state, out = compressor.init(x, replace(CTX, step=0, rank=0)), torch.empty_like(x)
         compressor.decompress(tuple(a + b for a, b in both), x, state, CTX).write_to(out)
         expected = _decoded(compressor, x)[1] + _decoded(compressor, y)[1]
-        torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02, msg="payloads don't sum as tensors do")
+        check_near(out, expected, msg="payloads don't sum as tensors do")
     if compressor.traits.splittable:
         like, indices = torch.empty(600, device="meta"), torch.arange(0, 600, 3)
         payload = compress_sparse(compressor, Sparse(indices, torch.randn(200), 1 / 3), like, {}, CTX)

@@ -1,6 +1,5 @@
 """The laws of a memory."""
 
-import json
 from dataclasses import replace
 
 import torch
@@ -13,6 +12,7 @@ from thinwire.core.context import NOWHERE
 from thinwire.core.interfaces import Compressor, Memory, Role, State, local_state, named, shared_state
 from thinwire.core.tensors import norm
 from thinwire.methods.method import Method, Rule
+from thinwire.testing.laws_of_compressors import check_json, check_near
 
 STEPS = 6
 
@@ -23,8 +23,8 @@ def check_memory(memory: Memory, compressor: Compressor | None = None) -> None:
     It is registered and equal after a round trip through JSON. Its slots and ``dtype`` agree. ``compensate`` and
     ``sent`` write every element of the next local state and nothing of the last one; ``receive`` does so with the
     shared state. If it has one pending slot and no other, what is pending and what was sent add up to all gradients.
-    A scale is applied, and what comes back unsent is
-    taken in. It trains a model with two simulated workers on both routes, with fewer bytes than dense.
+    A scale is applied, and what comes back unsent is taken in. It trains a model with two simulated workers on both
+    routes, with fewer bytes than dense.
 
     Args:
         compressor: one that fits it; None for ``TopK(0.1)``.
@@ -36,11 +36,9 @@ def check_memory(memory: Memory, compressor: Compressor | None = None) -> None:
         >>> check_memory(thinwire.memories.ErrorFeedback())
     """
     compressor = compressor or TopK(0.1)
-    row = json.loads(json.dumps(registry.to_json(memory)))
-    assert registry.from_json(row, registry.MEMORIES) == memory, f"JSON gives another memory back: {row}"
+    check_json(memory, registry.MEMORIES)
     _check_states(memory, compressor)
-    roles = [slot.role for slot in memory.slots.values()]
-    if roles == [Role.PENDING]:
+    if [slot.role for slot in memory.slots.values()] == [Role.PENDING]:
         _check_conservation(memory, compressor)
     _check_training(memory, compressor)
 
@@ -64,16 +62,10 @@ def _check_states(memory: Memory, compressor: Compressor) -> None:
     memory.sent(decoded, again, sign=1.0)
     for key in (*named(memory, Role.PENDING), *named(memory, Role.ESTIMATE)):
         if key in new:
-            torch.testing.assert_close(
-                again[key],
-                before[key],
-                rtol=0.02,
-                atol=0.02,
-                msg=f"sent() with sign=1.0 does not give back slot {key!r}",
-            )
-    told = {key: torch.full_like(x, torch.nan) for key, x in shared.items()}
-    out = memory.receive(torch.randn(30, 20), param, {key: old[key] for key in shared}, told, NOWHERE)
-    for key, value in (new | told).items():
+            check_near(again[key], before[key], msg=f"sent() with sign=1.0 does not give back slot {key!r}")
+    received = {key: torch.full_like(x, torch.nan) for key, x in shared.items()}
+    out = memory.receive(torch.randn(30, 20), param, {key: old[key] for key in shared}, received, NOWHERE)
+    for key, value in (new | received).items():
         assert not bool(value.isnan().any()), f"slot {key!r} of the next state is not written in every element"
     assert not bool(out.isnan().any()), "receive() reads what is not written yet"
     for key, value in old.items():

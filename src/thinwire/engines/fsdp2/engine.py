@@ -30,13 +30,12 @@ from thinwire.comm.process_group import ProcessGroup
 from thinwire.comm.simulated import Local
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
-from thinwire.core.memory_capabilities import OwnsMomentum, passes_on
+from thinwire.core.memory_capabilities import OwnsMomentum, traits_of
 from thinwire.core.sharding import own, shard_dim
-from thinwire.engines.fsdp2.all_gather_hook import Gather
+from thinwire.engines.fsdp2.custom_collectives import Gather, Scatter
 from thinwire.engines.fsdp2.fsdp2_options import Fsdp2Options
-from thinwire.engines.fsdp2.reduce_scatter_hook import Scatter
 from thinwire.engines.fsdp2.shards import OwnedShard, Shards
-from thinwire.engines.names import clean
+from thinwire.engines.names import check_some, clean, modules_of
 from thinwire.engines.unchanged import warn_of_apart
 from thinwire.exchange.routes.rows import check_flat
 from thinwire.exchange.units import DENSE
@@ -67,26 +66,11 @@ def sharded_channel(model: nn.Module, replicate: DeviceMesh | None, timeout: flo
 
 
 class Fsdp2:
-    """An FSDP2 model, before it is attached.
+    """An FSDP2 model, before it is attached; ``steps`` is True if ``attach`` was given an optimizer."""
 
-    Args:
-        options, timeout: see ``thinwire.attach``.
-        steps: True if ``attach`` was given an optimizer.
-
-    Raises:
-        ThinwireError: no sharded parameter requires a gradient, or the meshes don't fit.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        options: Fsdp2Options,
-        steps: bool,
-        timeout: float = TIMEOUT,
-    ) -> None:
+    def __init__(self, model: nn.Module, options: Fsdp2Options, steps: bool, timeout: float = TIMEOUT) -> None:
         self.model, self.steps, replicate = model, steps, options.replicate
-        named: list[tuple[str, nn.Module]] = [*model.named_modules()]  # pyright: ignore[reportUnknownArgumentType]
-        self.modules = [(name, module) for name, module in named if isinstance(module, FSDPModule)]
+        self.modules = [(name, module) for name, module in modules_of(model) if isinstance(module, FSDPModule)]
         self._reshard()
         self.owned = _owned(model, self.modules)
         self.shards = _shards([owned.param for owned in self.owned], timeout)
@@ -112,10 +96,9 @@ class Fsdp2:
 
     def exchanged(self) -> list[tuple[str, Tensor]]:
         for _, module in self.modules:
-            shards = found() if (found := _attached.get(cast(nn.Module, module))) is not None else None
-            if shards is not None and shards.session is not None:
-                name = shards.session.method.name
-                raise ThinwireError(f"{name} is attached to this model; call wire.set_method(), or wire.detach() first")
+            found = _attached.get(cast(nn.Module, module))
+            if found is not None and (shards := found()) is not None:
+                shards.check_free()
         if meta := [owned.name for owned in self.owned if own(owned.param).is_meta]:
             raise ThinwireError(f"parameter {meta[0]!r} is on the meta device; initialise the model, then attach")
         if self.scatter is not None or self.gather is not None:
@@ -139,7 +122,7 @@ class Fsdp2:
                 f"reduce_scatter with {type(rule.memory).__name__}: an optimizer's momentum can't move into what every "
                 "rank remembers of the whole gradient; use NoMemory(), or ErrorFeedback()"
             )
-        if not passes_on(rule.memory):
+        if not traits_of(rule.memory).passes_on:
             raise ThinwireError(
                 f"reduce_scatter with {type(rule.memory).__name__}, which does something with the mean; here each rank "
                 "gets a sum of its own: use NoMemory(), or ErrorFeedback()"
@@ -194,8 +177,6 @@ class Fsdp2:
     def install(self, session: Session) -> None:
         modules = [cast(nn.Module, module) for _, module in self.modules]
         shards = Shards(self.model, modules, self.owned, self.group is not None, self.shards)
-        if shards.apart:
-            warn_of_apart(shards.apart, "fully_shard was told to ignore it, or stands below it")
         for name, module in self.modules:
             _attached[cast(nn.Module, module)] = ref(shards)
             session.cleanup.callback(_attached.pop, cast(nn.Module, module), None)
@@ -204,6 +185,8 @@ class Fsdp2:
             except ValueError as error:
                 raise ThinwireError(f"{name or 'the model'}: {error}") from error
         shards.install(session)
+        if shards.apart:
+            warn_of_apart(shards.apart, "fully_shard was told to ignore it, or stands below it")
         if self.gather is not None:
             session.cleanup.callback(self._reshard)
         if self.scatter is not None and self.scatter.memory.stateful:
@@ -244,15 +227,13 @@ def _owned(model: nn.Module, modules: Sequence[tuple[str, Any]]) -> list[OwnedSh
     for name, param in model.named_parameters():
         if not param.requires_grad or not isinstance(param, DTensor):  # FSDP2 does not average ignored parameters
             continue
-        path, _, leaf = name.rpartition(".")
-        above = path
+        above = name.rpartition(".")[0]
         while above not in numbers and above:
             above = above.rpartition(".")[0]
         number = numbers.get(above, 0)
         travels = _travels(modules[number][1], param.dtype)
-        owned.append(OwnedShard(clean(name), param, model.get_submodule(path), leaf, number, travels))
-    if not owned:
-        raise ThinwireError("the model has no sharded parameter that requires a gradient; there is nothing to exchange")
+        owned.append(OwnedShard(clean(name), param, number, travels))
+    check_some([(one.name, one.param) for one in owned], "sharded parameter")
     return owned
 
 

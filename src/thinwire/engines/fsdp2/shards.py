@@ -14,7 +14,7 @@ from thinwire.comm.link import wire_bytes
 from thinwire.comm.mesh import Mesh
 from thinwire.comm.process_group import ProcessGroup
 from thinwire.core.sharding import place, shard_dim
-from thinwire.engines.fsdp2.reduce_scatter_hook import Scatter
+from thinwire.engines.fsdp2.custom_collectives import Scatter
 from thinwire.engines.grad_hooks import GradHooks, Owned
 from thinwire.engines.model_hooks import Hook
 from thinwire.methods.method import Rule
@@ -37,25 +37,14 @@ class OwnedShard(Owned):
 
 
 class Shards(GradHooks):
-    """The hooks of one FSDP2 model.
-
-    Args:
-        modules: the ``fully_shard`` modules.
-        exchanges: True if there are replicas.
-        shards: the ranks that the model is sharded over.
-    """
+    """The hooks of one FSDP2 model and its ``fully_shard`` modules; ``exchanges`` is True if there are replicas."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        modules: Sequence[nn.Module],
-        owned: Sequence[OwnedShard],
-        exchanges: bool,
+        self, model: nn.Module, modules: Sequence[nn.Module], owned: Sequence[OwnedShard], exchanges: bool,
         shards: ProcessGroup,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(model, owned, "model.set_requires_gradient_sync(False)", exchanges)
         self.modules, self.shards = modules, shards
-        self.shard_of = {id(one.param): one for one in owned}
         self.scatters: list[Scatter] = []
         self.gathers = 0.0, 0.0  # bytes sent by all-gathers since the last step, and bytes in fp32
 
@@ -82,14 +71,14 @@ class Shards(GradHooks):
 
     def count_arrival(self, session: Session, one: Owned) -> None:
         if not self.scatters:
-            shard = self.shard_of[id(one.param)]
+            shard = cast(OwnedShard, one)
             sent = shard.scattered * shard.travels.itemsize * (self.shards.world - 1)
             numbers = shard.scattered * (2 if shard.param.is_complex() else 1)
             self.count(session, numbers * self.shards.world, sent)
 
     def count(self, session: Session, elements: int, sent: float) -> None:
         """Add one reduce-scatter of so many elements to the ledger."""
-        cast(Mesh, session.collective).sent_within_node += sent
+        cast(Mesh, session.collective).sent_across_shards += sent
         session.row.within_node_dense_bytes += wire_bytes("all_to_all", elements * 4, self.shards.world)
 
     def gathered(self, elements: int, sent: float, world: int) -> None:
@@ -106,5 +95,5 @@ class Shards(GradHooks):
     def memory_bytes(self, rule: Rule) -> int:
         """Return the bytes of a reduce-scatter's residuals on this rank."""
         own_dtype = rule.memory.dtype(self.owned[0].param.dtype)
-        elements = sum(one.scattered for one in self.shard_of.values())
+        elements = sum(cast(OwnedShard, one).scattered for one in self.owned)
         return 2 * elements * (self.shards.world - 1) * own_dtype.itemsize

@@ -5,17 +5,19 @@ the parameters and makes the collective; only its hooks on gradients are not ins
 """
 
 import contextlib
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from thinwire.comm.collectives import Collective, ControlChannel
+from thinwire.comm.collectives import Collective
 from thinwire.comm.control import Together
 from thinwire.comm.link import Link
 from thinwire.core.errors import ThinwireError
 from thinwire.core.tensors import float_at_least_32
+from thinwire.engines.bare import Plain
+from thinwire.engines.ddp import Ddp
+from thinwire.engines.fsdp2.engine import Fsdp2
 from thinwire.engines.outer.replica import Replica, floating
 from thinwire.engines.outer.rounds import LocalRounds
 from thinwire.methods.method import Method
@@ -23,19 +25,6 @@ from thinwire.session.optimizers import Optimizers, holders
 from thinwire.session.replicas import Replicas
 from thinwire.session.rounds import OnNonfinite
 from thinwire.session.session import Session
-
-
-class Exchanger(Protocol):
-    """The engine for the gradients of the model: the part that local updates use."""
-
-    @property
-    def channel(self) -> ControlChannel: ...
-    def exchanged(self) -> list[tuple[str, Tensor]]: ...
-    def collective(self, link: Link | None, together: Together) -> Collective: ...
-    def share(self, session: Session) -> None: ...
-    def compared(self, every: int) -> Replicas: ...
-    @property
-    def begins_alike(self) -> bool: ...
 
 
 def anchor_of(param: Tensor) -> Tensor:
@@ -77,7 +66,7 @@ class Outer:
     """
 
     def __init__(
-        self, model: nn.Module, exchanger: Exchanger, optimizer: Optimizers | None, on_nonfinite: OnNonfinite
+        self, model: nn.Module, exchanger: Plain | Fsdp2, optimizer: Optimizers | None, on_nonfinite: OnNonfinite
     ) -> None:
         if optimizer is None:
             raise ThinwireError(
@@ -132,3 +121,39 @@ class Outer:
             rounds.stepped()
 
         session.cleanup.callback(self.optimizer.register_step_post_hook(after).remove)
+
+
+def over(
+    model: nn.Module,
+    engine: Ddp | Plain | Fsdp2,
+    optimizer: Optimizers | None,
+    on_nonfinite: OnNonfinite,
+    given: Mapping[str, object],
+) -> Outer:
+    """Make the engine for local updates, over the engine that would exchange the model's gradients.
+
+    Args:
+        given: the options of ``attach`` that local updates do not have.
+
+    Raises:
+        ThinwireError: gradients would be averaged too, or there is nobody to exchange updates with.
+    """
+    if isinstance(engine, Ddp):
+        raise ThinwireError(
+            "the model is a DistributedDataParallel, which averages the gradients of all workers in each step, and "
+            "local updates are of each worker's own; attach to the model in it, ddp.module, with process_group="
+        )
+    if given["scaler"] is not None:
+        raise ThinwireError(
+            "scaler= is given, and a step that a GradScaler leaves out on one worker would leave that worker a step "
+            "behind in its round; train in bfloat16, without a scaler"
+        )
+    for name in ("ranks_per_node", "sparse_gradients"):
+        if given[name]:
+            raise ThinwireError(f"{name}= is {given[name]}, which is for gradients; leave it out with local updates")
+    if isinstance(engine, Fsdp2) and (engine.group is None or engine.scatter is not None or engine.gather is not None):
+        raise ThinwireError(
+            "local updates are exchanged between the replicas of a shard: pass fsdp2=Fsdp2Options(replicate="
+            'mesh["replicate"]), without reduce_scatter= and all_gather='
+        )
+    return Outer(model, engine, optimizer, on_nonfinite)

@@ -20,19 +20,12 @@ from torch import Tensor
 from thinwire.coding.layout import Layout
 from thinwire.comm.collectives import Carrier, InFlight
 from thinwire.comm.link import Kind
+from thinwire.core import Context, Decompressed, Payload
 from thinwire.core.capabilities import LeaderSelected
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Payload
-from thinwire.core.tensors import Decompressed
 from thinwire.exchange.pieces import Piece, update_residual
 from thinwire.exchange.routes.route import Route, Senders
 from thinwire.exchange.units import Unit
 from thinwire.exchange.workers import Worker
-
-
-def leader(turn: int, world: int) -> int:
-    """Return the rank that selects the elements; no message needs it, since ``turn`` is the same on all ranks."""
-    return turn % world
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,8 @@ class LeaderRoute(Route):
 
     def start(self, message: Tensor, collective: Carrier, turn: int) -> InFlight:
         choice, header = message[: self.choices.nbytes], message[self.choices.nbytes :]
-        return replace(collective.broadcast(choice, leader(turn, collective.world)), side_data=header)
+        leader = turn % collective.world  # no message needs it, since ``turn`` is the same on all ranks
+        return replace(collective.broadcast(choice, leader), side_data=header)
 
     def relay(
         self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: Carrier

@@ -1,4 +1,7 @@
-"""The interface of a route: the pieces of a bucket that share a message, its collectives, and its decoding."""
+"""The interface of a route: the pieces of a bucket that share a message, its collectives, and its decoding.
+
+Also the routes of one stage that send whole units to all ranks: all-reduce and all-gather.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from thinwire.coding import header as headers
+from thinwire.coding.layout import Layout
 from thinwire.comm.collectives import Carrier, InFlight
 from thinwire.comm.link import Kind, wire_bytes
 from thinwire.core.context import Context
@@ -55,10 +59,15 @@ class Route(ABC):
         """Return the header of a message of these payloads, in a list that is empty if it has none."""
         if not self.has_header:
             return []
-        totals: list[Tensor] = []
-        if not any(units[i].guarded for i in self.units):
+        if any(units[i].guarded for i in self.units):
+            nonfinite = self._nonfinite(units, payloads)
+        else:
             nonfinite = payloads[0][0].new_zeros(len(self.units), dtype=torch.bool)
-            return [(headers.encode([used[i] for i in self.units], nonfinite, self.dtype, step),)]
+        return [(headers.encode([used[i] for i in self.units], nonfinite, self.dtype, step),)]
+
+    def _nonfinite(self, units: Sequence[Unit], payloads: Sequence[Payload]) -> Tensor:
+        """Return for each unit True if it is guarded and has a nonfinite value; bool ``[units]``."""
+        totals: list[Tensor] = []
         first = [[payloads[j][0] for j, _ in self.by_unit.get(i, [])] if units[i].guarded else [] for i in self.units]
         for each in first:
             found = [headers.total(values) for values in each]
@@ -68,7 +77,7 @@ class Route(ABC):
             nonfinite = torch.stack(
                 [torch.stack([*map(headers.is_nonfinite, each), nonfinite.new_zeros(())]).any() for each in first]
             )
-        return [(headers.encode([used[i] for i in self.units], nonfinite, self.dtype, step),)]
+        return nonfinite
 
     @abstractmethod
     def pack(self, payloads: Sequence[Payload], header: Sequence[Payload], *, in_place: bool) -> Tensor:
@@ -113,11 +122,41 @@ class Route(ABC):
     def stages(self) -> Sequence[tuple[Kind, int]]:
         """The collectives of the route, with the bytes of a worker's message to each."""
 
-    @abstractmethod
     def plain_bytes(self, world: int, lossy: frozenset[int]) -> float:
         """Return the bytes that a worker sends for the payloads of units that are not in ``lossy``."""
+        return 0.0
 
     def wire_bytes(self, world: int, lossy: frozenset[int]) -> tuple[float, float]:
         """Return the bytes a worker sends: in all, and for units in ``lossy``, with the header if there are any."""
         total = sum(wire_bytes(kind, nbytes, world) for kind, nbytes in self.stages)
         return total, 0.0 if lossy.isdisjoint(self.units) else total - self.plain_bytes(world, lossy)
+
+
+@dataclass(frozen=True)
+class Whole(Route):
+    """A route that sends whole units to all ranks: all-reduced or gathered."""
+
+    layout: Layout
+
+    def pack(self, payloads: Sequence[Payload], header: Sequence[Payload], *, in_place: bool) -> Tensor:
+        return self.layout.pack([*payloads, *header], in_place=in_place)
+
+    def start(self, message: Tensor, collective: Carrier, turn: int) -> InFlight:
+        if self.kind == "all_gather":
+            return collective.all_gather(message)
+        # scaled before, as DDP does, so that the sum can't overflow
+        return collective.all_reduce(message.view(self.dtype).mul_(1.0 / collective.world))
+
+    def opened(self, arrived: InFlight) -> tuple[Senders, Tensor | None]:
+        result = arrived.answer()
+        rows = result.view(torch.uint8).unsqueeze(0) if self.kind == "all_reduce" else result
+        senders, columns = self.layout.unpack_all(rows)
+        return list(enumerate(senders)), columns[-1] if self.has_header else None
+
+    @property
+    def stages(self) -> Sequence[tuple[Kind, int]]:
+        return [(self.kind, self.layout.nbytes)]
+
+    def plain_bytes(self, world: int, lossy: frozenset[int]) -> float:
+        sizes = zip(self.units, self.layout.unit_nbytes, strict=False)  # the header and the padding come last
+        return wire_bytes(self.kind, sum(size for i, size in sizes if i not in lossy), world)

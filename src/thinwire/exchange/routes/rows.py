@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from thinwire.coding.layout import Layout
-from thinwire.comm.collectives import Carrier, InFlight
+from thinwire.comm.collectives import InFlight, RowCarrier
 from thinwire.comm.link import Kind
 from thinwire.core.context import NOWHERE, NUMBER, Context
 from thinwire.core.errors import ThinwireError
@@ -50,6 +50,13 @@ class Row(Piece):
         return f"{name}[{self.receiver}]"
 
 
+@lru_cache(maxsize=1024)
+def rows_sent(world: int, rank: int, n: int) -> tuple[Row, ...]:
+    """Return the rows of n elements that a rank sends to all others."""
+    others = enumerate(r for r in range(world) if r != rank)
+    return tuple(Row(0, (r * n, (r + 1) * n), r, (i * n, (i + 1) * n)) for i, r in others)
+
+
 @dataclass(frozen=True)
 class GatheredRows(Route):
     """An all-gather of parameters: all ranks, including the sender, use the decoded values.
@@ -67,7 +74,7 @@ class GatheredRows(Route):
     def pack(self, payloads: Sequence[Payload], header: Sequence[Payload], *, in_place: bool) -> Tensor:
         return self.layout.pack(payloads)
 
-    def start(self, message: Tensor, collective: Carrier, turn: int) -> InFlight:
+    def start(self, message: Tensor, collective: RowCarrier, turn: int) -> InFlight:
         return collective.all_gather(message)
 
     def opened(self, arrived: InFlight) -> tuple[Senders, Tensor | None]:
@@ -76,9 +83,13 @@ class GatheredRows(Route):
     def combine(
         self, unit: Unit, i: int, senders: Senders, out: Tensor, ctx: Context, *, zero: bool, sparse: bool
     ) -> Tensor:
-        """Write the row of each sender to its place in ``out``."""
+        return self.write(unit, senders, out, ctx, unit.name, out.dtype)
+
+    def write(self, unit: Unit, senders: Senders, out: Tensor, ctx: Context, key: str, dtype: torch.dtype) -> Tensor:
+        """Decode the row of each sender, of ``dtype``, to its place in ``out``."""
         for (rank, (payload,)), row in zip(senders, flat(out).view(len(senders), -1), strict=True):
-            unit.compressor.decompress(payload, row, {}, self.context(ctx, ctx.unit, rank)).write_to(row)
+            like = row if row.dtype == dtype else torch.empty_like(row, dtype=dtype)
+            unit.compressor.decompress(payload, like, {}, self.context(ctx, key, rank)).write_to(row)
         return out
 
     def context(self, ctx: Context, key: str, rank: int) -> Context:
@@ -88,9 +99,6 @@ class GatheredRows(Route):
     @property
     def stages(self) -> Sequence[tuple[Kind, int]]:
         return [(self.kind, self.layout.nbytes)]
-
-    def plain_bytes(self, world: int, lossy: frozenset[int]) -> float:
-        return 0.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ class ReducedRows(GatheredRows):
             message[r] = self.layout.pack([payload])
         return message
 
-    def start(self, message: Tensor, collective: Carrier, turn: int) -> InFlight:
+    def start(self, message: Tensor, collective: RowCarrier, turn: int) -> InFlight:
         return collective.all_to_all(message)
 
     def combine(
@@ -139,18 +147,15 @@ class ReducedRows(GatheredRows):
 
 @dataclass(frozen=True)
 class AllReducedRows(ReducedRows):
-    """An all-reduce: owners compress the sums of a reduce-scatter once more, and all ranks gather them.
-
-    Args:
-        sums: layout of a compressed sum.
-    """
+    """An all-reduce: owners compress the sums of a reduce-scatter once more, and all ranks gather them."""
 
     sums: Layout
+    """Layout of a compressed sum."""
 
     relays: ClassVar[bool] = True
 
     def relay(
-        self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: Carrier
+        self, units: Sequence[Unit], arrived: InFlight, worker: Worker, step: int, collective: RowCarrier
     ) -> InFlight:
         unit, ctx = units[0], Context(worker.seed, step, units[0].name, worker.rank)
         total = self.total(unit, super().opened(arrived)[0], ctx)
@@ -163,28 +168,25 @@ class AllReducedRows(ReducedRows):
     def combine(
         self, unit: Unit, i: int, senders: Senders, out: Tensor, ctx: Context, *, zero: bool, sparse: bool
     ) -> Tensor:
-        wide = torch.empty(0, dtype=float_at_least_32(out.dtype), device=out.device)
-        for (rank, (payload,)), row in zip(senders, flat(out).view(len(senders), -1), strict=True):
-            sent = self.context(ctx, f"{unit.name}[{len(senders)}]", rank)
-            unit.compressor.decompress(payload, wide.new_empty(row.shape), {}, sent).write_to(row)
-        return out
+        return self.write(unit, senders, out, ctx, f"{unit.name}[{len(senders)}]", float_at_least_32(out.dtype))
 
     @property
     def stages(self) -> Sequence[tuple[Kind, int]]:
         return [*super().stages, ("all_gather", self.sums.nbytes)]
 
 
-def _unit(name: str, compressor: Compressor, memory: Memory, like: Tensor, rows: int = 1) -> Unit:
-    """Return a unit for a buffer of so many rows; only the shape and dtype of ``like`` matter."""
-    buffer = torch.empty(rows * like.numel(), dtype=like.dtype, device="meta")
-    return Unit(name, buffer, compressor, memory, method_compressor=compressor, gathered=True)
+def _bucket(name: str, compressor: Compressor, memory: Memory, like: Tensor, route: Route) -> Bucket:
+    """Return the bucket of a flat buffer; only the number of elements and the dtype of ``like`` matter."""
+    buffer = torch.empty(like.numel(), dtype=like.dtype, device="meta")
+    unit = Unit(name, buffer, compressor, memory, method_compressor=compressor, gathered=True)
+    return Bucket((unit,), (route,))
 
 
 def gathered(name: str, compressor: Compressor, like: Tensor, rank: int, first: int) -> Bucket:
     """Return the bucket that gathers the shards of all ranks, each like ``like`` ``[n]``."""
     layout = layout_of(compressor, like.numel(), like.dtype)
     route = GatheredRows("all_gather", (0,), (Piece(0),), torch.uint8, False, layout, rank, first)
-    return Bucket((_unit(name, compressor, NoMemory(), like),), (route,))
+    return _bucket(name, compressor, NoMemory(), like, route)
 
 
 def reduced(
@@ -200,13 +202,12 @@ def reduced(
     that with ``to_all``.
     """
     world, n = rows.shape
-    others = enumerate(r for r in range(world) if r != rank)
-    pieces = tuple(Row(0, (r * n, (r + 1) * n), r, (i * n, (i + 1) * n)) for i, r in others)
     layout = layout_of(compressor, n, memory.dtype(rows.dtype))
+    pieces = rows_sent(world, rank, n)
     fixed = ("all_to_all", (0,), pieces, torch.uint8, False, layout, rank, first, rows[rank], loss_scale)
     sums = layout_of(compressor, n, float_at_least_32(rows.dtype))
     route = AllReducedRows(*fixed, sums) if to_all else ReducedRows(*fixed)
-    return Bucket((_unit(name, compressor, memory, rows[0], world),), (route,))
+    return _bucket(name, compressor, memory, rows, route)
 
 
 def payload_bytes(compressor: Compressor, x: Tensor, world: int) -> int:
@@ -215,11 +216,7 @@ def payload_bytes(compressor: Compressor, x: Tensor, world: int) -> int:
 
 
 def check_flat(argument: str, carries: str, compressor: Compressor) -> None:
-    """Check that a compressor can compress a flat run of elements without a state.
-
-    Raises:
-        ThinwireError: it can't.
-    """
+    """Raise a ``ThinwireError`` if a compressor can't compress a flat run of elements without a state."""
     if compressor.traits.min_ndim or compressor.traits.period != 1 or compressor.init(NUMBER, NOWHERE):
         raise ThinwireError(
             f"{argument}={type(compressor).__name__} needs matrices, keeps a state or changes its shapes; the "

@@ -32,8 +32,8 @@ from thinwire.core.context import Context
 from thinwire.core.interfaces import Compressor, Payload
 from thinwire.core.loops import Found
 from thinwire.core.tensors import Decompressed, Sparse
-from thinwire.exchange.adding import added
 from thinwire.exchange.pieces import Piece
+from thinwire.exchange.receiving import added
 from thinwire.exchange.routes.route import Route, Senders
 from thinwire.exchange.units import Unit, payload_like, payload_nbytes
 from thinwire.exchange.workers import Worker

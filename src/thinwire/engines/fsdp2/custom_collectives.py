@@ -1,4 +1,9 @@
-"""The compressed reduce-scatter of one ``fully_shard`` module; its route is in ``exchange/routes/rows.py``."""
+"""The compressed reduce-scatter and parameter all-gather of a ``fully_shard`` module; ``rows.py`` has their routes.
+
+Of gathered parameters every rank, including the sender, uses the decoded values, so all ranks have the same weights.
+The forward and backward pass of a step gather the same values, because random rounding depends on the step. The
+optimizer has exact shards.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -8,46 +13,88 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.coding import header
+from thinwire.comm.link import wire_bytes
 from thinwire.comm.process_group import ProcessGroup
 from thinwire.core.ambient import undisturbed
 from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import local_state
+from thinwire.core.interfaces import Compressor, local_state
 from thinwire.core.sharding import own
 from thinwire.exchange.pipeline import exchange
-from thinwire.exchange.routes.rows import reduced
+from thinwire.exchange.routes.rows import gathered, reduced
 from thinwire.exchange.states import TwoCopies
 from thinwire.exchange.workers import Worker
 from thinwire.methods.method import Rule
 from thinwire.session.session import Session
 
-# torch 2.13 renames reduce_scatter_tensor and warns at the old name.
-_name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
-_native: Callable[..., Any] = getattr(dist, _name)
+
+def _native(name: str, older: str) -> Callable[..., Any]:
+    """Return PyTorch's collective: torch 2.13 renames both, and warns at the old name."""
+    return getattr(dist, name if hasattr(dist, name) else older)
+
+
+_reduce_scatter = _native("reduce_scatter_single", "reduce_scatter_tensor")
+_all_gather = _native("all_gather_single", "all_gather_into_tensor")
 
 
 class Passes(Protocol):
-    """The part of a model's hooks that a reduce-scatter uses."""
+    """The part of a model's hooks that a collective uses."""
 
     session: Session | None
     shards: ProcessGroup
 
     def begin(self, session: Session) -> None: ...
     def count(self, session: Session, elements: int, sent: float) -> None: ...
+    def gathered(self, elements: int, sent: float, world: int) -> None: ...
 
 
-class Scatter:
-    """The reduce-scatter of one module, with the interface of ``set_custom_reduce_scatter``."""
+class Custom:
+    """A collective of one module that FSDP2 calls in place of its own."""
 
-    def __init__(self, shards: Passes, name: str, rule: Rule) -> None:
-        self.shards, self.module, self.rule = shards, name, rule
-        self.name = f"reduce-scatter of {name}"
+    def __init__(self, shards: Passes, module: str) -> None:
+        self.shards, self.module = shards, module
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class Gather(Custom):
+    """The all-gather, with the interface of ``set_custom_all_gather``."""
+
+    def __init__(self, shards: Passes, module: str, compressor: Compressor) -> None:
+        super().__init__(shards, module)
+        self.compressor = compressor
+
+    @undisturbed
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> Any:
+        session = self.shards.session
+        if session is None or not input_tensor.is_floating_point():  # bytes, if a module mixes dtypes
+            return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        along = self.shards.shards
+        if (world := group.size()) != along.world:  # reshard_after_forward=<int>: these values are already rounded
+            sent = wire_bytes("all_gather", input_tensor.nbytes, world)
+            self.shards.gathered(input_tensor.numel(), sent, world)
+            return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        first, before = session.collective.rank * along.world, along.sent
+        name = f"all-gather of {self.module}"
+        bucket = gathered(name, self.compressor, input_tensor, along.rank, first)
+        worker = Worker(first + along.rank, session.seed, {name: TwoCopies()})
+        exchange(bucket, [input_tensor], [output_tensor], worker, session.step, along, session.timeout)
+        self.shards.gathered(input_tensor.numel(), along.sent - before, along.world)
+        return None
+
+
+class Scatter(Custom):
+    """The reduce-scatter, with the interface of ``set_custom_reduce_scatter``."""
+
+    def __init__(self, shards: Passes, module: str, rule: Rule) -> None:
+        super().__init__(shards, module)
+        self.rule, self.name = rule, f"reduce-scatter of {module}"
         self.worker: Worker | None = None
         self.written = False
         """True if the next states are those of the current step."""
         self.found: Tensor | None = None
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
 
     @undisturbed
     def __call__(
@@ -55,7 +102,7 @@ class Scatter:
     ) -> Any:
         session = self.shards.session
         if session is None:
-            return _native(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+            return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
         if op != dist.ReduceOp.SUM:
             raise ThinwireError(f"the reduce-scatter is asked for {op}; leave set_force_sum_reduction_for_comms(True)")
         self.shards.begin(session)
