@@ -1,15 +1,22 @@
 """Local updates: the laws that tie them to known methods, the simulator to real processes, and what is sent to what is
 applied."""
 
+import os
+import random
+import re
+import signal
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
 from tests.engines.sharded import mesh_of, whole
+from tests.engines.test_faults import finish, start_ranks
 from thinwire import ThinwireError, dense, methods, topk
 from thinwire.engines.outer.outer_step import fragments_of
 from thinwire.engines.simulator import SimulatedWorkers
@@ -195,9 +202,7 @@ def test_what_is_applied_and_pending_is_what_workers_moved():
 
     def spied(fragment):
         for replica in sim.local.replicas:
-            for unit, delta in zip(
-                sim.session.units, sim.local.rounds._deltas(replica, range(len(start))), strict=True
-            ):
+            for unit, delta in zip(sim.session.units, sim.local.rounds.deltas(replica, range(len(start))), strict=True):
                 moved[unit.name] += delta / 4
         exchange(fragment)
 
@@ -336,3 +341,111 @@ def _resume(rank, method, folder, stop, steps):
 def test_resume_in_the_middle_of_a_round(world2, tmp_path, name, stop):
     for expected, found in world2.run(_resume, RECIPES[name], str(tmp_path), stop, 13):
         assert all(torch.equal(expected, other) for other in found)
+
+
+def _job(folder, *arguments):
+    ranks = start_ranks(4, ["-m", "tests.engines.outer_job", folder, 9, *arguments])
+    outputs = finish(ranks)
+    return [rank.returncode for rank in ranks], [out + errors for out, errors in outputs]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    codes, said = _job(tmp_path_factory.mktemp("unbroken"))
+    assert codes == [0] * 4, said
+    return said
+
+
+@pytest.mark.parametrize("repeat", range(int(os.environ.get("THINWIRE_KILLS", "1"))))
+def test_a_killed_worker_is_named_and_a_restart_ends_alike(unbroken, tmp_path, repeat):
+    rank, step = random.Random(repeat).randrange(4), random.Random(repeat).randrange(3, 8)
+    codes, said = _job(tmp_path, rank, step)
+    assert codes == [3 if other != rank else -signal.SIGKILL for other in range(4)], said
+    for other, text in enumerate(said):
+        assert other == rank or re.search(rf"error .*rank {rank}", text), text
+    codes, said = _job(tmp_path)
+    assert codes == [0] * 4, said
+    assert said == unbroken
+
+
+def _fold(rank, folder, save):
+    """Two workers save in the middle of a round; four go on from the mean of what they had."""
+    method = methods.diloco(4, exchange=topk(0.1))
+    model, optimizer = build(seed=rank)
+    wire = thinwire.attach(model, method, optimizer=optimizer, process_group=dist.group.WORLD)
+    if save:
+        for step in range(6):
+            optimizer.zero_grad()
+            loss_of(model, batch(rank, step)).backward()
+            optimizer.step()
+        dcp.save({"wire": wire}, checkpoint_id=folder)
+        found = flat(model.parameters()), flat(unit.param for unit in wire.units)
+    else:
+        wire.load(folder, on_world_change="fold")
+        found = flat(model.parameters()), flat(unit.param for unit in wire.units)
+        for step in range(6, 12):
+            optimizer.zero_grad()
+            loss_of(model, batch(rank, step)).backward()
+            optimizer.step()
+    wire.detach()
+    return *found, flat(model.parameters())
+
+
+def test_another_number_of_workers(world2, world4, tmp_path):
+    before = world2.run(_fold, str(tmp_path / "dcp"), True)
+    after = world4.run(_fold, str(tmp_path / "dcp"), False)
+    mean = (before[0][0] + before[1][0]) / 2
+    for params, anchor, end in after:
+        assert torch.equal(anchor, before[0][1])
+        assert torch.allclose(params, mean, atol=1e-6)
+        assert torch.equal(end, after[0][2])
+
+
+def _refused(rank):
+    model, optimizer = build()
+    group = dist.group.WORLD
+
+    def says(method=RECIPES["diloco"], model=model, **options):
+        options = {"optimizer": optimizer, "process_group": group} | options
+        with pytest.raises(ThinwireError) as caught:
+            thinwire.attach(model, method, **options)
+        return str(caught.value)
+
+    ddp = DistributedDataParallel(Net())
+    part = torch.optim.SGD([*model.parameters()][1:], lr=0.1)
+    found = [
+        says(optimizer=None),
+        says(optimizer=part),
+        says(model=ddp, process_group=None, optimizer=torch.optim.SGD(ddp.parameters(), lr=0.1)),
+        says(scaler=torch.amp.GradScaler("cpu")),
+        says(ranks_per_node=2),
+        says(methods.streaming_diloco(100, fragments=50, delay=0)),
+        says(methods.diloco(4 + rank)),
+    ]
+    wire = thinwire.attach(model, methods.diloco(4), optimizer=optimizer, process_group=group)
+    optimizer.zero_grad()
+    loss_of(model, batch(rank, 0)).backward()
+    optimizer.step()
+    for method in (methods.diloco(8), topk(0.1)):
+        with pytest.raises(ThinwireError) as caught:
+            wire.set_method(method)
+        found.append(str(caught.value))
+    wire.detach()
+    return found
+
+
+def test_bad_input_at_attach(world2):
+    expected = [
+        "a round ends after so many steps of the inner optimizer",
+        "parameter 'inner.weight' is not in the inner optimizer",
+        "is a DistributedDataParallel, which averages the gradients",
+        "scaler= is given",
+        "ranks_per_node= is 2, which is for gradients",
+        "fragments is 50, and the model has 8 parameters",
+        "ranks differ: rank 0 has method",
+        "inner step 1 is in the middle of a round of 4",
+        "topk exchanges gradients, and this model was attached for local updates",
+    ]
+    for found in world2.run(_refused):
+        for text, says in zip(found, expected, strict=True):
+            assert says in text
