@@ -170,6 +170,42 @@ def test_co2_of_single_steps_is_delayed_sgd():
     close(simulated(method, workers=2, steps=steps, adam=False)[0], flat(params))
 
 
+FIXTURES = {
+    (0, 0.0): ({3: -11, 6: -17, 9: -35, 12: -41, 15: -59}, {3: -5, 6: -23, 9: -29, 12: -47, 15: -53}),
+    (0, 0.5): ({3: -8, 6: -14, 9: -24.5, 12: -30.5, 15: -40.25}, {3: -5, 6: -17, 9: -23, 12: -32, 15: -38}),
+    (1, 0.0): ({3: -7, 6: -13, 9: -27, 12: -33, 15: -47}, {3: -5, 6: -19, 9: -25, 12: -39, 15: -45}),
+    (1, 0.5): ({3: -6, 6: -12, 9: -21.5, 12: -27.5, 15: -35.75}, {3: -5, 6: -15, 9: -21, 12: -29, 15: -35}),
+}
+"""The two parameters after some steps in torchft's regression fixtures (test_diloco_mocked_updates, 0, 1, 3 and 4), by
+delay and mix: two fragments, six steps in a round, constant gradients of 2, an inner rate of 1, an outer one of 2."""
+
+
+@pytest.mark.parametrize(("delay", "mix"), FIXTURES)
+def test_torchfts_regression_fixtures(delay, mix):
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in range(2))})
+    for param in model.parameters():
+        nn.init.ones_(param)
+    method = methods.local(every=6, fragments=2, lr=2.0, delay=delay, mix=mix, contraction=0.3)
+    sim = SimulatedWorkers(model, method, torch.optim.SGD(model.parameters(), lr=1.0), 2)
+    for step in range(1, 16):
+        sim.step(lambda worker: sum(2 * param.sum() for param in model.parameters()))
+        for layer, expected in zip(model["layers"], FIXTURES[delay, mix], strict=True):
+            assert layer.weight.item() == expected.get(step, layer.weight.item())
+    sim.session.detach()
+
+
+def test_sparse_loco_sends_less_than_covenants_bits():
+    """Bits per parameter and step that a worker sends to each other one, by the ledger."""
+    torch.manual_seed(0)
+    model = nn.Linear(512, 512, bias=False)
+    result = thinwire.simulate(
+        model, methods.sparse_loco(30), optimizer=torch.optim.AdamW(model.parameters(), lr=0.01), workers=2, steps=60,
+        loss=lambda model, x: (model(x) - x).square().mean(), batches=lambda worker, step: torch.randn(8, 512),
+    )  # fmt: skip
+    assert 0 < 8 * result.ledger.wire_bytes / (512 * 512 * 60) <= 0.0055
+    assert result.ledger.rows[0].error > 0
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_simulator_equals_real_processes(world2, name):
     method = RECIPES[name]

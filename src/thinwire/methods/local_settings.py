@@ -49,9 +49,9 @@ class Local:
         every: inner optimizer steps in a round, at least 1.
         lr, momentum, nesterov: of the outer step. With ``lr=1, momentum=0`` the anchor becomes the workers' mean.
         clip: the largest magnitude of an element of the outer momentum; None for no limit.
-        delay: inner steps between the start of an exchange and its outer step, below ``every / fragments``; or
-            ``"round"`` (CO2): the update of a round is applied at the end of the next one, and a round begins from the
-            anchor.
+        delay: inner steps from the start of an exchange to the end of the round, where its outer step is made, below
+            ``every / fragments``; or ``"round"`` (CO2): the update of a round is applied at the end of the next one,
+            and a round begins from the anchor.
         fragments: parts of the model, by layers in turn, each with its own time of exchange within ``every`` steps.
         mix: share of a worker's own parameters that the outer step leaves, in [0, 1).
         penalty: divisor of late updates, ``"gap"`` (see ``staleness_gap``) or a function; needs ``delay="round"``.

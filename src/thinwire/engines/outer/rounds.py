@@ -103,12 +103,12 @@ class LocalRounds(Rounds):
     # -- the clock -------------------------------------------------------------------------------------------------
 
     def due(self, fragment: int) -> bool:
-        """Return True if this fragment is exchanged after the present inner step."""
+        """Return True if the exchange of this fragment starts after the present inner step."""
         local = self.local
         if self.inner <= local.start:
             return True
         offset = -(-local.every * (fragment + 1) // local.fragments)
-        since = self.inner - local.start - offset
+        since = self.inner - local.start - offset + local.steps_late
         return since >= 0 and since % local.every == 0
 
     @torch.no_grad()
