@@ -35,8 +35,8 @@ class MeanAdamW(torch.optim.Optimizer):
     ``r = EMA(||mean_i g_i||^2) / EMA(mean_i ||g_i||^2)``, in [1/N, 1], for each row of a matrix or each tensor.
 
     Every ``sketch_every`` steps the workers sum a sketch of their gradients (``optim.gradient_sketch``), from which
-    all compute the same ``r``. ``step()`` does that by ``carrier``, which is made from the process group. Without one,
-    hand it over yourself, once all workers have gradients: ``take(sum of the workers' sketch(), N)`` before ``step()``.
+    all compute the same ``r``. ``step()`` does that by ``carrier``, which is made from the process group. Workers in
+    one process do it themselves, whenever ``due``: ``take(sum of all workers' sketch(), N)`` before ``step()``.
 
     Args:
         params: parameters or groups, as for ``torch.optim.AdamW``; the same on all workers.
@@ -54,8 +54,8 @@ class MeanAdamW(torch.optim.Optimizer):
         process_group: the workers; None for the default group, or for a single worker if there is none.
 
     Raises:
-        ThinwireError: a value is outside its range; a parameter is sharded; a gradient is sparse; workers are at
-            different steps or have different seeds; a worker did not answer.
+        ThinwireError: a value is outside its range; a parameter is sharded or complex; a gradient is sparse; workers
+            are at different steps or have different seeds; a worker did not answer.
 
     **Wire**: one all-reduce in ``sketch_every`` steps. ``4 (sketches + 1)`` bytes per row, ``4 (31 + 1)`` per tensor
     with one ratio (less if it has fewer elements), and 8 more. On CUDA the host waits for it.
@@ -281,10 +281,11 @@ def update_ratio(state: dict[str, Any], summed: Tensor, world: int, beta: float)
     """Update the averages and the ratios of one tensor from the sum of its sketches ``[ratios, sums + 1]``."""
     if "ratio" not in state or len(state["ratio"]) != len(summed):
         state["mean_norm"], state["local_norm"] = (summed.new_zeros(len(summed)) for _ in range(2))
-    finite = summed.isfinite().all(1)
-    for name, found in zip(("mean_norm", "local_norm"), squared_norms(summed, world), strict=True):
-        state[name].lerp_(torch.where(finite, found, state[name]), 1.0 - beta)
     mean, local = state["mean_norm"], state["local_norm"]
+    found = squared_norms(summed, world)
+    finite = found[0].isfinite() & found[1].isfinite()
+    for average, new in zip((mean, local), found, strict=True):
+        average.lerp_(torch.where(finite, new, average), 1.0 - beta)
     state["ratio"] = torch.where(local > 0.0, mean / local, 1.0).clamp_(1.0 / world, 1.0)
 
 
