@@ -128,12 +128,7 @@ class MethodOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        # torch has cast all but ``step`` to the parameter's dtype, which is too coarse for updates of a variance
-        saved = (index for group in state_dict["param_groups"] for index in group["params"])
-        for index, (param, _) in zip(saved, self.params(), strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[param][key] = value.to(device=self.state[param][key].device, copy=True)
+        restore_dtypes(self, state_dict)
 
     def variances(self) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
         """Yield each variance with its state and its group."""
@@ -261,6 +256,16 @@ def fresh(state: dict[str, Any], param: Tensor, *names: str) -> None:
         state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
         for name in names:
             state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Copy the saved state again; torch has cast all but ``step`` to the parameter's dtype, too coarse for updates."""
+    saved = (index for group in state_dict["param_groups"] for index in group["params"])
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    for index, param in zip(saved, params, strict=True):
+        for key, value in state_dict["state"].get(index, {}).items():
+            if isinstance(value, Tensor):
+                optimizer.state[param][key] = value.to(device=optimizer.state[param][key].device, copy=True)
 
 
 def check(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from thinwire.core.interfaces import State
 from thinwire.core.sharding import own
+from thinwire.optim.mean_adamw import MeanAdamW
 from thinwire.session.optimizers import Optimizers, each_of
 
 
@@ -73,6 +74,11 @@ class Replica:
 
 def _is_like(value: Any, param: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == param.shape and value.ndim > 0
+
+
+def sketching(optimizer: Optimizers) -> list[MeanAdamW]:
+    """Return the optimizers that sum a sketch over the workers, and are due to do so."""
+    return [one for one in each_of(optimizer) if isinstance(one, MeanAdamW) and one.due]
 
 
 def floating(buffers: Iterable[Tensor]) -> list[Tensor]:
