@@ -31,7 +31,7 @@ from thinwire.engines.bare import Plain
 from thinwire.engines.ddp import Ddp
 from thinwire.engines.fsdp2.engine import Fsdp2, is_fsdp1, is_fsdp2, sharded_channel
 from thinwire.engines.fsdp2.fsdp2_options import Fsdp2Options
-from thinwire.engines.outer.engine import Outer, over
+from thinwire.engines.outer.outer_engine import Outer, over
 from thinwire.exchange.workers import Worker
 from thinwire.kernels.select import Choice, choose
 from thinwire.methods.given import method_of

@@ -32,6 +32,7 @@ RECIPES = {
     "sparse_loco": methods.sparse_loco(4, density=0.1),
     "muloco": methods.muloco(4),
     "co2": methods.co2(3, exchange=topk(0.1)),
+    "mean_adamw": methods.updates(topk(0.1)),
     "averaged": methods.local(topk(0.1), every=4, buffers="average", sync_moments=2),
 }
 
@@ -58,10 +59,10 @@ class Net(nn.Module):
         return self.last(x)
 
 
-def build(dtype=torch.float32, adam=True, lr=0.02, seed=0):
+def build(dtype=torch.float32, adam=True, lr=0.02, seed=0, mean=False):
     torch.manual_seed(seed)
     model = Net(dtype)
-    kind = torch.optim.AdamW if adam else torch.optim.SGD
+    kind = thinwire.optim.MeanAdamW if mean else torch.optim.AdamW if adam else torch.optim.SGD
     return model, kind(model.parameters(), lr=lr)
 
 
@@ -86,8 +87,8 @@ def simulated(method, workers=4, steps=12, dtype=torch.float64, **options):
     return flat(model.parameters()), result
 
 
-def _train(rank, method, steps, stop=None):
-    model, optimizer = build(seed=rank)  # they start from those of rank 0
+def _train(rank, method, steps, mean=False):
+    model, optimizer = build(seed=rank, mean=mean)  # they start from those of rank 0
     wire = thinwire.attach(model, method, optimizer=optimizer, process_group=dist.group.WORLD)
     for step in range(steps):
         optimizer.zero_grad()
@@ -209,23 +210,27 @@ def test_sparse_loco_sends_less_than_covenants_bits():
 @pytest.mark.parametrize("name", RECIPES)
 def test_simulator_equals_real_processes(world2, name):
     method = RECIPES[name]
-    results = world2.run(_train, method, 10)
+    mean = name == "mean_adamw"
+    results = world2.run(_train, method, 10, mean)
     params, buffers, (sent, plain, errors), _ = results[0]
     assert all(torch.equal(params, other) for other, *_ in results[1:])
     assert torch.equal(buffers, results[1][1]) == (method.local.buffers == "average")
     assert sent < plain
     assert errors
-    mine, result = simulated(method, workers=2, steps=10, dtype=torch.float32)
+    mine, result = simulated(method, workers=2, steps=10, dtype=torch.float32, mean=mean)
     assert torch.equal(mine, params)
     assert result.ledger.wire_bytes == sent
+    assert (result.ledger.rows[-1].noise_scale is not None) == mean
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_four_workers_hold_one_anchor(world4, name):
-    results = world4.run(_train, RECIPES[name], 10)
+    mean = name == "mean_adamw"
+    results = world4.run(_train, RECIPES[name], 10, mean)
     assert all(torch.equal(results[0][0], other) for other, *_ in results[1:])
-    mine, _ = simulated(RECIPES[name], workers=4, steps=10, dtype=torch.float32)
-    assert torch.equal(mine, results[0][0]) or name == "averaged"  # its all-reduce sums in an order of its own
+    mine, _ = simulated(RECIPES[name], workers=4, steps=10, dtype=torch.float32, mean=mean)
+    reduces = name in ("averaged", "mean_adamw")  # an all-reduce sums in an order of its own
+    assert torch.equal(mine, results[0][0]) or (reduces and torch.allclose(mine, results[0][0], atol=1e-3))
 
 
 def test_what_is_applied_and_pending_is_what_workers_moved():

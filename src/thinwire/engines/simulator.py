@@ -17,8 +17,8 @@ from thinwire.core.checks import called, of_type, whole
 from thinwire.core.interfaces import Compressor
 from thinwire.core.sharding import own, wrapped
 from thinwire.engines.names import check_some
-from thinwire.engines.outer.engine import anchor_of
-from thinwire.engines.outer.rounds import LocalRounds
+from thinwire.engines.outer.outer_engine import anchor_of
+from thinwire.engines.outer.local_rounds import LocalRounds
 from thinwire.engines.outer.simulated import LocalSteps, SimulatedReplica
 from thinwire.engines.unchanged import Layouts
 from thinwire.exchange import pipeline

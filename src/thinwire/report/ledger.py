@@ -29,6 +29,7 @@ class StepRow:
     send_seconds: float = 0.0
     exchange_seconds: float = 0.0  # from start to end of each exchange; on CPUs without DDP, the wait
     receive_seconds: float = 0.0
+    noise_scale: float | None = None  # of the gradient, in batches of one worker, if the optimizer measures it
     error: float | None = None  # ||x - sent||² / ||x||² over the compressed units, if measured
 
 
@@ -112,6 +113,8 @@ class Ledger:
         if any(row.gather_bytes for row in last):
             lines.append(("bytes of the all-gather per step and rank", f"{median('gather_bytes'):,.0f}"))
             lines.append(("ratio of the all-gather to fp32", ratio("gather_dense_bytes", "gather_bytes")))
+        if scales := [row.noise_scale for row in self.rows if row.noise_scale is not None]:
+            lines.append(("gradient noise scale, batches of one worker", f"{scales[-1]:.3g}"))
         if errors := [row.error for row in self.rows if row.error is not None]:
             lines.append(("relative error of one step (residual energy)", f"{errors[-1]:.4f}"))
         width = max(len(name) for name, _ in lines)

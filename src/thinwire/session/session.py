@@ -92,6 +92,8 @@ class Session(OfThisRun):
         self.cleanup = contextlib.ExitStack()
         """Callbacks of detach(); engines add to it."""
         self.row = StepRow(0, method.name)
+        self.sent_before = 0.0, 0.0
+        """The bytes sent, in all and within the node, before this step."""
         try:
             with Together(self.collective, *ATTACH) as together:
                 self._install(method, together)
@@ -242,7 +244,7 @@ class Session(OfThisRun):
         if text := self.transaction.skips.warning(self.transaction.complaint):
             self._say(text)
         self.row = StepRow(self.step, self.method.name)
-        self._sent_before = self.collective.sent, self.collective.sent_within_node
+        self.sent_before = self.collective.sent, self.collective.sent_within_node
         self.loss_scale, self.turn = self.rounds.loss_scale, self.transaction.turn
         self.collective.at(self.step)
         if self._stage(self.transaction.confirmed) != self._stage(self.turn):  # message sizes of ranks might differ
@@ -253,8 +255,8 @@ class Session(OfThisRun):
 
     def end_step(self, nonfinite: bool | None = None) -> None:
         """End a step, after its last bucket; ``nonfinite``: True if the engine's own state was nonfinite."""
-        self.row.wire_bytes = self.collective.sent - self._sent_before[0]
-        self.row.within_node_bytes = self.collective.sent_within_node - self._sent_before[1]
+        self.row.wire_bytes = self.collective.sent - self.sent_before[0]
+        self.row.within_node_bytes = self.collective.sent_within_node - self.sent_before[1]
         if (probe := self.workers[0].probe) is not None:
             self.row.error = probe.error
         self.ledger.add(self.row)

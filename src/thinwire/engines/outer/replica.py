@@ -64,6 +64,11 @@ class Replica:
             if key != "parameter" and _is_like(state.get(key), param):
                 own(state[key]).copy_(value)
 
+    def noise_scale(self) -> float | None:
+        """Return the gradient noise scale, if the optimizer measures it."""
+        each = [one.metrics() for one in each_of(self.optimizer) if isinstance(one, MeanAdamW)]
+        return each[0].get("noise_scale") if len(each) == 1 else None
+
     def clear_nonfinite(self) -> int:
         """Clear the optimizer's nonfinite tensors, so that the next step is sound; returns their number."""
         bad = [moment for moment in self.moments() if not bool(moment.isfinite().all())]

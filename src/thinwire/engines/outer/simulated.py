@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from thinwire.engines.outer.engine import check_local
-from thinwire.engines.outer.replica import Replica, floating
-from thinwire.engines.outer.rounds import LocalRounds
+from thinwire.comm.collectives import InFlight
+from thinwire.engines.outer.outer_engine import check_local
+from thinwire.engines.outer.replica import Replica, floating, sketching
+from thinwire.engines.outer.local_rounds import LocalRounds
 from thinwire.session.optimizers import Optimizers, each_of
 
 
@@ -26,6 +27,11 @@ class SimulatedReplica(Replica):
         self._params = [param.detach().clone() for param in live]
         self._model = model
         self._states: list[Any] = [defaultdict(dict) for _ in each_of(optimizer)]
+        self._counts: list[dict[str, Any]] = [
+            {key: value for key, value in group.items() if type(value) is int} for group in optimizer.param_groups
+        ]
+        """What the optimizer itself changes in its groups, such as a number of steps."""
+        self.grads: list[Tensor | None] = []
 
     @property
     def params(self) -> list[Tensor]:
@@ -43,6 +49,14 @@ class SimulatedReplica(Replica):
             buffer.copy_(held)
         for one, state in zip(each_of(self.optimizer), self._states, strict=True):
             one.state = state
+        for group, counts in zip(self.optimizer.param_groups, self._counts, strict=True):
+            group.update(counts)
+
+    def step(self) -> None:
+        """Step the optimizer with this worker's gradients."""
+        self.optimizer.step()
+        for group, counts in zip(self.optimizer.param_groups, self._counts, strict=True):
+            counts |= {key: group[key] for key in counts}
 
     def leave(self) -> None:
         """Keep the buffers; parameters and state were stepped in place."""
@@ -59,7 +73,7 @@ class LocalSteps:
 
     def step(self, loss: Callable[[int], Tensor]) -> float:
         """Make one inner step of all workers and return the mean loss."""
-        total = 0.0
+        total, summed = 0.0, list[InFlight]()
         for rank, replica in enumerate(self.replicas):
             replica.enter()
             for param in replica.live:
@@ -67,7 +81,19 @@ class LocalSteps:
             value = loss(rank)
             value.backward()  # pyright: ignore[reportUnknownMemberType]
             total += value.item()
-            replica.optimizer.step()
+            if due := sketching(replica.optimizer):  # all sketches are summed before any worker steps
+                summed = [self.rounds.peers[rank].all_reduce(one.sketch()) for one in due]
+                replica.grads = [param.grad for param in replica.live]
+            else:
+                replica.step()
+            replica.leave()
+        for replica in self.replicas if summed else ():
+            replica.enter()
+            for param, grad in zip(replica.live, replica.grads, strict=True):
+                param.grad = grad
+            for one, arrived in zip(sketching(replica.optimizer), summed, strict=True):
+                one.take(arrived.answer(), len(self.replicas))
+            replica.step()
             replica.leave()
         self.rounds.stepped()
         self.replicas[0].enter()

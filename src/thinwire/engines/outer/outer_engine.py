@@ -1,4 +1,4 @@
-"""Checks and setup for local updates; ``rounds.py`` has the rounds.
+"""Checks and setup for local updates; ``local_rounds.py`` has the rounds.
 
 The model has no wrapper, or is sharded by ``fully_shard`` and replicated over a mesh. Its engine for gradients finds
 the parameters and makes the collective; only its hooks on gradients are not installed.
@@ -19,9 +19,10 @@ from thinwire.engines.bare import Plain
 from thinwire.engines.ddp import Ddp
 from thinwire.engines.fsdp2.engine import Fsdp2
 from thinwire.engines.outer.replica import Replica, floating
-from thinwire.engines.outer.rounds import LocalRounds
+from thinwire.engines.outer.local_rounds import LocalRounds
 from thinwire.methods.method import Method
-from thinwire.session.optimizers import Optimizers, holders
+from thinwire.optim.mean_adamw import MeanAdamW
+from thinwire.session.optimizers import Optimizers, each_of, holders
 from thinwire.session.replicas import Replicas
 from thinwire.session.rounds import OnNonfinite
 from thinwire.session.session import Session
@@ -116,6 +117,11 @@ class Outer:
 
     def install(self, session: Session) -> None:
         rounds = self.rounds
+        rounds.sent = session.collective.sent, session.collective.sent_within_node  # without what ``share`` has sent
+        for one in each_of(self.optimizer):
+            if isinstance(one, MeanAdamW):
+                one.carrier = session.collective
+                session.cleanup.callback(setattr, one, "carrier", None)
 
         def after(*_: object) -> None:
             rounds.stepped()

@@ -72,6 +72,8 @@ class LocalRounds(Rounds):
 
     def start(self, session: Session, cleanup: ExitStack) -> None:
         self.session, self.peers = session, self.peers or [session.collective]
+        self.sent = session.collective.sent, session.collective.sent_within_node
+        """The bytes sent by the end of the last exchange."""
         self.fragments = fragments_of([unit.name for unit in session.units], self.local.fragments)
         self.exchanged_at = [0] * len(self.fragments)
         """The inner step of each fragment's last exchange."""
@@ -158,6 +160,7 @@ class LocalRounds(Rounds):
         if local.late:
             self.finish(reset=False)
         session.begin_step()
+        session.sent_before = self.sent  # with what an optimizer has sent since
         if fragment == 0:
             self._average()
         due = self.inner + (local.every if local.late else local.steps_late)
@@ -185,7 +188,9 @@ class LocalRounds(Rounds):
             return
         means, first = flight.land(session, self.peers, sent)
         self.flight = None
+        session.row.noise_scale = self.replicas[0].noise_scale()
         session.end_step()
+        self.sent = session.collective.sent, session.collective.sent_within_node
         self.late = Late(sent.fragment, sent.due, means, self.local.divisor(self.moved, first))
         if session.transaction.failed or not all(bool(mean.isfinite().all()) for mean in means):
             self.late.means = []
