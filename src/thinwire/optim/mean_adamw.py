@@ -34,7 +34,7 @@ class MeanAdamW(torch.optim.Optimizer):
     ``x -= lr (m_hat / (sqrt(r v_hat) + eps) + weight_decay x)``
     ``r = EMA(||mean_i g_i||^2) / EMA(mean_i ||g_i||^2)``, in [1/N, 1], for each row of a matrix or each tensor.
 
-    Every ``sketch_every`` steps the workers sum a sketch of their gradients (``optim.gradient_sketch``), from which
+    Every so many steps the workers sum a sketch of their gradients (``optim.gradient_sketch``), from which
     all compute the same ``r``. ``step()`` does that by ``carrier``, which is made from the process group. Workers in
     one process do it themselves, whenever ``due``: ``take(sum of all workers' sketch(), N)`` before ``step()``.
 
@@ -44,7 +44,8 @@ class MeanAdamW(torch.optim.Optimizer):
         betas: decay of the momentum and of the second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled, as in AdamW.
-        sketch_every: steps from one sketch to the next; the first step has one.
+        sketch_every: steps from one sketch to the next. The first ``sketch_every`` steps have one each, since a ratio
+            from a single sketch is too rough.
         sketches: signed sums per row and sketch; a tensor with one ratio has 31.
         ratio_beta: decay of the averages in ``r``, per sketch.
         per: one ratio per "row" of a matrix, i.e. output unit, or per "tensor"; vectors always have one. "auto":
@@ -57,8 +58,8 @@ class MeanAdamW(torch.optim.Optimizer):
         ThinwireError: a value is outside its range; a parameter is sharded or complex; a gradient is sparse; workers
             are at different steps or have different seeds; a worker did not answer.
 
-    **Wire**: one all-reduce in ``sketch_every`` steps. ``4 (sketches + 1)`` bytes per row, ``4 (31 + 1)`` per tensor
-    with one ratio (less if it has fewer elements), and 8 more. On CUDA the host waits for it.
+    **Wire**: one all-reduce in ``sketch_every`` steps, after the first of them. ``4 (sketches + 1)`` bytes per row,
+    ``4 (31 + 1)`` per tensor with one ratio (less if it has fewer elements), and 8 more. On CUDA the host waits for it.
 
     State: as AdamW's, with ``mean_norm``, ``local_norm`` (the averages in ``r``) and ``ratio``, float32 ``[rows]`` or
     ``[1]``. A state of ``torch.optim.AdamW`` can be loaded.
@@ -146,7 +147,8 @@ class MeanAdamW(torch.optim.Optimizer):
     def due(self) -> bool:
         """True if the next step needs a sketch that was not taken yet."""
         group = self.param_groups[0]
-        return group["steps"] % group["sketch_every"] == 0 and group["sketched"] != group["steps"]
+        step, every = group["steps"], group["sketch_every"]
+        return (step < every or step % every == 0) and group["sketched"] != step
 
     @undisturbed
     def sketch(self) -> Tensor:
