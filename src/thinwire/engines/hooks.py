@@ -89,7 +89,7 @@ class ModelHooks(ABC):
                 "a backward pass is about to add to gradients that were already averaged over the ranks, with no "
                 "optimizer step since: they would be exchanged twice. Accumulate under "
                 f"{self.accumulating}, and leave it for the last micro-batch only.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def begin_step(self, session: Session) -> None:

@@ -36,6 +36,9 @@ class FixedShapes(Reference):
         which = (passed < cut.enough).sum().clamp_(max=cut.attempts)
         return self.fill(indices, values.masked_fill(magnitude < levels.gather(0, which.view(1)), 0.0), cut.k)
 
+    def kth(self, magnitude: Tensor, k: int) -> Tensor:
+        return torch.topk(magnitude, k, sorted=False).values.nan_to_num(math.inf, math.inf).min()
+
     def largest(self, x: Tensor, k: int) -> Tensor:
         n = x.numel()
         if k >= n:
