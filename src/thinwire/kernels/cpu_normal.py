@@ -1,14 +1,14 @@
 """Normal random numbers on CPUs, compiled by numba: the bits of ``normal.py``, in a tenth of the time."""
 
-from typing import Any, cast
+from typing import Any
 
 import numba
 import numpy as np
 from torch import Tensor
 
 from thinwire.kernels import normal
+from thinwire.kernels.cpu_bits import _compiled  # pyright: ignore[reportPrivateUsage]
 
-_njit: Any = cast(Any, numba).njit
 U64, U32, I64, I32, F32 = np.uint64, np.uint32, np.int64, np.int32, np.float32
 M0, M1 = map(U64, normal.MULTIPLIERS)
 W0, W1 = map(U32, normal.WEYL)
@@ -23,7 +23,7 @@ BLOCKS = 1024
 """Counters that are made at once: their words and radii stay in the first-level cache."""
 
 
-@_njit(nogil=True)
+@_compiled
 def _words(first: Any, blocks: Any, low: Any, high: Any, tensor: Any, direction: Any, words: Any) -> None:
     for i in range(blocks):
         counter = first + U64(i)
@@ -37,7 +37,7 @@ def _words(first: Any, blocks: Any, low: Any, high: Any, tensor: Any, direction:
         words[0, i], words[1, i], words[2, i], words[3, i] = c0, c1, c2, c3
 
 
-@_njit(nogil=True)
+@_compiled
 def _pairs(first: Any, second: Any, near: Any, bits: Any, x: Any, y: Any) -> None:
     """Transform words into pairs; ``bits`` are those of ``near``, a scratch of float32."""
     for i in range(first.size):
@@ -70,7 +70,7 @@ def _pairs(first: Any, second: Any, near: Any, bits: Any, x: Any, y: Any) -> Non
         y[i] = radius * (cosine if swap else sine)
 
 
-@_njit(nogil=True)
+@_compiled
 def _fill(out: Any, first: Any, low: Any, high: Any, tensor: Any, direction: Any) -> None:
     words, made = np.empty((4, BLOCKS), np.uint32), np.empty((4, BLOCKS), np.float32)
     near = np.empty(BLOCKS, np.float32)
