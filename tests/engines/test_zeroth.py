@@ -1,6 +1,11 @@
 """Zeroth order: all layouts leave the bits of one rank, one scalar is sent, parameters are never written in a pass."""
 
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from thinwire.engines.zeroth import directions
 from thinwire.engines.zeroth.replay_file import History
 from thinwire.kernels.normal import ReferenceNormals
 
+ROOT = Path(__file__).parents[2]
 STEPS = 5
 
 
@@ -511,3 +517,15 @@ def test_an_error_of_one_rank_is_one_of_all(world2):
     assert same
     assert also
     world2.stop()  # the group has hung up
+
+
+def test_the_example():
+    script = ROOT / "examples" / "finetune_zo.py"
+    assert len(script.read_text().splitlines()) < 120
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), "--pertp"]
+    command += ["--offload", "--steps", "12", "--base-steps", "5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "the rebuilt model is equal: True" in done.stdout
+    assert re.search(r"wire bytes per step and worker *\| 4 \|\n", done.stdout)

@@ -152,7 +152,8 @@ class ZerothOrder:
                 self.offload = None if blocks is None else Offload(model, list(blocks), self.parts, self.seed, where)
         self._resident = Resident(self.parts if self.offload is None else self.offload.resident, self.seed)
         self._exchange = ScalarExchange(self.layout, self.eps, self.place, wait)
-        self.ledger = Ledger("zeroth order", self.collective.world, self.collective.label)
+        link = self.collective.label if self.collective.world > 1 else "no network"
+        self.ledger = Ledger("zeroth order", self.collective.world, link)
         self.ledger.kernels = normals(self.place.type).name
         self.attempts = 0
         """Steps that were begun; a direction's number follows from it."""
