@@ -163,6 +163,8 @@ def test_offloaded_blocks_leave_the_bits_of_a_run_in_memory(dtype):
     assert torch.equal(model.blocks[0].up.weight, frozen)
     zo.detach()
     assert not model.blocks[0]._forward_hooks
+    with pytest.raises(ThinwireError, match="make a new one to train on"):
+        zo.step(lambda: 1.0)
     assert torch.equal(held(model), wanted)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from thinwire.core.ambient import undisturbed
 from thinwire.core.errors import ThinwireError
@@ -59,7 +60,7 @@ def trained(model: nn.Module) -> list[Trained]:
                 f"parameter {name!r} is {param.dtype}, and directions are real; make it two real parameters, or "
                 "freeze it, with requires_grad_(False)"
             )
-        if hasattr(param, "device_mesh"):
+        if isinstance(param, DTensor):
             raise ThinwireError(
                 f"parameter {name!r} is sharded (a DTensor); zeroth-order training needs whole parameters: train the "
                 "model before fully_shard(), with blocks= where it does not fit on the device"

@@ -155,6 +155,7 @@ class ZerothOrder:
         link = self.collective.label if self.collective.world > 1 else "no network"
         self.ledger = Ledger("zeroth order", self.collective.world, link)
         self.ledger.kernels = normals(self.place.type).name
+        self._detached = False
         self.attempts = 0
         """Steps that were begun; a direction's number follows from it."""
 
@@ -196,6 +197,8 @@ class ZerothOrder:
             ThinwireError: the closure returns no number, a rank did not join or raised an error, or replicas differ.
         """
         checks.called("closure", closure, "pass a function that computes the loss: step(lambda: loss_of(model, batch))")
+        if self._detached:
+            raise ThinwireError("this ZerothOrder was detached from its model; make a new one to train on")
         check_statistics(self._watched)
         row = StepRow(self.attempts, "zeroth order")
         before, within = self.collective.sent, 0.0 if self.offload is None else self.offload.node.sent
@@ -253,15 +256,14 @@ class ZerothOrder:
 
         Without ``blocks`` it does nothing. With ``node=`` it is a collective call of the node.
         """
-        if self.offload is not None:
+        if self.offload is not None and not self._detached:
             self.offload.flush()
 
     def detach(self) -> None:
-        """Flush, and let go of the model; its blocks stay in CPU memory."""
+        """Flush, and let go of the model; its blocks stay in CPU memory. No step can be made afterwards."""
         if self.offload is not None:
             self.offload.close()
-            self.offload = None
-        self._resident.parts = []
+        self._detached = True
 
     def report(self) -> str:
         """Return the ledger as a table."""
