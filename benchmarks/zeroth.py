@@ -28,7 +28,7 @@ from thinwire.cli import text as demo_text
 from thinwire.cli.demo_models import Transformer, loss_of, transformer
 from thinwire.report.results import Row, meta, write
 
-RATES = {"full": 1e-3, "lora": 1e-2}
+RATES = {"full": 1e-4, "lora": 1e-2}
 CASES = ("adamw", "full", "offloaded", "ddp_2", "pertp_2", "lora")
 
 
