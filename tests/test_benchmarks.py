@@ -204,6 +204,17 @@ def test_onebit(tmp_path):
     assert figures["onebit_adam", "ratio_compressed"] > 5
 
 
+def test_zeroth(tmp_path):
+    options = ["--steps", "6", "--base-steps", "3", "--width", "16", "--length", "16", "--batch", "4"]
+    figures = run(tmp_path, "benchmarks.zeroth", *options)
+    for case in ("full", "offloaded", "ddp_2", "pertp_2", "lora"):
+        assert figures[case, "replay_is_equal"] == 1.0
+        assert figures[case, "wire_bytes"] <= 8 < figures[case, "model_bytes"]
+        assert figures[case, "loss_after"] != figures[case, "loss_before"]
+    assert figures["offloaded", "loss_after"] == figures["full", "loss_after"]
+    assert figures["pertp_2", "loss_after"] == figures["full", "loss_after"]
+
+
 def test_lgreco(tmp_path):
     """Without CIFAR-10 the ResNet is left out."""
     options = ["--seeds", "1", "--steps", "12", "--every", "5", "--looks", "2", "--workers", "2", "--hidden", "24"]

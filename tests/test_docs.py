@@ -21,7 +21,7 @@ PACKAGES = ["core", "compressors", "memories", "methods", "optim", "policies"]
 PARTS = [
     "engines.simulator.Simulation", "comm.link.Link", "coding.frame.encode", "coding.frame.decode",
     "methods.theory.xi", "methods.theory.ef21_step", "methods.theory.ef21_pp_step",
-    "methods.theory.logistic_smoothness",
+    "methods.theory.logistic_smoothness", "engines.zeroth.replay",
 ]  # fmt: skip
 INTEGRATIONS = ["accelerate", "frameworks", "lightning", "per_rank_files", "torchft", "trainer"]
 ALONE = ["choose-a-method", "how-it-works", "local-updates", "write-a-compressor"]

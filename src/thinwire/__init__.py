@@ -9,8 +9,10 @@ from thinwire import compressors, memories, methods, optim, policies
 from thinwire._version import __version__
 from thinwire.attach import attach
 from thinwire.core import Compressor, Memory, ThinwireError, register
+from thinwire.engines import zeroth
 from thinwire.engines.fsdp2.fsdp2_options import Fsdp2Options
 from thinwire.engines.simulator import simulate
+from thinwire.engines.zeroth import ZerothOrder
 from thinwire.methods import (
     cast,
     dense,
@@ -43,6 +45,7 @@ __all__ = [
     "Session",
     "ThinwireError",
     "Warmup",
+    "ZerothOrder",
     "__version__",
     "attach",
     "cast",
@@ -69,6 +72,7 @@ __all__ = [
     "topk",
     "updates",
     "zeroone_adam",
+    "zeroth",
 ]
 
 
