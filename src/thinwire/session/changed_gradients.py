@@ -25,8 +25,6 @@ from thinwire.session.backward import in_backward, queue
 
 FIRST, EVERY = 10, 100
 """Steps that are checked: the first 10, then powers of two and every hundredth."""
-FRAMES = 24
-"""Stack frames in which a scaler is looked for."""
 
 
 class Touched:
@@ -105,7 +103,7 @@ def _in_scaler(optimizer: Any) -> bool:
     """Return True if a loss scaler with a scale other than 1 calls this optimizer's step."""
     if getattr(optimizer, "grad_scale", None) is not None:  # a fused optimizer, whose gradients stay scaled
         return True
-    for frame, _ in islice(walk_stack(sys._getframe(1)), FRAMES):  # pyright: ignore[reportPrivateUsage]
+    for frame, _ in islice(walk_stack(sys._getframe(1)), 24):  # pyright: ignore[reportPrivateUsage]
         scaler: Any = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
         if isinstance(scaler, torch.amp.GradScaler):  # pyright: ignore[reportPrivateImportUsage]
             return bool(cast(Any, scaler).is_enabled() and cast(Any, scaler).get_scale() != 1.0)

@@ -76,8 +76,7 @@ class Replicas:
         hashes = [fingerprint(own(param)) for _, param in self.named]
         steps, found = zip(*(text.split() for text in self._exchange(hashes, f"{step} ")), strict=True)
         self.strays = [r for r, text in enumerate(found) if text.startswith(ASIDE) and text[len(ASIDE) :] not in found]
-        differs = self._first(hashes) if self._odd(found) else ""
-        return [int(text) for text in steps], differs
+        return [int(text) for text in steps], self._first(hashes) if self._odd(found) else ""
 
     def _odd(self, said: Sequence[str]) -> dict[int, int]:
         """Return, for each rank whose text differs, the first rank that holds the same shard."""
