@@ -235,6 +235,7 @@ class OptimizerLink:
             self.transfer.follow(units, workers)
             if self.transfer.take(units, workers):
                 self.missing = None
+            self.transfer.seen = None  # so that ``check`` looks at the settings that were loaded
 
     def _read_mark(self, optimizer: torch.optim.Optimizer) -> None:
         steps = [mark for group in optimizer.param_groups if isinstance(mark := group.pop(MARK, None), int)]
