@@ -25,10 +25,7 @@ ASIDE = "-"
 
 
 class Replicas:
-    """The comparison of parameters that several ranks hold: rank r holds the same as rank r + ``parts``.
-
-    ``every`` is the number of exchanges from one check to the next; 0 for no check.
-    """
+    """The comparison of parameters that several ranks hold: rank r holds the same as rank r + ``parts``."""
 
     def __init__(
         self, named: Sequence[tuple[str, Tensor]], channel: ControlChannel, parts: int = 1, every: int = EVERY

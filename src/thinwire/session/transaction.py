@@ -61,10 +61,7 @@ class Transaction:
         self.confirmed = self.turn = step
 
     def begin(self, partly: bool = False) -> int:
-        """Begin an exchange; returns how many before it, in a row, are void because no optimizer step followed.
-
-        ``partly``: True if parts of the last exchange were committed.
-        """
+        """Begin an exchange; returns how many before it, in a row, are void because no optimizer step followed."""
         idle = self.pending and not self.failed
         self.pending = self.failed = False  # gradients are not cleared: they belong to the next step by now
         self.statuses = []
