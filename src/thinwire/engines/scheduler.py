@@ -70,7 +70,7 @@ class Scheduler:
             stages = sum(len(route.stages) for sent in self.in_flight for route in sent.gradients.bucket.routes)
             session.ledger.note(
                 f"{stages - self.saved} exchanges a step for {len(self.in_flight)} buckets: gathered messages of less "
-                f"than {session.turn_bytes:,.0f} bytes travel together"
+                f"than {session.stages.turn_bytes:,.0f} bytes travel together"
             )
         self.in_flight.clear()
 
@@ -117,7 +117,7 @@ class Scheduler:
             self._start(session)
         self.waiting.append(sent)
         sizes = [one.outbox.messages[0].nbytes for one in self.waiting]
-        if not bucket.joins or travel_together(sizes, session.turn_bytes):
+        if not bucket.joins or travel_together(sizes, session.stages.turn_bytes):
             self._start(session)
         return sent.done()
 

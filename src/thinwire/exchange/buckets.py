@@ -131,7 +131,7 @@ def travel_together(nbytes: Iterable[float], least: float) -> int:
     """Return how many messages at the head of a queue are sent as one: as few as have ``least`` bytes; 0 if all wait.
 
     An exchange of fewer bytes than the link carries in the time that it takes to start one is better joined with the
-    next. Messages that are ready wait for the link's latency (``Session.turn_bytes``). Buckets whose gradients are not
+    next. Messages that are ready wait for the link's latency (``Stages.turn_bytes``). Buckets whose gradients are not
     there yet wait also for the CPU (``start_bytes``), in plans, since to compress them together saves that time too.
     """
     return next((count for count, total in enumerate(accumulate(nbytes), 1) if total >= least), 0)
