@@ -48,10 +48,7 @@ class Stages:
 
         While a residual of an earlier method is pending, a method without a memory needs headers too. Without memory or
         pending residual, a step does not wait for them on CUDA, nor on a sharded model whose units are all dense.
-
-        Args:
-            optional: True if a parameter may be unused on some ranks only, which only messages tell.
-            pending: True if a residual of an earlier method is sent with the next step.
+        ``optional``: see ``Unit``.
         """
         guarded = pending or any(rule.memory.stateful for rule in method.rules)
         for unit in units:
