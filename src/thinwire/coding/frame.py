@@ -32,8 +32,7 @@ from torch import Tensor
 from thinwire.coding import elias_fano, rice, zstd
 from thinwire.coding import values as codes
 from thinwire.coding.reader import Allowance, FrameError, Reader, finite, tensor
-from thinwire.core.errors import ThinwireError
-from thinwire.core.tensors import flat
+from thinwire.core import ThinwireError, flat
 
 MAGIC = b"THWR"
 VERSION = 1
