@@ -111,7 +111,10 @@ class Reference:
             return torch.arange(n, device=x.device)
         if k == 0:
             return torch.empty(0, dtype=torch.int64, device=x.device)
-        threshold = self.kth(magnitude, k)
+        return self._chosen(magnitude, self.kth(magnitude, k), k)
+
+    def _chosen(self, magnitude: Tensor, threshold: Tensor, k: int) -> Tensor:
+        """Return the ascending indices of the magnitudes above the k-th largest, and of the first ones equal to it."""
         candidates = at_least(magnitude, threshold)
         if candidates.numel() == k:
             return candidates

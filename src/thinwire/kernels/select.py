@@ -14,11 +14,7 @@ Choice: TypeAlias = Literal["auto", "reference", "cpu", "cuda"]
 
 
 def choose(choice: Choice, device: torch.device) -> tuple[Kernels, str | None]:
-    """Choose the kernels for parameters on ``device``; returns them and a note for the user, or None.
-
-    Raises:
-        ThinwireError: kernels requested by name can't run.
-    """
+    """Choose the kernels for parameters on ``device``; returns them and a note for the user, or None."""
     if choice not in ("auto", "reference", "cpu", "cuda"):
         raise ThinwireError(f"kernels is {choice!r}; choose 'auto', 'reference', 'cpu' or 'cuda'")
     kind = device.type if choice == "auto" else choice
