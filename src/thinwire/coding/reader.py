@@ -42,13 +42,6 @@ class Allowance:
             )
         self.kept += nbytes
 
-    def release(self, nbytes: int) -> None:
-        self.kept -= nbytes
-
-    @property
-    def left(self) -> int:
-        return self.limit - self.kept
-
 
 class Reader:
     """A forward reader; ``at`` is the offset of the next byte."""

@@ -88,7 +88,7 @@ class Unit:
     @property
     def feeds_back(self) -> bool:
         """True if what was not sent comes back."""
-        if self._fed is None or self._fed[0] is not self.memory:  # asked several times a step
+        if self._fed is None or self._fed[0] is not self.memory:  # kept, since a step reads it several times
             self._fed = self.memory, feeds_back(self.memory)
         return self._fed[1]
 
@@ -281,16 +281,16 @@ def set_stage(
     unchanged: list[str] = []
     for unit in units:
         unit.gathered = compresses and small and not unit.compressed
-        asked = unit.method_compressor if density is None else with_density(unit.method_compressor, density)
+        compressor = unit.method_compressor if density is None else with_density(unit.method_compressor, density)
         if (density == 1.0 or unit.kept) and unit.compressed:
-            asked = DENSE
-        elif density is not None and unit.compressed and asked == unit.method_compressor:
+            compressor = DENSE
+        elif density is not None and unit.compressed and compressor == unit.method_compressor:
             unchanged.append(unit.name)
-        unit.compressor = asked
-        if asked.traits.summable:
+        unit.compressor = compressor
+        if compressor.traits.summable:
             continue
         like = unit.like
-        compressed = bytes_alone(asked, like, world, route, second)
+        compressed = bytes_alone(compressor, like, world, route, second)
         plain = wire_bytes("all_reduce", payload_nbytes(DENSE, like), world)
         if compressed >= plain and world > 1:
             unit.compressor = DENSE
@@ -299,8 +299,8 @@ def set_stage(
                 f"{unit.name} is sent dense{at}: compressed it would be {compressed:,.0f} bytes a worker and step, "
                 f"dense {plain:,.0f}, with {world} workers"
             )
-        elif route != "all_gather" and not (asked.traits.splittable or led(asked, route)):
-            notes.append(f"{unit.name} takes an all-gather: {type(asked).__name__} can't be cut into pieces")
+        elif route != "all_gather" and not (compressor.traits.splittable or led(compressor, route)):
+            notes.append(f"{unit.name} takes an all-gather: {type(compressor).__name__} can't be cut into pieces")
     if unchanged:
         notes.append(f"{_listed(unchanged)}: a warm-up density of {density:g} changes nothing")
     return notes

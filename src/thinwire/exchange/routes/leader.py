@@ -77,6 +77,3 @@ class LeaderRoute(Route):
     @property
     def stages(self) -> Sequence[tuple[Kind, int]]:
         return [("broadcast", self.choices.nbytes), ("all_reduce", self.values.nbytes)]
-
-    def plain_bytes(self, world: int, lossy: frozenset[int]) -> float:
-        return 0.0  # leader-selected units are compressed

@@ -119,7 +119,7 @@ class Route(ABC):
 
     def plain_bytes(self, world: int, lossy: frozenset[int]) -> float:
         """Return the bytes that a worker sends for the payloads of units that are not in ``lossy``."""
-        return 0.0
+        return 0.0  # as for leader-selected units, which are all compressed
 
     def wire_bytes(self, world: int, lossy: frozenset[int]) -> tuple[float, float]:
         """Return the bytes a worker sends: in all, and for units in ``lossy``, with the header if there are any."""
