@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from thinwire.core.loops import Cut, Found
-from thinwire.kernels.reference import BLOCK, Reference
+from thinwire.kernels.reference import BLOCK, Reference, kth_on_device
 
 
 def exactly(magnitude: Tensor, threshold: Tensor, k: int) -> Tensor:
@@ -35,6 +35,9 @@ class FixedShapes(Reference):
         passed = (magnitude >= levels.unsqueeze(1)).sum(1)  # if below k, also the count over all of x
         which = (passed < cut.enough).sum().clamp_(max=cut.attempts)
         return self.fill(indices, values.masked_fill(magnitude < levels.gather(0, which.view(1)), 0.0), cut.k)
+
+    def kth(self, magnitude: Tensor, k: int) -> Tensor:
+        return kth_on_device(magnitude, k)
 
     def _chosen(self, magnitude: Tensor, threshold: Tensor, k: int) -> Tensor:
         chosen = exactly(_finite(magnitude).view(1, -1), threshold, k)

@@ -59,6 +59,11 @@ def kth_largest(x: Any, k: int) -> Any:
     return numpy.partition(x, x.size - k)[x.size - k :][:1]
 
 
+def kth_on_device(magnitude: Tensor, k: int) -> Tensor:
+    """Compute ``Kernels.kth`` without the host."""
+    return torch.topk(magnitude, k, sorted=False).values.nan_to_num(math.inf, math.inf).min()
+
+
 def mask_room(n: int) -> Any:
     return numpy.empty(-(-n // WORD) * WORD, numpy.bool_)
 
@@ -100,7 +105,7 @@ class Reference:
 
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
         if magnitude.device.type != "cpu":
-            return torch.topk(magnitude, k, sorted=False).values.nan_to_num(math.inf, math.inf).min()
+            return kth_on_device(magnitude, k)
         x = magnitude.view(BITS[magnitude.dtype]).numpy()
         kth = torch.from_numpy(kth_largest(x & numpy.iinfo(x.dtype).max, k))  # NaN may have a sign
         return kth.view(magnitude.dtype).nan_to_num(math.inf, math.inf)[0]
