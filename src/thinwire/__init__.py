@@ -9,7 +9,7 @@ from thinwire import compressors, memories, methods, optim, policies
 from thinwire._version import __version__
 from thinwire.attach import attach
 from thinwire.core import Compressor, Memory, ThinwireError, register
-from thinwire.engines.fsdp2.fsdp2_options import Fsdp2Options
+from thinwire.engines.fsdp2.engine import Fsdp2Options
 from thinwire.engines.simulator import simulate
 from thinwire.methods import (
     cast,

@@ -23,9 +23,8 @@ from thinwire.session.session import Session
 class Scheduler:
     """A scheduler that holds buckets for clipping, joins small messages, and completes all buckets.
 
-    Args:
-        sparse: True to replace a gradient in ``grads`` by a sparse tensor if few of its elements arrive.
-        eager: True if a callback completes each future, False if ``end`` does; see ``BucketInFlight``.
+    If ``sparse``, a gradient in ``grads`` of which few elements arrive is replaced by a sparse tensor. If ``eager``, a
+    callback completes each future, otherwise ``end`` does; see ``BucketInFlight``.
     """
 
     def __init__(self, sparse: bool = False, eager: bool = True) -> None:

@@ -41,13 +41,7 @@ class Simulation:
 
 
 class SimulatedWorkers:
-    """N workers that train one model; ``step`` is one optimizer step of all of them.
-
-    Args:
-        model: stands for every replica; all workers use the first worker's buffers, as in DDP.
-        method, optimizer, seed, kernels, policy: as for ``thinwire.attach``.
-        workers: the number of workers.
-    """
+    """N workers that train one model; ``step`` is one optimizer step of all of them. Arguments as for ``simulate``."""
 
     def __init__(
         self,
@@ -88,7 +82,7 @@ class SimulatedWorkers:
         bucket.book(session.row, session.collective)
         reached = [False] * len(params)
         for worker, peer in zip(session.workers, self.peers, strict=True):
-            if worker.rank == 1:  # all workers continue with the first worker's buffers
+            if worker.rank == 1:  # all workers continue with the first worker's buffers, as in DDP
                 kept = [buffer.clone() for buffer in self.model.buffers()]
             self._restore(before)
             for param in params:
