@@ -23,11 +23,10 @@ from thinwire.core.tensors import Sparse, flat
 from thinwire.engines.simulator import SimulatedWorkers
 from thinwire.exchange.units import payload_nbytes
 from thinwire.memories.compressed_momentum import CompressedMomentum, SteadyFeedback
-from thinwire.memories.decoupled_momentum import DecoupledMomentum
 from thinwire.memories.error_feedback import ErrorFeedback, NoMemory
-from thinwire.memories.majority_vote import MajorityVote
 from thinwire.memories.momentum import Momentum, MomentumCorrection
 from thinwire.memories.shifted import EF21, EControl
+from thinwire.memories.sign_descent import DecoupledMomentum, MajorityVote
 from thinwire.methods.method import Method, Rule
 
 CASES = [

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinwire.core.context import Context
+from thinwire.core import Context
 from thinwire.core.loops import Cut, Found, Kernels, smallest
 from thinwire.kernels.fixed_shapes import exactly
 from thinwire.kernels.reference import runs

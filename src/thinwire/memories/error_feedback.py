@@ -11,23 +11,16 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from thinwire.core import NOWHERE, Context, Decompressed, Memory, Role, Slot, State, register
 from thinwire.core.checks import check_fields, dtype, real
-from thinwire.core.context import NOWHERE, Context
-from thinwire.core.interfaces import Memory, Role, Slot, State
 from thinwire.core.loops import Accumulation
 from thinwire.core.memory_capabilities import HasTraits, MemoryTraits
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, float_at_least_32
+from thinwire.core.tensors import float_at_least_32
 from thinwire.kernels.accumulate import accumulate
 
 StateDtype: TypeAlias = Literal["float32", "bfloat16"]
 """The dtype of local states; with "float32", float64 gradients keep float64 states."""
 STATE = dtype(("float32", "bfloat16"))
-
-
-def signs(x: Tensor) -> Tensor:
-    """Compute ``x = sign(x)`` in place; NaN stays, since it tells a loss scaler to skip the step."""
-    return torch.where(x.isnan(), x, x.sign(), out=x)
 
 
 class ResidualMemory(Memory):

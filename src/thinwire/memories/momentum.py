@@ -11,13 +11,11 @@ from typing import Literal, Self, TypeAlias
 import torch
 from torch import Tensor
 
+from thinwire.core import NOWHERE, Context, Decompressed, Memory, Role, Slot, State, register
 from thinwire.core.checks import check_fields, flag, one_of, real
-from thinwire.core.context import NOWHERE, Context
-from thinwire.core.interfaces import Memory, Role, Slot, State
 from thinwire.core.loops import Accumulation
 from thinwire.core.memory_capabilities import Absorbed, HasTraits, MemoryTraits, OwnsMomentum, absorbed
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, float_at_least_32
+from thinwire.core.tensors import float_at_least_32
 from thinwire.kernels.accumulate import accumulate
 from thinwire.memories.error_feedback import STATE, ResidualMemory, StateDtype
 

@@ -12,13 +12,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from thinwire.core import NOWHERE, Compressor, Context, Decompressed, Memory, Role, Slot, State, ThinwireError, register
 from thinwire.core.checks import check_fields, of_type, optional, real
-from thinwire.core.context import NOWHERE, NUMBER, Context
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Memory, Role, Slot, State
+from thinwire.core.context import NUMBER
 from thinwire.core.memory_capabilities import HasTraits, MemoryTraits
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, float_at_least_32
+from thinwire.core.tensors import float_at_least_32
 from thinwire.memories.error_feedback import ResidualMemory
 
 

@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, cast, get_args
 
-from thinwire.core import registry
+from thinwire.core import Compressor, Memory, ThinwireError, registry
 from thinwire.core.capabilities import LeaderSelected, WarmStarted, declines, led, title
 from thinwire.core.checks import check_fields, of_type, one_of, optional, real, shown, whole
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Memory, feeds_back
+from thinwire.core.interfaces import feeds_back
 from thinwire.core.memory_capabilities import OwnsMomentum, traits_of
 from thinwire.methods.warmup import Warmup
 

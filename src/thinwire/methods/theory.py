@@ -10,8 +10,8 @@ from typing import Literal, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from thinwire.core import ThinwireError
 from thinwire.core.checks import one_of, real
-from thinwire.core.errors import ThinwireError
 
 Mean: TypeAlias = Literal["quadratic", "arithmetic"]
 

@@ -6,8 +6,8 @@ Source: Y. Lin et al., "Deep Gradient Compression", 2018, arXiv:1712.01887, sect
 from dataclasses import dataclass
 from typing import Any, cast
 
+from thinwire.core import ThinwireError
 from thinwire.core.checks import check_fields, optional, share, shown, whole
-from thinwire.core.errors import ThinwireError
 
 PAPER = (0.25, 0.0625, 0.015625, 0.004)
 

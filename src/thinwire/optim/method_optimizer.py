@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from thinwire.core import ThinwireError, flat
 from thinwire.core.ambient import undisturbed
-from thinwire.core.errors import ThinwireError
 from thinwire.core.memory_capabilities import Absorbed
 from thinwire.core.sharding import own
-from thinwire.core.tensors import flat, float_at_least_32
+from thinwire.core.tensors import float_at_least_32
 from thinwire.optim.rare import is_sparse, lifted, quiet
 
 FreezeStep: TypeAlias = int | Literal["auto"] | None

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from thinwire.core.errors import ThinwireError
+from thinwire.core import ThinwireError
 from thinwire.core.sharding import own, wrapped
 from thinwire.optim.method_optimizer import Freezing, MethodOptimizer, fresh
 from thinwire.optim.rare import is_sparse, lifted, quiet

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from thinwire.core.errors import ThinwireError
+from thinwire.core import ThinwireError
 from thinwire.optim.method_optimizer import FreezeStep, Freezing, fresh
 from thinwire.optim.onebit_adam import denominator, refresh
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from thinwire.core.errors import ThinwireError
+from thinwire.core import ThinwireError
 
 Table = Sequence[Sequence[float]]
 """One row per parameter, one column per candidate; rows may differ in length."""

@@ -18,13 +18,10 @@ from torch import Tensor
 from thinwire.comm.link import Link
 from thinwire.comm.link_speed import measure
 from thinwire.comm.texts import heard
+from thinwire.core import Compressor, Context, ThinwireError, flat
 from thinwire.core.ambient import undisturbed
 from thinwire.core.capabilities import ErrorTable, declines, led
 from thinwire.core.checks import one_of
-from thinwire.core.context import Context
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor
-from thinwire.core.tensors import flat
 from thinwire.exchange.units import DENSE, Unit, bytes_alone, payload_nbytes
 from thinwire.exchange.workers import Worker
 from thinwire.methods.method import Method, Rule

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinwire.core import registry
+from thinwire.core import Compressor, Context, Memory, Payload, Sparse, flat, registry
 from thinwire.core.capabilities import compress_sparse
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Memory, Payload
-from thinwire.core.tensors import Sparse, flat, norm
+from thinwire.core.tensors import norm
 
 CTX = Context(seed=7, step=3, unit="w", rank=1)
 REPEATS = 200

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from thinwire import simulate
 from thinwire.compressors import Cast, TopK
-from thinwire.core import registry
-from thinwire.core.context import NOWHERE
-from thinwire.core.interfaces import Compressor, Memory, Role, State, local_state, named, shared_state
+from thinwire.core import NOWHERE, Compressor, Memory, Role, State, registry
+from thinwire.core.interfaces import local_state, named, shared_state
 from thinwire.core.tensors import norm
 from thinwire.methods.method import Method, Rule
 from thinwire.testing.laws_of_compressors import check_json, check_near
