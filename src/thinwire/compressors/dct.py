@@ -44,30 +44,15 @@ class Grid:
     height: int
     width: int
 
-    @staticmethod
-    def of(x: Tensor, chunk: int) -> "Grid":
-        """Make the layout: matrices in two dimensions, all other tensors in one, in the order of memory."""
-        rows, columns = (1, x.numel()) if x.ndim != 2 else x.shape if x.is_contiguous() else x.shape[::-1]
-        return Grid(rows, columns, chunk_of(rows, chunk), chunk_of(columns, chunk))
-
-    @property
-    def size(self) -> int:
-        """Number of elements of a chunk."""
-        return self.height * self.width
-
-    @property
-    def chunks(self) -> int:
-        return math.ceil(self.rows / self.height) * math.ceil(self.columns / self.width)
-
     @full_precision()
     def transform(self, x: Tensor) -> Tensor:
-        """Compute the coefficients ``[chunks, height * width]`` of ``x`` ``[rows * columns]``."""
+        """Compute the coefficients ``[chunks * height * width]`` of ``x`` ``[rows * columns]``."""
         h, w = self.height, self.width
         fill = (0, -self.columns % w, 0, -self.rows % h)
         tiles = torch.nn.functional.pad(x.view(self.rows, self.columns), fill)
         tiles = tiles.view(-(-self.rows // h), h, -1, w).transpose(1, 2)
         d, e = (basis(n, x.dtype, x.device) for n in (h, w))
-        return (d @ tiles @ e.t()).reshape(-1, self.size)
+        return (d @ tiles @ e.t()).reshape(-1)
 
     @full_precision()
     def back(self, coefficients: Tensor) -> Tensor:
@@ -127,15 +112,20 @@ class DctTopK(Compressor, Adjustable):
         return min(self.density, 1.0 - 1e-6)  # a transform rounds
 
     def _layout(self, x: Tensor) -> tuple[Grid, int, BlockTopK]:
-        """Return the chunks of ``x``, the number of coefficients, and the compressor of these."""
-        grid = Grid.of(x, self.chunk)
-        return grid, grid.size * grid.chunks, BlockTopK(self.density, grid.size)
+        """Return the chunks of ``x``, the number of coefficients, and the compressor of these.
+
+        Matrices have chunks in two dimensions, all other tensors in one, in the order of memory.
+        """
+        rows, columns = (1, x.numel()) if x.ndim != 2 else x.shape if x.is_contiguous() else x.shape[::-1]
+        height, width = (chunk_of(side, self.chunk) for side in (rows, columns))
+        n = math.ceil(rows / height) * height * math.ceil(columns / width) * width
+        return Grid(rows, columns, height, width), n, BlockTopK(self.density, height * width)
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         grid, n, blocks = self._layout(x)
         if x.is_meta:
             return blocks.compress(x.new_empty(n), state, ctx)
-        coefficients = grid.transform(flat(x).to(float_at_least_32(x.dtype))).view(-1)
+        coefficients = grid.transform(flat(x).to(float_at_least_32(x.dtype)))
         chosen = blocks.select(coefficients, blocks.k(n), ctx)
         values = shortened(coefficients[chosen], x.dtype, torch.finfo(x.dtype).max)
         return blocks.encode(chosen, values, n, ctx)
@@ -145,4 +135,4 @@ class DctTopK(Compressor, Adjustable):
         coefficients = payload[0].new_zeros(n, dtype=float_at_least_32(payload[0].dtype))
         indices, values = blocks.decompress(payload, coefficients, state, ctx).entries()
         coefficients[indices] = values.to(coefficients.dtype)
-        return Dense(grid.back(coefficients.view(-1, grid.size)))
+        return Dense(grid.back(coefficients))

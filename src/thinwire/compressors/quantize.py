@@ -19,11 +19,8 @@ from thinwire.core.checks import check_fields, one_of, whole
 def lost_in_rounding(shares: Tensor, scales: Tensor, n: int, tops: Sequence[int], *, randomly: bool) -> list[float]:
     """Return ``E||rounded - x||^2`` with each number ``tops`` of levels above 0.
 
-    Args:
-        shares: the elements over the scale of their block, in [0, 1]; only the first n count.
-        scales: of the blocks.
-        randomly: an element loses ``f (1 - f)``, f the fractional part of its level; else the distance to the nearest
-            level, squared.
+    ``shares`` are the elements over the scale of their block, in [0, 1]; only the first n count. Rounded ``randomly``,
+    an element with the fractional level f loses ``f (1 - f)``; else the distance to the nearest level, squared.
     """
     lost: list[float] = []
     for top in tops:
@@ -106,21 +103,23 @@ class QSGD(Compressor, ErrorTable):
         if x.is_meta:
             return x.new_empty(blocks, dtype=torch.float32), x.new_empty(-(-n * self.bits // 8), dtype=torch.uint8)
         rows = in_blocks(as_float32(flat(x)), self.block)
-        scales = scale_of(l2(rows) if self.norm == "l2" else rows.abs().amax(1))
-        share = rows.abs() / torch.where(scales > 0, scales, 1.0).unsqueeze(1)
-        levels = rounded_randomly(share.mul_(self.levels), ctx).clamp_(max=self.levels)
+        shares, scales = self._shares(rows)
+        levels = rounded_randomly(shares.mul_(self.levels), ctx).clamp_(max=self.levels)
         fields = levels.to(torch.uint8) | (rows < 0).to(torch.uint8) << (self.bits - 1)
         return scales, pack_fields(fields.view(-1)[:n], self.bits)
+
+    def _shares(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return magnitudes over the scale of their block, and the scales."""
+        scales = scale_of(l2(rows) if self.norm == "l2" else rows.abs().amax(1))
+        return rows.abs() / torch.where(scales > 0, scales, 1.0).unsqueeze(1), scales
 
     def losses(self, x: Tensor, family: Sequence[Compressor]) -> list[float] | None:
         """Return the expectation over the rounding, if all have the same blocks and norm."""
         alike = cast("Sequence[QSGD]", family)
         if any((one.block, one.norm) != (self.block, self.norm) for one in alike):
             return None
-        rows = in_blocks(as_float32(flat(x)), self.block).abs_()
-        scales = scale_of(l2(rows) if self.norm == "l2" else rows.amax(1))
-        rows.div_(torch.where(scales > 0, scales, 1.0).unsqueeze(1))
-        return lost_in_rounding(rows, scales, x.numel(), [one.levels for one in alike], randomly=True)
+        shares, scales = self._shares(in_blocks(as_float32(flat(x)), self.block))
+        return lost_in_rounding(shares, scales, x.numel(), [one.levels for one in alike], randomly=True)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         scales, packed = payload

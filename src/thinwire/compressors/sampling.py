@@ -67,17 +67,12 @@ class Sampling:
 
     @staticmethod
     def plan(n: int, k: int, row: int, ctx: Context, *, ratio: float, lower: float, attempts: int) -> "Sampling":
-        """Plan the sample of one tensor of ``n`` elements at one step.
-
-        Args:
-            row: size of the tensor's last dimension; the stride, in runs, shares no factor with it.
-            ratio: smallest share of the elements to sample.
-        """
+        """Plan the sample of at least ``ratio n`` of ``n`` elements, of which the last dimension has ``row``."""
         density = k / n
         size = sample_size(n, density, ratio)
         run = RUN if n // size >= RUN else 1
         stride = max(1, n // size)  # in runs, so runs start at multiples of their length
-        while math.gcd(stride, row) > 1:
+        while math.gcd(stride, row) > 1:  # else the sample would see few columns
             stride -= 1
         start = ctx.draw(stride) * run
         stride *= run

@@ -76,11 +76,9 @@ class SumsSparsely(ABC):
     def together(
         self, payloads: Sequence[tuple[int, Payload]], like: Tensor, ctx: Context, alpha: float, most: float
     ) -> Found | None:
-        """Decode and sum ``alpha`` times the payloads of all ranks.
+        """Decode and sum ``alpha`` times the payloads of all ranks, into sorted indices and values.
 
-        Returns:
-            Sorted indices and values; None if more than a share ``most`` of the elements can be among them, or only
-            ``decompress`` can decode them.
+        None if more than a share ``most`` of the elements can be among them, or only ``decompress`` can decode them.
         """
 
 

@@ -6,7 +6,7 @@ Momentum and weight decay that every rank computes alike are in the shared state
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Self, TypeAlias
+from typing import ClassVar, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class SGDMemory(Memory, OwnsMomentum, HasTraits):
     weight_decay: float = 0.0
     decay: WeightDecay = "separate"
 
+    linear: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_fields(
             self,
@@ -39,10 +41,6 @@ class SGDMemory(Memory, OwnsMomentum, HasTraits):
             weight_decay=real(0.0),
             decay=one_of("separate", "local", "decoupled"),
         )
-
-    @property
-    def linear(self) -> bool:
-        return True
 
     def absorb(self, settings: Absorbed) -> Self:
         return replace(self, momentum=settings.momentum, nesterov=settings.nesterov, weight_decay=settings.weight_decay)

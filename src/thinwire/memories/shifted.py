@@ -102,11 +102,10 @@ class EF21(Memory, HasTraits):
 
     def present(self, ctx: Context) -> bool:
         """Return True if this rank takes part in this step."""
+        if self.participation == 1.0:
+            return True
         coin = replace(ctx, unit="participation").generator()
-        return (
-            self.participation == 1.0
-            or torch.rand((), generator=coin, dtype=torch.float32, device="cpu").item() < self.participation
-        )
+        return torch.rand((), generator=coin, dtype=torch.float32, device="cpu").item() < self.participation
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE

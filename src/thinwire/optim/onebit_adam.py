@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from thinwire.core import ThinwireError
 from thinwire.core.sharding import own, wrapped
-from thinwire.optim.method_optimizer import Freezing, MethodOptimizer, fresh
+from thinwire.optim.method_optimizer import Freezing, MethodOptimizer
 from thinwire.optim.rare import is_sparse, lifted, quiet
 
 
@@ -50,7 +50,6 @@ class OneBitAdam(Freezing):
 
     def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
-        fresh(state, param, "exp_avg", "exp_avg_sq")
         fixed = self.fixed(state)
         if fixed:
             state.pop("exp_avg", None)
@@ -123,7 +122,6 @@ class ZeroOneAdam(MethodOptimizer):
 
     def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
-        fresh(state, param, "exp_avg", "exp_avg_sq")
         state.setdefault("refreshed", 0)
         m, v = state["exp_avg"], state["exp_avg_sq"]
         state["step"] += 1

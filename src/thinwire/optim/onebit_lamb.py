@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from thinwire.core import ThinwireError
-from thinwire.optim.method_optimizer import FreezeStep, Freezing, fresh
+from thinwire.optim.method_optimizer import FreezeStep, Freezing
 from thinwire.optim.onebit_adam import denominator, refresh
 
 
@@ -68,7 +68,6 @@ class OneBitLamb(Freezing):
 
     def update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
-        fresh(state, param, "exp_avg", "exp_avg_sq")
         g = self.recovered(grad, state, beta1)
         state["exp_avg"].copy_(grad)
         fixed = self.fixed(state)
@@ -85,7 +84,8 @@ class OneBitLamb(Freezing):
             self.look(g, state)
             direction = grad / (1.0 - beta1**t) / denominator(v, t, group)
             step = direction.add(param, alpha=group["weight_decay"])
-            ratio = trust(param, step, *group["coeff"])
+            x, u = norm(param), norm(step)
+            ratio = torch.where((x > 0) & (u > 0), (x / u).clamp(*group["coeff"]), 1.0)
             mean = state.get("coeff", ratio)
             state["coeff"] = mean + (1.0 - group["coeff_beta"]) * (ratio - mean)
         param.sub_(step.mul_(ratio * float(group["lr"])))
@@ -114,9 +114,3 @@ class OneBitLamb(Freezing):
 
 def norm(x: Tensor) -> Tensor:
     return cast(Tensor, torch.linalg.vector_norm(x))
-
-
-def trust(param: Tensor, step: Tensor, low: float, high: float) -> Tensor:
-    """Return ``clip(||x|| / ||u||)``, or 1 if either norm is 0."""
-    x, u = norm(param), norm(step)
-    return torch.where((x > 0) & (u > 0), (x / u).clamp(low, high), 1.0)

@@ -42,16 +42,8 @@ def allocate(costs: Table, errors: Table, budget: float, resolution: int = 10_00
     only the cheapest and the least lossy in each of ``resolution`` equal parts of the budget are kept, and the result
     is close to optimal. Errors are never rounded.
 
-    Args:
-        costs, errors: of each parameter's candidates, at least 0.
-        budget: at least 0.
-        resolution: number of partial plans to keep; time and memory grow with it.
-
-    Returns:
-        An index for each parameter, at equal cost the one with the smaller error; None if no plan fits.
-
-    Raises:
-        ThinwireError: the tables differ in shape, or a value is negative or nonfinite.
+    Time and memory grow with ``resolution``. Returns a candidate's index for each parameter, at equal cost the one with
+    the smaller error; None if no plan fits.
 
     Departures: the paper rounds errors to 10,000 parts of the budget and fits the rounded errors.
     """
