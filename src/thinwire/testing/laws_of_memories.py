@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from thinwire import simulate
 from thinwire.compressors import Cast, TopK
-from thinwire.core import NOWHERE, Compressor, Memory, Role, State, registry
+from thinwire.core import NOWHERE, Compressor, Memory, Role, registry
 from thinwire.core.interfaces import local_state, named, shared_state
 from thinwire.core.tensors import norm
 from thinwire.methods.method import Method, Rule
@@ -52,7 +52,10 @@ def _check_states(memory: Memory, compressor: Compressor) -> None:
     x = memory.compensate(grad, param, old, new, 1.0, NOWHERE)
     assert x.shape == grad.shape, f"compensate() returns a tensor of shape {tuple(x.shape)} for {tuple(grad.shape)}"
     assert x.dtype == memory.dtype(torch.float32), f"compensate() returns {x.dtype}, and dtype() says {like.dtype}"
-    _check_scale(memory, grad, param, old, x)
+    if memory.stateful:
+        other = {key: torch.full_like(value, torch.nan) for key, value in old.items()}
+        scaled = memory.compensate(8.0 * grad, param, old, other, 0.125, NOWHERE)
+        assert torch.equal(scaled, x), "compensate() does not multiply the gradient by scale (1 / loss scale)"
     x = x.clone()  # it may be a slot
     decoded = compressor.decompress(compressor.compress(x, {}, NOWHERE), x, {}, NOWHERE)
     before = {key: value.clone() for key, value in new.items()}
@@ -69,14 +72,6 @@ def _check_states(memory: Memory, compressor: Compressor) -> None:
     assert not bool(out.isnan().any()), "receive() reads what is not written yet"
     for key, value in old.items():
         assert torch.equal(value, kept[key]), f"slot {key!r} of the last state is written to; only the next one may be"
-
-
-def _check_scale(memory: Memory, grad: Tensor, param: Tensor, old: State, x: Tensor) -> None:
-    """A gradient that is 8 times as large, with a scale of 1/8, is the same gradient."""
-    if memory.stateful:
-        new = {key: torch.full_like(value, torch.nan) for key, value in old.items()}
-        scaled = memory.compensate(8.0 * grad, param, old, new, 0.125, NOWHERE)
-        assert torch.equal(scaled, x), "compensate() does not multiply the gradient by scale (1 / loss scale)"
 
 
 def _check_conservation(memory: Memory, compressor: Compressor) -> None:
