@@ -1,6 +1,5 @@
 """Rand-k: send the elements at random positions, which every receiver draws from the same seed."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -88,10 +87,6 @@ class RandK(Compressor, Adjustable):
 
     def _variance(self, n: int) -> float | None:
         return max(n, 1) / max(self.k(n), 1) - 1.0 if self.scaled or self.density == 1.0 else None
-
-    def k(self, n: int) -> int:
-        """Return the number of elements sent of n."""
-        return min(n, math.ceil(self.density * n))
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         n, k = x.numel(), self.k(x.numel())

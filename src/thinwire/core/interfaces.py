@@ -1,9 +1,7 @@
-"""The interfaces of compressors and memories, which all other files of thinwire use.
+"""The interfaces of compressors and memories.
 
 A method has two local halves around a collective: ``compensate -> compress`` on the sender, and
-``decompress -> receive`` on every receiver. A ``Compressor`` is pure tensor maths. A ``Memory`` keeps state between
-steps. A ``Decompressed`` is the tensor that a receiver decodes from one payload; it can be sparse, and is added to
-others without being made dense first.
+``decompress -> receive`` on every receiver.
 """
 
 from abc import ABC, abstractmethod

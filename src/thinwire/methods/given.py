@@ -27,9 +27,6 @@ def method_of(given: Any) -> Method:
 
     A compressor is used as in the recipes: on parameters of two or more dimensions, with error feedback if it needs
     it. Parameters that it declines are sent dense.
-
-    Raises:
-        ThinwireError: ``given`` is none of these.
     """
     if isinstance(given, Method):
         return given
