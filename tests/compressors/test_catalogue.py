@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from thinwire.compressors.block_topk import BlockTopK
+from thinwire.compressors.block_topk import BlockTopK, DctTopK
 from thinwire.compressors.cast import Cast
-from thinwire.compressors.dct import DctTopK
 from thinwire.compressors.powersgd import PowerSGD
 from thinwire.compressors.quantize import QSGD, Quantize
 from thinwire.compressors.randk import RandK

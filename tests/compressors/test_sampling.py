@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from thinwire.compressors.sampling import plan_sample, select_by_sample
 from thinwire.compressors.sparse import TopK
 from thinwire.compressors.threshold import SIDCo
 from thinwire.core import Context

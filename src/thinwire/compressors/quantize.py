@@ -1,4 +1,8 @@
-"""Quantisers with a scale for each block: QSGD, and CGX's max-min levels."""
+"""Quantisers with a scale for each block: QSGD, and CGX's max-min levels.
+
+A scale is float32. It is NaN if its block has a nonfinite element, so the sum over ranks is nonfinite too. Values
+beyond float32's range saturate.
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +14,36 @@ import torch
 from torch import Tensor
 
 from thinwire.coding.bitpack import pack_fields, unpack_fields
-from thinwire.compressors.block_scales import as_float32, in_blocks, l2, scale_of
 from thinwire.core import Compressor, Context, Decompressed, Dense, Payload, State, Traits, flat, register
 from thinwire.core.capabilities import ErrorTable
 from thinwire.core.checks import check_fields, one_of, whole
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+def as_float32(x: Tensor) -> Tensor:
+    """Convert ``x`` to float32; finite values stay finite."""
+    short = x.float()
+    return torch.where(x.isfinite(), short.clamp(-LARGEST, LARGEST), short) if x.dtype == torch.float64 else short
+
+
+def in_blocks(x: Tensor, size: int, *, repeat: bool = False) -> Tensor:
+    """Reshape ``x`` ``[n]`` to ``[ceil(n / size), size]``, padded with zeros or, with ``repeat``, its last element."""
+    missing = -x.numel() % size
+    if missing:
+        fill = x[-1:].expand(missing) if repeat else x.new_zeros(missing)
+        x = torch.cat([x, fill])
+    return x.view(-1, size)
+
+
+def scale_of(wide: Tensor) -> Tensor:
+    """Convert scales to float32 as they are sent: saturated, and NaN if nonfinite."""
+    return torch.where(wide.isfinite(), wide.clamp(-LARGEST, LARGEST), torch.nan).float()
+
+
+def l2(rows: Tensor) -> Tensor:
+    """Return the l2 norm of each row in float64, in which squares of small values do not underflow."""
+    return cast(Tensor, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
 
 
 def lost_in_rounding(shares: Tensor, scales: Tensor, n: int, tops: Sequence[int], *, randomly: bool) -> list[float]:

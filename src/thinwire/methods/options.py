@@ -7,8 +7,7 @@ from thinwire.compressors.cast import Cast
 from thinwire.core import Compressor, Memory, ThinwireError
 from thinwire.core.checks import shown, texts
 from thinwire.memories.error_feedback import NoMemory
-from thinwire.methods.method import Method, RouteName, Rule
-from thinwire.methods.warmup import Warmup
+from thinwire.methods.method import Method, RouteName, Rule, Warmup
 
 IDENTITY = Rule(Cast(), NoMemory())
 

@@ -2,8 +2,8 @@
 
 from typing import Literal, Unpack
 
+from thinwire.compressors.block_topk import DctTopK
 from thinwire.compressors.cast import DTYPES, Cast
-from thinwire.compressors.dct import DctTopK
 from thinwire.compressors.powersgd import PowerSGD
 from thinwire.compressors.randk import RandK
 from thinwire.compressors.sparse import CLTK
@@ -12,9 +12,8 @@ from thinwire.core import Compressor
 from thinwire.core.checks import dtype, flag, optional, real
 from thinwire.memories.error_feedback import ErrorFeedback, NoMemory, StateDtype
 from thinwire.memories.sign_descent import DecoupledMomentum
-from thinwire.methods.method import Method, Rule
+from thinwire.methods.method import Method, Rule, Warmup
 from thinwire.methods.options import Options, recipe
-from thinwire.methods.warmup import Warmup
 
 
 def randk(
