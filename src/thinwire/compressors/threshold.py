@@ -75,8 +75,6 @@ class Threshold(Sparsifier):
 
 FIRST = 0.25
 """Share of the elements that pass the first of several stages."""
-CLOSE = 0.2
-"""Accepted relative error of the count."""
 
 
 def exponential(a: Tensor, q: float) -> float:
@@ -194,7 +192,7 @@ class SIDCo(Sparsifier):
             count = int((magnitude >= tau).count_nonzero()) / magnitude.numel()
             off = abs(math.log(max(count, 1e-300) / p))
             best, miss = (tau, off) if off < miss else (best, miss)
-            if miss <= math.log1p(CLOSE):
+            if miss <= math.log1p(0.2):  # the count is within 20 % of k
                 break
         return best
 

@@ -17,8 +17,6 @@ Table = Sequence[Sequence[float]]
 """One row per parameter, one column per candidate; rows may differ in length."""
 SLIP = 1e-9
 """Relative amount by which a sum of floats may exceed the budget."""
-HALVINGS = 60
-"""Bisection steps for the best exchange rate of error for cost."""
 RATES = (0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0)
 """Multiples of the best rate, for lower bounds on the cost of the remaining parameters."""
 
@@ -109,7 +107,7 @@ def _relaxed(rows: Sequence[Candidates], limit: float) -> tuple[float, list[int]
     while (best := plan(high)) is None and high < 1e300:
         low, high = high, high * 16
     best = best or [len(row.errors) - 1 for row in rows]  # lossless
-    for _ in range(HALVINGS):
+    for _ in range(60):  # halve the range of the best exchange rate of error for cost
         middle = (low + high) / 2
         if (found := plan(middle)) is None:
             low = middle
