@@ -13,7 +13,7 @@ from thinwire import ThinwireError
 from thinwire.compressors.cast import Cast
 from thinwire.engines.simulator import SimulatedWorkers
 from thinwire.memories.compressed_momentum import CompressedMomentum
-from thinwire.optim.onebit import is_refresh
+from thinwire.optim.onebit_adam import is_refresh
 from thinwire.session import checkpoint
 
 KW = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.01}

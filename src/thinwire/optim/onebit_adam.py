@@ -1,4 +1,4 @@
-"""1-bit Adam, which freezes the variance and exchanges the momentum, 0/1 Adam, and 1-bit LAMB."""
+"""Adam and LAMB in one bit: 1-bit Adam, which freezes the variance and exchanges the momentum, 0/1 Adam, 1-bit LAMB."""
 
 import math
 from typing import Any, ClassVar, cast
