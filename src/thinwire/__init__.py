@@ -27,8 +27,7 @@ from thinwire.methods import (
     topk,
     zeroone_adam,
 )
-from thinwire.methods.method import Method, Rule
-from thinwire.methods.warmup import Warmup
+from thinwire.methods.method import Method, Rule, Warmup
 from thinwire.session.session import Session
 
 __all__ = [
