@@ -26,8 +26,7 @@ from thinwire import Method, Warmup, dense, dgc, simulate, topk
 from thinwire._version import __version__
 from thinwire.cli import text as demo_text
 from thinwire.cli.demo_models import CharLM, loss_of, transformer
-from thinwire.methods.lean import VALUES as LEAN_VALUES
-from thinwire.methods.lean import density_for
+from thinwire.methods.basic import LEAN_VALUES, density_for
 from thinwire.report.results import Row, meta, write
 
 CLIP = 1.0

@@ -19,9 +19,8 @@ from thinwire.compressors import TopK
 from thinwire.core import Context, State, files
 from thinwire.core.loops import Kernels
 from thinwire.exchange.fused import select
-from thinwire.exchange.pieces import Piece
 from thinwire.exchange.states import TwoCopies
-from thinwire.exchange.units import Unit
+from thinwire.exchange.units import Piece, Unit
 from thinwire.exchange.workers import Worker
 from thinwire.kernels.cpu import Cpu
 from thinwire.kernels.reference import REFERENCE

@@ -10,7 +10,7 @@ from thinwire._version import __version__
 from thinwire.attach import attach
 from thinwire.core import Compressor, Memory, ThinwireError, register
 from thinwire.engines import zeroth
-from thinwire.engines.fsdp2.fsdp2_options import Fsdp2Options
+from thinwire.engines.fsdp2.engine import Fsdp2Options
 from thinwire.engines.simulator import simulate
 from thinwire.engines.zeroth import ZerothOrder
 from thinwire.methods import (
@@ -32,8 +32,7 @@ from thinwire.methods import (
     updates,
     zeroone_adam,
 )
-from thinwire.methods.method import Method, Rule
-from thinwire.methods.warmup import Warmup
+from thinwire.methods.method import Method, Rule, Warmup
 from thinwire.session.session import Session
 
 __all__ = [

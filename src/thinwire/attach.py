@@ -3,7 +3,7 @@
 All engines have the same methods. ``exchanged`` returns the parameters whose gradients are exchanged, or raises an
 error before anything has been changed; ``fits`` raises one if a method can't be used; ``compared`` returns the tensors
 that must be equal on all replicas. ``collective`` makes what exchanges the gradients, and ``share`` broadcasts
-parameters and buffers if the wrapper has not; these two are collective calls. ``install`` connects the session.
+parameters and buffers (None if the wrapper has); these two are collective calls. ``install`` connects the session.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.comm.collectives import TIMEOUT, ControlChannel
@@ -23,14 +24,12 @@ from thinwire.comm.link import Link
 from thinwire.comm.process_group import ProcessGroup
 from thinwire.comm.simulated import Local
 from thinwire.comm.texts import is_known
+from thinwire.core import Compressor, ThinwireError
 from thinwire.core.ambient import undisturbed
 from thinwire.core.checks import of_type, optional, seconds
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor
 from thinwire.engines.bare import Plain
 from thinwire.engines.ddp import Ddp
-from thinwire.engines.fsdp2.engine import Fsdp2, is_fsdp1, is_fsdp2, sharded_channel
-from thinwire.engines.fsdp2.fsdp2_options import Fsdp2Options
+from thinwire.engines.fsdp2.engine import Fsdp2, Fsdp2Options, is_fsdp2, sharded_channel
 from thinwire.engines.outer.outer_engine import Outer, over
 from thinwire.exchange.workers import Worker
 from thinwire.kernels.select import Choice, choose
@@ -162,7 +161,7 @@ def attach(
         agree(engine.channel, lines)
         collective = engine.collective(asked["emulate_link"], together)
         try:
-            if not engine.begins_alike:
+            if engine.share is None:
                 replicas.begin()
             worker = Worker(collective.rank, asked["seed"], kernels=chosen)
             rounds = engine.rounds if isinstance(engine, Outer) else OptimizerSteps(steps, scaler, on_nonfinite)
@@ -175,7 +174,8 @@ def attach(
         session.no_sync = engine.no_sync
         session.replicas = replicas
         try:
-            engine.share(session)
+            if engine.share is not None:
+                engine.share(session)
             with together.alone():
                 engine.install(session)
         except BaseException as error:  # the memory may have taken over the momentum already
@@ -217,7 +217,7 @@ def _engine(
         )
     if isinstance(model, DistributedDataParallel):
         return Ddp(model, nodes, timeout)
-    if is_fsdp1(model):
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ThinwireError(
             "FullyShardedDataParallel (FSDP1) is not supported; replace it by torch.distributed.fsdp.fully_shard(model)"
         )
@@ -234,9 +234,8 @@ def _channel(
     model: nn.Module, process_group: dist.ProcessGroup | None, fsdp2: Fsdp2Options | None, timeout: float | timedelta
 ) -> ControlChannel:
     """Return a control channel to the ranks to tell if this rank can't attach: those of the model if they are known."""
-    alone = Local.of(1)[0]
     if not (dist.is_available() and dist.is_initialized()) or cast(object, process_group) is OUTSIDE:
-        return alone
+        return Local.of(1)[0]
     patience = TIMEOUT
     try:
         patience = seconds("timeout", timeout)

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from thinwire.compressors.block_topk import BlockTopK
+from thinwire.compressors.block_topk import BlockTopK, DctTopK
 from thinwire.compressors.cast import Cast
-from thinwire.compressors.dct import DctTopK
 from thinwire.compressors.powersgd import PowerSGD
 from thinwire.compressors.quantize import QSGD, Quantize
 from thinwire.compressors.randk import RandK
@@ -23,11 +22,10 @@ from thinwire.core.tensors import Sparse, flat
 from thinwire.engines.simulator import SimulatedWorkers
 from thinwire.exchange.units import payload_nbytes
 from thinwire.memories.compressed_momentum import CompressedMomentum, SteadyFeedback
-from thinwire.memories.decoupled_momentum import DecoupledMomentum
 from thinwire.memories.error_feedback import ErrorFeedback, NoMemory
-from thinwire.memories.majority_vote import MajorityVote
 from thinwire.memories.momentum import Momentum, MomentumCorrection
 from thinwire.memories.shifted import EF21, EControl
+from thinwire.memories.sign_descent import DecoupledMomentum, MajorityVote
 from thinwire.methods.method import Method, Rule
 
 CASES = [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from thinwire.compressors.sampling import Sampling
+from thinwire.compressors.sampling import plan_sample, select_by_sample
 from thinwire.compressors.sparse import TopK
 from thinwire.compressors.threshold import SIDCo
 from thinwire.core import Context
@@ -15,7 +15,7 @@ CTX = Context(seed=0, step=0, unit="w", rank=0)
 
 
 def by_threshold(magnitude, k, row, ctx, **options):
-    chosen, values = Sampling.plan(magnitude.numel(), k, row, ctx, **options).select(magnitude, REFERENCE)
+    chosen, values = select_by_sample(magnitude, plan_sample(magnitude.numel(), k, row, ctx, **options), REFERENCE)
     assert torch.equal(values.nan_to_num(), magnitude[chosen].nan_to_num())
     return chosen
 

@@ -250,7 +250,7 @@ def test_whatever_a_rank_raises_is_told_to_the_others(world2, engine):
 def _in_the_middle(rank):
     """What is raised between two exchanges can't be reported by a third: it is left in the store."""
     found = []
-    for kind, place in ((ValueError, (Plain, "_held")), (MemoryError, ("thinwire.session.migrate.migrate",))):
+    for kind, place in ((ValueError, (Plain, "_held")), (MemoryError, ("thinwire.session.session.migrate",))):
         group = dist.new_group([0, 1])
         _, optimizer, attach = start("plain", group, dgc(0.1), timeout=15.0)
         with pytest.MonkeyPatch.context() as patch:

@@ -275,6 +275,12 @@ def test_a_method_of_which_some_memories_would_lose_the_momentum(settings):
     session.optimizer.param_groups[1]["momentum"] = 0.9
     with pytest.raises(ThinwireError, match="'bias' would lose them"):
         session.check()
+    saved = optimizer.state_dict()
+    optimizer.param_groups[1]["momentum"] = 0.0
+    session.optimizer_link.begin(None)
+    optimizer.load_state_dict(saved)
+    with pytest.raises(ThinwireError, match="'bias' would lose them"):
+        session.check()
     session.set_method(dgc(0.05))  # which has a place for it
     session.check()
 

@@ -14,6 +14,7 @@ from tests.engines.test_control import start as begin
 from tests.engines.test_ddp import SMALL_BUCKETS
 from tests.engines.test_safety import Experts, states
 from thinwire import ThinwireError, Warmup, dense, dgc, scalecom, topk
+from thinwire.engines.names import sparse_weights
 from thinwire.exchange.status import StepStatus
 from thinwire.methods import randk
 from thinwire.report.ledger import Ledger
@@ -255,3 +256,7 @@ def _left_out(rank, engine):
 @pytest.mark.parametrize("engine", ["ddp", "plain", "fsdp2"])
 def test_gradients_of_a_step_that_was_left_out_are_not_said_to_be_added_to_once_they_are_gone(world2, engine):
     assert world2.run(_left_out, engine) == [([0, 1], True)] * 2
+
+
+def test_a_model_that_is_a_sparse_embedding_names_its_weight_as_pytorch_does():
+    assert [name for name, _ in sparse_weights(torch.nn.Embedding(4, 3, sparse=True))] == ["weight"]

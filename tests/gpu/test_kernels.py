@@ -12,8 +12,7 @@ from thinwire.compressors import TopK
 from thinwire.core import Context
 from thinwire.core.loops import Cut, Pass, smallest
 from thinwire.exchange.fused import select, warm_up_kernels
-from thinwire.exchange.pieces import Piece
-from thinwire.exchange.units import Unit
+from thinwire.exchange.units import Piece, Unit
 from thinwire.exchange.workers import Worker
 from thinwire.kernels.reference import REFERENCE
 from thinwire.memories import ErrorFeedback, MomentumCorrection

@@ -17,8 +17,7 @@ from thinwire.core.loops import Accumulation, Cut, Pass, smallest
 from thinwire.core.memory_capabilities import traits_of
 from thinwire.core.tensors import flat
 from thinwire.exchange.fused import select
-from thinwire.exchange.pieces import Piece
-from thinwire.exchange.units import Unit
+from thinwire.exchange.units import Piece, Unit
 from thinwire.exchange.workers import Worker
 from thinwire.kernels.reference import BLOCK, CHUNK, REFERENCE, above, at_least
 from thinwire.kernels.select import choose

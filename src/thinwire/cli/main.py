@@ -10,7 +10,7 @@ from typing import Any
 try:
     import click
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn
+    from rich.progress import BarColumn, Progress, TextColumn
     from rich.table import Column, Table
 except ModuleNotFoundError as missing:  # pragma: no cover
     sys.exit(f"the command line needs {missing.name}; install it with: pip install 'thinwire[cli]'")
@@ -76,9 +76,7 @@ def demo(out: Path, json_file: Path | None, quick: bool, **given: Any) -> None:
     if (note := choose("auto", torch.device("cpu"))[1]) is not None:
         console.print(note, highlight=False)
     with _progress(console) as bars:
-        tasks: dict[str, TaskID] = {
-            case: bars.add_task(case, total=settings.seconds, info="waits") for case in demo_runs.CASES
-        }
+        tasks = {case: bars.add_task(case, total=settings.seconds, info="waits") for case in demo_runs.CASES}
 
         def progress(case: str, trained: float, step: int, loss: float) -> None:
             stage = "  warm-up" if step <= settings.warmup(case) else ""

@@ -16,8 +16,6 @@ from torch import Tensor
 from thinwire.coding.bitpack import pack_bits, pack_words, unpack_bits, unpack_words
 from thinwire.core.errors import ThinwireError
 
-STEP = 2**16
-
 
 def low_width(k: int, n: int) -> int:
     return max(0, (n // k).bit_length() - 1) if k else 0
@@ -49,14 +47,10 @@ def decode(packed: Tensor, k: int, n: int) -> Tensor:
     return indices.masked_fill_(ones < 0, 0)  # damaged bytes can have fewer than k ones
 
 
-def decode_checked(packed: Tensor, k: int, n: int, step: int = STEP) -> Tensor:
-    """Decode untrusted bytes; every bit must be as ``encode`` writes it.
+def decode_checked(packed: Tensor, k: int, n: int, step: int) -> Tensor:
+    """Decode untrusted bytes; a bit that is not as ``encode`` writes it raises a ``ThinwireError``.
 
-    Args:
-        step: bits or indices decoded at once, a multiple of 8; each takes about 150 bytes besides the indices.
-
-    Raises:
-        ThinwireError: the bytes are not as ``encode`` writes them.
+    ``step``: bits or indices decoded at once, a multiple of 8; each takes about 150 bytes besides the indices.
     """
     width = low_width(k, n)
     low, bitmap = packed[: sizes(k, n)[0]], packed[sizes(k, n)[0] :]

@@ -32,8 +32,7 @@ from torch import Tensor
 from thinwire.coding import elias_fano, rice, zstd
 from thinwire.coding import values as codes
 from thinwire.coding.reader import Allowance, FrameError, Reader, finite, tensor
-from thinwire.core.errors import ThinwireError
-from thinwire.core.tensors import flat
+from thinwire.core import ThinwireError, flat
 
 MAGIC = b"THWR"
 VERSION = 1
@@ -92,7 +91,8 @@ class Entry:
         if self.indices is None:
             return self.values.view(self.shape)
         if max_numel is None:
-            max_numel = self.allowance.left // self.values.element_size() if self.allowance else 2**31
+            allowance = self.allowance
+            max_numel = (allowance.limit - allowance.kept) // self.values.element_size() if allowance else 2**31
         if self.numel > max_numel:
             raise ThinwireError(
                 f"an entry of {self.numel} elements was declared; at most {max_numel} are made dense, give max_numel= "
@@ -284,7 +284,7 @@ def _entry(reader: Reader, name: str) -> Entry:
             indices = elias_fano.decode_checked(tensor(packed, torch.uint8), k, numel, reader.allowance.step)
     except ThinwireError as error:
         raise FrameError(at, f"indices of {name!r}: {error}") from error
-    reader.allowance.release(copied)
+    reader.allowance.kept -= copied
     return Entry(shape, values, indices, coded, reader.allowance)
 
 

@@ -56,9 +56,7 @@ def encode(used: Sequence[bool], nonfinite: Tensor, dtype: torch.dtype, step: in
 def decode(headers: Tensor, num_units: int) -> tuple[Tensor, Tensor, Tensor]:
     """Decode the headers of all senders, ``[senders, n]``, or their sum, ``[1, n]``.
 
-    Returns:
-        used, nonfinite: bool ``[senders, num_units]`` each.
-        parted: bool ``[]``, whether the senders are at different steps.
+    Returns used and nonfinite, each bool ``[senders, num_units]``, and if the senders are at different steps, ``[]``.
     """
     if headers.dtype == torch.uint8:
         flags = unpack_bits(headers[:, 1:].reshape(-1)).view(len(headers), -1).bool()

@@ -14,8 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from thinwire.core.interfaces import Payload
-from thinwire.core.tensors import flat
+from thinwire.core import Payload, flat
 
 WIDEST = 16
 """Bytes of the longest element: complex128."""

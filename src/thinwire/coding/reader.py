@@ -33,11 +33,7 @@ class Allowance:
         self.kept = 0
 
     def keep(self, nbytes: int, at: int, what: str) -> None:
-        """Count ``nbytes`` that are about to be allocated.
-
-        Raises:
-            FrameError: they exceed the limit.
-        """
+        """Count ``nbytes`` that are about to be allocated; beyond the limit, a ``FrameError`` says what for."""
         if self.kept + nbytes > self.limit - self.limit // 8:
             raise FrameError(
                 at,
@@ -45,13 +41,6 @@ class Allowance:
                 f"{MULTIPLE} times max_content=",
             )
         self.kept += nbytes
-
-    def release(self, nbytes: int) -> None:
-        self.kept -= nbytes
-
-    @property
-    def left(self) -> int:
-        return self.limit - self.kept
 
 
 class Reader:

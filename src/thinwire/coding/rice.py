@@ -32,12 +32,8 @@ def parameter(k: int, n: int) -> int:
 
 
 def encode(indices: Tensor, b: int) -> bytes:
-    """Encode int64 indices ``[k]``, strictly ascending from 0 on.
-
-    Raises:
-        ThinwireError: the indices do not strictly ascend.
-    """
-    gaps = _gaps(indices.cpu().numpy())
+    """Encode int64 indices ``[k]``, strictly ascending from 0 on."""
+    gaps = np.diff(indices.cpu().numpy(), prepend=np.int64(-1)) - 1
     if (gaps < 0).any():
         raise ThinwireError("indices that do not strictly ascend have no gaps to write; sort them, and drop doubles")
     quotients = gaps >> b
@@ -50,13 +46,9 @@ def encode(indices: Tensor, b: int) -> bytes:
 
 
 def decode_checked(data: bytes | memoryview, k: int, n: int, b: int, step: int | None = None) -> Tensor:
-    """Decode int64 indices ``[k]`` from untrusted bytes; every bit must be as ``encode`` writes it.
+    """Decode int64 indices ``[k]`` below n from untrusted bytes; other bits than ``encode`` writes are an error.
 
-    Args:
-        step: bits decoded at once, at least 64 and at most ``WINDOW``.
-
-    Raises:
-        ThinwireError: the bytes are not exactly k strictly ascending indices below n.
+    ``step``: bits decoded at once, at least 64 and at most ``WINDOW``.
     """
     if not 0 <= b < 63 or not 0 <= n < 2**62 or not k * (b + 1) <= 8 * len(data) <= k * (b + 1) + (n >> b) + 7:
         raise ThinwireError(f"{len(data)} bytes are not those of {k} indices below {n} with b = {b}")
@@ -87,10 +79,6 @@ def decode_checked(data: bytes | memoryview, k: int, n: int, b: int, step: int |
     if len(data) != -(-at // 8) or (at % 8 and data[-1] << at % 8 & 0xFF):
         raise ThinwireError(f"{8 * len(data)} bits where {at} are needed, or what fills the last byte is not zero")
     return torch.from_numpy(indices)
-
-
-def _gaps(indices: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.diff(indices, prepend=np.int64(-1)) - 1
 
 
 def _codewords(bits: NDArray[np.uint8], b: int, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -4,29 +4,18 @@ from typing import Any
 
 from thinwire.core.errors import ThinwireError
 
-LEVEL = 3
-
 
 class BadContent(ThinwireError):
     """Error: the bytes are not the declared zstd frame."""
 
 
 def compress(data: bytes) -> bytes:
-    """Compress to one zstd frame that declares the length of its content.
-
-    Raises:
-        ThinwireError: the package zstandard is not installed.
-    """
-    return _package().ZstdCompressor(level=LEVEL).compress(data)
+    """Compress to one zstd frame that declares the length of its content."""
+    return _package().ZstdCompressor(level=3).compress(data)
 
 
 def decompress(data: bytes | memoryview, size: int) -> bytes:
-    """Return the content of one zstd frame, which must be ``size`` bytes; it never allocates more.
-
-    Raises:
-        BadContent: the data is not such a frame.
-        ThinwireError: the package zstandard is not installed.
-    """
+    """Return the content of one zstd frame, which must be ``size`` bytes; it never allocates more."""
     zstandard = _package()
     try:
         declared = zstandard.frame_content_size(data)  # decompress() allocates this much

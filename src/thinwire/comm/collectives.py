@@ -83,9 +83,7 @@ class InFlight:
         """Wait for all stages, at most ``timeout`` seconds for each, and return the answer.
 
         A CUDA backend has a watchdog of its own instead, and the host does not wait for it unless ``on_host`` says so.
-
-        Raises:
-            NoAnswer: the backend raises an error, or a rank did not come in time.
+        A backend's error, or a rank that did not come in time, raises ``NoAnswer``.
         """
         last = self.advance(timeout)
         last._wait(timeout, on_host)
@@ -140,12 +138,8 @@ class ControlChannel(ABC):
     def exchange_text(self, text: str, timeout: float | None = None) -> list[str]:
         """Return the texts of all ranks, for control. Blocks; its bytes are not counted in ``sent``.
 
-        Args:
-            timeout: seconds; None for the timeout given to ``attach``.
-
-        Raises:
-            NoAnswer: a rank did not answer in time, or is gone.
-            ThinwireError: a rank's text is too long, or is not a text.
+        Without ``timeout``, in seconds, that of ``attach`` counts. A rank that is gone or late raises ``NoAnswer``, and
+        one whose text is too long or is none a ``ThinwireError``.
         """
 
     @abstractmethod

@@ -4,7 +4,7 @@ import time
 from dataclasses import replace
 from queue import SimpleQueue
 from threading import Thread
-from typing import Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -15,21 +15,14 @@ GRACE = 5.0
 """Seconds for exchanges in progress when the link is closed, so that an unanswered one can't keep the process alive."""
 
 
-class Time(Protocol):
-    """A clock with ``sleep``: the module ``time``, or a test's own."""
-
-    def monotonic(self) -> float: ...
-    def sleep(self, seconds: float, /) -> None: ...
-
-
 class Paced(Wrapped):
     """A collective over an emulated link. Its label says that the link is emulated.
 
     The link carries one message at a time. An exchange ends when the emulated link has carried it or when the real
-    exchange has ended, whichever is later.
+    exchange has ended, whichever is later. ``clock``: the module ``time``, or a test's own ``monotonic`` and ``sleep``.
     """
 
-    def __init__(self, inner: Collective, link: Link, clock: Time = time) -> None:
+    def __init__(self, inner: Collective, link: Link, clock: Any = time) -> None:
         super().__init__(inner, f"{inner.label}, emulated {link}")
         self.link, self._pacing, self.clock = link, link, clock
         self._free_at = 0.0

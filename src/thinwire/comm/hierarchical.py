@@ -53,8 +53,7 @@ def groups_of(
 ) -> tuple[ProcessGroup, ProcessGroup, list[dist.ProcessGroup]]:
     """Return this rank's group within the node, its group between nodes, and the new process groups to destroy later.
 
-    Args:
-        nodes: the number of consecutive ranks in a node, or a mesh of two dimensions (between nodes, within the node).
+    ``nodes``: the number of consecutive ranks in a node, or a mesh of two dimensions (between nodes, within the node).
     """
     if not isinstance(nodes, int):
         within, between = (ProcessGroup(nodes.get_group(dim), everyone.timeout) for dim in (1, 0))
@@ -119,19 +118,15 @@ class Nodes(Wrapped):
         )
 
     def all_gather(self, message: Tensor) -> InFlight:
-        nbytes = message.numel()
-        part = self._clocked(message.view(1, -1)).view(-1)
+        nbytes, part = message.numel(), self._clocked(message.view(1, -1)).view(-1)
         return self._gathered(self.between.all_gather(part), self.world, lambda rows: rows[:, :nbytes])
 
     def all_to_all(self, message: Tensor) -> InFlight:
-        nbytes = message.shape[1]
-        return self._gathered(
-            self.between.all_to_all(self._clocked(message)), self.world, lambda rows: rows[:, :nbytes]
-        )
+        nbytes, part = message.shape[1], self._clocked(message)
+        return self._gathered(self.between.all_to_all(part), self.world, lambda rows: rows[:, :nbytes])
 
     def broadcast(self, message: Tensor, source: int) -> InFlight:
-        nbytes = message.numel()
-        part = self._clocked(message.view(1, -1)).view(-1)
+        nbytes, part = message.numel(), self._clocked(message.view(1, -1)).view(-1)
         return self._gathered(self.between.broadcast(part, source), 1, lambda rows: rows[0, :nbytes])
 
     def _part(self, rows: Tensor, more: int) -> Tensor:

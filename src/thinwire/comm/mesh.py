@@ -46,17 +46,13 @@ class BothAxes(ControlChannel):
     def lost(self) -> Lost:
         self.here()  # on both axes first, since peers along the other axis may be looking already
         along, across = self.replicas.lost(), self.shards.lost()
-        return Lost(
-            sorted({*map(self._of_replica, along.gone), *map(self._of_shard, across.gone)}),
-            sorted({*map(self._of_replica, along.silent), *map(self._of_shard, across.silent)}),
-            along.raised or across.raised,
-        )
+        first, width = self.replicas.rank * self.shards.world, self.shards.world
 
-    def _of_replica(self, replica: int) -> int:
-        return replica * self.shards.world + self.shards.rank
+        def both(replicas: Sequence[int], shards: Sequence[int]) -> list[int]:
+            return sorted({r * width + self.shards.rank for r in replicas} | {first + shard for shard in shards})
 
-    def _of_shard(self, shard: int) -> int:
-        return self.replicas.rank * self.shards.world + shard
+        gone, silent = both(along.gone, across.gone), both(along.silent, across.silent)
+        return Lost(gone, silent, along.raised or across.raised)
 
     def here(self) -> None:
         self.replicas.here()
@@ -83,15 +79,8 @@ def _read_ranks(said: str) -> list[int]:
 class Mesh(Wrapped):
     """A collective between the replicas of this rank's shard.
 
-    Args:
-        replicas: the collective between replicas, perhaps over an emulated link.
-        shards: the process group of the ranks that hold the shards of one replica.
-        group: the process group of the replicas; None if there are none.
-        device: the device of control messages across shards.
-        columns: from ``columns_of``.
-
-    Raises:
-        ThinwireError: the two axes do not form a mesh.
+    ``replicas`` may be an emulated link over ``group``, the process group of the replicas, if there are any. ``shards``
+    are the ranks that hold one replica, ``device`` is that of messages between them, ``columns`` from ``columns_of``.
     """
 
     sent_across_shards = 0.0

@@ -56,14 +56,14 @@ class ProcessGroup(Collective):
 
     def all_gather(self, message: Tensor) -> InFlight:
         self._count("all_gather", message)
-        gathered = message.new_empty(self.world, message.numel())
         if pays(self.group, message):
-            return self._straight([message] * self.world, gathered)
+            return self._straight([message] * self.world, message.new_empty(self.world, message.numel()))
+        return self._all_gather(message)
+
+    def _all_gather(self, message: Tensor) -> InFlight:
+        gathered = message.new_empty(self.world, message.numel())
         if at_once(self.group, message):
             return self._all_to_all(torch.cat([message] * self.world), gathered)
-        return self._all_gather(message, gathered)
-
-    def _all_gather(self, message: Tensor, gathered: Tensor) -> InFlight:
         work = _all_gather(gathered.view(-1), message, group=self.group, async_op=True)
         return InFlight(work.get_future(), gathered, work)
 
@@ -98,13 +98,9 @@ class ProcessGroup(Collective):
         config = dist.get_backend_config(self.group)  # e.g. "cpu:gloo,cuda:nccl"
         device = "cpu" if "cpu:" in config else config.partition(":")[0]
         message = torch.from_numpy(np.frombuffer(mine, np.uint8).copy()).to(device)
-        gathered = message.new_empty(self.world, message.numel())
         with network(timeout):
-            if at_once(self.group, message):
-                flight = self._all_to_all(torch.cat([message] * self.world), gathered)
-            else:
-                flight = self._all_gather(message, gathered)
-        return [row.tobytes() for row in flight.wait(timeout, on_host=True).cpu().numpy()]
+            started = self._all_gather(message)
+        return [row.tobytes() for row in started.wait(timeout, on_host=True).cpu().numpy()]
 
     def rows(self, tensor: Tensor, like: Tensor | None = None) -> Tensor:
         if self._mesh is None:

@@ -27,11 +27,7 @@ LIMIT = 2**24
 
 
 def exchange(text: str, gather: Gather) -> list[str]:
-    """Exchange texts: returns the texts of all ranks.
-
-    Raises:
-        ThinwireError: one of them is too long, or is not a text.
-    """
+    """Exchange texts: returns those of all ranks; one that is too long or is no text raises a ``ThinwireError``."""
     mine = text.encode("utf-8", "backslashreplace")  # a path may hold bytes that are not UTF-8
     room = FIRST - HEAD.size
     rows = gather((HEAD.pack(MAGIC, len(mine)) + mine[:room]).ljust(FIRST, b"\0"))
@@ -46,14 +42,7 @@ def exchange(text: str, gather: Gather) -> list[str]:
 
 
 def heard(said: Sequence[T], read: Callable[[T], R], what: str) -> list[R]:
-    """Parse the message of every rank.
-
-    Args:
-        read: the parser; raises if a message is not ``what``.
-
-    Raises:
-        ThinwireError: a rank sent something else.
-    """
+    """Parse each rank's message; if ``read`` raises, it is no ``what``, and a ``ThinwireError`` names the rank."""
     found: list[R] = []
     for rank, one in enumerate(said):
         try:

@@ -1,8 +1,7 @@
 """Compressors: they encode a tensor into a payload, and decode it."""
 
-from thinwire.compressors.block_topk import BlockTopK
+from thinwire.compressors.block_topk import BlockTopK, DctTopK
 from thinwire.compressors.cast import Cast
-from thinwire.compressors.dct import DctTopK
 from thinwire.compressors.powersgd import PowerSGD
 from thinwire.compressors.quantize import QSGD, Quantize
 from thinwire.compressors.randk import RandK

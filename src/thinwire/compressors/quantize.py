@@ -1,4 +1,8 @@
-"""Quantisers with a scale for each block: QSGD, and CGX's max-min levels."""
+"""Quantisers with a scale for each block: QSGD, and CGX's max-min levels.
+
+A scale is float32. It is NaN if its block has a nonfinite element, so the sum over ranks is nonfinite too. Values
+beyond float32's range saturate.
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,20 +14,43 @@ import torch
 from torch import Tensor
 
 from thinwire.coding.bitpack import pack_fields, unpack_fields
-from thinwire.compressors.block_scales import as_float32, in_blocks, l2, scale_of
 from thinwire.core import Compressor, Context, Decompressed, Dense, Payload, State, Traits, flat, register
 from thinwire.core.capabilities import ErrorTable
 from thinwire.core.checks import check_fields, one_of, whole
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+def as_float32(x: Tensor) -> Tensor:
+    """Convert ``x`` to float32; finite values stay finite."""
+    short = x.float()
+    return torch.where(x.isfinite(), short.clamp(-LARGEST, LARGEST), short) if x.dtype == torch.float64 else short
+
+
+def in_blocks(x: Tensor, size: int, *, repeat: bool = False) -> Tensor:
+    """Reshape ``x`` ``[n]`` to ``[ceil(n / size), size]``, padded with zeros or, with ``repeat``, its last element."""
+    missing = -x.numel() % size
+    if missing:
+        fill = x[-1:].expand(missing) if repeat else x.new_zeros(missing)
+        x = torch.cat([x, fill])
+    return x.view(-1, size)
+
+
+def scale_of(wide: Tensor) -> Tensor:
+    """Convert scales to float32 as they are sent: saturated, and NaN if nonfinite."""
+    return torch.where(wide.isfinite(), wide.clamp(-LARGEST, LARGEST), torch.nan).float()
+
+
+def l2(rows: Tensor) -> Tensor:
+    """Return the l2 norm of each row in float64, in which squares of small values do not underflow."""
+    return cast(Tensor, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
 
 
 def lost_in_rounding(shares: Tensor, scales: Tensor, n: int, tops: Sequence[int], *, randomly: bool) -> list[float]:
     """Return ``E||rounded - x||^2`` with each number ``tops`` of levels above 0.
 
-    Args:
-        shares: the elements over the scale of their block, in [0, 1]; only the first n count.
-        scales: of the blocks.
-        randomly: an element loses ``f (1 - f)``, f the fractional part of its level; else the distance to the nearest
-            level, squared.
+    ``shares`` are the elements over the scale of their block, in [0, 1]; only the first n count. Rounded ``randomly``,
+    an element with the fractional level f loses ``f (1 - f)``; else the distance to the nearest level, squared.
     """
     lost: list[float] = []
     for top in tops:
@@ -106,21 +133,23 @@ class QSGD(Compressor, ErrorTable):
         if x.is_meta:
             return x.new_empty(blocks, dtype=torch.float32), x.new_empty(-(-n * self.bits // 8), dtype=torch.uint8)
         rows = in_blocks(as_float32(flat(x)), self.block)
-        scales = scale_of(l2(rows) if self.norm == "l2" else rows.abs().amax(1))
-        share = rows.abs() / torch.where(scales > 0, scales, 1.0).unsqueeze(1)
-        levels = rounded_randomly(share.mul_(self.levels), ctx).clamp_(max=self.levels)
+        shares, scales = self._shares(rows)
+        levels = rounded_randomly(shares.mul_(self.levels), ctx).clamp_(max=self.levels)
         fields = levels.to(torch.uint8) | (rows < 0).to(torch.uint8) << (self.bits - 1)
         return scales, pack_fields(fields.view(-1)[:n], self.bits)
+
+    def _shares(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return magnitudes over the scale of their block, and the scales."""
+        scales = scale_of(l2(rows) if self.norm == "l2" else rows.abs().amax(1))
+        return rows.abs() / torch.where(scales > 0, scales, 1.0).unsqueeze(1), scales
 
     def losses(self, x: Tensor, family: Sequence[Compressor]) -> list[float] | None:
         """Return the expectation over the rounding, if all have the same blocks and norm."""
         alike = cast("Sequence[QSGD]", family)
         if any((one.block, one.norm) != (self.block, self.norm) for one in alike):
             return None
-        rows = in_blocks(as_float32(flat(x)), self.block).abs_()
-        scales = scale_of(l2(rows) if self.norm == "l2" else rows.amax(1))
-        rows.div_(torch.where(scales > 0, scales, 1.0).unsqueeze(1))
-        return lost_in_rounding(rows, scales, x.numel(), [one.levels for one in alike], randomly=True)
+        shares, scales = self._shares(in_blocks(as_float32(flat(x)), self.block))
+        return lost_in_rounding(shares, scales, x.numel(), [one.levels for one in alike], randomly=True)
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         scales, packed = payload

@@ -1,6 +1,5 @@
 """Rand-k: send the elements at random positions, which every receiver draws from the same seed."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -13,16 +12,13 @@ from thinwire.core import Compressor, Context, Decompressed, Payload, Sparse, St
 from thinwire.core.capabilities import Adjustable
 from thinwire.core.checks import check_fields, flag, share
 
-MASK_ABOVE = 1 / 64
-"""Density above which a mask of all elements is faster than sorting the drawn positions."""
-
 
 def distinct(n: int, k: int, generator: torch.Generator) -> Tensor:
     """Draw k different integers below n, int64 ascending; every set is equally likely.
 
     It draws until k are distinct. For k above n/2 with a mask, it draws the integers to leave out.
     """
-    if k <= MASK_ABOVE * n:
+    if k <= n / 64:  # above, a mask of all elements is faster than sorting the drawn positions
         chosen = torch.empty(0, dtype=torch.int64, device="cpu")
         while missing := k - chosen.numel():
             drawn = torch.randint(n, (missing,), generator=generator, device="cpu")
@@ -88,10 +84,6 @@ class RandK(Compressor, Adjustable):
 
     def _variance(self, n: int) -> float | None:
         return max(n, 1) / max(self.k(n), 1) - 1.0 if self.scaled or self.density == 1.0 else None
-
-    def k(self, n: int) -> int:
-        """Return the number of elements sent of n."""
-        return min(n, math.ceil(self.density * n))
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         n, k = x.numel(), self.k(x.numel())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from thinwire.coding.bitpack import pack_bits, pack_trits, unpack_bits, unpack_trits
-from thinwire.compressors.block_scales import as_float32, l2, scale_of
+from thinwire.compressors.quantize import as_float32, l2, scale_of
 from thinwire.core import Compressor, Context, Decompressed, Dense, Payload, State, Traits, flat, register
 from thinwire.core.checks import check_fields, optional, real
 

@@ -11,13 +11,12 @@ at least k usually do. Of those that pass, the largest are kept; the reference c
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from thinwire.core.context import Context
-from thinwire.core.loops import Cut, Found, Kernels, smallest
+from thinwire.core import Context
+from thinwire.core.loops import Found, Kernels, Selection
 from thinwire.kernels.fixed_shapes import exactly
 from thinwire.kernels.reference import runs
 
@@ -49,45 +48,20 @@ def sample_size(n: int, density: float, ratio: float) -> int:
     return max(math.ceil(ratio * n), math.ceil(SAMPLED_AMONG / density))
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """A selection of about the ``k`` largest magnitudes, by a threshold from ``run`` of every ``stride`` elements.
+def plan_sample(n: int, k: int, row: int, ctx: Context, *, ratio: float, lower: float, attempts: int) -> Selection:
+    """Plan the sample of at least ``ratio n`` of ``n`` elements, of which the last dimension has ``row``."""
+    density = k / n
+    size = sample_size(n, density, ratio)
+    run = RUN if n // size >= RUN else 1
+    stride = max(1, n // size)  # in runs, so runs start at multiples of their length
+    while math.gcd(stride, row) > 1:  # else the sample would see few columns
+        stride -= 1
+    start = ctx.draw(stride) * run
+    stride *= run
+    sampled = run * len(range(start, n - run + 1, stride))
+    return Selection(k, start, stride, run, min(sampled, math.ceil(MARGIN * density * sampled)), lower, attempts)
 
-    The threshold is the ``rank``-th largest of the sample. Of the elements that pass, the k largest are kept. If fewer
-    than ``lower * k`` pass, the threshold is multiplied by ``lower`` and tried again, at most ``attempts`` times.
-    """
 
-    k: int
-    start: int
-    stride: int
-    run: int
-    rank: int
-    lower: float
-    attempts: int
-
-    @staticmethod
-    def plan(n: int, k: int, row: int, ctx: Context, *, ratio: float, lower: float, attempts: int) -> "Sampling":
-        """Plan the sample of one tensor of ``n`` elements at one step.
-
-        Args:
-            row: size of the tensor's last dimension; the stride, in runs, shares no factor with it.
-            ratio: smallest share of the elements to sample.
-        """
-        density = k / n
-        size = sample_size(n, density, ratio)
-        run = RUN if n // size >= RUN else 1
-        stride = max(1, n // size)  # in runs, so runs start at multiples of their length
-        while math.gcd(stride, row) > 1:
-            stride -= 1
-        start = ctx.draw(stride) * run
-        stride *= run
-        sampled = run * len(range(start, n - run + 1, stride))
-        return Sampling(k, start, stride, run, min(sampled, math.ceil(MARGIN * density * sampled)), lower, attempts)
-
-    def cut(self, sampled: Tensor, kernels: Kernels) -> Cut:
-        threshold = kernels.kth(sampled, self.rank).clamp_(min=smallest(sampled.dtype))
-        return Cut(threshold, self.k, self.lower, self.attempts)
-
-    def select(self, x: Tensor, kernels: Kernels) -> Found:
-        """Select about the k largest of ``x`` ``[n]``, never more; see ``Kernels.look``."""
-        return kernels.look(x, self.cut(runs(x, self.start, self.stride, self.run).abs_(), kernels))
+def select_by_sample(x: Tensor, selection: Selection, kernels: Kernels) -> Found:
+    """Select about the k largest of ``x`` ``[n]``, never more; see ``Kernels.look``."""
+    return kernels.look(x, selection.cut(runs(x, selection.start, selection.stride, selection.run).abs_(), kernels))

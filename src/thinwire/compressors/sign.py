@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from thinwire.coding.bitpack import pack_bits, unpack_bits
-from thinwire.compressors.block_scales import as_float32, in_blocks, l2, scale_of
+from thinwire.compressors.quantize import as_float32, in_blocks, l2, scale_of
 from thinwire.core import Compressor, Context, Decompressed, Dense, Payload, State, Traits, flat, register
 from thinwire.core.checks import check_fields, one_of, whole
 

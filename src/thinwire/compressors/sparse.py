@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from thinwire.coding import values as codes
-from thinwire.compressors.sampling import EXACT_BELOW, Sampling, sample_size
+from thinwire.compressors.sampling import EXACT_BELOW, plan_sample, sample_size, select_by_sample
 from thinwire.compressors.sparsifier import VALUES, Sparsifier
 from thinwire.core import Compressor, Context, Decompressed, Payload, Sparse, State, Traits, flat, register
 from thinwire.core.capabilities import ErrorTable, Thresholded
 from thinwire.core.checks import check_fields, one_of, real, share, whole
-from thinwire.core.loops import Found
+from thinwire.core.loops import Found, Selection
 from thinwire.kernels.reference import REFERENCE
 
 
@@ -32,16 +32,18 @@ class Largest(Sparsifier, Thresholded):
 
     def _found(self, x: Tensor, ctx: Context) -> Found:
         sampling = self.sampling(x.shape, ctx)
-        return super()._found(x, ctx) if sampling is None else sampling.select(flat(x), ctx.kernels or REFERENCE)
+        if sampling is None:
+            return super()._found(x, ctx)
+        return select_by_sample(flat(x), sampling, ctx.kernels or REFERENCE)
 
-    def sampling(self, shape: Sequence[int], ctx: Context) -> Sampling | None:
+    def sampling(self, shape: Sequence[int], ctx: Context) -> Selection | None:
         n = math.prod(shape)
         k = self.k(n)
         few = n < EXACT_BELOW or 2 * sample_size(n, self._share, self.sample_ratio) > n
         if self.selection == "exact" or (self.selection == "auto" and few) or k in (0, n):
             return None
         row = shape[-1] if shape else 1
-        return Sampling.plan(n, k, row, ctx, ratio=self.sample_ratio, lower=self.lower, attempts=self.attempts)
+        return plan_sample(n, k, row, ctx, ratio=self.sample_ratio, lower=self.lower, attempts=self.attempts)
 
     def own(self, payload: Payload, chosen: Tensor, like: Tensor, state: State, ctx: Context) -> Decompressed:
         if self.values in codes.CODES or chosen.numel() < self.k(like.numel()):

@@ -1,6 +1,5 @@
 """The base of the compressors that select elements, and send their values and indices."""
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -48,10 +47,6 @@ class Sparsifier(Compressor, Adjustable, SumsSparsely, TakesSparse, LeaderSelect
 
     def _contraction(self, n: int) -> float:
         return 1.0 / (2 * max(n, 1))  # the largest is sent
-
-    def k(self, n: int) -> int:
-        """Return the number of elements sent of n."""
-        return min(n, math.ceil(self._share * n))
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         if not x.is_meta:

@@ -75,8 +75,6 @@ class Threshold(Sparsifier):
 
 FIRST = 0.25
 """Share of the elements that pass the first of several stages."""
-CLOSE = 0.2
-"""Accepted relative error of the count."""
 
 
 def exponential(a: Tensor, q: float) -> float:
@@ -102,18 +100,17 @@ def gamma(a: Tensor, q: float) -> float:
         return exponential(a, q)
     shape = (3.0 - z + math.sqrt((z - 3.0) ** 2 + 24.0 * z)) / (12.0 * z)
     low, high = 0.0, 1.0
-    tail = _tail(shape)
+    alpha = torch.tensor(shape, dtype=torch.float64, device="cpu")
+
+    def tail(t: float) -> float:
+        return float(cast(Tensor, torch.special.gammaincc(alpha, torch.full_like(alpha, t))))
+
     while tail(high) > q / share:
         high *= 2.0
     for _ in range(50):
         middle = (low + high) / 2.0
         low, high = (middle, high) if tail(middle) > q / share else (low, middle)
     return mean / share / shape * high
-
-
-def _tail(shape: float) -> Callable[[float], float]:
-    alpha = torch.tensor(shape, dtype=torch.float64, device="cpu")
-    return lambda t: float(cast(Tensor, torch.special.gammaincc(alpha, torch.full_like(alpha, t))))
 
 
 FITS: dict[str, tuple[Callable[[Tensor, float], float], Callable[[Tensor, float], float]]] = {
@@ -195,7 +192,7 @@ class SIDCo(Sparsifier):
             count = int((magnitude >= tau).count_nonzero()) / magnitude.numel()
             off = abs(math.log(max(count, 1e-300) / p))
             best, miss = (tau, off) if off < miss else (best, miss)
-            if miss <= math.log1p(CLOSE):
+            if miss <= math.log1p(0.2):  # the count is within 20 % of k
                 break
         return best
 

@@ -4,6 +4,7 @@ A compressor that offers one derives from its class. Everybody else calls the fu
 a compressor without the capability. A ``Wrapper`` passes on those of the compressor in it.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,6 +45,10 @@ class Adjustable:
         """The density: kept / total."""
         return getattr(self, self.adjusts)
 
+    def k(self, n: int) -> int:
+        """Return the number of elements kept of n."""
+        return min(n, math.ceil(self._share * n))
+
     def with_density(self, density: float) -> Compressor:
         """Return the same compressor at a density no lower than this; at 1 a warm-up sends dense instead."""
         return replace(cast(Any, self), **{self.adjusts: max(density, self._share)})
@@ -76,11 +81,9 @@ class SumsSparsely(ABC):
     def together(
         self, payloads: Sequence[tuple[int, Payload]], like: Tensor, ctx: Context, alpha: float, most: float
     ) -> Found | None:
-        """Decode and sum ``alpha`` times the payloads of all ranks.
+        """Decode and sum ``alpha`` times the payloads of all ranks, into sorted indices and values.
 
-        Returns:
-            Sorted indices and values; None if more than a share ``most`` of the elements can be among them, or only
-            ``decompress`` can decode them.
+        None if more than a share ``most`` of the elements can be among them, or only ``decompress`` can decode them.
         """
 
 

@@ -1,9 +1,7 @@
-"""The interfaces of compressors and memories, which all other files of thinwire use.
+"""The interfaces of compressors and memories.
 
 A method has two local halves around a collective: ``compensate -> compress`` on the sender, and
-``decompress -> receive`` on every receiver. A ``Compressor`` is pure tensor maths. A ``Memory`` keeps state between
-steps. A ``Decompressed`` is the tensor that a receiver decodes from one payload; it can be sparse, and is added to
-others without being made dense first.
+``decompress -> receive`` on every receiver.
 """
 
 from abc import ABC, abstractmethod
@@ -11,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -140,20 +138,15 @@ class Memory(ABC):
     the same name hides. Optional interfaces are in ``thinwire.core.memory_capabilities``.
     """
 
+    stateful: ClassVar[bool] = True
+    """True if it has state, which nonfinite gradients must not reach."""
+    linear: ClassVar[bool] = False
+    """True if the result is linear in each number of the gradients, so a complex number can be sent as two."""
+
     @property
     def slots(self) -> Mapping[str, Slot]:
         """The tensors of its state, by name."""
         return {}
-
-    @property
-    def stateful(self) -> bool:
-        """True if it has state, which nonfinite gradients must not reach."""
-        return True
-
-    @property
-    def linear(self) -> bool:
-        """True if the result is linear in each number of the gradients, so a complex number can be sent as two."""
-        return False
 
     def dtype(self, grad: torch.dtype) -> torch.dtype:
         """Return the dtype of the slots and of the compensated tensor; by default that of the gradient."""

@@ -78,19 +78,27 @@ def smallest(dtype: torch.dtype) -> float:
     return info.smallest_normal * info.eps
 
 
-class Selection(Protocol):
-    """A selection by a threshold from a sample of ``run`` elements at every ``stride``-th from ``start`` on."""
+@dataclass(frozen=True)
+class Selection:
+    """A selection of about the ``k`` largest magnitudes, by a threshold from a sample.
 
-    @property
-    def start(self) -> int: ...
-    @property
-    def stride(self) -> int: ...
-    @property
-    def run(self) -> int: ...
+    The sample is ``run`` elements at every ``stride``-th from ``start`` on, and the threshold its ``rank``-th largest.
+    Of the elements that pass, the k largest are kept. If fewer than ``lower * k`` pass, the threshold is multiplied by
+    ``lower`` and tried again, at most ``attempts`` times.
+    """
+
+    k: int
+    start: int
+    stride: int
+    run: int
+    rank: int
+    lower: float
+    attempts: int
 
     def cut(self, sampled: Tensor, kernels: "Kernels") -> Cut:
         """Choose the threshold from the sampled magnitudes."""
-        ...
+        threshold = kernels.kth(sampled, self.rank).clamp_(min=smallest(sampled.dtype))
+        return Cut(threshold, self.k, self.lower, self.attempts)
 
 
 class Kernels(Protocol):

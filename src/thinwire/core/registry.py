@@ -81,11 +81,9 @@ def _check_class(kind: type, name: str) -> None:
 
 
 def _rows(kind: type) -> dict[str, Any]:
-    if isinstance(cast(object, kind), type):
-        if issubclass(kind, Compressor):
-            return cast("dict[str, Any]", COMPRESSORS)
-        if issubclass(kind, Memory):
-            return cast("dict[str, Any]", MEMORIES)
+    for base, rows in ((Compressor, COMPRESSORS), (Memory, MEMORIES)):
+        if isinstance(cast(object, kind), type) and issubclass(kind, base):
+            return cast("dict[str, Any]", rows)
     raise ThinwireError(f"{kind!r} is neither a Compressor nor a Memory; @thinwire.register stands above such a class")
 
 

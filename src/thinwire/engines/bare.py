@@ -25,7 +25,7 @@ from thinwire.comm.process_group import ProcessGroup
 from thinwire.core.errors import ThinwireError
 from thinwire.core.supported import check_parameter, parts
 from thinwire.engines.grad_hooks import GradHooks, Owned
-from thinwire.engines.model_hooks import Hook
+from thinwire.engines.hooks import Hook
 from thinwire.engines.names import check_some, clean, modules_of, sparse_weights
 from thinwire.engines.stepped import inside, wrappers
 from thinwire.exchange.fused import warm_up_kernels
@@ -40,7 +40,6 @@ BUCKET = 25 * 2**20
 """Bytes of gradients in one bucket, as in DDP. With a third of it, a step of 25 million parameters took up to 10 % more
 time on CPUs, because the compression code had left the cache before the next bucket was ready."""
 TAKES_SPARSE = (torch.optim.SGD, torch.optim.Adagrad)  # these take sparse and dense gradients together
-KEPT_OUT = ("momentum", "weight_decay")
 
 
 class Plain:
@@ -58,11 +57,10 @@ class Plain:
         self.model, self.nodes, self.sparse, self.optimizer = model, nodes, sparse, optimizer
         if cast(object, group) is dist.GroupMember.NON_GROUP_MEMBER:  # what torch returns on a rank outside the group
             raise ThinwireError(f"process_group is {group!r}; this rank must be in the group that trains the model")
-        self.group = group
         self.channel = ProcessGroup(group, timeout)
         groups: Any = getattr(optimizer, "param_groups", ())
         # settings that stay in the optimizer, or return to it, unless the method owns the momentum
-        self.kept = {(key, group[key]) for group in groups for key in KEPT_OUT if group.get(key)}
+        self.kept = {(key, group[key]) for group in groups for key in ("momentum", "weight_decay") if group.get(key)}
 
     def fits(self, method: Method) -> None:
         if not self.sparse:
@@ -159,8 +157,6 @@ class Plain:
             yield
         finally:
             self.hooks.paused = before
-
-    begins_alike = True
 
     def compared(self, every: int) -> Replicas:
         return Replicas(

@@ -44,13 +44,28 @@ class Ddp:
 
     def exchanged(self) -> list[tuple[str, Tensor]]:
         check_nodes(self.channel, self.nodes)
-        return _exchanged(self.ddp)
+        ddp, every = self.ddp, cast("list[tuple[str, Tensor]]", list(inside(self.ddp).named_parameters()))
+        named = [(name, x) for name, x in every if x.requires_grad and name not in ddp.parameters_to_ignore]
+        check_some(named)
+        dispatcher = _dispatchers.get(ddp)
+        if dispatcher is not None:
+            dispatcher.check_free()
+        in_backward = any(hasattr(param, "_in_backward_optimizers") for _, param in named)
+        logged = _logged(ddp)  # the reducer of a copied DDP model has no hook, even if the model lists hooks
+        taken = logged.get("comm_hook") if logged else getattr(ddp, "_comm_hooks", None)
+        if in_backward or (dispatcher is None and taken):
+            raise ThinwireError(
+                "the communication hook of this DDP model is taken, by register_comm_hook(), by mixed_precision= or by "
+                "an optimizer in backward; DDP has room for one: leave that out, or wrap the model afresh"
+            )
+        _check_tracked(ddp, named)
+        return [(clean(name), param) for name, param in named]
 
     @staticmethod
     def no_sync() -> Never:  # static, because the session holds it and must not hold the DDP model
         raise ThinwireError("wire.no_sync() is for a model without a wrapper; use ddp.no_sync()")
 
-    begins_alike = False
+    share = None  # DDP has made the replicas equal
 
     def compared(self, every: int) -> Replicas:
         ignored: set[str] = cast(Any, self.ddp).parameters_to_ignore  # DDP does not keep those equal
@@ -59,9 +74,6 @@ class Ddp:
 
     def collective(self, link: Link | None, together: Together) -> Collective:
         return levels(self.channel, self.nodes, link)
-
-    def share(self, session: Session) -> None:
-        pass  # DDP has made the replicas equal
 
     def install(self, session: Session) -> None:
         dispatcher = _dispatchers.get(self.ddp)
@@ -74,32 +86,6 @@ class Ddp:
 
 
 _dispatchers: WeakKeyDictionary[DistributedDataParallel, Dispatcher] = WeakKeyDictionary()
-
-
-def _exchanged(ddp: DistributedDataParallel) -> list[tuple[str, Tensor]]:
-    """Return the parameters whose gradients this DDP model exchanges, or raise an error if it can't be attached to."""
-    everything: list[tuple[str, Tensor]] = list(inside(ddp).named_parameters())
-    named = [
-        (name, param) for name, param in everything if param.requires_grad and name not in ddp.parameters_to_ignore
-    ]
-    check_some(named)
-    dispatcher = _dispatchers.get(ddp)
-    if dispatcher is not None:
-        dispatcher.check_free()
-    in_backward = any(hasattr(param, "_in_backward_optimizers") for _, param in named)
-    if in_backward or (dispatcher is None and _taken(ddp)):
-        raise ThinwireError(
-            "the communication hook of this DDP model is taken, by register_comm_hook(), by mixed_precision= or by an "
-            "optimizer in backward; DDP has room for one: leave that out, or wrap the model afresh"
-        )
-    _check_tracked(ddp, named)
-    return [(clean(name), param) for name, param in named]
-
-
-def _taken(ddp: DistributedDataParallel) -> bool:
-    """Return True if the reducer has a hook; that of a copied DDP model has none, even if the model lists hooks."""
-    data = _logged(ddp)
-    return bool(data.get("comm_hook") if data else getattr(ddp, "_comm_hooks", None))
 
 
 def _logged(ddp: DistributedDataParallel) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ from thinwire.comm.collectives import Future
 from thinwire.core.ambient import undisturbed
 from thinwire.core.errors import ThinwireError
 from thinwire.core.sharding import own
-from thinwire.engines.ddp_join import Entry, Joined
+from thinwire.engines.ddp_join import Joined
 from thinwire.engines.ddp_layout import Bucketed
 from thinwire.engines.hooks import ModelHooks
 from thinwire.engines.inflight import Gradients
@@ -62,12 +62,11 @@ class Dispatcher(ModelHooks):
     def install(self, session: Session, ddp: DistributedDataParallel) -> None:
         """Exchange this model's gradients through the session from now on."""
         self.bucketed, self.planned, self.absent = Bucketed(ddp.gradient_as_bucket_view), None, []
-        self.joined = Joined(ddp)
         self.follow(session, ddp, inside(ddp), "wrapping", "wrap the model and attach again")
         if ddp.find_unused_parameters or ddp.static_graph:
             self.used = set()
             self.hook_gradients(self.reached, session.cleanup)
-        Entry(ddp, self.joined, session)
+        self.joined = Joined(ddp, session)
 
     def uninstall(self) -> None:
         super().uninstall()
@@ -90,8 +89,9 @@ class Dispatcher(ModelHooks):
         self.notice_cleared()
         if called.require_backward_grad_sync:
             self.warn_of_old(self.session)
-        elif self.exchanged_since_step:  # allowed if no optimizer steps on the sum, as in a GAN
-            self._watch()
+        elif self.exchanged_since_step and not self.watching:  # allowed if no optimizer steps on the sum, as in a GAN
+            self.watching = True  # until the next exchange or the optimizer's step
+            self.hook_gradients(self.added.append, self.watches)
 
     def _check_waits(self, ddp: DistributedDataParallel) -> None:
         """Raise an error if a parameter is frozen or gone, because DDP would wait for its gradient forever."""
@@ -103,12 +103,6 @@ class Dispatcher(ModelHooks):
                 f"parameter {min(idle)!r} was frozen or taken out of the model after wrapping, and DDP waits for its "
                 "gradient; wrap the model with find_unused_parameters=True, or wrap and attach again"
             )
-
-    def _watch(self) -> None:
-        """Record gradients that change after their exchange, until the next exchange or the optimizer's step."""
-        if not self.watching:
-            self.watching = True
-            self.hook_gradients(self.added.append, self.watches)
 
     def _watch_no_more(self) -> None:
         self.watching = False
@@ -162,9 +156,8 @@ class Dispatcher(ModelHooks):
             self.bucketed.look(params, _gradients(planned, bucket))
         done = self._pass_sparse(planned, buffer) if buffer.is_sparse else self._pass(session, planned, bucket, buffer)
         if shadowed is not None:
-            shadowed.take(
-                [(p, self.bucketed.answered(p, g)) for p, g in zip(params, bucket.gradients(), strict=True)], done
-            )
+            each = zip(params, bucket.gradients(), strict=True)
+            shadowed.exchanged.append(([(p, self.bucketed.answered(p, grad)) for p, grad in each], done))
         self.missing -= len(params)
         if bucket.is_last() or self.missing == 0:
             self._end(session)
@@ -194,7 +187,7 @@ class Dispatcher(ModelHooks):
             session.replicas.aside = self.joined.shadows
         self.end_step(session)
         if self.joined is not None:
-            self.joined.tell(session)
+            self.joined.warn_of_strays(session)
 
     def _pass(
         self, session: Session, planned: Bucket, bucket: GradBucket, buffer: Tensor
@@ -230,8 +223,8 @@ class Dispatcher(ModelHooks):
 
     def _plain(self, buffer: Tensor) -> torch.futures.Future[Tensor]:
         buffer = buffer.mul_(1.0 / dist.get_world_size(self.group))
-        work = cast(Any, dist.all_reduce(buffer, group=self.group, async_op=True))
-        return work.get_future().then(_first)
+        done: Future = cast(Any, dist.all_reduce(buffer, group=self.group, async_op=True)).get_future()
+        return done.then(lambda summed: summed.value()[0])
 
 
 def _gradients(planned: Bucket, bucket: GradBucket) -> list[Tensor]:
@@ -244,7 +237,3 @@ def _gradients(planned: Bucket, bucket: GradBucket) -> list[Tensor]:
     mine = [unit.own for unit in planned.units]
     runs = cast("tuple[Tensor, ...]", cast(Any, own(bucket.buffer()).view(-1)).split([x.numel() for x in mine]))
     return [run.view(x.shape) for run, x in zip(runs, mine, strict=True)]
-
-
-def _first(future: Future) -> Tensor:
-    return future.value()[0]

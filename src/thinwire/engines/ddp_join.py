@@ -27,12 +27,36 @@ from thinwire.session.session import Session
 
 
 class Joined:
-    """The steps of one model that this rank takes without data."""
+    """The steps of one model that this rank takes without data.
 
-    def __init__(self, ddp: DistributedDataParallel) -> None:
-        self._ddp = ref(ddp)
-        self._exchanged: list[tuple[Sequence[tuple[Tensor, Tensor]], Future]] = []
-        self._told = False
+    It takes the place of ``ddp.join``, to check the arguments on entry, on all ranks. An error later, at the start of a
+    step, would leave a rank without data waiting for the others.
+    """
+
+    def __init__(self, ddp: DistributedDataParallel, session: Session) -> None:
+        self._ddp, self._session = ref(ddp), ref(session)
+        self.exchanged: list[tuple[Sequence[tuple[Tensor, Tensor]], Future]] = []
+        """The parameters of each bucket with the tensors that will hold their gradients."""
+        self._warned = False
+        vars(ddp)["join"] = self
+        session.cleanup.callback(self._remove)
+
+    def _remove(self) -> None:
+        if (ddp := self._ddp()) is not None:
+            vars(ddp).pop("join", None)
+
+    def __call__(
+        self, divide_by_initial_world_size: bool = True, enable: bool = True, throw_on_early_termination: bool = False
+    ) -> Any:
+        """Check the arguments, then call DDP's own ``join``."""
+        if enable and (session := self._session()) is not None:
+            self.allow(session, divide_by_initial_world_size)
+        ddp: Any = self._ddp()
+        return cast(Any, type(ddp)).join(ddp, divide_by_initial_world_size, enable, throw_on_early_termination)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Replace this object in a copied or pickled model by DDP's own ``join``."""
+        return getattr, (self._ddp(), "join")
 
     @property
     def active(self) -> bool:
@@ -63,13 +87,9 @@ class Joined:
                 "ranks as many batches (DistributedSampler(drop_last=True)), or train in bfloat16 without a scaler"
             )
 
-    def take(self, pairs: Sequence[tuple[Tensor, Tensor]], done: Future) -> None:
-        """Keep the parameters of a bucket with the tensors that will hold their gradients."""
-        self._exchanged.append((pairs, done))
-
     def follow(self, session: Session) -> None:
         """After the last bucket, step the optimizer as the ranks with data do."""
-        exchanged, self._exchanged = self._exchanged, []
+        exchanged, self.exchanged = self.exchanged, []
         if session.optimizer is None:  # then the session commits by itself
             return
         idle = {id(unit.param) for unit in session.units if unit.name in unused(session.transaction.statuses)}
@@ -78,15 +98,16 @@ class Joined:
             for param, grad in pairs:
                 param.grad = None if id(param) in idle else grad
         session.optimizer.step()
-        for param, _ in (pair for pairs, _ in exchanged for pair in pairs):
-            param.grad = None
+        for pairs, _ in exchanged:
+            for param, _ in pairs:
+                param.grad = None
 
-    def tell(self, session: Session) -> None:
+    def warn_of_strays(self, session: Session) -> None:
         """Warn once if the check of replicas has found that joined ranks step differently from the others."""
         strays = session.replicas.strays if session.replicas is not None else ()
-        if not strays or self._told:
+        if not strays or self._warned:
             return
-        self._told = True
+        self._warned = True
         text = (
             f"step {session.step}: ddp.join(): {', '.join(f'rank {rank}' for rank in strays)} has joined and steps "
             "otherwise than the others, whose loop schedules, clips or changes what the optimizer does. DDP gives it "
@@ -95,35 +116,3 @@ class Joined:
         )
         session.ledger.note(text)
         warn_once(text)
-
-
-class Entry:
-    """A replacement of ``ddp.join`` that checks its arguments on entry, on all ranks.
-
-    An error later, at the start of a step, would leave a rank without data waiting for the others.
-    """
-
-    def __init__(self, ddp: DistributedDataParallel, joined: Joined, session: Session) -> None:
-        self._ddp, self._joined, self._session = ref(ddp), joined, ref(session)
-        vars(ddp)["join"] = self
-        session.cleanup.callback(self._remove)
-
-    def _remove(self) -> None:
-        if (ddp := self._ddp()) is not None:
-            vars(ddp).pop("join", None)
-
-    def __call__(
-        self,
-        divide_by_initial_world_size: bool = True,
-        enable: bool = True,
-        throw_on_early_termination: bool = False,
-    ) -> Any:
-        """Check the arguments, then call DDP's own ``join``."""
-        if enable and (session := self._session()) is not None:
-            self._joined.allow(session, divide_by_initial_world_size)
-        ddp: Any = self._ddp()
-        return cast(Any, type(ddp)).join(ddp, divide_by_initial_world_size, enable, throw_on_early_termination)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Replace this object in a copied or pickled model by DDP's own ``join``."""
-        return getattr, (self._ddp(), "join")

@@ -57,7 +57,7 @@ class Bucketed:
         """Find the strides that are not known yet, from DDP's gradients; to be called before they are changed."""
         for param, grad in zip(params, grads, strict=True):
             if id(param) not in self.sure:
-                self._look(id(param), param, grad)
+                self._look(param, grad)
 
     def laid(
         self, params: Sequence[Tensor], grads: Sequence[Tensor]
@@ -85,8 +85,8 @@ class Bucketed:
         mine = own(param)
         return self.strides.setdefault(id(param), mine.stride() if is_dense(mine) else grad.stride())
 
-    def _look(self, key: int, param: Tensor, grad: Tensor) -> None:
-        mine, known = own(param), self._strides(param, grad)
+    def _look(self, param: Tensor, grad: Tensor) -> None:
+        key, mine, known = id(param), own(param), self._strides(param, grad)
         local = None if param.grad is None else own(param.grad)
         if sum(size > 1 for size in param.shape) < 2 or not param.numel() or not is_dense(mine):
             self.strides[key] = mine.stride() if is_dense(mine) else grad.stride()

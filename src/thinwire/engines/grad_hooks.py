@@ -12,15 +12,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from thinwire.core import ThinwireError, flat
 from thinwire.core.ambient import undisturbed
-from thinwire.core.errors import ThinwireError
 from thinwire.core.sharding import own, wrapped
-from thinwire.core.tensors import flat
 from thinwire.engines.hooks import ModelHooks
 from thinwire.engines.inflight import Gradients
-from thinwire.engines.model_hooks import weak
 from thinwire.engines.passes import Passes
 from thinwire.engines.scheduler import Scheduler
+from thinwire.engines.stepped import weak
 from thinwire.exchange.buckets import USUAL, Routing, start_bytes, travel_together
 from thinwire.exchange.status import used
 from thinwire.exchange.units import bytes_alone
@@ -192,12 +191,7 @@ class GradHooks(ModelHooks):
             if (grad := one.param.grad) is not None and (grad.is_conj() or grad.is_neg()):
                 one.param.grad = grad.resolve_conj().resolve_neg()  # raw memory must hold the gradient's values
         found = [one.param.grad for one in bucket]
-        grads = [
-            torch.zeros_like(own(one.param)) if grad is None
-            else self._unshared(one, own(grad)) if not grad.is_sparse and grad.stride() == one.param.stride()
-            else self._dense(one, grad)
-            for one, grad in zip(bucket, found, strict=True)
-        ]  # fmt: skip
+        grads = [self._overwritable(one, grad) for one, grad in zip(bucket, found, strict=True)]
         self.left.append((bucket, grads, [grad is None for grad in found]))
         if not self.exchanges:
             return
@@ -212,12 +206,19 @@ class GradHooks(ModelHooks):
                 one.param.grad = None
         self.scheduler.send(session, Gradients(planned, grads, grads[0], here))
 
-    def _unshared(self, one: Owned, grad: Tensor) -> Tensor:
-        """Return the gradient, or a copy if its memory is shared, because the exchange overwrites it."""
-        if not self.shares(grad):
-            return grad
-        copy = grad.clone()
-        self.copied.append((one, copy))
+    def _overwritable(self, one: Owned, grad: Tensor | None) -> Tensor:
+        """Return the gradient, or a copy that is dense, not shared and laid out as the parameter: it is overwritten."""
+        if grad is None:
+            return torch.zeros_like(own(one.param))
+        found = own(grad.to_dense() if grad.is_sparse else grad)
+        if grad.is_sparse or grad.stride() != one.param.stride():
+            copy = torch.empty_like(own(one.param), dtype=found.dtype).copy_(found)
+            self.laid.append((one, copy))
+        elif self.shares(found):
+            copy = found.clone()
+            self.copied.append((one, copy))
+        else:
+            copy = found
         return copy
 
     def _write_back(self) -> None:
@@ -231,13 +232,6 @@ class GradHooks(ModelHooks):
             else:
                 grad.copy_(copy)
             end = max(end, grad.data_ptr() + grad.nbytes)
-
-    def _dense(self, one: Owned, grad: Tensor) -> Tensor:
-        """Return a dense copy with the parameter's strides, which will replace the gradient."""
-        found = own(grad.to_dense() if grad.is_sparse else grad)
-        dense = torch.empty_like(own(one.param), dtype=found.dtype).copy_(found)
-        self.laid.append((one, dense))
-        return dense
 
     @undisturbed
     def end(self) -> None:

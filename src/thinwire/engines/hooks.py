@@ -3,21 +3,37 @@
 ``ddp_hook.py`` gets whole buckets from DDP; ``grad_hooks.py`` gets single gradients from autograd.
 """
 
+import contextlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from thinwire.core.errors import ThinwireError
-from thinwire.engines.model_hooks import Hook
 from thinwire.engines.names import clean
 from thinwire.engines.scheduler import Scheduler
 from thinwire.engines.stepped import Steps
 from thinwire.engines.unchanged import Parameters
 from thinwire.session.session import Session
+
+
+class Hook:
+    """A hook on a module that calls ``call``; in a copy or a pickle of the module it does nothing.
+
+    Ours hold what can't be copied, such as a process group, and a copy has no session. The function that replaces it is
+    of the standard library, so a pickled model can be read where thinwire is not installed.
+    """
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 class ModelHooks(ABC):
@@ -57,7 +73,7 @@ class ModelHooks(ABC):
     def uninstall(self) -> None:
         self.session = None
 
-    def hook_gradients(self, hook: Callable[[Tensor], None], cleanup: ExitStack) -> None:
+    def hook_gradients(self, hook: Callable[[Tensor], None], cleanup: contextlib.ExitStack) -> None:
         """Call the hook with each parameter whose gradient autograd has added to, until the cleanup."""
         for param in self.params:
             cleanup.callback(cast(Any, param).register_post_accumulate_grad_hook(hook).remove)

@@ -24,39 +24,29 @@ from thinwire.report.ledger import StepRow, Stopwatch
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradients of one bucket.
-
-    Args:
-        buffer: the tensor that ``grads`` are views of, or any one of them; it gives the device.
-        used: for each unit, True if this rank used it.
-        back: pairs (target, copy among ``grads``) to write back at the end, for gradients with other strides in DDP's
-            bucket.
-    """
+    """The gradients of one bucket."""
 
     bucket: Bucket
     grads: list[Tensor]
-    buffer: Tensor
-    used: Sequence[bool]
+    buffer: Tensor  # of which ``grads`` are views, or any one of them; it gives the device
+    used: Sequence[bool]  # for each unit, True if this rank used it
     back: Sequence[tuple[Tensor, Tensor]] = ()
+    """Pairs (target, copy among ``grads``) to write back at the end, if strides in DDP's bucket are others."""
 
 
 @dataclass
 class BucketInFlight:
     """One bucket between ``send`` and ``receive``.
 
-    Args:
-        outbox: the messages, until their exchange is started.
-        decode: writes what has arrived to the gradients.
-        statuses: the list to which the step statuses are added.
-        eager: receive as soon as the exchange has ended, without a ``wait``; on CUDA that only queues work. On CPUs, a
-            second thread would take a core away from the backward pass, with a cold instruction cache.
+    If ``eager``, it receives as soon as the exchange has ended, without a ``wait``; on CUDA that only queues work. On
+    CPUs, a second thread would take a core away from the backward pass, with a cold instruction cache.
     """
 
     gradients: Gradients
-    outbox: Outbox
-    decode: Callable[[Sequence[InFlight]], list[StepStatus]]
+    outbox: Outbox  # the messages, until their exchange is started
+    decode: Callable[[Sequence[InFlight]], list[StepStatus]]  # writes what has arrived to the gradients
     row: StepRow
-    statuses: list[StepStatus]
+    statuses: list[StepStatus]  # to which those of this bucket are added
     eager: bool
     inbox: list[InFlight] = field(default_factory=list[InFlight])
     promise: Future | None = None

@@ -22,7 +22,7 @@ def sparse_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the trained weights that have sparse gradients."""
     for name, module in modules_of(model):
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
-            yield clean(f"{name}.weight"), module.weight
+            yield clean(f"{name}.weight" if name else "weight"), module.weight
 
 
 def check_some(named: Sequence[tuple[str, Tensor]], kind: str = "parameter") -> None:

@@ -28,11 +28,7 @@ class Pass:
 
 
 class Passes:
-    """The backward passes of one model; at most one runs at a time.
-
-    Args:
-        ended: called at the end of each pass.
-    """
+    """The backward passes of one model, at most one at a time; ``ended`` is called at the end of each."""
 
     def __init__(self, ended: Callable[[], None]) -> None:
         self.ended = ended

@@ -23,9 +23,8 @@ from thinwire.session.session import Session
 class Scheduler:
     """A scheduler that holds buckets for clipping, joins small messages, and completes all buckets.
 
-    Args:
-        sparse: True to replace a gradient in ``grads`` by a sparse tensor if few of its elements arrive.
-        eager: True if a callback completes each future, False if ``end`` does; see ``BucketInFlight``.
+    If ``sparse``, a gradient in ``grads`` of which few elements arrive is replaced by a sparse tensor. If ``eager``, a
+    callback completes each future, otherwise ``end`` does; see ``BucketInFlight``.
     """
 
     def __init__(self, sparse: bool = False, eager: bool = True) -> None:
@@ -70,7 +69,7 @@ class Scheduler:
             stages = sum(len(route.stages) for sent in self.in_flight for route in sent.gradients.bucket.routes)
             session.ledger.note(
                 f"{stages - self.saved} exchanges a step for {len(self.in_flight)} buckets: gathered messages of less "
-                f"than {session.turn_bytes:,.0f} bytes travel together"
+                f"than {session.stages.turn_bytes:,.0f} bytes travel together"
             )
         self.in_flight.clear()
 
@@ -117,7 +116,7 @@ class Scheduler:
             self._start(session)
         self.waiting.append(sent)
         sizes = [one.outbox.messages[0].nbytes for one in self.waiting]
-        if not bucket.joins or travel_together(sizes, session.turn_bytes):
+        if not bucket.joins or travel_together(sizes, session.stages.turn_bytes):
             self._start(session)
         return sent.done()
 

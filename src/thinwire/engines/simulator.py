@@ -17,8 +17,8 @@ from thinwire.core.checks import called, of_type, whole
 from thinwire.core.interfaces import Compressor
 from thinwire.core.sharding import own, wrapped
 from thinwire.engines.names import check_some
-from thinwire.engines.outer.outer_engine import anchor_of
 from thinwire.engines.outer.local_rounds import LocalRounds
+from thinwire.engines.outer.outer_engine import anchor_of
 from thinwire.engines.outer.simulated import LocalSteps, SimulatedReplica
 from thinwire.engines.unchanged import Layouts
 from thinwire.exchange import pipeline
@@ -44,13 +44,7 @@ class Simulation:
 
 
 class SimulatedWorkers:
-    """N workers that train one model; ``step`` is one optimizer step of all of them.
-
-    Args:
-        model: stands for every replica; all workers use the first worker's buffers, as in DDP.
-        method, optimizer, seed, kernels, policy: as for ``thinwire.attach``.
-        workers: the number of workers.
-    """
+    """N workers that train one model; ``step`` is one optimizer step of all of them. Arguments as for ``simulate``."""
 
     def __init__(
         self,
@@ -99,7 +93,7 @@ class SimulatedWorkers:
         bucket.book(session.row, session.collective)
         reached = [False] * len(params)
         for worker, peer in zip(session.workers, self.peers, strict=True):
-            if worker.rank == 1:  # all workers continue with the first worker's buffers
+            if worker.rank == 1:  # all workers continue with the first worker's buffers, as in DDP
                 kept = [buffer.clone() for buffer in self.model.buffers()]
             self._restore(before)
             for param in params:

@@ -7,8 +7,8 @@ has ended since the last step; only if none has, the gradients themselves are ch
 import gc
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, cast
-from weakref import WeakKeyDictionary, WeakSet, finalize
+from typing import Any, cast
+from weakref import WeakKeyDictionary, WeakMethod, WeakSet, finalize
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +18,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from thinwire.core.errors import ThinwireError
 from thinwire.core.sharding import own
-from thinwire.engines.model_hooks import weak
 from thinwire.session.session import Session
-
-Marks: TypeAlias = dict[int, tuple[int, int]]
 
 
 class Steps:
     """The check of all optimizers that hold a parameter of one model, even those that ``attach`` was not given.
 
-    Args:
-        apart: the parameters of the model whose gradients are not exchanged.
-        way_out: advice on how to exchange the gradients, for the message.
-        unfinished, late: see ``ModelHooks``.
+    Of the model, ``apart`` are parameters that are not exchanged; ``unfinished`` and ``late`` are of ``ModelHooks``.
     """
 
     def __init__(
@@ -42,7 +36,7 @@ class Steps:
         self.way_out, self.unfinished, self.late = way_out, unfinished, late
         self.exchanged = False
         self.session: Session | None = None
-        self.stepped: WeakKeyDictionary[torch.optim.Optimizer, Marks] = WeakKeyDictionary()
+        self.stepped: WeakKeyDictionary[torch.optim.Optimizer, dict[int, tuple[int, int]]] = WeakKeyDictionary()
         """Marks of the gradients used by each optimizer that has stepped since the last exchange."""
         self.held: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, list[Tensor]]] = WeakKeyDictionary()
         """For each optimizer, its number of parameters, and those of them that are exchanged."""
@@ -90,13 +84,13 @@ class Steps:
         if not self.exchanged or optimizer in self.stepped:
             marks = self.stepped.get(optimizer, {})
             new = [p for p in mine if (grad := p.grad) is not None and marks.get(id(p)) != _mark(grad)]
-            if bad := [self.names[id(p)] for p in new if _moves(p)]:
+            if unsent := [self.names[id(p)] for p in new if _moves(p)]:
                 waiting = self.unfinished() or [self.names[id(p)] for p in mine if p.grad is None]
                 waits = f"; {waiting[0]!r} got no gradient" if waiting else ""
                 raise ThinwireError(
-                    f"optimizer.step(): the gradient of {bad[0]!r} was not exchanged since the last step ({len(bad)} "
-                    f"such parameters{waits}), so replicas would part. {self.way_out}. To step on gradients of one "
-                    "rank, detach() first"
+                    f"optimizer.step(): the gradient of {unsent[0]!r} was not exchanged since the last step "
+                    f"({len(unsent)} such parameters{waits}), so replicas would part. {self.way_out}. To step on "
+                    "gradients of one rank, detach() first"
                 )
             return
         if waiting := self.unfinished():
@@ -143,6 +137,17 @@ class Steps:
 
 
 _following: WeakSet[Steps] = WeakSet()
+
+
+def weak(method: Callable[..., None]) -> Callable[..., None]:
+    """Return a hook with a weak reference, for hooks that outlive a session or that the garbage collector can't see."""
+    call = WeakMethod(method)
+
+    def hook(*args: Any) -> None:
+        if (found := call()) is not None:
+            found(*args)
+
+    return hook
 
 
 def inside(ddp: DistributedDataParallel) -> nn.Module:

@@ -18,8 +18,9 @@ from thinwire.core.tensors import is_dense
 from thinwire.engines.names import clean, modules_of
 from thinwire.session.session import Session
 
-Lies: TypeAlias = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
-DTYPE, DEVICE, SHAPE, STRIDES = range(4)
+Layout: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.device, tuple[int, ...]]
+SHOWN = ("of shape {}", "{}", "on {}", "of strides {}")
+SHAPE, STRIDES = 0, 3
 
 
 class Layouts:
@@ -27,44 +28,41 @@ class Layouts:
 
     def __init__(self, named: Mapping[str, Tensor], again: str) -> None:
         self.again = again
-        self.known: list[tuple[Tensor, str, Lies]] = [(param, name, _lies(param)) for name, param in named.items()]
+        self.known = [(param, name, _layout(param)) for name, param in named.items()]
 
     def check(self, session: Session) -> bool:
         """Follow changed strides; returns True if any have changed, and then it is a collective call."""
-        for param, _, (dtype, device, shape, stride) in self.known:
+        for param, _, (shape, dtype, device, stride) in self.known:
             if param.stride() != stride or param.dtype != dtype or param.shape != shape or param.device != device:
                 self._follow(session)
                 return True
         return False
 
     def _follow(self, session: Session) -> None:
-        now = [(param, name, _lies(param)) for param, name, _ in self.known]
+        now = [(param, name, _layout(param)) for param, name, _ in self.known]
         moved: dict[str, tuple[int, ...]] = {}
-        for (param, name, was), (_, _, lies) in zip(self.known, now, strict=True):
-            if lies != was:
-                self._check(param, name, was, lies)
+        for (param, name, was), (_, _, layout) in zip(self.known, now, strict=True):
+            if layout != was:
+                self._check(param, name, was, layout)
                 moved[name] = real_strides(param, was[-1])
         session.follow(moved)
         self.known = now
 
-    def _check(self, param: Tensor, name: str, was: Lies, lies: Lies) -> None:
-        part = next(part for part in (SHAPE, DTYPE, DEVICE, STRIDES) if lies[part] != was[part])
+    def _check(self, param: Tensor, name: str, was: Layout, now: Layout) -> None:
+        part = next(part for part in range(4) if now[part] != was[part])
         if part == STRIDES and is_dense(own(param)) and not isinstance(param, DTensor):
             return
         kept = ", with what is pending: state = wire.state_dict() before, and wire.load_state_dict(state) after"
         raise ThinwireError(
-            f"parameter {name!r} was {_shown(was, part)} at attach and is {_shown(lies, part)} now, which what is "
-            f"remembered of it can't follow; {self.again}{kept if part != SHAPE else ''}"
+            f"parameter {name!r} was {SHOWN[part].format(was[part])} at attach and is {SHOWN[part].format(now[part])} "
+            f"now, which what is remembered of it can't follow; {self.again}{kept if part != SHAPE else ''}"
         )
 
 
 class Parameters:
-    """The exchanged parameters of a model, by name, and its others.
+    """The exchanged parameters of a model, by name, and its others; ``apart`` names those that train unexchanged.
 
-    Args:
-        apart: the names of trained parameters that are not exchanged.
-        since: the event after which they must not change, for messages.
-        again: advice for the error if they have changed.
+    Messages say ``since`` when they must not change, and advise to do it ``again``.
     """
 
     def __init__(
@@ -118,8 +116,10 @@ class Parameters:
 
     def _as_before(self) -> bool:
         for where, key, what in self.places:
-            if (now := where.get(key)) is not what and not (isinstance(what, DTensor) and _gathered(now)):
-                return False
+            if (now := where.get(key)) is not what:
+                gathered = isinstance(now, Tensor) and not isinstance(now, DTensor)  # by FSDP2, from a sharded one
+                if not (gathered and isinstance(what, DTensor)):
+                    return False
         return all(len(where) == size for where, size in self.sizes) and not any(p.requires_grad for p in self.idle)
 
     def _look(self) -> None:
@@ -154,15 +154,5 @@ def _parameters(module: nn.Module) -> "dict[str, Tensor | None]":
     return cast(Any, module._parameters)  # pyright: ignore[reportPrivateUsage]
 
 
-def _gathered(now: object) -> bool:
-    """Return True for a parameter that FSDP2 may have gathered in place of a sharded one."""
-    return isinstance(now, Tensor) and not isinstance(now, DTensor)
-
-
-def _lies(param: Tensor) -> Lies:
-    return param.dtype, param.device, param.shape, param.stride()
-
-
-def _shown(lies: Lies, part: int) -> str:
-    dtype, device, shape, strides = lies
-    return (f"{dtype}", f"on {device}", f"of shape {tuple(shape)}", f"of strides {strides}")[part]
+def _layout(param: Tensor) -> Layout:
+    return tuple(param.shape), param.dtype, param.device, param.stride()

@@ -17,13 +17,11 @@ from thinwire.coding import header
 from thinwire.coding.layout import ROW_ALIGNMENT, Layout
 from thinwire.comm.collectives import Collective
 from thinwire.comm.link import Kind, Link, wire_bytes
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Payload
-from thinwire.exchange.pieces import Piece
+from thinwire.core import Payload, ThinwireError
 from thinwire.exchange.routes.leader import LeaderRoute
 from thinwire.exchange.routes.route import Route, Whole
 from thinwire.exchange.routes.two_phase import two_phase
-from thinwire.exchange.units import Unit, payload_like
+from thinwire.exchange.units import Piece, Unit, payload_like
 from thinwire.methods.method import RouteName
 from thinwire.report.ledger import StepRow
 
@@ -56,12 +54,8 @@ class Bucket:
 
     def wire_bytes(self, world: int) -> tuple[float, float]:
         """Return the bytes a worker sends for this bucket: in all, and for the compressed units with the header."""
-        total = compressed = 0.0
-        for route in self.routes:
-            all_of_it, lossy = route.wire_bytes(world, self.lossy)
-            total += all_of_it
-            compressed += lossy
-        return total, compressed
+        each = [route.wire_bytes(world, self.lossy) for route in self.routes]
+        return sum(total for total, _ in each), sum(compressed for _, compressed in each)
 
     def book(self, row: StepRow, collective: Collective) -> None:
         """Add this rank's bytes for this bucket to the ledger row; the collective counts the total itself."""
@@ -112,14 +106,12 @@ def plan_bucket(units: Sequence[Unit], world: int, routing: Routing = Routing(),
         choices = Layout([payloads[i][1:] for i in chosen])
         return LeaderRoute("broadcast", tuple(chosen), tuple(map(Piece, chosen)), dtype, bool(headers), choices, values)
 
-    def in_pieces(chosen: list[int]) -> Route:
-        return two_phase(units, chosen, header_of(chosen, torch.uint8), routing.second, world)
-
     gathering: list[Route] = [whole("all_gather", gathered, torch.uint8)] if gathered else []
     splittable = [i for i in gathered if units[i].compressor.traits.splittable]
     if routing.route in ("two_phase", "auto") and any(units[i].own.numel() for i in splittable):
         rest = [i for i in gathered if i not in splittable]
-        owned = [in_pieces(splittable), *([whole("all_gather", rest, torch.uint8)] if rest else [])]
+        owned: list[Route] = [two_phase(units, splittable, header_of(splittable, torch.uint8), routing.second, world)]
+        owned += [whole("all_gather", rest, torch.uint8)] if rest else []
         if routing.route == "two_phase" or seconds(owned, routing, world) < seconds(gathering, routing, world):
             gathering = owned
     summing = [whole("all_reduce", chosen, dtype) for dtype, chosen in summed.items()]
@@ -131,7 +123,7 @@ def travel_together(nbytes: Iterable[float], least: float) -> int:
     """Return how many messages at the head of a queue are sent as one: as few as have ``least`` bytes; 0 if all wait.
 
     An exchange of fewer bytes than the link carries in the time that it takes to start one is better joined with the
-    next. Messages that are ready wait for the link's latency (``Session.turn_bytes``). Buckets whose gradients are not
+    next. Messages that are ready wait for the link's latency (``Stages.turn_bytes``). Buckets whose gradients are not
     there yet wait also for the CPU (``start_bytes``), in plans, since to compress them together saves that time too.
     """
     return next((count for count, total in enumerate(accumulate(nbytes), 1) if total >= least), 0)

@@ -6,15 +6,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from thinwire.core import Context, Decompressed, Payload, ThinwireError, flat
 from thinwire.core.capabilities import Thresholded
-from thinwire.core.context import Context
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Payload
 from thinwire.core.loops import Cut, Found, Kernels, Pass, Selection, smallest
 from thinwire.core.memory_capabilities import traits_of
-from thinwire.core.tensors import Decompressed, flat
-from thinwire.exchange.pieces import Piece
-from thinwire.exchange.units import Unit
+from thinwire.exchange.units import Piece, Unit
 from thinwire.exchange.workers import Worker
 
 

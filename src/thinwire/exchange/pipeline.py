@@ -19,10 +19,9 @@ from torch import Tensor
 
 from thinwire.coding import header
 from thinwire.comm.collectives import Carrier, InFlight, RowCarrier
+from thinwire.core import Context, flat
 from thinwire.core.ambient import undisturbed
-from thinwire.core.context import Context
 from thinwire.core.loops import Kernels
-from thinwire.core.tensors import flat
 from thinwire.exchange.buckets import Bucket
 from thinwire.exchange.fused import compress, select
 from thinwire.exchange.receiving import written
@@ -121,10 +120,8 @@ def receive(
 
     The result is bit-identical on every rank: payloads are added in rank order. If any rank sent a nonfinite value,
     an element of every gradient becomes NaN on every rank, so that a loss scaler skips the step on all of them.
-
-    Args:
-        cleared: the units whose ``outs`` are zero, so that values can be added without overwriting first.
-        sparse: replace the ``outs`` of a unit by a sparse tensor if few of its elements arrive.
+    ``cleared``: the units whose ``outs`` are zero, so that values can be added without overwriting first. ``sparse``:
+    replace the ``outs`` of a unit by a sparse tensor if few of its elements arrive.
     """
     statuses: list[StepStatus] = []
     for route, arrived in zip(bucket.routes, inbox, strict=True):

@@ -10,14 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from thinwire.core import Compressor, Context, Decompressed, Payload, State
 from thinwire.core.capabilities import SumsSparsely, commit
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload, State
 from thinwire.core.loops import Found, Kernels
 from thinwire.core.memory_capabilities import traits_of
-from thinwire.core.tensors import Decompressed, float_at_least_32
-from thinwire.exchange.pieces import Piece
-from thinwire.exchange.units import Unit
+from thinwire.core.tensors import float_at_least_32
+from thinwire.exchange.units import Piece, Unit
 from thinwire.kernels.reference import REFERENCE
 
 FEW = 1 / 32
@@ -115,8 +113,7 @@ def mean_of(
 def written(grad: Tensor, out: Tensor, *, saturates: bool) -> Tensor:
     """Return the gradient for the optimizer: ``grad`` written to ``out``, or ``grad`` itself if it is sparse.
 
-    Args:
-        saturates: True to clamp finite values to float16's range. Else, with a loss scale, an overflow skips the step.
+    ``saturates`` clamps to float16's range. Else, with a loss scale, an overflow skips the step.
     """
     if grad.is_sparse or grad is out:
         return grad

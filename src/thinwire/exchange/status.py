@@ -25,5 +25,4 @@ def used(statuses: Iterable[StepStatus]) -> set[str]:
 
 def unused(statuses: Iterable[StepStatus]) -> set[str]:
     """Return the names of units in these statuses that no rank has used; synchronizes on CUDA."""
-    idle = ((status, status.used.any(0).logical_not()) for status in statuses)
-    return {status.units[i].name for status, flags in idle for i in flags.nonzero().flatten()}
+    return {status.units[i].name for status in statuses for i in (~status.used.any(0)).nonzero().flatten()}

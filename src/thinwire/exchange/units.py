@@ -1,7 +1,7 @@
 """Units: parameters with their compressors and memories, which are resolved once and not in the step.
 
-A unit is compressed as a whole; here, it is one parameter. Everything is keyed by its name, because a bucket rebuild or
-a restart does not change it.
+A unit is compressed as a whole or in pieces; here, it is one parameter. Everything is keyed by its name, because a
+bucket rebuild or a restart does not change it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -13,20 +13,9 @@ from torch import Tensor
 
 from thinwire.comm.link import wire_bytes
 from thinwire.compressors.cast import Cast
-from thinwire.core import registry
+from thinwire.core import NOWHERE, Compressor, Context, Memory, Payload, State, ThinwireError, flat, registry
 from thinwire.core.capabilities import led, scaled_density, with_density
-from thinwire.core.context import NOWHERE, Context
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import (
-    Compressor,
-    Memory,
-    Payload,
-    State,
-    feeds_back,
-    local_state,
-    replicated,
-    shared_state,
-)
+from thinwire.core.interfaces import feeds_back, local_state, replicated, shared_state
 from thinwire.core.memory_capabilities import Absorbed, OwnsMomentum, absorb, absorbed, traits_of
 from thinwire.core.sharding import own
 from thinwire.core.supported import check_complex, check_parameter
@@ -99,7 +88,7 @@ class Unit:
     @property
     def feeds_back(self) -> bool:
         """True if what was not sent comes back."""
-        if self._fed is None or self._fed[0] is not self.memory:  # asked several times a step
+        if self._fed is None or self._fed[0] is not self.memory:  # kept, since a step reads it several times
             self._fed = self.memory, feeds_back(self.memory)
         return self._fed[1]
 
@@ -168,6 +157,26 @@ class Unit:
         """Return one line that must be the same on all ranks."""
         shape = f"shape {tuple(self.param.shape)}, strides {self.own.stride()}, {self.param.dtype}"
         return f"{shape}, {registry.to_json(self.method_compressor)}, {registry.to_json(self.memory)}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The elements that are compressed together: a whole unit of a bucket, or a run of its elements in memory order."""
+
+    unit: int
+    run: tuple[int, int] | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return the piece of ``x`` as a view."""
+        return x if self.run is None else flat(x)[slice(*self.run)]
+
+    def of_state(self, state: State) -> State:
+        """Return the pieces of all tensors of a state as views."""
+        return state if self.run is None else {key: self.of(value) for key, value in state.items()}
+
+    def key(self, name: str) -> str:
+        """Return the key of the piece in a ``Context``; ``name`` is the unit's name."""
+        return name if self.run is None else f"{name}[{self.run[0]}:{self.run[1]}]"
 
 
 def payload_like(compressor: Compressor, like: Tensor, step: int = 0) -> Payload:
@@ -272,16 +281,16 @@ def set_stage(
     unchanged: list[str] = []
     for unit in units:
         unit.gathered = compresses and small and not unit.compressed
-        asked = unit.method_compressor if density is None else with_density(unit.method_compressor, density)
+        compressor = unit.method_compressor if density is None else with_density(unit.method_compressor, density)
         if (density == 1.0 or unit.kept) and unit.compressed:
-            asked = DENSE
-        elif density is not None and unit.compressed and asked == unit.method_compressor:
+            compressor = DENSE
+        elif density is not None and unit.compressed and compressor == unit.method_compressor:
             unchanged.append(unit.name)
-        unit.compressor = asked
-        if asked.traits.summable:
+        unit.compressor = compressor
+        if compressor.traits.summable:
             continue
         like = unit.like
-        compressed = bytes_alone(asked, like, world, route, second)
+        compressed = bytes_alone(compressor, like, world, route, second)
         plain = wire_bytes("all_reduce", payload_nbytes(DENSE, like), world)
         if compressed >= plain and world > 1:
             unit.compressor = DENSE
@@ -290,8 +299,8 @@ def set_stage(
                 f"{unit.name} is sent dense{at}: compressed it would be {compressed:,.0f} bytes a worker and step, "
                 f"dense {plain:,.0f}, with {world} workers"
             )
-        elif route != "all_gather" and not (asked.traits.splittable or led(asked, route)):
-            notes.append(f"{unit.name} takes an all-gather: {type(asked).__name__} can't be cut into pieces")
+        elif route != "all_gather" and not (compressor.traits.splittable or led(compressor, route)):
+            notes.append(f"{unit.name} takes an all-gather: {type(compressor).__name__} can't be cut into pieces")
     if unchanged:
         notes.append(f"{_listed(unchanged)}: a warm-up density of {density:g} changes nothing")
     return notes

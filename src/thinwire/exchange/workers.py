@@ -10,7 +10,7 @@ from thinwire.core.interfaces import Role, named
 from thinwire.core.loops import Kernels
 from thinwire.core.tensors import Decompressed, flat
 from thinwire.exchange.states import TwoCopies
-from thinwire.exchange.units import Unit
+from thinwire.exchange.units import Piece, Unit
 from thinwire.kernels.reference import REFERENCE
 
 PROBE_EVERY = 100
@@ -64,12 +64,18 @@ class Worker:
         """Return True if this unit is measured or watched in this step."""
         return self.watch is not None or (self.probe is not None and unit.compressed)
 
-    def look(self, unit: Unit, x: Tensor, own: Decompressed, run: tuple[int, int] | None = None) -> None:
-        """Give a unit's compensated tensor, or a run of it, and its sent part to the measurement and the watch."""
+    def update_residual(self, unit: Unit, piece: Piece, x: Tensor, own: Decompressed | None) -> None:
+        """Write the next residual of a piece, and measure: ``x`` was compressed, and the receivers get ``own``.
+
+        ``own`` is None if no memory or measurement needs it.
+        """
+        if own is None:
+            return
         if self.probe is not None and unit.compressed:
             self.probe.look(x, own)
         if self.watch is not None:
-            self.watch.look(unit.name, x, run)
+            self.watch.look(unit.name, x, piece.run)
+        unit.memory.sent(own, piece.of_state(self.local[unit.name].next))
 
 
 def has_pending(units: Sequence[Unit], workers: Sequence[Worker]) -> bool:

@@ -14,13 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor
+from thinwire import Compressor, Method, Rule, Session, ThinwireError
 from thinwire.integrations import per_rank_files
 from thinwire.integrations.frameworks import attach_within, check_processes, framework
-from thinwire.methods.method import Method, Rule
 from thinwire.session.checkpoint import OnWorldChange
-from thinwire.session.session import Session
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -10,11 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.attach import attach
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor
-from thinwire.methods.method import Method, Rule
-from thinwire.session.session import Session
+from thinwire import Compressor, Method, Rule, Session, ThinwireError, attach
 
 
 def framework(module: str, extra: str, least: str) -> Any:

@@ -15,14 +15,11 @@ from typing import Any, cast
 
 import torch
 
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor
+from thinwire import Compressor, Method, Rule, Session, ThinwireError
 from thinwire.integrations import per_rank_files
 from thinwire.integrations.frameworks import attach_within, check_processes, framework, warn_of_clipping
 from thinwire.methods.given import method_of
-from thinwire.methods.method import Method, Rule
 from thinwire.session.checkpoint import OnWorldChange
-from thinwire.session.session import Session
 
 framework("lightning.pytorch", "lightning", "2.4")
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from thinwire import Session, ThinwireError
 from thinwire.comm.control import Together
 from thinwire.core import files
-from thinwire.core.errors import ThinwireError
 from thinwire.session.checkpoint import OnWorldChange
 from thinwire.session.migrate import agree
-from thinwire.session.session import Session
 
 NAME = re.compile(r"thinwire-rank(\d+)-of-(\d+)\.pt")
 

@@ -22,20 +22,17 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.functional import pad
 
+from thinwire import Compressor, Rule, ThinwireError
 from thinwire.comm.collectives import TIMEOUT, Future, InFlight, RowCarrier, in_future
 from thinwire.comm.link import wire_bytes
-from thinwire.core import registry
+from thinwire.core import flat, registry
 from thinwire.core.ambient import undisturbed
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor
-from thinwire.core.tensors import flat
 from thinwire.exchange.pipeline import exchange
 from thinwire.exchange.routes.rows import check_flat, payload_bytes, reduced
 from thinwire.exchange.states import TwoCopies
 from thinwire.exchange.workers import Worker
 from thinwire.integrations.frameworks import framework
 from thinwire.memories.error_feedback import NoMemory
-from thinwire.methods.method import Rule
 
 framework("torchft", "torchft", "0.2")
 from torchft.process_group import ProcessGroupWrapper  # noqa: E402
@@ -91,9 +88,8 @@ class CompressedProcessGroup(ProcessGroupWrapper):
         self._calls, self._agreed = calls, False
 
     def allreduce(self, tensors: list[Tensor], opts: Any) -> Any:
-        if self.size() == 1 or getattr(opts, "reduceOp", opts) != dist.ReduceOp.SUM:
-            return self._plain(super().allreduce, tensors, opts)
-        if not all(map(self._compresses, tensors)):
+        adds = getattr(opts, "reduceOp", opts) == dist.ReduceOp.SUM
+        if self.size() == 1 or not adds or not all(map(self._compresses, tensors)):
             return self._plain(super().allreduce, tensors, opts)
         carrier = _Carrier(cast(int, self._rank), self.size(), self.parent)
         self.dense_bytes += self._dense(tensors)

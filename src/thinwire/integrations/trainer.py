@@ -11,15 +11,12 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
+from thinwire import Compressor, Method, Rule, Session, ThinwireError
 from thinwire.core.checks import of_type
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor
 from thinwire.integrations import per_rank_files
 from thinwire.integrations.frameworks import attach_within, check_processes, ddp_within, framework, warn_of_clipping
 from thinwire.methods.given import method_of
-from thinwire.methods.method import Method, Rule
 from thinwire.session.checkpoint import OnWorldChange
-from thinwire.session.session import Session
 
 framework("transformers", "transformers", "5.0")
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments  # noqa: E402

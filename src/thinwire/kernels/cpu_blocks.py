@@ -105,13 +105,10 @@ def _stepped(b: Any, kind: str, g: Any, u: Any, v: Any, m: Any) -> tuple[Any, An
 def accumulate(kind: str, grad: str, state: str, past_cache: bool, clear: bool, ahead: int = 0) -> Any:
     """Make ``f(g, u, v, new_u, new_v, kept, momentum, scale, threshold) -> mask`` for one block at these addresses.
 
-    Args:
-        kind: ``"plain"`` (no momentum), ``"momentum"`` or ``"nesterov"``.
-        grad, state: dtypes. ``Accumulation`` is in float32; bfloat16 states are rounded again when stored.
-        past_cache: store states past the cache; they must be aligned to a vector.
-        clear: set the gradient to zero.
-        ahead: bytes of the state to prefetch, into the L2 cache: the L1 cache has few line-fill buffers, and the
-            stores need them.
+    ``kind`` is ``"plain"`` (no momentum), ``"momentum"`` or ``"nesterov"``. ``Accumulation`` is in float32; bfloat16
+    states are rounded again when stored. ``past_cache`` needs states that are aligned to a vector. ``clear`` sets the
+    gradient to zero. ``ahead`` bytes of the state are prefetched, into the L2 cache: the L1 cache has few line-fill
+    buffers, and the stores need them.
 
     Bit ``i`` of the mask is set if ``|v'_i|`` is not below the threshold. ``kept`` gets a second copy of v' in the
     cache.
@@ -244,9 +241,8 @@ def _collect(word: Any, first: int, kept: Any, indices: Any, values: Any, count:
 def compiled_pass(kind: str, grad: str, state: str, past_cache: bool, clear: bool) -> Any:
     """Make ``f(g, u, v, new_u, new_v, n, momentum, scale, threshold, offset, indices, values) -> count``.
 
-    Args:
-        g, u, v, new_u, new_v: addresses of ``n`` elements each, the first of which has index ``offset``.
-        indices, values: output for elements not below the threshold; the count may exceed it. Values are bits.
+    The addresses are of ``n`` elements each, the first of which has index ``offset``. ``indices`` and ``values``, as
+    bits, get the elements not below the threshold, as far as they fit; the count has all of them.
     """
     block = accumulate(kind, grad, state, past_cache, clear, FETCHED)
     edge = accumulate(kind, grad, state, False, clear)

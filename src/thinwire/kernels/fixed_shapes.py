@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from thinwire.core.loops import Cut, Found
-from thinwire.kernels.reference import BLOCK, Reference
+from thinwire.kernels.reference import BLOCK, Reference, kth_on_device
 
 
 def exactly(magnitude: Tensor, threshold: Tensor, k: int) -> Tensor:
@@ -37,16 +37,10 @@ class FixedShapes(Reference):
         return self.fill(indices, values.masked_fill(magnitude < levels.gather(0, which.view(1)), 0.0), cut.k)
 
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
-        return torch.topk(magnitude, k, sorted=False).values.nan_to_num(math.inf, math.inf).min()
+        return kth_on_device(magnitude, k)
 
-    def largest(self, x: Tensor, k: int) -> Tensor:
-        n = x.numel()
-        if k >= n:
-            return torch.arange(n, device=x.device)
-        if k == 0:
-            return torch.empty(0, dtype=torch.int64, device=x.device)
-        magnitude = _finite(x.abs())
-        chosen = exactly(magnitude.view(1, -1), self.kth(magnitude, k), k)
+    def _chosen(self, magnitude: Tensor, threshold: Tensor, k: int) -> Tensor:
+        chosen = exactly(_finite(magnitude).view(1, -1), threshold, k)
         return torch.nonzero_static(chosen.view(-1), size=k).view(-1)
 
     def _largest_of(self, x: Tensor, maxima: Tensor, k: int) -> Found:

@@ -59,6 +59,11 @@ def kth_largest(x: Any, k: int) -> Any:
     return numpy.partition(x, x.size - k)[x.size - k :][:1]
 
 
+def kth_on_device(magnitude: Tensor, k: int) -> Tensor:
+    """Compute ``Kernels.kth`` without the host."""
+    return torch.topk(magnitude, k, sorted=False).values.nan_to_num(math.inf, math.inf).min()
+
+
 def mask_room(n: int) -> Any:
     return numpy.empty(-(-n // WORD) * WORD, numpy.bool_)
 
@@ -100,7 +105,7 @@ class Reference:
 
     def kth(self, magnitude: Tensor, k: int) -> Tensor:
         if magnitude.device.type != "cpu":
-            return torch.topk(magnitude, k, sorted=False).values.nan_to_num(math.inf, math.inf).min()
+            return kth_on_device(magnitude, k)
         x = magnitude.view(BITS[magnitude.dtype]).numpy()
         kth = torch.from_numpy(kth_largest(x & numpy.iinfo(x.dtype).max, k))  # NaN may have a sign
         return kth.view(magnitude.dtype).nan_to_num(math.inf, math.inf)[0]
@@ -111,7 +116,10 @@ class Reference:
             return torch.arange(n, device=x.device)
         if k == 0:
             return torch.empty(0, dtype=torch.int64, device=x.device)
-        threshold = self.kth(magnitude, k)
+        return self._chosen(magnitude, self.kth(magnitude, k), k)
+
+    def _chosen(self, magnitude: Tensor, threshold: Tensor, k: int) -> Tensor:
+        """Return the ascending indices of the magnitudes above the k-th largest, and of the first ones equal to it."""
         candidates = at_least(magnitude, threshold)
         if candidates.numel() == k:
             return candidates

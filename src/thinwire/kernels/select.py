@@ -14,11 +14,7 @@ Choice: TypeAlias = Literal["auto", "reference", "cpu", "cuda"]
 
 
 def choose(choice: Choice, device: torch.device) -> tuple[Kernels, str | None]:
-    """Choose the kernels for parameters on ``device``; returns them and a note for the user, or None.
-
-    Raises:
-        ThinwireError: kernels requested by name can't run.
-    """
+    """Choose the kernels for parameters on ``device``; returns them and a note for the user, or None."""
     if choice not in ("auto", "reference", "cpu", "cuda"):
         raise ThinwireError(f"kernels is {choice!r}; choose 'auto', 'reference', 'cpu' or 'cuda'")
     kind = device.type if choice == "auto" else choice
@@ -35,19 +31,15 @@ def choose(choice: Choice, device: torch.device) -> tuple[Kernels, str | None]:
         missing = "they need triton, which comes with PyTorch for CUDA"
     if missing is None:
         try:
-            return _load(kind), None
+            if kind == "cpu":
+                from thinwire.kernels.cpu import Cpu
+
+                return Cpu(), None
+            from thinwire.kernels.cuda import Cuda
+
+            return Cuda(), None
         except Exception as error:  # whatever a compiler that does not fit this machine raises
             missing = f"they can't be loaded: {error!r:.200}"
     if choice != "auto":
         raise ThinwireError(f"kernels={choice!r} can't run: {missing}; kernels='auto' takes what there is")
     return REFERENCE, f"kernels are plain PyTorch, which is slower: compiled ones are not used, since {missing}"
-
-
-def _load(kind: str) -> Kernels:
-    if kind == "cpu":
-        from thinwire.kernels.cpu import Cpu
-
-        return Cpu()
-    from thinwire.kernels.cuda import Cuda
-
-    return Cuda()

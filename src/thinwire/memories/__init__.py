@@ -1,11 +1,10 @@
 """Memories: the state of a parameter between steps, such as residuals and momentum."""
 
 from thinwire.memories.compressed_momentum import CompressedMomentum, SteadyFeedback
-from thinwire.memories.decoupled_momentum import DecoupledMomentum
 from thinwire.memories.error_feedback import ErrorFeedback, NoMemory
-from thinwire.memories.majority_vote import MajorityVote
 from thinwire.memories.momentum import Momentum, MomentumCorrection
 from thinwire.memories.shifted import EF21, EControl
+from thinwire.memories.sign_descent import DecoupledMomentum, MajorityVote
 
 __all__ = [
     "EF21",

@@ -7,12 +7,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from thinwire.core import NOWHERE, Context, Decompressed, Role, Slot, State, register
 from thinwire.core.checks import check_fields, real
-from thinwire.core.context import NOWHERE, Context
-from thinwire.core.interfaces import Role, Slot, State
 from thinwire.core.memory_capabilities import Absorbed, FollowsOptimizer, HasTraits, MemoryTraits
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed
 from thinwire.memories.error_feedback import ResidualMemory
 
 

@@ -6,28 +6,21 @@ All arithmetic is elementwise, so it does not depend on the memory layout of the
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from thinwire.core import NOWHERE, Context, Decompressed, Memory, Role, Slot, State, register
 from thinwire.core.checks import check_fields, dtype, real
-from thinwire.core.context import NOWHERE, Context
-from thinwire.core.interfaces import Memory, Role, Slot, State
 from thinwire.core.loops import Accumulation
 from thinwire.core.memory_capabilities import HasTraits, MemoryTraits
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, float_at_least_32
+from thinwire.core.tensors import float_at_least_32
 from thinwire.kernels.accumulate import accumulate
 
 StateDtype: TypeAlias = Literal["float32", "bfloat16"]
 """The dtype of local states; with "float32", float64 gradients keep float64 states."""
 STATE = dtype(("float32", "bfloat16"))
-
-
-def signs(x: Tensor) -> Tensor:
-    """Compute ``x = sign(x)`` in place; NaN stays, since it tells a loss scaler to skip the step."""
-    return torch.where(x.isnan(), x, x.sign(), out=x)
 
 
 class ResidualMemory(Memory):
@@ -51,17 +44,12 @@ class ResidualMemory(Memory):
 class NoMemory(Memory, HasTraits):
     """The empty memory, which passes the gradient on as it is, loss scale included, without error feedback."""
 
+    stateful: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
+
     @cached_property
     def traits(self) -> MemoryTraits:
         return MemoryTraits(passes_on=True)
-
-    @property
-    def stateful(self) -> bool:
-        return False
-
-    @property
-    def linear(self) -> bool:
-        return True
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
@@ -95,6 +83,8 @@ class ErrorFeedback(ResidualMemory, HasTraits):
     decay: float = 1.0
     beta: float = 1.0
 
+    linear: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_fields(
             self,
@@ -102,10 +92,6 @@ class ErrorFeedback(ResidualMemory, HasTraits):
             decay=real(0.0, 1.0, above=True, hint=": it multiplies the residual, e.g. 0.999"),
             beta=real(0.0, 1.0, above=True, hint=": it filters what is remembered, e.g. 0.1"),
         )
-
-    @property
-    def linear(self) -> bool:
-        return True
 
     @cached_property
     def traits(self) -> MemoryTraits:

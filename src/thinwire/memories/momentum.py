@@ -6,18 +6,16 @@ Momentum and weight decay that every rank computes alike are in the shared state
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Self, TypeAlias
+from typing import ClassVar, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
+from thinwire.core import NOWHERE, Context, Decompressed, Memory, Role, Slot, State, register
 from thinwire.core.checks import check_fields, flag, one_of, real
-from thinwire.core.context import NOWHERE, Context
-from thinwire.core.interfaces import Memory, Role, Slot, State
 from thinwire.core.loops import Accumulation
 from thinwire.core.memory_capabilities import Absorbed, HasTraits, MemoryTraits, OwnsMomentum, absorbed
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, float_at_least_32
+from thinwire.core.tensors import float_at_least_32
 from thinwire.kernels.accumulate import accumulate
 from thinwire.memories.error_feedback import STATE, ResidualMemory, StateDtype
 
@@ -33,6 +31,8 @@ class SGDMemory(Memory, OwnsMomentum, HasTraits):
     weight_decay: float = 0.0
     decay: WeightDecay = "separate"
 
+    linear: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_fields(
             self,
@@ -41,10 +41,6 @@ class SGDMemory(Memory, OwnsMomentum, HasTraits):
             weight_decay=real(0.0),
             decay=one_of("separate", "local", "decoupled"),
         )
-
-    @property
-    def linear(self) -> bool:
-        return True
 
     def absorb(self, settings: Absorbed) -> Self:
         return replace(self, momentum=settings.momentum, nesterov=settings.nesterov, weight_decay=settings.weight_decay)

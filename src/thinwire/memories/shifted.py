@@ -12,13 +12,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from thinwire.core import NOWHERE, Compressor, Context, Decompressed, Memory, Role, Slot, State, ThinwireError, register
 from thinwire.core.checks import check_fields, of_type, optional, real
-from thinwire.core.context import NOWHERE, NUMBER, Context
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Memory, Role, Slot, State
+from thinwire.core.context import NUMBER
 from thinwire.core.memory_capabilities import HasTraits, MemoryTraits
-from thinwire.core.registry import register
-from thinwire.core.tensors import Decompressed, float_at_least_32
+from thinwire.core.tensors import float_at_least_32
 from thinwire.memories.error_feedback import ResidualMemory
 
 
@@ -104,11 +102,10 @@ class EF21(Memory, HasTraits):
 
     def present(self, ctx: Context) -> bool:
         """Return True if this rank takes part in this step."""
+        if self.participation == 1.0:
+            return True
         coin = replace(ctx, unit="participation").generator()
-        return (
-            self.participation == 1.0
-            or torch.rand((), generator=coin, dtype=torch.float32, device="cpu").item() < self.participation
-        )
+        return torch.rand((), generator=coin, dtype=torch.float32, device="cpu").item() < self.participation
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE

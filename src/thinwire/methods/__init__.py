@@ -1,8 +1,7 @@
 """Recipes: each builds a method from a compressor and a memory in a few lines."""
 
-from thinwire.methods.basic import cast, dense, dgc, topk
+from thinwire.methods.basic import cast, dense, dgc, lean, topk
 from thinwire.methods.feedback_family import econtrol, ef14, ef21, ef21_bc, ef21_pp, ef21_sgdm, ef21_w
-from thinwire.methods.lean import lean
 from thinwire.methods.local_settings import PENALTIES, Local
 from thinwire.methods.local_updates import (
     co2,
@@ -16,11 +15,10 @@ from thinwire.methods.local_updates import (
     streaming_diloco,
     updates,
 )
-from thinwire.methods.low_rank import powersgd
 from thinwire.methods.onebit import onebit_adam, onebit_lamb, zeroone_adam
 from thinwire.methods.options import IDENTITY, Options
 from thinwire.methods.quantized import ef_sign, maxmin, natural, qsgd, signsgd, terngrad
-from thinwire.methods.sparsified import decoupled_momentum, randk, scalecom, sidco
+from thinwire.methods.sparsified import decoupled_momentum, powersgd, randk, scalecom, sidco
 
 __all__ = [
     "IDENTITY",

@@ -7,8 +7,7 @@ If the method has no momentum of its own, momentum stays with the user's optimiz
 from typing import Unpack
 
 from thinwire.compressors.sparse import TopK
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor
+from thinwire.core import Compressor, ThinwireError
 from thinwire.memories.error_feedback import ErrorFeedback
 from thinwire.memories.shifted import EF21, EControl
 from thinwire.methods.method import TYPICAL, Method

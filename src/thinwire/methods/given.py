@@ -9,11 +9,9 @@ from torch import nn
 
 from thinwire import methods
 from thinwire.compressors.cast import Cast
-from thinwire.core import registry
+from thinwire.core import Compressor, Memory, ThinwireError, registry
 from thinwire.core.capabilities import title
 from thinwire.core.checks import shown
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Memory
 from thinwire.core.memory_capabilities import traits_of
 from thinwire.memories.error_feedback import ErrorFeedback, NoMemory
 from thinwire.methods.method import TYPICAL, Method, Rule
@@ -29,9 +27,6 @@ def method_of(given: Any) -> Method:
 
     A compressor is used as in the recipes: on parameters of two or more dimensions, with error feedback if it needs
     it. Parameters that it declines are sent dense.
-
-    Raises:
-        ThinwireError: ``given`` is none of these.
     """
     if isinstance(given, Method):
         return given

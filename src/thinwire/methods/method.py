@@ -9,20 +9,87 @@ from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, cast, get_args
 
-from thinwire.core import registry
+from thinwire.core import Compressor, Memory, ThinwireError, registry
 from thinwire.core.capabilities import LeaderSelected, WarmStarted, declines, led, title
-from thinwire.core.checks import check_fields, of_type, one_of, optional, real, shown, whole
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Memory, feeds_back
+from thinwire.core.checks import check_fields, of_type, one_of, optional, real, share, shown, whole
+from thinwire.core.interfaces import feeds_back
 from thinwire.core.memory_capabilities import OwnsMomentum, traits_of
 from thinwire.methods.local_settings import Local
-from thinwire.methods.warmup import Warmup
 
 RESERVED = "pending_residual"
 """The key of a residual that an earlier method left, in every state."""
 TYPICAL = 2**20
 """Number of elements for which a rule is checked."""
+PAPER = (0.25, 0.0625, 0.015625, 0.004)
+"""Densities of a warm-up: Y. Lin et al., "Deep Gradient Compression", 2018, arXiv:1712.01887, section 3.3."""
 RouteName: TypeAlias = Literal["all_gather", "two_phase", "auto", "leader"]
+
+
+def _densities(name: str, value: Any) -> tuple[float, ...]:
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise ThinwireError(f"{name} is {shown(value)}; it must be a list of densities, e.g. (0.25, 0.0625)")
+    stages: list[float] = []
+    for density in cast("list[Any]", value):
+        try:
+            stages.append(share("0.25")("it", density))
+        except ThinwireError as error:
+            raise ThinwireError(f"warm-up stage {shown(density)} is not a density; {error}") from None
+    return tuple(stages)
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Densities of the first steps, each for an equal number of steps.
+
+    Args:
+        steps: length of the warm-up in optimizer steps, or in epochs if ``steps_per_epoch`` is given.
+        stages: densities in (0, 1], by default the paper's 25 %, 6.25 %, 1.5625 %, 0.4 %. A stage that would
+            send more bytes than a dense exchange is sent dense, and the ledger notes it.
+        steps_per_epoch: makes ``steps`` count epochs, e.g. ``Warmup(4, steps_per_epoch=len(loader))``. The paper warms
+            up for 4 of 90 or 164 epochs, or 1 of 40; a single epoch is split into equal parts.
+
+    Raises:
+        ThinwireError: there are fewer steps than stages, or a density is outside (0, 1].
+
+    Example:
+        >>> Warmup(steps=400).density(0), Warmup(steps=400).density(399), Warmup(steps=400).density(400)
+        (0.25, 0.004, None)
+    """
+
+    steps: int
+    stages: tuple[float, ...] = PAPER
+    steps_per_epoch: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            steps=whole(0, hint=", of optimizer steps, or of epochs with steps_per_epoch="),
+            stages=_densities,
+            steps_per_epoch=optional(whole(1, hint=", e.g. len(loader)")),
+        )
+        if not self.stages or self.length < len(self.stages):
+            raise ThinwireError(
+                f"a warm-up of {self.length} steps can't hold {len(self.stages)} stages; "
+                f"give more steps, no warm-up, or fewer stages: thinwire.Warmup({self.steps}, (0.25,))"
+            )
+
+    @staticmethod
+    def read(name: str, given: Any, stages: tuple[float, ...] = PAPER) -> "Warmup | None":
+        """Read a ``warmup`` argument: a ``Warmup``, a number of steps (with ``stages``), or 0 or None for none."""
+        if given is None or isinstance(given, Warmup):
+            return given
+        example = "give a number of steps, e.g. 400, or thinwire.Warmup(400, stages)"
+        steps = whole(0, says=example)(name, given)
+        return Warmup(steps, stages) if steps else None
+
+    @property
+    def length(self) -> int:
+        """Length of the warm-up in steps."""
+        return self.steps * (self.steps_per_epoch or 1)
+
+    def density(self, step: int) -> float | None:
+        """Return the density of that step, None after the warm-up."""
+        return self.stages[step * len(self.stages) // self.length] if step < self.length else None
 
 
 @dataclass(frozen=True)

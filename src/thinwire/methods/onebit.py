@@ -4,7 +4,7 @@ from typing import Unpack
 
 from thinwire.compressors.cast import Cast
 from thinwire.compressors.sign import Sign
-from thinwire.core.interfaces import Memory
+from thinwire.core import Memory
 from thinwire.memories.compressed_momentum import CompressedMomentum, SteadyFeedback
 from thinwire.methods.method import Method, Rule
 from thinwire.methods.options import Options, recipe

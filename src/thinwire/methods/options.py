@@ -4,12 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, cast
 
 from thinwire.compressors.cast import Cast
+from thinwire.core import Compressor, Memory, ThinwireError
 from thinwire.core.checks import shown, texts
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Memory
 from thinwire.memories.error_feedback import NoMemory
-from thinwire.methods.method import Method, RouteName, Rule
-from thinwire.methods.warmup import Warmup
+from thinwire.methods.method import Method, RouteName, Rule, Warmup
 
 IDENTITY = Rule(Cast(), NoMemory())
 

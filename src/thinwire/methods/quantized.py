@@ -8,7 +8,7 @@ from thinwire.compressors.rounding import Natural, TernGrad
 from thinwire.compressors.sign import Sign
 from thinwire.core.checks import flag
 from thinwire.memories.error_feedback import ErrorFeedback, NoMemory, StateDtype
-from thinwire.memories.majority_vote import MajorityVote
+from thinwire.memories.sign_descent import MajorityVote
 from thinwire.methods.method import Method, Rule
 from thinwire.methods.options import Options, recipe
 

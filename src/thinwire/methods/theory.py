@@ -10,8 +10,8 @@ from typing import Literal, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from thinwire.core import ThinwireError
 from thinwire.core.checks import one_of, real
-from thinwire.core.errors import ThinwireError
 
 Mean: TypeAlias = Literal["quadratic", "arithmetic"]
 
@@ -56,7 +56,7 @@ def ef21_step(smoothness: float, each: Sequence[float], alpha: float, mean: Mean
     Source: P. Richtárik et al., "EF21", 2021, arXiv:2106.05203, theorem 1; P. Richtárik, E. Gasanov, K. Burlachenko,
     "Error Feedback Reloaded", 2024, arXiv:2402.10774.
     """
-    return 1.0 / (_checked(smoothness, each) + _mean(each, mean) * xi(alpha))
+    return _step(smoothness, each, mean, xi(alpha))
 
 
 def ef21_pp_step(smoothness: float, each: Sequence[float], alpha: float, participation: float) -> float:
@@ -88,7 +88,7 @@ def ef21_pp_step(smoothness: float, each: Sequence[float], alpha: float, partici
     theta = alpha / (1.0 + math.sqrt(1.0 - alpha))  # avoids the cancellation in 1 - sqrt(1 - alpha)
     rho = theta * p / (2.0 * (1.0 - p))
     spread = ratio * ratio * theta * p + (1.0 + 1.0 / rho) * (1.0 - p)  # beta = xi^2 theta
-    return 1.0 / (_checked(smoothness, each) + _mean(each, "quadratic") * math.sqrt(spread / (theta * p / 2.0)))
+    return _step(smoothness, each, "quadratic", math.sqrt(spread / (theta * p / 2.0)))
 
 
 def logistic_smoothness(features: Tensor, regularizer: float = 0.0) -> float:
@@ -117,13 +117,8 @@ def logistic_smoothness(features: Tensor, regularizer: float = 0.0) -> float:
     return eigenvalues[-1].item() / (4 * wide.shape[0]) + 2.0 * regularizer
 
 
-def _checked(smoothness: float, each: Sequence[float]) -> float:
+def _step(smoothness: float, each: Sequence[float], mean: Mean, factor: float) -> float:
     if not smoothness > 0.0 or not each or not all(value > 0.0 for value in each):
         raise ThinwireError(f"smoothness constants must be above 0, and one a worker; got {smoothness}, {list(each)}")
-    return smoothness
-
-
-def _mean(each: Sequence[float], kind: Mean) -> float:
-    one_of("quadratic", "arithmetic")("mean", kind)
-    power = 2 if kind == "quadratic" else 1
-    return (sum(value**power for value in each) / len(each)) ** (1 / power)
+    power = 2 if one_of("quadratic", "arithmetic")("mean", mean) == "quadratic" else 1
+    return 1.0 / (smoothness + (sum(value**power for value in each) / len(each)) ** (1 / power) * factor)

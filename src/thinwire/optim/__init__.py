@@ -5,7 +5,6 @@ each worker's own gradient, for an exchange of updates.
 """
 
 from thinwire.optim.mean_adamw import MeanAdamW
-from thinwire.optim.onebit_adam import OneBitAdam, ZeroOneAdam
-from thinwire.optim.onebit_lamb import OneBitLamb
+from thinwire.optim.onebit_adam import OneBitAdam, OneBitLamb, ZeroOneAdam
 
 __all__ = ["MeanAdamW", "OneBitAdam", "OneBitLamb", "ZeroOneAdam"]

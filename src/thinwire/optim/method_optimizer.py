@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from thinwire.core import ThinwireError, flat
 from thinwire.core.ambient import undisturbed
-from thinwire.core.errors import ThinwireError
 from thinwire.core.memory_capabilities import Absorbed
 from thinwire.core.sharding import own
-from thinwire.core.tensors import flat, float_at_least_32
+from thinwire.core.tensors import float_at_least_32
 from thinwire.optim.rare import is_sparse, lifted, quiet
 
 FreezeStep: TypeAlias = int | Literal["auto"] | None
@@ -40,7 +40,7 @@ class MethodOptimizer(torch.optim.Optimizer):
     attached: bool = False
 
     def __init__(self, params: ParamsT, lr: float, betas: tuple[float, float], eps: float, **rest: Any) -> None:
-        check(lr, betas, eps, rest.get("weight_decay", 0.0))
+        check(lr, betas, eps, rest["weight_decay"])
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "steps": 0, **rest})
         self.notes: list[str] = []
         """Notes for the ledger."""
@@ -100,7 +100,14 @@ class MethodOptimizer(torch.optim.Optimizer):
             )
         work = [(param, param.grad, group) for param, group in self.params() if param.grad is not None]
         for param, grad, group in work:
-            self.update(param, grad, self.state[param], group)
+            state = self.state[param]
+            if not state:
+                state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.zeros_like(
+                        param, dtype=float_at_least_32(param.dtype), memory_format=torch.preserve_format
+                    )
+            self.update(param, grad, state, group)
         if work:
             for group in self.param_groups:
                 group["steps"] += 1
@@ -247,15 +254,6 @@ class Freezing(MethodOptimizer):
     def recovered(self, m: Tensor, state: dict[str, Any], beta1: float) -> Tensor:
         """Compute the mean gradient from the last momentum and this one."""
         return m.to(state["exp_avg"].dtype).sub(state["exp_avg"], alpha=beta1).div_(1.0 - beta1)
-
-
-def fresh(state: dict[str, Any], param: Tensor, *names: str) -> None:
-    """Fill an empty state with zeros, in at least float32."""
-    if not state:
-        dtype = float_at_least_32(param.dtype)
-        state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
-        for name in names:
-            state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ rare feature (a row of an embedding, a column of a bag of words) that root may b
 import torch
 from torch import Tensor
 
+from thinwire.core import flat
 from thinwire.core.sharding import own
-from thinwire.core.tensors import flat
 
 QUIET = 1e-6
 """A squared gradient up to this share of its variance counts as 0; rounding errors are smaller."""

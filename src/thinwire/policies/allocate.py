@@ -11,14 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from thinwire.core.errors import ThinwireError
+from thinwire.core import ThinwireError
 
 Table = Sequence[Sequence[float]]
 """One row per parameter, one column per candidate; rows may differ in length."""
 SLIP = 1e-9
 """Relative amount by which a sum of floats may exceed the budget."""
-HALVINGS = 60
-"""Bisection steps for the best exchange rate of error for cost."""
 RATES = (0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0)
 """Multiples of the best rate, for lower bounds on the cost of the remaining parameters."""
 
@@ -42,20 +40,17 @@ def allocate(costs: Table, errors: Table, budget: float, resolution: int = 10_00
     only the cheapest and the least lossy in each of ``resolution`` equal parts of the budget are kept, and the result
     is close to optimal. Errors are never rounded.
 
-    Args:
-        costs, errors: of each parameter's candidates, at least 0.
-        budget: at least 0.
-        resolution: number of partial plans to keep; time and memory grow with it.
-
-    Returns:
-        An index for each parameter, at equal cost the one with the smaller error; None if no plan fits.
-
-    Raises:
-        ThinwireError: the tables differ in shape, or a value is negative or nonfinite.
+    Time and memory grow with ``resolution``. Returns a candidate's index for each parameter, at equal cost the one with
+    the smaller error; None if no plan fits.
 
     Departures: the paper rounds errors to 10,000 parts of the budget and fits the rounded errors.
     """
-    _check(costs, errors, budget, resolution)
+    if [len(row) for row in costs] != [len(row) for row in errors] or not all(costs):
+        raise ThinwireError("costs and errors need a row for each parameter, and a value for each of its candidates")
+    if not all(math.isfinite(x) and x >= 0 for table in (costs, errors) for row in table for x in row):
+        raise ThinwireError("costs and errors must be finite and at least 0")
+    if not 0 <= budget < math.inf or resolution < 1:
+        raise ThinwireError(f"budget is {budget} and resolution {resolution}; they must be at least 0 and 1")
     kept = [undominated(*rows) for rows in zip(costs, errors, strict=True)]
     rows = [
         Candidates(np.array([cost[q] for q in one]), np.array([error[q] for q in one]))
@@ -102,19 +97,17 @@ class Candidates:
 def _relaxed(rows: Sequence[Candidates], limit: float) -> tuple[float, list[int]]:
     """Find the lowest rate at which the cheapest choices fit; returns it and the choices, cheapened while they fit."""
     low, high = 0.0, 1.0
-    lossless = [len(row.errors) - 1 for row in rows]
 
     def plan(rate: float) -> list[int] | None:
         chosen = [row.at(rate) for row in rows]
         return chosen if sum(row.errors[q] for row, q in zip(rows, chosen, strict=True)) <= limit else None
 
-    best = plan(low)
-    if best is not None:
+    if (best := plan(low)) is not None:
         return low, best
     while (best := plan(high)) is None and high < 1e300:
         low, high = high, high * 16
-    best = best or lossless
-    for _ in range(HALVINGS):
+    best = best or [len(row.errors) - 1 for row in rows]  # lossless
+    for _ in range(60):  # halve the range of the best exchange rate of error for cost
         middle = (low + high) / 2
         if (found := plan(middle)) is None:
             low = middle
@@ -157,12 +150,3 @@ def _least(rows: Sequence[Candidates], limit: float, resolution: int, rate: floa
         chosen.append(int(added[at]))
         at = int(before[at])
     return chosen[::-1]
-
-
-def _check(costs: Table, errors: Table, budget: float, resolution: int) -> None:
-    if [len(row) for row in costs] != [len(row) for row in errors] or not all(costs):
-        raise ThinwireError("costs and errors need a row for each parameter, and a value for each of its candidates")
-    if not all(math.isfinite(x) and x >= 0 for table in (costs, errors) for row in table for x in row):
-        raise ThinwireError("costs and errors must be finite and at least 0")
-    if not 0 <= budget < math.inf or resolution < 1:
-        raise ThinwireError(f"budget is {budget} and resolution {resolution}; they must be at least 0 and 1")

@@ -3,6 +3,7 @@
 It averages the compressors' inputs, computes the error of each candidate on them, and changes the method.
 """
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -18,13 +19,10 @@ from torch import Tensor
 from thinwire.comm.link import Link
 from thinwire.comm.link_speed import measure
 from thinwire.comm.texts import heard
+from thinwire.core import Compressor, Context, ThinwireError, flat
 from thinwire.core.ambient import undisturbed
 from thinwire.core.capabilities import ErrorTable, declines, led
 from thinwire.core.checks import one_of
-from thinwire.core.context import Context
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor
-from thinwire.core.tensors import flat
 from thinwire.exchange.units import DENSE, Unit, bytes_alone, payload_nbytes
 from thinwire.exchange.workers import Worker
 from thinwire.methods.method import Method, Rule
@@ -209,10 +207,13 @@ class LGreCo:
 
     def _options(self, unit: Unit) -> list[Compressor]:
         """Return the candidates of one unit without repeats, including its own compressor and dense."""
-        own = self._rule(unit).compressor
-        offered = family(own) if self.candidates is None else self.candidates
-        fitting = [one for one in offered if declines(one, unit.param.shape) is None and allowed(one, self._rule(unit))]
-        return list(dict.fromkeys([own, *fitting, DENSE]))
+        rule = self._rule(unit)
+        options = [rule.compressor]
+        for one in family(rule.compressor) if self.candidates is None else self.candidates:
+            if declines(one, unit.param.shape) is None:
+                with contextlib.suppress(ThinwireError):  # one that does not fit the memory
+                    options.append(replace(rule, compressor=one).compressor)
+        return list(dict.fromkeys([*options, DENSE]))
 
     def _table(
         self, worker: Worker, units: Sequence[Unit], options: dict[str, list[Compressor]], session: Session
@@ -250,15 +251,6 @@ def _read(text: str, own: list[Rows], paid: Rows) -> tuple[list[Rows], Rows]:
             if (name in paid and len(row) != len(paid[name])) or not all(type(x) in (int, float) for x in row):
                 raise ValueError(f"{name}: {row!s:.40}")
     return [{name: [*map(float, row)] for name, row in rows.items()} for rows in tables], costs
-
-
-def allowed(compressor: Compressor, rule: Rule) -> bool:
-    """Return True if the rule's memory can be used with this compressor."""
-    try:
-        replace(rule, compressor=compressor)
-    except ThinwireError:
-        return False
-    return True
 
 
 def mean_row(rows: Iterable[Sequence[float]]) -> list[float]:

@@ -68,13 +68,7 @@ def page(
     details: Mapping[str, str],
     footer: Sequence[str] = (),
 ) -> str:
-    """Build the page as HTML text.
-
-    Args:
-        verdict: the result in a sentence.
-        details: folded texts, keyed by their summary line.
-        footer: one line each.
-    """
+    """Build the page as HTML text; ``details`` are folded texts, keyed by their summary line."""
     figures = "".join(
         f'<figure id="plot{i}">{_svg(plot)}<figcaption>{html.escape(plot.caption)}</figcaption></figure>'
         for i, plot in enumerate(plots)

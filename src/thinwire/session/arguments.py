@@ -12,9 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.comm.link import Link
-from thinwire.core import checks
+from thinwire.core import ThinwireError, checks
 from thinwire.core.checks import Check, of_type, shown, whole
-from thinwire.core.errors import ThinwireError
 from thinwire.methods.given import method_of
 from thinwire.session.optimizers import Optimizers, Several
 

@@ -26,11 +26,3 @@ def is_shared(grad: Tensor) -> bool:
 def queue(done: Callable[[], None]) -> None:
     """Call ``done`` at the end of the running backward pass, after earlier callbacks. DDP and FSDP2 do the same."""
     cast(Any, Variable)._execution_engine.queue_callback(done)
-
-
-def after_backward(done: Callable[[], None]) -> None:
-    """Call ``done`` when all ``.grad`` are final: after the callbacks queued so far and by the hook that calls this."""
-    if in_backward():
-        queue(lambda: queue(done))
-    else:
-        done()

@@ -9,7 +9,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from types import FrameType
+from itertools import islice
+from traceback import walk_stack
 from typing import Any, cast
 
 import torch
@@ -20,19 +21,16 @@ from thinwire.core.sharding import own
 from thinwire.core.tensors import float_at_least_32
 from thinwire.exchange.units import Unit
 from thinwire.methods.method import Method
-from thinwire.session.backward import after_backward
+from thinwire.session.backward import in_backward, queue
 
 FIRST, EVERY = 10, 100
 """Steps that are checked: the first 10, then powers of two and every hundredth."""
-FRAMES = 24
-"""Stack frames in which a scaler is looked for."""
 
 
 class Touched:
     """Compares the gradient norms after the exchange with those just before the optimizer step.
 
-    Args:
-        scaled: True if the session has an enabled scaler, which may unscale the gradients in between.
+    ``scaled``: True if the session has an enabled scaler, which may unscale the gradients in between.
     """
 
     def __init__(self, scaled: bool) -> None:
@@ -52,7 +50,11 @@ class Touched:
         self.exchanges += 1
         n = self.exchanges
         if n <= FIRST or n % EVERY == 0 or n & (n - 1) == 0:
-            after_backward(partial(self._record, units))
+            record = partial(self._record, units)  # called when all ``.grad`` are final, after the other callbacks
+            if in_backward():
+                queue(lambda: queue(record))
+            else:
+                record()
 
     def _record(self, units: Sequence[Unit]) -> None:
         self.before = {unit.name: _norm(unit.param.grad) for unit in units if unit.param.grad is not None}
@@ -94,21 +96,15 @@ class Touched:
 def _norm(grad: Tensor) -> Tensor:
     mine = own(grad.detach())
     mine = mine.coalesce().values() if mine.is_sparse else mine
-    with torch.no_grad():
-        norm = cast(Any, torch.linalg).vector_norm(mine, dtype=float_at_least_32(mine.dtype))
-    return cast(Tensor, norm.double())
+    return cast(Any, torch.linalg).vector_norm(mine, dtype=float_at_least_32(mine.dtype)).double()
 
 
 def _in_scaler(optimizer: Any) -> bool:
     """Return True if a loss scaler with a scale other than 1 calls this optimizer's step."""
     if getattr(optimizer, "grad_scale", None) is not None:  # a fused optimizer, whose gradients stay scaled
         return True
-    frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
-    for _ in range(FRAMES):
-        if frame is None:
-            return False
+    for frame, _ in islice(walk_stack(sys._getframe(1)), 24):  # pyright: ignore[reportPrivateUsage]
         scaler: Any = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
         if isinstance(scaler, torch.amp.GradScaler):  # pyright: ignore[reportPrivateImportUsage]
             return bool(cast(Any, scaler).is_enabled() and cast(Any, scaler).get_scale() != 1.0)
-        frame = frame.f_back
     return False

@@ -30,26 +30,17 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from thinwire.core import registry
-from thinwire.core.context import Context
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Memory, Role, State, named, replicated
+from thinwire.core import Context, Memory, Role, State, ThinwireError, flat, registry
+from thinwire.core.interfaces import named, replicated
 from thinwire.core.memory_capabilities import inferred, traits_of
 from thinwire.core.sharding import cut, place, shape_of, shard_dim
-from thinwire.core.tensors import flat, float_at_least_32, norm
+from thinwire.core.tensors import float_at_least_32, norm
 from thinwire.exchange.units import Unit
 from thinwire.exchange.workers import Worker
 from thinwire.session import checksums
 from thinwire.session.migrate import slot_for
 from thinwire.session.rounds import RoundState
-from thinwire.session.untrusted import (
-    UNREADABLE,
-    check_plan,
-    read_integer,
-    read_mapping,
-    read_states,
-    read_tensor,
-)
+from thinwire.session.untrusted import UNREADABLE, check_plan, read_integer, read_mapping, read_states, read_tensor
 
 VERSION = 2
 ROUND = "round."
@@ -172,9 +163,9 @@ def _like(unit: Unit, key: str, value: Tensor) -> Tensor | None:
 
 
 def plan_of(unit: Unit, local: State) -> str:
-    parts = (registry.to_json(unit.method_compressor), registry.to_json(unit.memory))
-    shape, keys = list(shape_of(unit.param)), sorted(local)
-    return json.dumps({"shape": shape, "compressor": parts[0], "memory": parts[1], "local": keys}, sort_keys=True)
+    compressor, memory = registry.to_json(unit.method_compressor), registry.to_json(unit.memory)
+    said = {"shape": list(shape_of(unit.param)), "compressor": compressor, "memory": memory, "local": sorted(local)}
+    return json.dumps(said, sort_keys=True)
 
 
 @torch.no_grad()
@@ -236,8 +227,7 @@ def restore(
             mine = {key: _mean_row(states, unit, key, saved_world) for key in saved}
             if on_world_change == "reset":
                 if held := [mine[key] for key in pending if key in mine]:
-                    size = float(norm(held))
-                    notes.append(f"{unit.name}: a mean pending update of norm {size:.3g} was dropped")
+                    notes.append(f"{unit.name}: a mean pending update of norm {float(norm(held)):.3g} was dropped")
                 mine = {key: value for key, value in mine.items() if key not in pending | {"pending_residual"}}
         gain = traits_of(was).residual_gain / traits_of(unit.memory).residual_gain
         fresh, begun = unit.fresh_local().now, unit.fresh_shared().now
@@ -251,7 +241,7 @@ def restore(
         round_local[unit.name], round_shared[unit.name] = _of_round(mine), _of_round(both)
         before = replicated(was)
         alone = (before | unit.replicated) - (before & unit.replicated & mine.keys() & both.keys())
-        if unit.replicated:  # what is asked is a difference, to which nothing pending can be added
+        if unit.replicated:  # what is compensated is a difference, to which nothing pending can be added
             alone |= {"pending_residual", *(pending - fresh.keys())}
         for key in alone & mine.keys():
             notes.append(f"{unit.name}: the checkpoint's {key} has no place in the present method and was dropped")
@@ -315,14 +305,14 @@ def _memory(plan: str, saved: Mapping[str, Any], unit: Unit) -> Memory:
 
 
 def _row(value: Any, unit: Unit, key: str, rank: int, world: int) -> Tensor:
-    what = f"{unit.name}: {key}"
-    return _plain(_rows(_cut(read_tensor(value, what), unit, 1), what, tuple(unit.own.shape), rank, world), unit, key)
+    rows = _cut(value, unit, key, 1)
+    return _plain(_rows(rows, f"{unit.name}: {key}", tuple(unit.own.shape), rank, world), unit, key)
 
 
-def _cut(tensor: Tensor, unit: Unit, leading: int = 0) -> Tensor:
+def _cut(value: Any, unit: Unit, key: str, leading: int = 0) -> Tensor:
     """Return this rank's shard of a whole tensor, such as one read from a folder; another tensor unchanged."""
-    whole = tuple(tensor.shape[leading:]) == tuple(shape_of(unit.param))
-    return cut(tensor, unit.param, leading) if whole else tensor
+    tensor = read_tensor(value, f"{unit.name}: {key}")
+    return cut(tensor, unit.param, leading) if tensor.shape[leading:] == shape_of(unit.param) else tensor
 
 
 def _shared(value: Any, unit: Unit, key: str, shape: torch.Size, packed: bool) -> Tensor | None:
@@ -330,7 +320,7 @@ def _shared(value: Any, unit: Unit, key: str, shape: torch.Size, packed: bool) -
     tensor = read_tensor(value, f"{unit.name}: {key}")
     shard, shards = place(unit.param)
     if not packed and shape == unit.own.shape:
-        tensor = _cut(tensor, unit)
+        tensor = _cut(tensor, unit, key)
     elif tensor.ndim == len(shape) + 1:
         if tensor.shape[0] not in (1, shards):
             return None
@@ -361,8 +351,7 @@ def _check_ranks(states: Sequence[Mapping[str, Any]], world: int) -> None:
 def _mean_row(states: Sequence[Mapping[str, Any]], unit: Unit, key: str, world: int) -> Tensor:
     """Return the mean over all saved rows. It preserves the mean pending update at any world size."""
     values = [read_mapping(read_mapping(state, "local"), unit.name).get(key) for state in states]
-    parts = [read_tensor(value, f"{unit.name}: {key}") for value in values]
-    parts = [_cut(part, unit, 1) if part.ndim else part for part in parts]
+    parts = [_cut(value, unit, key, 1) for value in values]
     shape = tuple(unit.own.shape)
     if sum(part.shape[0] if part.ndim else 0 for part in parts) != world or any(p.shape[1:] != shape for p in parts):
         raise ThinwireError(f"{unit.name}: the checkpoint's {key} is not {world} rows of shape {shape}; it is damaged")
@@ -370,8 +359,8 @@ def _mean_row(states: Sequence[Mapping[str, Any]], unit: Unit, key: str, world: 
     return _plain(stacked.double().mean(0).to(float_at_least_32(stacked.dtype)), unit, key)
 
 
-def _plain(value: Any, unit: Unit, key: str, shape: torch.Size | None = None) -> Tensor:
-    tensor, expected = read_tensor(value, f"{unit.name}: {key}"), unit.own.shape if shape is None else shape
+def _plain(tensor: Tensor, unit: Unit, key: str, shape: torch.Size | None = None) -> Tensor:
+    expected = unit.own.shape if shape is None else shape
     if tensor.shape != expected:
         raise ThinwireError(
             f"{unit.name}: the checkpoint's {key} is of shape {tuple(tensor.shape)}, not of {tuple(expected)}"

@@ -17,9 +17,7 @@ def clip(
 
     With independent noise, the mean of N gradients has 1 / sqrt(N) of their norm, so this is as strong as clipping
     the mean at ``threshold``. (DGC's paper uses ``threshold / sqrt(N)``, because it divides gradients by N first.)
-
-    Args:
-        whole: maps the norm of these gradients to the norm of the whole model's, if they are only a shard of it.
+    ``whole`` maps the norm of these gradients to the norm of the whole model's, if they are only a shard of it.
     """
     scale = (threshold * math.sqrt(world) / (whole(norm(grads)) + 1e-6)).clamp(max=1.0)
     for grad in grads:

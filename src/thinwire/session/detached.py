@@ -1,4 +1,4 @@
-"""Sessions that can't be used: copies of one, one after ``detach()``, and one whose change of method was interrupted.
+"""Sessions that can't be used: one after ``detach()``, and one whose change of method was interrupted.
 
 After ``detach()`` only ledger and report work, and a second detach does nothing. If an error interrupts a change of
 method, the memory is only partly migrated, and the session takes no more steps.
@@ -11,21 +11,6 @@ from typing import Any, Never
 from thinwire.core.errors import ThinwireError
 
 NEEDS_A_MODEL = ("set_method", "state_dict", "load_state_dict", "load", "no_sync")
-
-
-class OfThisRun:
-    """An object that can't be copied or pickled.
-
-    Raises:
-        ThinwireError: code tries it; the error names what to save instead.
-    """
-
-    def __reduce_ex__(self, protocol: Any) -> Never:
-        raise ThinwireError(
-            "a session holds the process group and the hooks of this run, so it can be neither pickled nor copied; "
-            'save wire.state_dict(): with torch.save({"wire": wire.state_dict()}, path), a file for each rank, or with '
-            'torch.distributed.checkpoint.save({"wire": wire}), which asks for it itself'
-        )
 
 
 @contextlib.contextmanager

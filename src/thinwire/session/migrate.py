@@ -10,11 +10,10 @@ from torch import Tensor
 from thinwire._version import __version__
 from thinwire.comm.collectives import Collective, ControlChannel
 from thinwire.comm.texts import known_to_all
+from thinwire.core import Memory, Role, State, ThinwireError, flat
 from thinwire.core.capabilities import inherit, moved
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Memory, Role, State, named
+from thinwire.core.interfaces import named
 from thinwire.core.memory_capabilities import OwnsMomentum, inferred, take_buffer, traits_of
-from thinwire.core.tensors import flat
 from thinwire.exchange.states import TwoCopies
 from thinwire.exchange.units import Unit
 from thinwire.exchange.workers import Worker
@@ -43,15 +42,6 @@ def describe(method: Method, units: Sequence[Unit], rest: Mapping[str, object]) 
     described = [(f"unit {unit.name!r}", unit.describe()) for unit in units]
     texts = [("method", method.to_json()), *((key, str(value)) for key, value in rest.items())]
     return [("thinwire", __version__), *described, *texts]
-
-
-def migrate_all(
-    before: Sequence[Unit], after: Sequence[Unit], workers: Sequence[Worker], collective: Collective, timeout: float
-) -> None:
-    """Migrate the state of each old unit to the new unit of the same name. A collective call."""
-    known = {unit.name: unit for unit in before}
-    for unit in after:
-        migrate(known.get(unit.name), unit, workers, collective, timeout)
 
 
 def migrate(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: Collective, timeout: float) -> None:
@@ -108,8 +98,7 @@ def _keep(old: State, new: State, was: Memory, memory: Memory, gain: float = 1.0
     """Fill the slots of ``new`` with those of ``old``, see ``slot_for``; ``gain`` scales a pending residual."""
     pending = named(was, Role.PENDING) | {"pending_residual"}
     for key, value in old.items():
-        kept = slot_for(key, was, memory, new)
-        if kept is not None:
+        if (kept := slot_for(key, was, memory, new)) is not None:
             value = value * gain if key in pending and gain != 1.0 else value
             if (key != kept or key == "pending_residual") and kept in new:
                 value = value + new[kept]
@@ -125,9 +114,7 @@ def follow(
 ) -> None:
     """Lay out the state of some units, element by element, as their parameters are now.
 
-    Args:
-        strides: the parameters' earlier strides, by name.
-        optimizer: returns the optimizer state of a unit, if the optimizer is part of the method.
+    ``strides`` are their earlier ones; ``optimizer`` returns a unit's optimizer state, if that is part of the method.
     """
     for unit in units:
         like, packed = unit.own, unit.init_packed()

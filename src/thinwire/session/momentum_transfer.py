@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from thinwire.comm.collectives import Collective
-from thinwire.core import registry
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Memory, feeds_back
+from thinwire.core import Memory, ThinwireError, registry
+from thinwire.core.interfaces import feeds_back
 from thinwire.core.memory_capabilities import Absorbed, OwnsMomentum, absorb, absorbed, give_buffer, take_buffer
 from thinwire.core.sharding import own, wrapped
 from thinwire.exchange.units import Unit
@@ -32,8 +31,6 @@ warn_once = cache(log.warning)
 
 CLEARED: dict[str, Any] = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
 WRITTEN = (*CLEARED, "dampening", "maximize")
-
-
 INSTEAD = (
     "thinwire.topk(density) works with every optimizer, and so do thinwire.lean(bits_per_parameter, momentum=False), "
     "thinwire.dense() and thinwire.cast()"
@@ -43,11 +40,7 @@ INSTEAD = (
 class MomentumTransfer:
     """The momentum transfer of a model's SGD optimizers: takes their settings, follows changes, and gives them back.
 
-    Args:
-        optimizer: of the model. Parameters that the method does not compress may have another optimizer than SGD,
-            which keeps its momentum.
-        method: whose memories own the momentum.
-        named: the parameters that are exchanged.
+    Exchanged parameters that the method does not compress may have another optimizer, which keeps its momentum.
     """
 
     def __init__(self, optimizer: Optimizers | None, method: Method, named: Sequence[tuple[str, Tensor]]) -> None:
@@ -190,11 +183,6 @@ class MomentumTransfer:
                 unit.align(workers)
         return found
 
-    def moved(self) -> str:
-        """Return the message for the user."""
-        found = "; ".join(sorted({f"{s.momentum:g}, {s.nesterov}, {s.weight_decay:g}" for s in self.settings.values()}))
-        return f"momentum, nesterov, weight_decay ({found}) moved from the optimizer into the memory until detach()"
-
     def give_back(
         self, units: Sequence[Unit], workers: Sequence[Worker], collective: Collective, timeout: float
     ) -> None:
@@ -204,8 +192,7 @@ class MomentumTransfer:
             buffer = averaged_buffer(unit, workers, collective, timeout)
             holder = self.held.get(unit.name)
             if buffer is not None and holder is not None:
-                buffer = buffer.to(unit.own.dtype, copy=True)
-                holder.state[unit.param]["momentum_buffer"] = wrapped(buffer, unit.param)
+                holder.state[unit.param]["momentum_buffer"] = wrapped(buffer.to(unit.own.dtype, copy=True), unit.param)
 
 
 @contextlib.contextmanager
@@ -248,6 +235,4 @@ def averaged_buffer(unit: Unit, workers: Sequence[Worker], collective: Collectiv
 def averaged(local: Sequence[Tensor], collective: Collective, timeout: float) -> Tensor:
     """Return the mean over all ranks; ``local`` has the tensors of the ranks in this process. A collective call."""
     mean = torch.stack(list(local)).sum(0).mul_(1.0 / collective.world)
-    if len(local) < collective.world:
-        mean = collective.all_reduce(mean).wait(timeout)
-    return mean
+    return collective.all_reduce(mean).wait(timeout) if len(local) < collective.world else mean

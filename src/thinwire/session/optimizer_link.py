@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from thinwire.comm.collectives import Collective
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Role, named
+from thinwire.core import Role, ThinwireError
+from thinwire.core.interfaces import named
 from thinwire.core.memory_capabilities import Absorbed, traits_of
 from thinwire.core.sharding import own, wrapped
 from thinwire.exchange.fused import warm_up_kernels
@@ -106,7 +106,9 @@ class OptimizerLink:
         if transfer is None or before is not None:
             return None
         self._took = transfer.take(units, self.session.workers)
-        return transfer.moved()
+        each = sorted({f"{s.momentum:g}, {s.nesterov}, {s.weight_decay:g}" for s in transfer.settings.values()})
+        found = "; ".join(each)
+        return f"momentum, nesterov, weight_decay ({found}) moved from the optimizer into the memory until detach()"
 
     def start(self, cleanup: ExitStack) -> None:
         """Install the hooks on the optimizers' checkpoints; ``cleanup`` removes them."""
@@ -233,10 +235,10 @@ class OptimizerLink:
             self.transfer.follow(units, workers)
             if self.transfer.take(units, workers):
                 self.missing = None
+            self.transfer.seen = None  # so that ``check`` looks at the settings that were loaded
 
     def _read_mark(self, optimizer: torch.optim.Optimizer) -> None:
-        marks = [group.pop(MARK, None) for group in optimizer.param_groups]
-        steps = [mark for mark in marks if isinstance(mark, int)]
+        steps = [mark for group in optimizer.param_groups if isinstance(mark := group.pop(MARK, None), int)]
         self.missing = max(steps) if steps and not self._restored else None
 
     def _warn_of_missing(self) -> None:

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
@@ -12,15 +13,10 @@ from thinwire.core.errors import ThinwireError
 
 WRAPPERS = ("optimizer", "base_optimizer")
 """Attributes in which frameworks, SAM and Lookahead keep the optimizer that steps."""
-Hook: TypeAlias = Callable[..., Any]
 
 
 class Several:
-    """Several optimizers of one model, whose steps together count as one.
-
-    Args:
-        each: the optimizers, without wrappers.
-    """
+    """Several optimizers of one model, without wrappers, whose steps together count as one."""
 
     def __init__(self, each: Sequence[torch.optim.Optimizer]) -> None:
         self.each = tuple(each)
@@ -35,7 +31,7 @@ class Several:
         for optimizer in self.each:
             optimizer.step()
 
-    def register_step_post_hook(self, hook: Hook) -> "Handles":
+    def register_step_post_hook(self, hook: Callable[..., Any]) -> "Handles":
         """Call ``hook`` each time all optimizers have stepped since its last call."""
         stepped: set[int] = set()
 
@@ -45,18 +41,16 @@ class Several:
                 stepped.clear()
                 hook(optimizer, args, kwargs)
 
-        return Handles(optimizer.register_step_post_hook(after).remove for optimizer in self.each)
+        handles = Handles()
+        for optimizer in self.each:
+            handles.callback(optimizer.register_step_post_hook(after).remove)
+        return handles
 
 
-class Handles:
+class Handles(ExitStack):
     """Hooks that are removed together."""
 
-    def __init__(self, removals: Iterable[Callable[[], Any]]) -> None:
-        self._removals = list(removals)
-
-    def remove(self) -> None:
-        for removal in self._removals:
-            removal()
+    remove = ExitStack.close
 
 
 Optimizers: TypeAlias = torch.optim.Optimizer | Several
@@ -142,8 +136,7 @@ def check_optimizer(
                 f"optimizer[{i}], a {type(one).__name__}, holds no parameter that is exchanged; leave it out: a step "
                 "is final when all have stepped"
             )
-        known = _owners.get(one)
-        other = known() if known is not None else None
+        other = known() if (known := _owners.get(one)) is not None else None
         if other is not None and other is not owner:
             raise ThinwireError("this optimizer is attached to another model; give each model an optimizer of its own")
     for one in each_of(optimizer):
@@ -153,6 +146,5 @@ def check_optimizer(
 def release_optimizer(optimizer: Optimizers | None, owner: object) -> None:
     """Free the optimizer for another session, if this one owns it."""
     for one in each_of(optimizer):
-        known = _owners.get(one)
-        if known is not None and known() is owner:
+        if (known := _owners.get(one)) is not None and known() is owner:
             del _owners[one]

@@ -5,7 +5,7 @@ one shard read a header, it would change the message size, and dense messages ha
 number of exchanges, which is equal on all ranks even if one of them left out a step. It reads each parameter once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,14 +25,7 @@ ASIDE = "-"
 
 
 class Replicas:
-    """The comparison of parameters that several ranks hold.
-
-    Args:
-        named: this rank's parameters; they are ignored if no other rank holds the same.
-        channel: the control channel of all ranks of the model.
-        parts: the number of shards of the model: rank r holds the same as rank r + parts.
-        every: exchanges from one check to the next; 0 for no check.
-    """
+    """The comparison of parameters that several ranks hold: rank r holds the same as rank r + ``parts``."""
 
     def __init__(
         self, named: Sequence[tuple[str, Tensor]], channel: ControlChannel, parts: int = 1, every: int = EVERY
@@ -78,14 +71,9 @@ class Replicas:
     def _look(self, step: int) -> tuple[list[int], str]:
         """Return all ranks' steps, and a text with the first parameter that differs and its ranks, or ""."""
         hashes = [fingerprint(own(param)) for _, param in self.named]
-        said = [text.split() for text in self.channel.exchange_text(f"{step} {self._said(hashes)}")]
-        found = [text for _, text in said]
+        steps, found = zip(*(text.split() for text in self._exchange(hashes, f"{step} ")), strict=True)
         self.strays = [r for r, text in enumerate(found) if text.startswith(ASIDE) and text[len(ASIDE) :] not in found]
-        differs = self._first(hashes) if self._odd(found) else ""
-        return [int(text) for text, _ in said], differs
-
-    def _said(self, hashes: Sequence[int]) -> str:
-        return f"{ASIDE * self.aside}{chained(hashes):016x}"
+        return [int(text) for text in steps], self._first(hashes) if self._odd(found) else ""
 
     def _odd(self, said: Sequence[str]) -> dict[int, int]:
         """Return, for each rank whose text differs, the first rank that holds the same shard."""
@@ -97,28 +85,24 @@ class Replicas:
                     odd[rank] = one
         return odd
 
-    def _asked(self, hashes: Sequence[int]) -> dict[int, int]:
-        return self._odd(self.channel.exchange_text(self._said(hashes)))
+    def _exchange(self, hashes: Sequence[int], before: str = "") -> Sequence[str]:
+        return self.channel.exchange_text(f"{before}{ASIDE * self.aside}{chained(hashes):016x}")
 
     def _first(self, hashes: Sequence[int]) -> str:
         """Find the first parameter that differs by bisection, with 16 characters a round; all ranks do the same."""
         low, high = 0, len(hashes)  # the first ``low`` are equal on all ranks, the first ``high`` are not
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._asked(hashes[:middle]) else (middle, high)
-        ranks = self._asked(hashes[low:high])
-        return f"parameter {self.named[low][0]!r} is not the same on all ranks: {self._listed(ranks)}"
-
-    def _listed(self, ranks: Mapping[int, int]) -> str:
+            low, high = (low, middle) if self._odd(self._exchange(hashes[:middle])) else (middle, high)
         first: dict[int, list[str]] = {}
-        for rank, one in ranks.items():
+        for rank, one in self._odd(self._exchange(hashes[low:high])).items():
             first.setdefault(one, []).append(str(rank))
         shard = ", which holds the same shard" if self.parts > 1 else ""
         said: list[str] = []
         for rank, odd in first.items():
             differ = f"ranks {' and '.join(odd)} differ" if len(odd) > 1 else f"rank {odd[0]} differs"
             said.append(f"{differ} from rank {rank}{shard}")
-        return "; ".join(said)
+        return f"parameter {self.named[low][0]!r} is not the same on all ranks: {'; '.join(said)}"
 
 
 def _has_bits(param: Tensor) -> bool:

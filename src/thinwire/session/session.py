@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 from torch import Tensor
 
@@ -18,23 +18,22 @@ from thinwire.comm.control import ATTACH, Together
 from thinwire.comm.link_speed import measure
 from thinwire.comm.simulated import Local
 from thinwire.comm.texts import heard
+from thinwire.core import Compressor, ThinwireError
 from thinwire.core.ambient import undisturbed_methods
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor
 from thinwire.core.loops import Kernels
 from thinwire.core.tensors import norm
 from thinwire.exchange.buckets import Bucket
 from thinwire.exchange.fused import warm_up_kernels
 from thinwire.exchange.stages import Stages
-from thinwire.exchange.units import TURN_BYTES, Unit, all_dense, resolve
+from thinwire.exchange.units import Unit, resolve
 from thinwire.exchange.workers import PROBE_EVERY, Probe, Worker, has_pending, pending_residuals
 from thinwire.methods.given import method_of
 from thinwire.methods.method import Method, Rule
 from thinwire.report.ledger import Ledger, StepRow
 from thinwire.session import checkpoint
 from thinwire.session.checkpoint import OnWorldChange
-from thinwire.session.detached import OfThisRun, changing, leave_behind
-from thinwire.session.migrate import agree, describe, follow, migrate_all
+from thinwire.session.detached import changing, leave_behind
+from thinwire.session.migrate import agree, describe, follow, migrate
 from thinwire.session.momentum_transfer import log, remembering, warn_once
 from thinwire.session.optimizer_link import OptimizerLink
 from thinwire.session.replicas import Replicas
@@ -44,7 +43,7 @@ from thinwire.session.untrusted import read_folder
 
 
 @undisturbed_methods
-class Session(OfThisRun):
+class Session:
     """One attached model.
 
     Args:
@@ -73,14 +72,12 @@ class Session(OfThisRun):
         self.optimizer, self.loss_scale = rounds.optimizer, 1.0
         self.workers = list(workers or [Worker(collective.rank, seed)])
         self.ledger = Ledger(method.name, collective.world, collective.label)
-        self.stages = Stages(collective, self.ledger)
+        self.stages = Stages(collective, self.ledger, self.workers)
         self.transaction = Transaction(self.ledger)
         self.optimizer_link = OptimizerLink(self, rounds.optimizer)
         self.step = self.turn = 0
         """The step of this rank, and the step that all ranks are assumed to be at, equal on all of them."""
         self.units: list[Unit] = []
-        self.optional = False
-        """True if a parameter may be unused on some ranks only, which only messages tell; the engine sets it."""
         self.replicas: Replicas | None = None
         """The check of replicated parameters, or None; the engine sets it."""
         self.timeout, self.policy = timeout, policy
@@ -125,15 +122,16 @@ class Session(OfThisRun):
         with changing(self, together.what):
             self.undo()
             self.optimizer_link.leave(transfer)
-            migrate_all(self.units, units, self.workers, self.collective, self.timeout)
+            before = {unit.name: unit for unit in self.units}
+            for unit in units:
+                migrate(before.get(unit.name), unit, self.workers, self.collective, self.timeout)
             if said := self.optimizer_link.enter(transfer, units, method):
                 self._say(said)
             self.method, self.units = method, units
-            self._link = link
             if method.route == "auto":
-                self._link = link or measure(self.collective, self.timeout, units[0].param.device)
-                self.ledger.note(f"routes are chosen for a link of {self._link} ({'given' if link else 'measured'})")
-            self.turn_bytes = TURN_BYTES if self._link is None else self._link.latency * self._link.bandwidth / 8
+                given, link = link, link or measure(self.collective, self.timeout, units[0].param.device)
+                self.ledger.note(f"routes are chosen for a link of {link} ({'given' if given else 'measured'})")
+            self.stages.install(units, method, link)
             with together.alone():
                 self.optimizer_link.hold(True, units)
                 self._installed_at = self.step
@@ -141,9 +139,9 @@ class Session(OfThisRun):
 
     def _resume(self) -> None:
         """Set the clock, the headers and the stage to a step at which all ranks are."""
-        self._density = -1.0
+        self.stages.density = -1.0
         self.transaction.all_at(self.step)
-        self._set_headers()
+        self.stages.set_headers()
         self._set_stage()
 
     def _stage(self, step: int) -> float | None:
@@ -158,11 +156,9 @@ class Session(OfThisRun):
 
     def _set_stage(self) -> None:
         density = self._stage(self.step)
-        if self.optimizer_link.keep(density, self.units) or density != self._density:
-            self._density = density
-            self.stages.begin(self.units, self.method, density, self._link, self.turn_bytes)
-            if (idle := all_dense(self.units, self.method, density)) is not None:
-                self._say(idle)
+        changed = self.optimizer_link.keep(density, self.units) or density != self.stages.density
+        if changed and (idle := self.stages.begin(density)):
+            self._say(idle)
 
     def set_method(self, method: Method | Compressor | Rule) -> None:
         """Change the method between two steps, on all ranks at once. A collective call.
@@ -250,7 +246,7 @@ class Session(OfThisRun):
         if self._stage(self.transaction.confirmed) != self._stage(self.turn):  # message sizes of ranks might differ
             self.transaction.compare(self._steps("a stage of the warm-up"), self.step)
         self._set_stage()
-        self.optimizer_link.begin(self._density)
+        self.optimizer_link.begin(self.stages.density)
         self.workers[0].probe = Probe() if self.step % PROBE_EVERY == 0 else None
 
     def end_step(self, nonfinite: bool | None = None) -> None:
@@ -279,8 +275,8 @@ class Session(OfThisRun):
         for call in self.on_commit:
             call()
         self.optimizer_link.tell()
-        if self._has_pending and not has_pending(self.units, self.workers):
-            self._set_headers()
+        if self.stages.pending and not has_pending(self.units, self.workers):
+            self.stages.set_headers()
         if self.policy is not None:
             with self._together("the policy"):
                 self.policy.after_step(self)
@@ -293,12 +289,8 @@ class Session(OfThisRun):
 
     def expect_unused(self) -> None:
         """Allow from now on that a parameter is unused on some ranks only, which only messages tell."""
-        self.optional = True
-        self._set_headers()
-
-    def _set_headers(self) -> None:
-        self._has_pending = has_pending(self.units, self.workers)
-        self.stages.set_headers(self.units, self.method, self.optional, self._has_pending)
+        self.stages.optional = True
+        self.stages.set_headers()
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -360,6 +352,13 @@ class Session(OfThisRun):
             ThinwireError: as ``load_state_dict``, or the folder can't be read.
         """
         self._load(partial(read_folder, folder, key), on_world_change)
+
+    def __reduce_ex__(self, protocol: Any) -> Never:
+        raise ThinwireError(
+            "a session holds the process group and the hooks of this run, so it can be neither pickled nor copied; "
+            'save wire.state_dict(): with torch.save({"wire": wire.state_dict()}, path), a file for each rank, or with '
+            'torch.distributed.checkpoint.save({"wire": wire}), which asks for it itself'
+        )
 
     def report(self) -> str:
         """Return the ledger as a Markdown table."""

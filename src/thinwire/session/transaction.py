@@ -61,11 +61,7 @@ class Transaction:
         self.confirmed = self.turn = step
 
     def begin(self, partly: bool = False) -> int:
-        """Begin an exchange; returns how many before it, in a row, are void because no optimizer step followed.
-
-        Args:
-            partly: True if parts of the last exchange were committed.
-        """
+        """Begin an exchange; returns how many before it, in a row, are void because no optimizer step followed."""
         idle = self.pending and not self.failed
         self.pending = self.failed = False  # gradients are not cleared: they belong to the next step by now
         self.statuses = []
@@ -86,16 +82,16 @@ class Transaction:
         steps: Callable[[], Sequence[int]] = list,
         apart_within_node: bool = False,
     ) -> None:
-        """End the exchange, when all of it has arrived.
+        """End the exchange, when all of it has arrived; ``steps`` returns the steps of all ranks, a collective call.
 
-        Args:
-            across_shards: maps flags of this rank to those that are True on any rank across shards.
-            nonfinite: True if something was nonfinite that no step status reports.
-            steps: returns the steps of all ranks. A collective call.
-            apart_within_node: True if ranks that share messages are at different steps, which is an error.
+        ``across_shards`` maps flags of this rank to those that are True on any rank across shards. ``nonfinite``: True
+        if something was that no step status reports; ``apart_within_node``: if ranks that share messages are apart.
         """
         self.pending = self.looked = True
-        said = self._said()
+        each = [torch.stack([status.apart, status.nonfinite.any()]) for status in self.statuses]
+        said: list[list[bool]] = []  # read with one synchronization for all
+        if each:
+            said = cast(Any, torch.stack([one.to(each[0].device) for one in each])).tolist()
         differ = apart_within_node or any(differs for differs, _ in said)
         for status, (_, failed) in zip(self.statuses, said, strict=True):
             if failed and not differ and not self.failed:
@@ -118,11 +114,6 @@ class Transaction:
         """End an exchange that nothing waits for: its step status is not read, so it may become a step or not."""
         self.pending = True
         self.turn += 1
-
-    def _said(self) -> list[list[bool]]:
-        """Return [ranks at different steps, anything nonfinite] of each step status, with one synchronization."""
-        each = [torch.stack([s.apart, s.nonfinite.any()]) for s in self.statuses]
-        return cast(Any, torch.stack([one.to(each[0].device) for one in each])).tolist() if each else []
 
     def compare(self, steps: Sequence[int], step: int) -> None:
         """Compare the steps of all ranks, and set the clock to them; see ``check_steps``."""

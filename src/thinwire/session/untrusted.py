@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.tensor import DTensor
 
 from thinwire.compressors.cast import DTYPES
-from thinwire.core import checks
-from thinwire.core.errors import ThinwireError
+from thinwire.core import ThinwireError, checks
 from thinwire.core.sharding import shape_of
 from thinwire.exchange.units import Unit
 
@@ -23,18 +22,14 @@ KEYS = ("version", "world", "step", "method", "plan", "local", "shared")
 UNREADABLE = (ValueError, KeyError, TypeError, RecursionError)
 """The errors of JSON that is not as it was written."""
 
-_load: Callable[..., None] = cast(Any, dcp).load
 
-
-def read_tensor(value: Any, what: str) -> Tensor:
-    """Return an ordinary tensor of a supported dtype, or the local part of a DTensor."""
+def read_tensor(value: Any, what: str, dtypes: Mapping[str, torch.dtype] = DTYPES) -> Tensor:
+    """Return an ordinary tensor of one of these dtypes, or the local part of a DTensor."""
     tensor: Any = value.to_local() if isinstance(value, DTensor) else value
-    ordinary = (
-        isinstance(tensor, Tensor) and tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested)
-    )
-    if not ordinary or type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.dtype not in DTYPES.values():
+    ordinary = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    if not ordinary or tensor.is_meta or tensor.is_nested or tensor.dtype not in dtypes.values():
         kind = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ThinwireError(f"{what} in the checkpoint is {kind}, not a tensor of {', '.join(DTYPES)}")
+        raise ThinwireError(f"{what} in the checkpoint is {kind}, not a tensor of {', '.join(dtypes)}; it is damaged")
     if tensor.nbytes > tensor.untyped_storage().nbytes():  # expanded: one number that claims to be a million
         raise ThinwireError(
             f"{what} in the checkpoint is of shape {tuple(tensor.shape)}, with less in it; it is damaged"
@@ -144,7 +139,7 @@ def read_folder(folder: str | Path, key: str) -> dict[str, Any]:
             raise KeyError(f"it has {sorted({name.partition('.')[0] for name in metadata.state_dict_metadata})}")
         with warnings.catch_warnings():  # it warns that it loads in a single process, as intended here
             warnings.simplefilter("ignore")
-            _load(wanted, storage_reader=FileSystemReader(folder), no_dist=True)
+            cast(Any, dcp).load(wanted, storage_reader=FileSystemReader(folder), no_dist=True)
         state: dict[str, Any] = {}
         for name, value in wanted.items():
             place: Any = state

@@ -9,7 +9,6 @@ Example::
         check_memory(MyMemory())
 """
 
-from thinwire.testing.laws_of_compressors import check_compressor
-from thinwire.testing.laws_of_memories import check_memory
+from thinwire.testing.laws import check_compressor, check_memory
 
 __all__ = ["check_compressor", "check_memory"]

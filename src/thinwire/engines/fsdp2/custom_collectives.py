@@ -5,8 +5,8 @@ The forward and backward pass of a step gather the same values, because random r
 optimizer has exact shards.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from thinwire.coding import header
 from thinwire.comm.link import wire_bytes
-from thinwire.comm.process_group import ProcessGroup
 from thinwire.core.ambient import undisturbed
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor, local_state
@@ -24,33 +23,19 @@ from thinwire.exchange.routes.rows import gathered, reduced
 from thinwire.exchange.states import TwoCopies
 from thinwire.exchange.workers import Worker
 from thinwire.methods.method import Rule
-from thinwire.session.session import Session
 
+if TYPE_CHECKING:
+    from thinwire.engines.fsdp2.shards import Shards
 
-def _native(name: str, older: str) -> Callable[..., Any]:
-    """Return PyTorch's collective: torch 2.13 renames both, and warns at the old name."""
-    return getattr(dist, name if hasattr(dist, name) else older)
-
-
-_reduce_scatter = _native("reduce_scatter_single", "reduce_scatter_tensor")
-_all_gather = _native("all_gather_single", "all_gather_into_tensor")
-
-
-class Passes(Protocol):
-    """The part of a model's hooks that a collective uses."""
-
-    session: Session | None
-    shards: ProcessGroup
-
-    def begin(self, session: Session) -> None: ...
-    def count(self, session: Session, elements: int, sent: float) -> None: ...
-    def gathered(self, elements: int, sent: float, world: int) -> None: ...
+_dist: Any = dist  # torch 2.13 renames both, and warns at the old name
+_reduce_scatter: Any = getattr(_dist, "reduce_scatter_single", None) or _dist.reduce_scatter_tensor
+_all_gather: Any = getattr(_dist, "all_gather_single", None) or _dist.all_gather_into_tensor
 
 
 class Custom:
     """A collective of one module that FSDP2 calls in place of its own."""
 
-    def __init__(self, shards: Passes, module: str) -> None:
+    def __init__(self, shards: "Shards", module: str) -> None:
         self.shards, self.module = shards, module
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -60,7 +45,7 @@ class Custom:
 class Gather(Custom):
     """The all-gather, with the interface of ``set_custom_all_gather``."""
 
-    def __init__(self, shards: Passes, module: str, compressor: Compressor) -> None:
+    def __init__(self, shards: "Shards", module: str, compressor: Compressor) -> None:
         super().__init__(shards, module)
         self.compressor = compressor
 
@@ -88,7 +73,7 @@ class Gather(Custom):
 class Scatter(Custom):
     """The reduce-scatter, with the interface of ``set_custom_reduce_scatter``."""
 
-    def __init__(self, shards: Passes, module: str, rule: Rule) -> None:
+    def __init__(self, shards: "Shards", module: str, rule: Rule) -> None:
         super().__init__(shards, module)
         self.rule, self.name = rule, f"reduce-scatter of {module}"
         self.worker: Worker | None = None
@@ -114,7 +99,12 @@ class Scatter(Custom):
             states = {self.name: TwoCopies.of(local_state(memory, blank))}
             self.worker = Worker(first + along.rank, session.seed, states, kernels=session.workers[0].kernels)
         if memory.stateful:
-            self._write(rows)
+            if self.written:
+                raise ThinwireError(
+                    f"{self.module or 'the model'} was reduced twice in a step, of which a residual can follow one "
+                    "only; use reduce_scatter= a compressor without a memory"
+                )
+            self.written, self.found = True, header.is_nonfinite(rows)
         scale = session.loss_scale if memory.stateful else 1.0
         bucket = reduced(self.name, self.rule.compressor, memory, rows, along.rank, first, scale)
         exchange(
@@ -124,28 +114,11 @@ class Scatter(Custom):
         self.shards.count(session, rows.numel(), along.sent - before)
         return None
 
-    def _write(self, rows: Tensor) -> None:
-        if self.written:
-            raise ThinwireError(
-                f"{self.module or 'the model'} was reduced twice in a step, of which a residual can follow one only; "
-                "use reduce_scatter= a compressor without a memory"
-            )
-        self.written = True
-        self.found = header.is_nonfinite(rows)
-
-    def begin(self) -> None:
-        """Begin a step; states of an earlier one that no optimizer step committed are void."""
-        self.written = False
-
     def commit(self) -> None:
         """Commit the states of the step after the optimizer has stepped."""
         if self.written and self.worker is not None:
             self.worker.local[self.name].commit()
         self.written = False
-
-    def forget(self) -> None:
-        """Free the residuals."""
-        self.worker = None
 
     def nonfinite(self) -> bool | None:
         """Return True if a gradient was nonfinite before it was reduced; None without a memory."""

@@ -1,4 +1,4 @@
-"""Checks and setup for FSDP2 (``fully_shard``); ``shards.py`` has the hooks.
+"""Options, checks and setup for FSDP2 (``fully_shard``); ``shards.py`` has the hooks.
 
 Behaviour of FSDP2 that this code depends on:
 
@@ -11,6 +11,7 @@ Behaviour of FSDP2 that this code depends on:
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Never, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from thinwire.comm.collectives import TIMEOUT, Collective, ControlChannel
@@ -28,12 +29,11 @@ from thinwire.comm.link import Link
 from thinwire.comm.mesh import BothAxes, Mesh, columns_of
 from thinwire.comm.process_group import ProcessGroup
 from thinwire.comm.simulated import Local
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor
+from thinwire.core import Compressor, ThinwireError
+from thinwire.core.checks import check_fields, of_type, optional
 from thinwire.core.memory_capabilities import OwnsMomentum, traits_of
 from thinwire.core.sharding import own, shard_dim
 from thinwire.engines.fsdp2.custom_collectives import Gather, Scatter
-from thinwire.engines.fsdp2.fsdp2_options import Fsdp2Options
 from thinwire.engines.fsdp2.shards import OwnedShard, Shards
 from thinwire.engines.names import check_some, clean, modules_of
 from thinwire.engines.unchanged import warn_of_apart
@@ -50,12 +50,48 @@ ONE_LINE = (
 )
 
 
+@dataclass(frozen=True)
+class Fsdp2Options:
+    """Options of ``attach`` for FSDP2: the mesh of replicas, and compression of gradients and parameters across shards.
+
+    Args:
+        replicate: the mesh, of one dimension, over the replicas of each shard. The method exchanges reduce-scattered
+            gradients over it, and residuals have the size of a shard. None for no replicas.
+        reduce_scatter: the compressor of gradients between the ranks that a parameter is sharded over, e.g.
+            ``Quantize(8, rounding="stochastic")``; None for PyTorch's reduce-scatter. ``Rule(compressor,
+            ErrorFeedback())`` adds a residual. It needs memory for two unsharded gradients a rank.
+        all_gather: the compressor of parameters between those ranks, e.g. ``Quantize(8)``; None for PyTorch's
+            all-gather. Forward and backward then use rounded weights, and the optimizer exact ones. A compressor with
+            random rounding (``rounding="stochastic"``) needs ``optimizer=``.
+
+    Raises:
+        ThinwireError: an option has a wrong type.
+
+    **Wire**: along the shard axis ``(N-1)/N`` of the payloads of all gradients, and the same of all parameters in each
+    of the two passes; between replicas that of the method.
+
+    Example:
+        >>> Fsdp2Options(all_gather=thinwire.compressors.Quantize(8)).replicate is None
+        True
+    """
+
+    replicate: DeviceMesh | None = None
+    reduce_scatter: Compressor | Rule | None = None
+    all_gather: Compressor | None = None
+
+    def __post_init__(self) -> None:
+        mesh = 'pass a mesh of one dimension, e.g. mesh["replicate"] of init_device_mesh(...)'
+        coder = "pass a compressor, e.g. thinwire.compressors.Quantize(8"
+        check_fields(
+            self,
+            replicate=optional(of_type(DeviceMesh, mesh)),
+            reduce_scatter=optional(of_type((Compressor, Rule), f"{coder}, rounding='stochastic'), or a Rule")),
+            all_gather=optional(of_type(Compressor, f"{coder})")),
+        )
+
+
 def is_fsdp2(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-def is_fsdp1(model: nn.Module) -> bool:
-    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
 def sharded_channel(model: nn.Module, replicate: DeviceMesh | None, timeout: float) -> BothAxes:
@@ -159,7 +195,7 @@ class Fsdp2:
             "wire.no_sync() is for a model without a wrapper; use model.set_requires_gradient_sync(False)"
         )
 
-    begins_alike = False
+    share = None
 
     def compared(self, every: int) -> Replicas:
         named = [(clean(name), p) for name, p in self.model.named_parameters() if isinstance(p, DTensor)]
@@ -171,9 +207,6 @@ class Fsdp2:
             replicas = Paced(self.replicas, link) if link else self.replicas
             return Mesh(replicas, self.shards, self.group, own(self.owned[0].param).device, columns)
 
-    def share(self, session: Session) -> None:
-        pass
-
     def install(self, session: Session) -> None:
         modules = [cast(nn.Module, module) for _, module in self.modules]
         shards = Shards(self.model, modules, self.owned, self.group is not None, self.shards)
@@ -181,7 +214,15 @@ class Fsdp2:
             _attached[cast(nn.Module, module)] = ref(shards)
             session.cleanup.callback(_attached.pop, cast(nn.Module, module), None)
             try:
-                self._replace(shards, name, module)
+                if self.gather is not None:
+                    module.set_custom_all_gather(cast(Any, Gather(shards, name, self.gather)))
+                if self.scatter is not None:
+                    scatter = Scatter(shards, name, self.scatter)
+                    shards.scatters.append(scatter)
+                    module.set_custom_reduce_scatter(cast(Any, scatter))
+                    module.set_force_sum_reduction_for_comms(True)
+                    if hasattr(module, "set_reduce_scatter_unused_params"):
+                        module.set_reduce_scatter_unused_params(True, recurse=False)
             except ValueError as error:
                 raise ThinwireError(f"{name or 'the model'}: {error}") from error
         shards.install(session)
@@ -194,17 +235,6 @@ class Fsdp2:
                 f"the reduce-scatter remembers what it lost: {shards.memory_bytes(self.scatter):,} bytes on this rank, "
                 "as two unsharded gradients; a checkpoint does not hold them"
             )
-
-    def _replace(self, shards: Shards, name: str, module: FSDPModule) -> None:
-        if self.gather is not None:
-            module.set_custom_all_gather(cast(Any, Gather(shards, name, self.gather)))
-        if self.scatter is not None:
-            scatter = Scatter(shards, name, self.scatter)
-            shards.scatters.append(scatter)
-            module.set_custom_reduce_scatter(cast(Any, scatter))
-            module.set_force_sum_reduction_for_comms(True)
-            if hasattr(module, "set_reduce_scatter_unused_params"):
-                module.set_reduce_scatter_unused_params(True, recurse=False)
 
 
 _attached: WeakKeyDictionary[nn.Module, ref[Shards]] = WeakKeyDictionary()  # a value must not hold its key

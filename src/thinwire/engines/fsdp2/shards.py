@@ -16,7 +16,7 @@ from thinwire.comm.process_group import ProcessGroup
 from thinwire.core.sharding import place, shard_dim
 from thinwire.engines.fsdp2.custom_collectives import Scatter
 from thinwire.engines.grad_hooks import GradHooks, Owned
-from thinwire.engines.model_hooks import Hook
+from thinwire.engines.hooks import Hook
 from thinwire.methods.method import Rule
 from thinwire.session.backward import in_backward
 from thinwire.session.session import Session
@@ -58,7 +58,7 @@ class Shards(GradHooks):
     def uninstall(self) -> None:
         super().uninstall()
         for scatter in self.scatters:
-            scatter.forget()
+            scatter.worker = None  # frees the residuals
 
     def recomputes(self, *_: object) -> None:
         """Enter the outer backward pass when a checkpointed module is recomputed, before a nested pass may start."""
@@ -67,7 +67,7 @@ class Shards(GradHooks):
 
     def begin_exchange(self, session: Session) -> None:
         for scatter in self.scatters:
-            scatter.begin()
+            scatter.written = False  # states that no optimizer step has committed are void
 
     def count_arrival(self, session: Session, one: Owned) -> None:
         if not self.scatters:

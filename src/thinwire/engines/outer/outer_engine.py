@@ -18,8 +18,8 @@ from thinwire.core.tensors import float_at_least_32
 from thinwire.engines.bare import Plain
 from thinwire.engines.ddp import Ddp
 from thinwire.engines.fsdp2.engine import Fsdp2
-from thinwire.engines.outer.replica import Replica, floating
 from thinwire.engines.outer.local_rounds import LocalRounds
+from thinwire.engines.outer.replica import Replica, floating
 from thinwire.methods.method import Method
 from thinwire.optim.mean_adamw import MeanAdamW
 from thinwire.session.optimizers import Optimizers, each_of, holders
@@ -98,10 +98,6 @@ class Outer:
     def no_sync(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
         return contextlib.nullcontext
 
-    @property
-    def begins_alike(self) -> bool:
-        return self.exchanger.begins_alike
-
     def compared(self, every: int) -> Replicas:
         held = self.exchanger.compared(every)
         return Replicas(self.anchors, held.channel, held.parts, min(every, 1))
@@ -109,8 +105,13 @@ class Outer:
     def collective(self, link: Link | None, together: Together) -> Collective:
         return self.exchanger.collective(link, together)
 
+    @property
+    def share(self) -> Callable[[Session], None] | None:
+        return None if self.exchanger.share is None else self._share
+
     @torch.no_grad()
-    def share(self, session: Session) -> None:
+    def _share(self, session: Session) -> None:
+        assert self.exchanger.share is not None
         self.exchanger.share(session)
         for (_, anchor), (_, param) in zip(self.anchors, self.live, strict=True):
             anchor.copy_(param)

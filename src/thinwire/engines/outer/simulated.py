@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from thinwire.comm.collectives import InFlight
+from thinwire.engines.outer.local_rounds import LocalRounds
 from thinwire.engines.outer.outer_engine import check_local
 from thinwire.engines.outer.replica import Replica, floating, sketching
-from thinwire.engines.outer.local_rounds import LocalRounds
 from thinwire.session.optimizers import Optimizers, each_of
 
 

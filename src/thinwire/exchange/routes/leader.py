@@ -22,9 +22,8 @@ from thinwire.comm.collectives import Carrier, InFlight
 from thinwire.comm.link import Kind
 from thinwire.core import Context, Decompressed, Payload
 from thinwire.core.capabilities import LeaderSelected
-from thinwire.exchange.pieces import Piece, update_residual
 from thinwire.exchange.routes.route import Route, Senders
-from thinwire.exchange.units import Unit
+from thinwire.exchange.units import Piece, Unit
 from thinwire.exchange.workers import Worker
 
 
@@ -63,7 +62,7 @@ class LeaderRoute(Route):
             ctx = Context(worker.seed, step, unit.name, worker.rank, worker.kernels, unit.exact, unit.saturates)
             payload = cast(LeaderSelected, unit.compressor).follow(x, choice, known, ctx)
             sending.append(payload[:1])
-            update_residual(unit, piece, x, unit.compressor.decompress(payload, x, known, ctx), worker)
+            worker.update_residual(unit, piece, x, unit.compressor.decompress(payload, x, known, ctx))
         if self.has_header:
             sending.append((cast(Tensor, arrived.side_data).view(self.dtype),))
         message = self.values.pack(sending).view(self.dtype).mul_(1.0 / collective.world)  # so the sum can't overflow
@@ -78,6 +77,3 @@ class LeaderRoute(Route):
     @property
     def stages(self) -> Sequence[tuple[Kind, int]]:
         return [("broadcast", self.choices.nbytes), ("all_reduce", self.values.nbytes)]
-
-    def plain_bytes(self, world: int, lossy: frozenset[int]) -> float:
-        return 0.0  # leader-selected units are compressed

@@ -16,12 +16,9 @@ from thinwire.coding import header as headers
 from thinwire.coding.layout import Layout
 from thinwire.comm.collectives import Carrier, InFlight
 from thinwire.comm.link import Kind, wire_bytes
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload
-from thinwire.core.tensors import Decompressed
-from thinwire.exchange.pieces import Piece, update_residual
+from thinwire.core import Compressor, Context, Decompressed, Payload
 from thinwire.exchange.receiving import mean_of
-from thinwire.exchange.units import Unit
+from thinwire.exchange.units import Piece, Unit
 from thinwire.exchange.workers import Worker
 
 Senders: TypeAlias = Sequence[tuple[int, Sequence[Payload]]]
@@ -85,7 +82,7 @@ class Route(ABC):
 
     def update_residual(self, unit: Unit, piece: Piece, x: Tensor, own: Decompressed | None, worker: Worker) -> None:
         """Update the residual before the exchange starts, since the sender knows what the receivers will get."""
-        update_residual(unit, piece, x, own, worker)
+        worker.update_residual(unit, piece, x, own)
 
     @abstractmethod
     def start(self, message: Tensor, collective: Carrier, turn: int) -> InFlight:
@@ -110,10 +107,8 @@ class Route(ABC):
     ) -> Tensor:
         """Return the mean over the senders of unit ``i``, or another combination of their payloads.
 
-        Args:
-            out: gets the result, if that is dense and sums in the dtype of ``out``.
-            zero: ``out`` is zero.
-            sparse: the result may be a sparse tensor.
+        ``out`` gets the result, if that is dense and sums in the dtype of ``out``; with ``zero``, ``out`` is zero now.
+        With ``sparse``, the result may be a sparse tensor.
         """
         return mean_of(self.decoder(unit), unit, self.by_unit[i], senders, out, ctx, zero=zero, sparse=sparse)
 
@@ -124,7 +119,7 @@ class Route(ABC):
 
     def plain_bytes(self, world: int, lossy: frozenset[int]) -> float:
         """Return the bytes that a worker sends for the payloads of units that are not in ``lossy``."""
-        return 0.0
+        return 0.0  # as for leader-selected units, which are all compressed
 
     def wire_bytes(self, world: int, lossy: frozenset[int]) -> tuple[float, float]:
         """Return the bytes a worker sends: in all, and for units in ``lossy``, with the header if there are any."""

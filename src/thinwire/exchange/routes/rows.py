@@ -1,7 +1,7 @@
 """Routes of rows: a reduce-scatter, an all-reduce built from it, and an all-gather of parameters.
 
 The unit is a flat buffer with a name: the argument of an FSDP2 collective, or a bucket of a process group. No message
-has a header.
+has a header, and the collective counts the bytes: ``stages``, which plans and the ledger read, is not used here.
 
 In a reduce-scatter every rank keeps the sum of one row of all ranks' buffers. A rank compresses each row that it sends
 once, and adds its own row uncompressed. The all-reduce gathers the sums; their owners compress them once more.
@@ -17,15 +17,12 @@ from torch import Tensor
 
 from thinwire.coding.layout import Layout
 from thinwire.comm.collectives import InFlight, RowCarrier
-from thinwire.comm.link import Kind
-from thinwire.core.context import NOWHERE, NUMBER, Context
-from thinwire.core.errors import ThinwireError
-from thinwire.core.interfaces import Compressor, Memory, Payload, State
-from thinwire.core.tensors import flat, float_at_least_32
+from thinwire.core import NOWHERE, Compressor, Context, Memory, Payload, State, ThinwireError, flat
+from thinwire.core.context import NUMBER
+from thinwire.core.tensors import float_at_least_32
 from thinwire.exchange.buckets import Bucket
-from thinwire.exchange.pieces import Piece
-from thinwire.exchange.routes.route import Route, Senders
-from thinwire.exchange.units import Unit, payload_like
+from thinwire.exchange.routes.route import Route, Senders, Whole
+from thinwire.exchange.units import Piece, Unit, payload_like
 from thinwire.exchange.workers import Worker
 from thinwire.memories.error_feedback import NoMemory
 
@@ -58,27 +55,13 @@ def rows_sent(world: int, rank: int, n: int) -> tuple[Row, ...]:
 
 
 @dataclass(frozen=True)
-class GatheredRows(Route):
-    """An all-gather of parameters: all ranks, including the sender, use the decoded values.
+class GatheredRows(Whole):
+    """An all-gather of parameters: all ranks, including the sender, use the decoded values. ``layout`` is of a row."""
 
-    Args:
-        layout: of a row.
-        rank: of this process in the group that exchanges.
-        first: the global number of the group's rank 0, so that all ranks use different random numbers.
-    """
-
-    layout: Layout
     rank: int
+    """The rank of this process in the group that exchanges."""
     first: int
-
-    def pack(self, payloads: Sequence[Payload], header: Sequence[Payload], *, in_place: bool) -> Tensor:
-        return self.layout.pack(payloads)
-
-    def start(self, message: Tensor, collective: RowCarrier, turn: int) -> InFlight:
-        return collective.all_gather(message)
-
-    def opened(self, arrived: InFlight) -> tuple[Senders, Tensor | None]:
-        return [(rank, self.layout.unpack(row)) for rank, row in enumerate(arrived.answer())], None
+    """The global number of the group's rank 0, so that all ranks use different random numbers."""
 
     def combine(
         self, unit: Unit, i: int, senders: Senders, out: Tensor, ctx: Context, *, zero: bool, sparse: bool
@@ -96,22 +79,15 @@ class GatheredRows(Route):
         """Return the context in which a rank has compressed a row."""
         return replace(ctx, unit=key, rank=self.first + rank, kernels=None)
 
-    @property
-    def stages(self) -> Sequence[tuple[Kind, int]]:
-        return [(self.kind, self.layout.nbytes)]
-
 
 @dataclass(frozen=True)
 class ReducedRows(GatheredRows):
-    """A reduce-scatter: ``out = mine + sum of C(row)`` over the received rows, in float32 at least.
-
-    Args:
-        mine: this rank's own row, ``[n]``; it may be overwritten.
-        loss_scale: of this rank's row; what the others send is without it, if their memory remembers.
-    """
+    """A reduce-scatter: ``out = mine + sum of C(row)`` over the received rows, in float32 at least."""
 
     mine: Tensor
+    """This rank's own row, ``[n]``; it may be overwritten."""
     loss_scale: float
+    """The loss scale of this rank's row; what the others send is without it, if their memory remembers."""
 
     unscaled: ClassVar[bool] = False
 
@@ -170,10 +146,6 @@ class AllReducedRows(ReducedRows):
     ) -> Tensor:
         return self.write(unit, senders, out, ctx, f"{unit.name}[{len(senders)}]", float_at_least_32(out.dtype))
 
-    @property
-    def stages(self) -> Sequence[tuple[Kind, int]]:
-        return [*super().stages, ("all_gather", self.sums.nbytes)]
-
 
 def _bucket(name: str, compressor: Compressor, memory: Memory, like: Tensor, route: Route) -> Bucket:
     """Return the bucket of a flat buffer; only the number of elements and the dtype of ``like`` matter."""
@@ -193,10 +165,7 @@ def reduced(
     name: str, compressor: Compressor, memory: Memory, rows: Tensor, rank: int, first: int, loss_scale: float = 1.0,
     *, to_all: bool = False,
 ) -> Bucket:  # fmt: skip
-    """Return the bucket that sums rows ``[world, n]``; rank r gets row r.
-
-    Args:
-        to_all: gather the sums, which makes it an all-reduce.
+    """Return the bucket that sums rows ``[world, n]``; rank r gets row r, and with ``to_all`` all sums.
 
     **Wire**: ``(N-1) / N`` of the payloads of all rows, where float32 takes ``4 (N-1) / N`` bytes an element; twice
     that with ``to_all``.

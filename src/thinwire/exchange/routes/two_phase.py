@@ -27,15 +27,12 @@ from torch import Tensor
 from thinwire.coding.layout import Layout
 from thinwire.comm.collectives import Carrier, InFlight
 from thinwire.comm.link import Kind, wire_bytes
+from thinwire.core import Compressor, Context, Decompressed, Payload, Sparse
 from thinwire.core.capabilities import compress_sparse, scaled_density
-from thinwire.core.context import Context
-from thinwire.core.interfaces import Compressor, Payload
 from thinwire.core.loops import Found
-from thinwire.core.tensors import Decompressed, Sparse
-from thinwire.exchange.pieces import Piece
 from thinwire.exchange.receiving import added
 from thinwire.exchange.routes.route import Route, Senders
-from thinwire.exchange.units import Unit, payload_like, payload_nbytes
+from thinwire.exchange.units import Piece, Unit, payload_like, payload_nbytes
 from thinwire.exchange.workers import Worker
 
 

@@ -1,4 +1,4 @@
-"""The majority vote: ranks send signs, and the optimizer gets the sign of their sum."""
+"""Memories after which the optimizer gets a sign: DeMo's, and the majority vote of signSGD."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,17 +7,62 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from thinwire.core.checks import check_fields, real
-from thinwire.core.context import NOWHERE, Context
-from thinwire.core.interfaces import Memory, Role, Slot, State
+from thinwire.core import NOWHERE, Context, Memory, Role, Slot, State, register
+from thinwire.core.checks import check_fields, flag, real
 from thinwire.core.memory_capabilities import HasTraits, MemoryTraits
-from thinwire.core.registry import register
 from thinwire.core.tensors import float_at_least_32
-from thinwire.memories.error_feedback import signs
+from thinwire.memories.error_feedback import ResidualMemory
 
 TIE = 1e-5
 """A mean below this share of the largest mean counts as a tie, since votes are summed in floating point; also for
 means that were sent dense."""
+
+
+def signs(x: Tensor) -> Tensor:
+    """Compute ``x = sign(x)`` in place; NaN stays, since it tells a loss scaler to skip the step."""
+    return torch.where(x.isnan(), x, x.sign(), out=x)
+
+
+@register("decoupled_momentum")
+@dataclass(frozen=True)
+class DecoupledMomentum(ResidualMemory, HasTraits):
+    """A momentum on each rank that is compressed and sent; the ranks' momenta are never synchronised.
+
+    ``M = beta M + g``; ``C(M)`` is sent and subtracted from ``M``; the optimizer gets the sign of the mean.
+
+    Args:
+        decay: ``beta`` in [0, 1).
+        sign: True if the optimizer gets the sign of the mean, False for the mean itself.
+
+    State: one value per element (``residual``), which replaces the optimizer's momentum.
+
+    Raises:
+        ThinwireError: ``decay`` is outside its range.
+
+    Source: B. Peng, J. Quesnelle, D. Kingma, "DeMo: Decoupled Momentum Optimization", 2024, arXiv:2411.19870,
+    algorithm 1.
+
+    Departures: the learning rate multiplies the received mean, not the momentum; with a sign and a constant rate that
+    is the same. The mean is over all ranks, not only over those that sent a coefficient; the sign is the same.
+    """
+
+    decay: float = 0.999
+    sign: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, decay=real(0.0, 1.0, below=True, hint=", e.g. 0.999"), sign=flag)
+
+    @cached_property
+    def traits(self) -> MemoryTraits:
+        return MemoryTraits(uncompressed=self)
+
+    def compensate(
+        self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE
+    ) -> Tensor:
+        return torch.mul(old["residual"], self.decay, out=new["residual"]).add_(grad, alpha=scale)
+
+    def receive(self, mean: Tensor, param: Tensor, old: State, new: State, ctx: Context = NOWHERE) -> Tensor:
+        return signs(mean) if self.sign else mean
 
 
 @register("majority_vote")
