@@ -153,7 +153,7 @@ REFUSED = [
     (lambda: Method(Rule(Cast(), NoMemory()), "mine"), "name is a Rule"),
     (lambda: EF21(downlink=0.05), r"downlink is a float; downlink takes a compressor, e\.g\. TopK\(0\.05\)"),
     (lambda: Scaled(QSGD), "compressor is the class QSGD; call it"),
-    (lambda: TopK(0.1) >> 4, "then is a int; what stands beside >>"),
+    (lambda: TopK(0.1) >> 4, "then is a int; both sides of >>"),
     (lambda: TopK(0.1) >> Quantize, "then is the class Quantize; call it"),
     # links
     (lambda: Link.parse("fast"), "link 'fast' is not understood; write a bandwidth"),

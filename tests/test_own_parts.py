@@ -263,6 +263,7 @@ def test_a_compressor_that_says_nothing_gets_error_feedback():
         (lambda: registry.to_json(EveryNth(torch.float32)), r"EveryNth.n is torch.float32, which JSON can't hold"),
         (lambda: Rule(_made("W", traits=Traits(warm_started=True))(), Halving()), "need the capability WarmStarted"),
         (lambda: Rule(_made("L", traits=Traits(leader_selected=True))(), Halving()), "need the capability LeaderS"),
+        (lambda: Rule(_made("S", traits=Traits(selects=True))(), Halving()), "need the capability LeaderSelected"),
         (lambda: Rule(EveryNth(8), _Reserved()), "a reserved name"),
         (lambda: thinwire.TopK, r"thinwire has no TopK; it is thinwire.compressors.TopK"),
     ],
@@ -289,3 +290,6 @@ def test_a_method_can_be_pickled_when_its_traits_can_not():
     assert pickle.loads(pickle.dumps(thinwire.topk(0.1))) == thinwire.topk(0.1)
     assert "traits" not in thinwire.compressors.TopK(0.1).__getstate__()
     assert pickle.loads(pickle.dumps(method)) == method
+    memory = thinwire.memories.ErrorFeedback()
+    assert memory.traits.passes_on
+    assert vars(pickle.loads(pickle.dumps(memory))).keys() == {"state_dtype", "decay", "beta"}

@@ -161,7 +161,7 @@ def attach(
         agree(engine.channel, lines)
         collective = engine.collective(asked["emulate_link"], together)
         try:
-            if engine.share is None:
+            if engine.share is None:  # the engine does not broadcast, so they must be equal already
                 replicas.begin()
             worker = Worker(collective.rank, asked["seed"], kernels=chosen)
             rounds = engine.rounds if isinstance(engine, Outer) else OptimizerSteps(steps, scaler, on_nonfinite)

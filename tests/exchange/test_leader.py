@@ -150,3 +150,11 @@ def test_led_topk_is_cltk():
 def test_what_no_leader_can_select_is_refused(compressor):
     with pytest.raises(ThinwireError, match=f"route 'leader' .* which {re.escape(title(compressor))} does not send"):
         Method("led", (Rule(compressor, ErrorFeedback()),), route="leader")
+
+
+def test_a_second_stage_that_is_not_there_is_noted():
+    method = Method("led", (Rule(TopK(0.1), ErrorFeedback()),), route="leader", second_stage_density_ratio=2.0)
+    model = torch.nn.Linear(32, 32, bias=False)
+    session = SimulatedWorkers(model, method, torch.optim.SGD(model.parameters(), lr=0.1), 2).session
+    assert "second_stage_density_ratio has no effect: route='leader' has one stage" in session.ledger.notes
+    session.detach()

@@ -153,3 +153,14 @@ def test_a_method_that_somebody_chooses_is_planned_from_then_on():
     bytes_now = sim.session.ledger.rows[-1].wire_bytes
     assert bytes_now < 0.3 * sim.session.ledger.rows[0].wire_bytes
     assert max(one.density for one in policy.plan.values() if isinstance(one, TopK)) <= 0.1
+
+
+def test_only_what_the_route_can_send_is_chosen():
+    """A leader selects elements, which a quantiser does not send."""
+    policy = LGreCo([Quantize(4), Quantize(3), TopK(0.1)], every=5, looks=2, slack=1e6)
+    model, optimizer = build()
+    options = {"batches": batch, "loss": loss_of, "workers": 2, "steps": 7, "policy": policy}
+    result = thinwire.simulate(model, topk(0.3, route="leader"), optimizer=optimizer, **options)
+    assert {type(one) for one in policy.plan.values()} <= {TopK}
+    assert result.ledger.wire_bytes < result.ledger.dense_bytes
+    assert result.ledger.rows[0].error > 0

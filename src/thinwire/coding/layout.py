@@ -17,7 +17,7 @@ from torch import Tensor
 from thinwire.core import Payload, flat
 
 WIDEST = 16
-"""Bytes of the longest element: complex128."""
+"""Bytes of the longest dtype (complex128), so that an empty message can be viewed as any."""
 ROW_ALIGNMENT = 8
 
 

@@ -59,7 +59,7 @@ class InFlight:
     result: Tensor
     work: Any = None
     side_data: Tensor | None = None
-    """What the stages before have left for the one after, or for whoever opens the answer."""
+    """A tensor that the stages before leave for the one after, or for whoever opens the answer."""
     columns: tuple[int, int] | None = None
     """The columns of this message, if several messages were sent as one."""
     then: "Callable[[], InFlight] | None" = None

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +55,8 @@ class BlockTopK(Sparsifier):
     density: float
     block: int = 4096
 
+    _repeats: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         check_fields(self, density=share("0.01"), block=whole(1))
 
@@ -71,6 +74,8 @@ class BlockTopK(Sparsifier):
     def select(self, x: Tensor, k: int, ctx: Context) -> Tensor:
         magnitude, whole = x.abs(), x.numel() - x.numel() % self.block
         rows = largest_of_each(magnitude[:whole].view(-1, self.block), self._each(x.numel())[1])
+        if whole == x.numel():
+            return rows
         tail = REFERENCE.largest(magnitude[whole:], math.ceil(self.density * (x.numel() - whole))) + whole
         return torch.cat([rows, tail])
 
@@ -153,6 +158,13 @@ class Grid:
         return padded[: self.rows, : self.columns].reshape(-1)
 
 
+@lru_cache(maxsize=4096)
+def _chunked(rows: int, columns: int, chunk: int, density: float) -> tuple[Grid, int, BlockTopK]:
+    height, width = chunk_of(rows, chunk), chunk_of(columns, chunk)
+    n = math.ceil(rows / height) * height * math.ceil(columns / width) * width
+    return Grid(rows, columns, height, width), n, BlockTopK(density, height * width)
+
+
 @register("dct_topk")
 @dataclass(frozen=True)
 class DctTopK(Compressor, Adjustable):
@@ -206,9 +218,7 @@ class DctTopK(Compressor, Adjustable):
         Matrices have chunks in two dimensions, all other tensors in one, in the order of memory.
         """
         rows, columns = (1, x.numel()) if x.ndim != 2 else x.shape if x.is_contiguous() else x.shape[::-1]
-        height, width = (chunk_of(side, self.chunk) for side in (rows, columns))
-        n = math.ceil(rows / height) * height * math.ceil(columns / width) * width
-        return Grid(rows, columns, height, width), n, BlockTopK(self.density, height * width)
+        return _chunked(rows, columns, self.chunk, self.density)
 
     def compress(self, x: Tensor, state: State, ctx: Context) -> Payload:
         grid, n, blocks = self._layout(x)

@@ -1,5 +1,6 @@
 """Rand-k: send the elements at random positions, which every receiver draws from the same seed."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -77,6 +78,10 @@ class RandK(Compressor, Adjustable):
             contraction=self._contraction,
             variance=self._variance,
         )
+
+    def k(self, n: int) -> int:
+        """Return the number of elements sent of n."""
+        return min(n, math.ceil(self.density * n))
 
     def _contraction(self, n: int) -> float:
         kept = self.k(n) / max(n, 1)

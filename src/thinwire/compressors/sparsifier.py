@@ -1,8 +1,10 @@
 """The base of the compressors that select elements, and send their values and indices."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +32,12 @@ class Sparsifier(Compressor, Adjustable, SumsSparsely, TakesSparse, LeaderSelect
 
     values: str | None = None
     """Dtype or code of the values on the wire, None for the tensor's dtype."""
+    _repeats: ClassVar[bool] = True
+    """False if always k elements are selected, so that no index is repeated."""
+
+    def k(self, n: int) -> int:
+        """Return the number of elements sent of n."""
+        return min(n, math.ceil(self._share * n))
 
     @abstractmethod
     def select(self, x: Tensor, k: int, ctx: Context) -> Tensor:
@@ -39,11 +47,15 @@ class Sparsifier(Compressor, Adjustable, SumsSparsely, TakesSparse, LeaderSelect
     def traits(self) -> Traits:
         return Traits(
             splittable=True,
-            needs_feedback=self._share < 1.0,
+            needs_feedback=self._needs_feedback,
             keeps_values=self.values not in codes.CODES,
             selects=self.values is None,
             contraction=self._contraction,
         )
+
+    @property
+    def _needs_feedback(self) -> bool:
+        return self._share < 1.0
 
     def _contraction(self, n: int) -> float:
         return 1.0 / (2 * max(n, 1))  # the largest is sent
@@ -87,8 +99,9 @@ class Sparsifier(Compressor, Adjustable, SumsSparsely, TakesSparse, LeaderSelect
 
     def decompress(self, payload: Payload, like: Tensor, state: State, ctx: Context) -> Decompressed:
         indices = self._decode_indices(payload[-1], like.numel(), ctx)
-        # padding must become 0, even if the code, or the compressor after >>, has no 0
-        values = (ctx.kernels or REFERENCE).without_repeats(indices, self._decode_values(payload, like.numel()))
+        values = self._decode_values(payload, like.numel())
+        if self._repeats:  # padding must become 0, even if the code, or the compressor after >>, has no 0
+            values = (ctx.kernels or REFERENCE).without_repeats(indices, values)
         return Sparse(indices, values, self._share, ctx.kernels)
 
     def together(

@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from thinwire.compressors.sparsifier import VALUES, Sparsifier
-from thinwire.core import Context, Traits, register
+from thinwire.core import Context, register
 from thinwire.core.checks import check_fields, one_of, optional, real, share, whole
 from thinwire.kernels.reference import REFERENCE, at_least
 
@@ -65,9 +64,9 @@ class Threshold(Sparsifier):
         threshold = real(0.0, above=True, hint="; TopK(density) needs none")
         check_fields(self, threshold=threshold, capacity=share("0.01", "the most kept/total"), values=VALUES)
 
-    @cached_property
-    def traits(self) -> Traits:
-        return replace(super().traits, needs_feedback=True)
+    @property
+    def _needs_feedback(self) -> bool:
+        return True
 
     def select(self, x: Tensor, k: int, ctx: Context) -> Tensor:
         return bounded(x.abs(), self.threshold, k)

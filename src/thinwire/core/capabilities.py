@@ -4,7 +4,6 @@ A compressor that offers one derives from its class. Everybody else calls the fu
 a compressor without the capability. A ``Wrapper`` passes on those of the compressor in it.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,10 +43,6 @@ class Adjustable:
     def _share(self) -> float:
         """The density: kept / total."""
         return getattr(self, self.adjusts)
-
-    def k(self, n: int) -> int:
-        """Return the number of elements kept of n."""
-        return min(n, math.ceil(self._share * n))
 
     def with_density(self, density: float) -> Compressor:
         """Return the same compressor at a density no lower than this; at 1 a warm-up sends dense instead."""

@@ -47,8 +47,8 @@ class Chain(Wrapper, Thresholded, SumsSparsely, LeaderSelected):
     adjusts: ClassVar[str] = "first"
 
     def __post_init__(self) -> None:
-        beside = of_type(Compressor, "what stands beside >> is a compressor, as in TopK(0.01) >> Quantize(4)")
-        check_fields(self, first=beside, then=beside)
+        side = of_type(Compressor, "both sides of >> are compressors, as in TopK(0.01) >> Quantize(4)")
+        check_fields(self, first=side, then=side)
         first, then = title(self.first), title(self.then)
         kept, coder = self.first.traits, self.then.traits
         if coder.period != 1 or coder.min_ndim or self.then.init(NUMBER, NOWHERE):

@@ -143,6 +143,10 @@ class Memory(ABC):
     linear: ClassVar[bool] = False
     """True if the result is linear in each number of the gradients, so a complex number can be sent as two."""
 
+    def __getstate__(self) -> dict[str, object]:
+        fields = getattr(type(self), "__dataclass_fields__", vars(self))  # and nothing that was computed from them
+        return {key: value for key, value in vars(self).items() if key in fields}
+
     @property
     def slots(self) -> Mapping[str, Slot]:
         """The tensors of its state, by name."""

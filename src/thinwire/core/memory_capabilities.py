@@ -62,13 +62,13 @@ class MemoryTraits:
 PLAIN = MemoryTraits()
 
 
-class HasTraits(ABC):
+class HasTraits:
     """A memory with facts that differ from the defaults."""
 
     @cached_property
-    @abstractmethod
     def traits(self) -> MemoryTraits:
         """The facts; computed once, since the exchange reads them at every step."""
+        return PLAIN
 
 
 class FollowsOptimizer(ABC):

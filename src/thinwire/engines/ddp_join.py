@@ -92,7 +92,8 @@ class Joined:
         exchanged, self.exchanged = self.exchanged, []
         if session.optimizer is None:  # then the session commits by itself
             return
-        idle = {id(unit.param) for unit in session.units if unit.name in unused(session.transaction.statuses)}
+        names = unused(session.transaction.statuses)
+        idle = {id(unit.param) for unit in session.units if unit.name in names}
         for pairs, done in exchanged:
             done.wait()
             for param, grad in pairs:

@@ -115,7 +115,7 @@ class Scheduler:
         if not bucket.joins or (self.waiting and self.waiting[0].gradients.buffer.device != buffer.device):
             self._start(session)
         self.waiting.append(sent)
-        sizes = [one.outbox.messages[0].nbytes for one in self.waiting]
+        sizes = (one.outbox.messages[0].nbytes for one in self.waiting)
         if not bucket.joins or travel_together(sizes, session.stages.turn_bytes):
             self._start(session)
         return sent.done()

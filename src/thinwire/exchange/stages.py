@@ -41,8 +41,8 @@ class Stages:
         self.buckets.clear()
         self._period = math.lcm(*(unit.method_compressor.traits.period for unit in units))
         self.routing = Routing(method.route, method.second_stage_density_ratio, self.link)
-        if method.second_stage_density_ratio != 1.0 and method.route == "all_gather":
-            self.ledger.note("second_stage_density_ratio has no effect: route='all_gather' has one stage")
+        if method.second_stage_density_ratio != 1.0 and method.route in ("all_gather", "leader"):
+            self.ledger.note(f"second_stage_density_ratio has no effect: route={method.route!r} has one stage")
         summed = [unit for unit in units if unit.compressed and unit.method_compressor.traits.summable]
         if method.route != "all_gather" and summed:
             self.ledger.note(f"route={method.route!r} has no effect for {summed[0].name}: its payloads are summed")

@@ -105,7 +105,7 @@ class SteadyFeedback(ResidualMemory, HasTraits):
 
     @cached_property
     def traits(self) -> MemoryTraits:
-        return MemoryTraits(gives="gradient beside dense steps", uncompressed=self)
+        return MemoryTraits(gives="gradient, with dense steps in between", uncompressed=self)
 
     def compensate(
         self, grad: Tensor, param: Tensor, old: State, new: State, scale: float = 1.0, ctx: Context = NOWHERE

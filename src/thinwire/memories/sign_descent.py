@@ -88,7 +88,7 @@ class MajorityVote(Memory, HasTraits):
     Departures: the optimizer adds weight decay to the sign, as the paper does. A loss scale cancels.
     """
 
-    # also without a momentum: the sign must not be divided by a loss scale
+    # ``stateful`` without a momentum too: the sign must not be divided by a loss scale
     momentum: float = 0.0
 
     def __post_init__(self) -> None:

@@ -119,7 +119,8 @@ class Rule:
                 f"{kind} is biased, and {type(self.memory).__name__} forgets what it does not send: training need not "
                 "converge; use a memory like ErrorFeedback(), or an unbiased compressor such as RandK or QSGD"
             )
-        for says, kind_of in ((traits.warm_started, WarmStarted), (traits.leader_selected, LeaderSelected)):
+        led_by = traits.leader_selected or traits.selects
+        for says, kind_of in ((traits.warm_started, WarmStarted), (led_by, LeaderSelected)):
             if says and not isinstance(self.compressor, kind_of):
                 raise ThinwireError(f"the traits of {kind} need the capability {kind_of.__name__}; derive from it")
         if isinstance(self.compressor, WarmStarted) and traits.warm_started and not traits.summable:

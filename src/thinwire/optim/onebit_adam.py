@@ -89,7 +89,7 @@ class ZeroOneAdam(MethodOptimizer):
     weight whose variance is still 0 does not move. Rare features: as in ``OneBitAdam``.
     """
 
-    takes: ClassVar[str] = "gradient beside dense steps"
+    takes: ClassVar[str] = "gradient, with dense steps in between"
     recipe: ClassVar[str] = "thinwire.zeroone_adam()"
 
     def __init__(

@@ -207,12 +207,13 @@ class LGreCo:
 
     def _options(self, unit: Unit) -> list[Compressor]:
         """Return the candidates of one unit without repeats, including its own compressor and dense."""
-        rule = self._rule(unit)
+        rule, base = self._rule(unit), cast(Method, self._base)
         options = [rule.compressor]
         for one in family(rule.compressor) if self.candidates is None else self.candidates:
             if declines(one, unit.param.shape) is None:
-                with contextlib.suppress(ThinwireError):  # one that does not fit the memory
-                    options.append(replace(rule, compressor=one).compressor)
+                with contextlib.suppress(ThinwireError):  # one that does not fit the memory or the route
+                    tried = replace(base, rules=(replace(rule, compressor=one),))
+                    options.append(tried.rules[0].compressor)
         return list(dict.fromkeys([*options, DENSE]))
 
     def _table(

@@ -62,8 +62,8 @@ def migrate(old: Unit | None, new: Unit, workers: Sequence[Worker], collective: 
         _keep(left | inferred(new.memory, left), worker.local[new.name].now, old.memory, new.memory, gain)
     known = {k: v for k, v in old.shared.now.items() if k not in (alone | packed.keys())}
     _keep(known, new.shared.now, old.memory, new.memory)
-    if new.replicated and any("pending_residual" in worker.local[new.name].now for worker in workers):
-        pending = [worker.local[new.name].now.pop("pending_residual") for worker in workers]
+    states = [worker.local[new.name].now for worker in workers] if new.replicated else []
+    if pending := [state.pop("pending_residual") for state in states if "pending_residual" in state]:
         mean = averaged(pending, collective, timeout)
         earlier = new.shared.now.get("pending_residual")
         new.shared.now["pending_residual"] = mean if earlier is None else earlier + mean

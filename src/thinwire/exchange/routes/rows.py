@@ -17,6 +17,7 @@ from torch import Tensor
 
 from thinwire.coding.layout import Layout
 from thinwire.comm.collectives import InFlight, RowCarrier
+from thinwire.comm.link import Kind
 from thinwire.core import NOWHERE, Compressor, Context, Memory, Payload, State, ThinwireError, flat
 from thinwire.core.context import NUMBER
 from thinwire.core.tensors import float_at_least_32
@@ -137,6 +138,10 @@ class AllReducedRows(ReducedRows):
         total = self.total(unit, super().opened(arrived)[0], ctx)
         own = self.context(ctx, f"{unit.name}[{collective.world}]", self.rank)
         return collective.all_gather(self.sums.pack([unit.compressor.compress(total, {}, own)]))
+
+    @property
+    def stages(self) -> Sequence[tuple[Kind, int]]:
+        return [*super().stages, ("all_gather", self.sums.nbytes)]
 
     def opened(self, arrived: InFlight) -> tuple[Senders, Tensor | None]:
         return [(rank, self.sums.unpack(row)) for rank, row in enumerate(arrived.answer())], None
