@@ -13,32 +13,71 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from benchmarks.frontier import CLIP, LENGTH, TASKS
 from thinwire import Method, dense, methods, simulate, topk
 from thinwire._version import __version__
 from thinwire.cli import text as demo_text
 from thinwire.cli.demo_models import loss_of
+from thinwire.optim import MeanAdamW
 from thinwire.report.results import Row, meta, write
 
 PERIODS = (1, 8, 30)
 SENT = topk(64 / 4096, values="int4")
-RECIPES: dict[str, Callable[[int], Method]] = {
-    "mean": lambda every: methods.local(every=every),
-    "mean_topk": lambda every: methods.local(SENT, every=every),
-    "slowmo": lambda every: methods.slowmo(every),
-    "diloco": lambda every: methods.diloco(every),
-    "diloco_topk": lambda every: methods.diloco(every, exchange=SENT),
-    "streaming": lambda every: methods.streaming_diloco(every, fragments=min(4, every), delay=every // 8),
-    "sparse_loco": lambda every: methods.sparse_loco(every),
-    "quantized": lambda every: methods.muloco(every),
-    "co2": lambda every: methods.co2(every),
-}
 RATES = {"lstm": (0.5, 1.0, 2.0, 4.0), "transformer": (0.001, 0.002, 0.003, 0.004)}
+
+
+def adamw(model: nn.Module) -> list[Optimizer]:
+    return [torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)]
+
+
+def sgd(model: nn.Module) -> list[Optimizer]:
+    return [torch.optim.SGD(model.parameters(), momentum=0.9, fused=True)]
+
+
+def mean_adamw(model: nn.Module) -> list[Optimizer]:
+    return [MeanAdamW(model.parameters(), weight_decay=0.01)]
+
+
+def muon(model: nn.Module) -> list[Optimizer]:
+    """Muon for the matrices of the blocks, with updates of AdamW's size; AdamW for the rest."""
+    matrices = {name for name, param in model.named_parameters() if name.startswith("blocks") and param.ndim == 2}
+    named = dict(model.named_parameters())
+    rest = [param for name, param in named.items() if name not in matrices]
+    inner = torch.optim.Muon([named[name] for name in matrices], weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [inner, torch.optim.AdamW(rest, weight_decay=0.01, fused=True)]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method at a period, and its inner optimizers for each task; a task without one is left out."""
+
+    method: Callable[[int], Method]
+    inner: dict[str, Callable[[nn.Module], list[Optimizer]]] = field(
+        default_factory=lambda: {"lstm": sgd, "transformer": adamw}
+    )
+
+
+RECIPES = {
+    "mean": Recipe(lambda every: methods.local(every=every)),
+    "post_local_sgd": Recipe(lambda every: methods.post_local_sgd(every, start=60)),
+    "mean_topk": Recipe(lambda every: methods.local(SENT, every=every)),
+    "mean_adamw_topk": Recipe(lambda every: methods.local(SENT, every=every), {"transformer": mean_adamw}),
+    "sparse_loco": Recipe(lambda every: methods.sparse_loco(every)),
+    "diloco": Recipe(lambda every: methods.diloco(every)),
+    "streaming": Recipe(
+        lambda every: methods.streaming_diloco(every, fragments=min(4, every), delay=every // 8)
+    ),
+    "slowmo": Recipe(lambda every: methods.slowmo(every)),
+    "muloco": Recipe(lambda every: methods.muloco(every), {"transformer": muon}),
+    "co2": Recipe(lambda every: methods.co2(every)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,30 +92,38 @@ class Case:
     def name(self) -> str:
         return f"{self.task}/{self.recipe}" + (f"/{self.every}" if self.every else "")
 
+    @property
     def method(self) -> Method:
-        return RECIPES[self.recipe](self.every) if self.every else dense(clip=CLIP)
+        return RECIPES[self.recipe].method(self.every) if self.every else dense(clip=CLIP)
+
+    @property
+    def inner(self) -> Callable[[nn.Module], list[Optimizer]]:
+        return RECIPES[self.recipe if self.every else "mean"].inner[self.task]
 
 
 def train(case: Case, rate: float, seed: int, steps: int, workers: int) -> tuple[float, float]:
     """Return the held-out loss after the last step, and the bits sent per parameter and inner step."""
-    text, task = demo_text.load(), TASKS[case.task]
+    text = demo_text.load()
     torch.manual_seed(seed)
-    model = task.build(len(text.vocabulary))
-    optimizer = task.optimizer(model)
-    for group in optimizer.param_groups:
+    model = TASKS[case.task].build(len(text.vocabulary))
+    inner = case.inner(model)
+    for group in (group for one in inner for group in one.param_groups):
         group["lr"] = rate
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(one, steps) for one in inner]
     clipped = [*model.parameters()]
 
     def clip(*_: object) -> None:  # as dense(clip=) does on each worker
         if case.every:
             torch.nn.utils.clip_grad_norm_(clipped, CLIP * workers**0.5)
 
-    hook = optimizer.register_step_pre_hook(clip)
+    def after(step: int, loss: float) -> None:
+        for schedule in schedules:
+            schedule.step()
+
+    hook = inner[0].register_step_pre_hook(clip)
     result = simulate(
-        model, case.method(), optimizer=optimizer, workers=workers, steps=steps, seed=seed, loss=loss_of,
-        batches=lambda worker, step: text.batch(step, worker, 2, LENGTH, seed),
-        after_step=lambda step, loss: schedule.step(),
+        model, case.method, optimizer=inner, workers=workers, steps=steps, seed=seed, loss=loss_of,
+        batches=lambda worker, step: text.batch(step, worker, 2, LENGTH, seed), after_step=after,
     )  # fmt: skip
     hook.remove()
     with torch.no_grad():
@@ -104,8 +151,11 @@ class Book:
         return known[key][0]
 
     def tuned(self, case: Case, steps: int, rates: tuple[float, ...], seeds: int) -> None:
-        """Measure all rates with one seed, and the best with all."""
+        """Measure all rates with one seed, and the best with all; a best rate at the grid's edge asks for one more."""
+        edges = {rates[0]: rates[0] / 2, rates[-1]: rates[-1] * 1.5}
         best = min(rates, key=lambda rate: self.loss(case, steps, rate, 0))
+        if seeds > 1 and best in edges:
+            best = min(best, edges[best], key=lambda rate: self.loss(case, steps, rate, 0))
         for seed in range(1, seeds):
             self.loss(case, steps, best, seed)
 
@@ -143,8 +193,8 @@ def main(argv: list[str] | None = None) -> None:
     for steps in args.steps:
         for task in args.tasks:
             rates = tuple(args.rates or RATES[task])
-            cases = [Case(task, "dense"), *(Case(task, r, every) for every in args.periods for r in args.recipes)]
-            for case in cases:
+            recipes = [recipe for recipe in args.recipes if task in RECIPES[recipe].inner]
+            for case in [Case(task, "dense"), *(Case(task, r, every) for r in recipes for every in args.periods)]:
                 book.tuned(case, steps, rates, args.seeds)
     book.write()
 
