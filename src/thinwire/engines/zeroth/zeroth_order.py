@@ -15,7 +15,6 @@ from thinwire._version import __version__
 from thinwire.comm.collectives import TIMEOUT
 from thinwire.comm.control import Together
 from thinwire.comm.link import wire_bytes
-from thinwire.comm.texts import known_to_all
 from thinwire.core import checks
 from thinwire.core.errors import ThinwireError
 from thinwire.engines.zeroth.directions import Resident, Update, trained
@@ -34,6 +33,7 @@ from thinwire.kernels.normal import normals
 from thinwire.report.ledger import Ledger, StepRow, Stopwatch
 from thinwire.session.migrate import agree
 from thinwire.session.replicas import EVERY, Replicas
+from thinwire.session.transaction import Transaction
 
 CALL = ("ZerothOrder()", "it is made by all ranks, alike")
 WAY_OUT = "Restart from the last checkpoint"
@@ -154,6 +154,7 @@ class ZerothOrder:
         self._exchange = ScalarExchange(self.layout, self.eps, self.place, wait)
         link = self.collective.label if self.collective.world > 1 else "no network"
         self.ledger = Ledger("zeroth order", self.collective.world, link)
+        self._transaction = Transaction(self.ledger)
         self.ledger.kernels = normals(self.place.type).name
         self._detached = False
         self.attempts = 0
@@ -205,7 +206,7 @@ class ZerothOrder:
         with Together(self.collective, f"step {self.attempts}", WAY_OUT):
             if self._replicas.due():
                 self.flush()
-                self._replicas.check(self.attempts, _refuse)
+                self._replicas.check(self.attempts, self._transaction)
             direction, own = self.attempts, self.directions == "own"
             if own:
                 direction = self.attempts * self.collective.world + self.collective.rank
@@ -310,7 +311,3 @@ class ZerothOrder:
                         )
             agree(self.collective.everyone, [("state", f"{crc32(data):08x} after {attempts} steps")])
             self.history, self.attempts = history, attempts
-
-
-def _refuse(text: str) -> None:
-    raise known_to_all(ThinwireError(text))
