@@ -30,7 +30,7 @@ from thinwire.core.checks import of_type, optional, seconds
 from thinwire.engines.bare import Plain
 from thinwire.engines.ddp import Ddp
 from thinwire.engines.fsdp2.engine import Fsdp2, Fsdp2Options, is_fsdp2, sharded_channel
-from thinwire.engines.outer.outer_engine import Outer, over
+from thinwire.engines.outer.outer_engine import check_for_gradients, over
 from thinwire.exchange.workers import Worker
 from thinwire.kernels.select import Choice, choose
 from thinwire.methods.given import method_of
@@ -39,7 +39,7 @@ from thinwire.session.arguments import check_held, inside, model_of, optimizer_o
 from thinwire.session.migrate import agree
 from thinwire.session.optimizers import Optimizers, joined
 from thinwire.session.replicas import EVERY
-from thinwire.session.rounds import OnNonfinite, OptimizerSteps, Scaler
+from thinwire.session.rounds import OnLost, OnNonfinite, Scaler
 from thinwire.session.session import Session
 from thinwire.session.transaction import Policy
 
@@ -62,6 +62,7 @@ def attach(
     sparse_gradients: bool = False,
     policy: Policy | None = None,
     on_nonfinite: OnNonfinite = "skip",
+    on_lost: OnLost = "error",
     timeout: float | timedelta = TIMEOUT,
     check_every: int = EVERY,
     kernels: Choice = "auto",
@@ -97,7 +98,10 @@ def attach(
         policy: changes the method during training, e.g. ``thinwire.policies.LGreCo``.
         on_nonfinite: if a gradient is nonfinite on any rank, all ranks skip the step ("skip"), or raise when the
             optimizer is about to step ("raise"). With a scaler, the scaler skips. It applies to methods with a memory;
-            ``dense()`` and ``cast()`` pass nonfinite values on, as DDP does.
+            ``dense()`` and ``cast()`` pass nonfinite values on, as DDP does. With local updates, all workers begin
+            again from the anchor ("skip"), or the worker alone does, and sends zeros ("zero").
+        on_lost: (local updates, no wrapper, gloo) if a worker is gone, the others raise ("error"), or they make a group
+            of their own, repeat the exchange and go on ("continue"). The store must outlive the worker, as torchrun's.
         timeout: seconds, or a ``timedelta``, after which an exchange that a rank does not join is an error. Make it
             longer than any evaluation or save that only some ranks do. On NCCL the process group's own timeout
             applies.
@@ -135,16 +139,18 @@ def attach(
             asked = options(
                 seed=seed, emulate_link=emulate_link, scaler=scaler, on_nonfinite=on_nonfinite, timeout=timeout,
                 kernels=kernels, ranks_per_node=ranks_per_node, process_group=process_group,
-                sparse_gradients=sparse_gradients, policy=policy,
+                sparse_gradients=sparse_gradients, policy=policy, on_lost=on_lost,
             )  # fmt: skip
             nodes, sharded = asked["ranks_per_node"], optional(OPTIONS)("fsdp2", fsdp2) or Fsdp2Options()
             patience: float = asked["timeout"]
             engine = _engine(model, steps, nodes, process_group, sparse_gradients, sharded, patience)
             if method.local is not None:
                 given = {"scaler": scaler, "ranks_per_node": nodes, "sparse_gradients": sparse_gradients}
-                engine = over(model, engine, steps, on_nonfinite, given)
+                engine = over(model, engine, steps, on_lost, given | {"policy": policy})
+            else:
+                check_for_gradients(on_nonfinite, on_lost)
             named = engine.exchanged()
-            check_held(engine.live if isinstance(engine, Outer) else named, steps)
+            check_held(engine.stepped(named), steps)
             engine.fits(method)
             replicas = engine.compared(check_every)
             chosen, note = choose(asked["kernels"], named[0][1].device)
@@ -156,15 +162,17 @@ def attach(
                 "reduce_scatter": sharded.reduce_scatter,
                 "all_gather": sharded.all_gather,
                 "check_every": check_every,
+                "on_nonfinite": on_nonfinite,
+                "on_lost": on_lost,
             }
             lines = [*((key, str(value)) for key, value in said.items()), *replicas.described]
         agree(engine.channel, lines)
         collective = engine.collective(asked["emulate_link"], together)
         try:
-            if engine.share is None:  # the engine does not broadcast, so they must be equal already
+            if not engine.shares:
                 replicas.begin()
             worker = Worker(collective.rank, asked["seed"], kernels=chosen)
-            rounds = engine.rounds if isinstance(engine, Outer) else OptimizerSteps(steps, scaler, on_nonfinite)
+            rounds = engine.rounds(steps, scaler, on_nonfinite)
             session = Session(named, method, collective, rounds, worker.seed, [worker], patience, policy)
         except BaseException:
             collective.close()
@@ -174,7 +182,7 @@ def attach(
         session.no_sync = engine.no_sync
         session.replicas = replicas
         try:
-            if engine.share is not None:
+            if engine.shares:
                 engine.share(session)
             with together.alone():
                 engine.install(session)

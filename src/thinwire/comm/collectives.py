@@ -34,6 +34,12 @@ class NoAnswer(RuntimeError):
     """Error: the network failed or a rank did not answer in time. No exchange is possible afterwards."""
 
 
+class ExchangeFailed(ThinwireError):
+    """Error of an exchange that did not end; ``lost`` is what this rank knows of the others."""
+
+    lost = Lost()
+
+
 @contextlib.contextmanager
 def network(timeout: float) -> Generator[None]:
     """Turn every ``RuntimeError`` of the backend into a ``NoAnswer``."""
@@ -277,18 +283,22 @@ class Wrapped(Collective):
         self.inner.close()
 
 
-def exchange_failed(collective: Collective, step: int, names: Sequence[str], error: Exception) -> ThinwireError:
+def exchange_failed(collective: Collective, step: int, names: Sequence[str], error: Exception) -> ExchangeFailed:
     """Make the error for a failed exchange of these units: it names the ranks that did not answer and the way out."""
     what = names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
     return failed(collective, f"step {step}: the exchange of {what}", error, "Restart from the last checkpoint")
 
 
-def failed(channel: ControlChannel, what: str, error: Exception, way_out: str) -> ThinwireError:
+def failed(channel: ControlChannel, what: str, error: Exception, way_out: str) -> ExchangeFailed:
     """Make the error for a failed collective call."""
     lost = channel.lost() if isinstance(error, NoAnswer) else Lost()
+    made = ExchangeFailed(_text_of(channel, what, lost, error, way_out))
+    made.lost = lost
+    return made
+
+
+def _text_of(channel: ControlChannel, what: str, lost: Lost, error: Exception, way_out: str) -> str:
     if lost.raised:
-        return ThinwireError(f"{lost.raised}. {way_out}.")
+        return f"{lost.raised}. {way_out}."
     reason = (str(error) or repr(error)).splitlines()[0].rstrip(".! ")
-    return ThinwireError(
-        f"{what} failed on rank {channel.everyone.rank}{'; ' * bool(str(lost))}{lost}: {reason}. {way_out}."
-    )
+    return f"{what} failed on rank {channel.everyone.rank}{'; ' * bool(str(lost))}{lost}: {reason}. {way_out}."

@@ -34,6 +34,33 @@ def _let_go() -> None:
         time.sleep(0.05)
 
 
+_twins: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
+def twin_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Return another process group of the same ranks, made once. A collective call of these ranks.
+
+    What is in flight there does not hold up the user's own collectives. It is never destroyed here: a group of the same
+    name would find stale addresses in the store.
+    """
+    for one in [one for one, made in _twins.items() if not (_lives(one) and _lives(made))]:
+        del _twins[one]
+    if group not in _twins:
+        ranks, name = dist.get_process_group_ranks(group), dist.get_backend(group)
+        backend = name if dist.is_backend_available(name) else dist.get_backend_config(group)  # several by device
+        made = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+        _twins[group] = cast(dist.ProcessGroup, made)
+    return _twins[group]
+
+
+def _lives(group: dist.ProcessGroup) -> bool:
+    try:
+        dist.get_backend(group)
+    except ValueError:
+        return False
+    return True
+
+
 class ProcessGroup(Collective):
     """Collectives of ``torch.distributed``, on any backend."""
 

@@ -27,6 +27,7 @@ from thinwire.core.supported import check_parameter, parts
 from thinwire.engines.grad_hooks import GradHooks, Owned
 from thinwire.engines.hooks import Hook
 from thinwire.engines.names import check_some, clean, modules_of, sparse_weights
+from thinwire.engines.source import Source
 from thinwire.engines.stepped import inside, wrappers
 from thinwire.exchange.fused import warm_up_kernels
 from thinwire.methods.method import Method
@@ -42,7 +43,7 @@ time on CPUs, because the compression code had left the cache before the next bu
 TAKES_SPARSE = (torch.optim.SGD, torch.optim.Adagrad)  # these take sparse and dense gradients together
 
 
-class Plain:
+class Plain(Source[ProcessGroup]):
     """A model without a wrapper, before it is attached; the ranks of ``group`` train it."""
 
     def __init__(
@@ -57,7 +58,8 @@ class Plain:
         self.model, self.nodes, self.sparse, self.optimizer = model, nodes, sparse, optimizer
         if cast(object, group) is dist.GroupMember.NON_GROUP_MEMBER:  # what torch returns on a rank outside the group
             raise ThinwireError(f"process_group is {group!r}; this rank must be in the group that trains the model")
-        self.channel = ProcessGroup(group, timeout)
+        self.group, self.channel = group, ProcessGroup(group, timeout)
+        self.between = self.channel
         groups: Any = getattr(optimizer, "param_groups", ())
         # settings that stay in the optimizer, or return to it, unless the method owns the momentum
         self.kept = {(key, group[key]) for group in groups for key in ("momentum", "weight_decay") if group.get(key)}
@@ -81,6 +83,8 @@ class Plain:
                 f"sparse_gradients=True, and with {method.name} the optimizer has {key}={value}, which touches all "
                 "elements; use thinwire.dgc(), whose memory takes it over, or leave the option out"
             )
+
+    shares = True
 
     def exchanged(self) -> list[tuple[str, Tensor]]:
         check_nodes(self.channel, self.nodes)
@@ -164,7 +168,11 @@ class Plain:
         )
 
     def collective(self, link: Link | None, together: Together) -> Collective:
-        return levels(self.channel, self.nodes, link)
+        return levels(self.between, self.nodes, link)
+
+    def travel_over(self, group: dist.ProcessGroup) -> None:
+        """Exchange over another process group from now on; the control channel stays."""
+        self.group, self.between = group, ProcessGroup(group, self.channel.timeout)
 
     def share(self, session: Session) -> None:
         held = self._held()

@@ -25,6 +25,7 @@ from thinwire.comm.process_group import ProcessGroup
 from thinwire.core.errors import ThinwireError
 from thinwire.engines.ddp_hook import Dispatcher
 from thinwire.engines.names import check_some, clean, sparse_weights
+from thinwire.engines.source import Source
 from thinwire.engines.stepped import inside
 from thinwire.engines.unchanged import warn_of_apart
 from thinwire.exchange.units import DENSE
@@ -33,7 +34,7 @@ from thinwire.session.replicas import Replicas
 from thinwire.session.session import Session
 
 
-class Ddp:
+class Ddp(Source[ProcessGroup]):
     """A DDP model, before it is attached."""
 
     def __init__(self, ddp: DistributedDataParallel, nodes: int | DeviceMesh | None, timeout: float = TIMEOUT) -> None:
@@ -64,8 +65,6 @@ class Ddp:
     @staticmethod
     def no_sync() -> Never:  # static, because the session holds it and must not hold the DDP model
         raise ThinwireError("wire.no_sync() is for a model without a wrapper; use ddp.no_sync()")
-
-    share = None  # DDP has made the replicas equal
 
     def compared(self, every: int) -> Replicas:
         ignored: set[str] = cast(Any, self.ddp).parameters_to_ignore  # DDP does not keep those equal

@@ -19,7 +19,7 @@ from thinwire.core.sharding import own, wrapped
 from thinwire.engines.names import check_some
 from thinwire.engines.outer.local_rounds import LocalRounds
 from thinwire.engines.outer.outer_engine import anchor_of
-from thinwire.engines.outer.simulated import LocalSteps, SimulatedReplica
+from thinwire.engines.outer.simulated_steps import LocalSteps, SimulatedReplica
 from thinwire.engines.unchanged import Layouts
 from thinwire.exchange import pipeline
 from thinwire.exchange.workers import Worker

@@ -22,7 +22,8 @@ from thinwire.session.optimizers import Optimizers, each_of
 if TYPE_CHECKING:
     from thinwire.session.session import Session
 
-OnNonfinite: TypeAlias = Literal["skip", "raise"]
+OnNonfinite: TypeAlias = Literal["skip", "raise", "zero"]
+OnLost: TypeAlias = Literal["error", "continue"]
 
 
 class Scaler(Protocol):

@@ -215,6 +215,15 @@ class Session:
         if self.collective.everyone.rank == 0:
             log.warning(text)  # Python shows warnings even if logging is not configured
 
+    def regroup(self, collective: Collective) -> None:
+        """Go on with other workers, all of them at this step; what was not final of the exchange is void."""
+        self.undo()
+        self.collective = self.stages.collective = collective
+        self.workers[0].rank, self.ledger.world = collective.rank, collective.world
+        if self.replicas is not None:
+            self.replicas.channel = collective.everyone
+        self._resume()
+
     # -- the step --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:

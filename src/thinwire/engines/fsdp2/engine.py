@@ -36,6 +36,7 @@ from thinwire.core.sharding import own, shard_dim
 from thinwire.engines.fsdp2.custom_collectives import Gather, Scatter
 from thinwire.engines.fsdp2.shards import OwnedShard, Shards
 from thinwire.engines.names import check_some, clean, modules_of
+from thinwire.engines.source import Source
 from thinwire.engines.unchanged import warn_of_apart
 from thinwire.exchange.routes.rows import check_flat
 from thinwire.exchange.units import DENSE
@@ -101,11 +102,11 @@ def sharded_channel(model: nn.Module, replicate: DeviceMesh | None, timeout: flo
     return BothAxes(replicas, ProcessGroup(mesh.get_group(), timeout))
 
 
-class Fsdp2:
+class Fsdp2(Source[ControlChannel]):
     """An FSDP2 model, before it is attached; ``steps`` is True if ``attach`` was given an optimizer."""
 
     def __init__(self, model: nn.Module, options: Fsdp2Options, steps: bool, timeout: float = TIMEOUT) -> None:
-        self.model, self.steps, replicate = model, steps, options.replicate
+        self.model, self.steps, self.timeout, replicate = model, steps, timeout, options.replicate
         self.modules = [(name, module) for name, module in modules_of(model) if isinstance(module, FSDPModule)]
         self._reshard()
         self.owned = _owned(model, self.modules)
@@ -195,8 +196,6 @@ class Fsdp2:
             "wire.no_sync() is for a model without a wrapper; use model.set_requires_gradient_sync(False)"
         )
 
-    share = None
-
     def compared(self, every: int) -> Replicas:
         named = [(clean(name), p) for name, p in self.model.named_parameters() if isinstance(p, DTensor)]
         return Replicas(named, self.channel, self.shards.world, every)
@@ -206,6 +205,10 @@ class Fsdp2:
         with together.alone():
             replicas = Paced(self.replicas, link) if link else self.replicas
             return Mesh(replicas, self.shards, self.group, own(self.owned[0].param).device, columns)
+
+    def travel_over(self, group: dist.ProcessGroup) -> None:
+        """Exchange over another process group of the replicas from now on; the control channel stays."""
+        self.group, self.replicas = group, ProcessGroup(group, self.timeout)
 
     def install(self, session: Session) -> None:
         modules = [cast(nn.Module, module) for _, module in self.modules]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinwire.comm.collectives import Collective, InFlight, exchange_failed
+from thinwire.comm.collectives import Collective, InFlight, exchange_failed, network
+from thinwire.core.errors import ThinwireError
 from thinwire.exchange import pipeline
 from thinwire.exchange.buckets import Bucket
 from thinwire.report.ledger import Stopwatch
@@ -21,15 +22,19 @@ class Flight:
 
     Args:
         due: the inner step after which its outer step is made.
+        steps: the inner steps of the round, each of which would have sent a dense gradient.
         inboxes: the messages for each worker of this process.
         distances: a number of each worker that travels with the messages; None if there is none.
     """
 
     fragment: int
     due: int
+    steps: int
     bucket: Bucket
     inboxes: list[list[InFlight]]
     distances: InFlight | None = None
+    kept: list[list[Tensor]] | None = None
+    """What each worker of this process has sent, before compression, if it may have to be sent again."""
 
 
 def start(
@@ -51,23 +56,33 @@ def start(
         steps: the inner steps of the round, each of which would have sent a dense gradient.
         distances: a number of each worker to send along, or None.
     """
-    bucket, row = session.bucket([session.units[i].param for i in chosen]), session.row
+    bucket = session.bucket([session.units[i].param for i in chosen])
+    with exchanging(session, bucket):
+        return _start(session, peers, Flight(fragment, due, steps, bucket, []), deltas, distances)
+
+
+def _start(
+    session: Session,
+    peers: Sequence[Collective],
+    made: Flight,
+    deltas: Sequence[list[Tensor]],
+    distances: Sequence[float] | None,
+) -> Flight:
+    bucket, row, steps = made.bucket, session.row, made.steps
     bucket.book(row, session.collective)
     row.dense_bytes *= steps
     row.compressed_dense_bytes *= steps
-    inboxes: list[list[InFlight]] = []
     for worker, peer, found in zip(session.workers, peers, deltas, strict=True):
         if session.method.clip is not None:
             clip(found, session.method.clip, peer.world, lambda norm: _whole(session, norm))
         with Stopwatch(row, "send_seconds"):
             outbox = pipeline.send(bucket, found, worker, session.step, [True] * len(found), turn=session.turn)
-        inboxes += pipeline.route([bucket], [outbox.messages], peer, session.turn)
-    told = None
+        made.inboxes += pipeline.route([bucket], [outbox.messages], peer, session.turn)
     for peer, distance in zip(peers, distances or (), strict=distances is not None):
-        told = peer.all_gather(
+        made.distances = peer.all_gather(
             torch.tensor([distance], dtype=torch.float64, device=deltas[0][0].device).view(torch.uint8)
         )
-    return Flight(fragment, due, bucket, inboxes, told)
+    return made
 
 
 def _whole(session: Session, norm: Tensor) -> Tensor:
@@ -77,31 +92,34 @@ def _whole(session: Session, norm: Tensor) -> Tensor:
 def land(session: Session, peers: Sequence[Collective], flight: Flight) -> tuple[list[Tensor], float]:
     """Wait for an exchange and decode it; returns the mean of each unit, and that of the distances."""
     bucket, inboxes = flight.bucket, flight.inboxes
-    with _waiting(session, bucket):
+    with Stopwatch(session.row, "exchange_seconds"), exchanging(session, bucket):
         _arrive(inboxes, session.timeout)
         if bucket.relays:
             each = zip(session.workers, peers, inboxes, strict=True)
             inboxes = [pipeline.relay(bucket, inbox, worker, session.step, peer) for worker, peer, inbox in each]
             _arrive(inboxes, session.timeout)
+        first = 0.0
+        if flight.distances is not None:
+            first = float(flight.distances.wait(session.timeout).flatten().view(torch.float64).mean())
     outs = [torch.empty_like(unit.own) for unit in bucket.units]
     with Stopwatch(session.row, "receive_seconds"):
         session.transaction.statuses = pipeline.receive(
             bucket, inboxes[0], outs, session.seed, session.step, kernels=session.workers[0].kernels, turn=session.turn
         )
-    if flight.distances is None:
-        return outs, 0.0
-    return outs, float(flight.distances.wait(session.timeout).flatten().view(torch.float64).mean())
+    return outs, first
 
 
 @contextlib.contextmanager
-def _waiting(session: Session, bucket: Bucket) -> Generator[None]:
-    """Measure the time of waiting, and name the ranks that did not answer."""
-    with Stopwatch(session.row, "exchange_seconds"):
-        try:
+def exchanging(session: Session, bucket: Bucket) -> Generator[None]:
+    """Name the ranks that did not answer in an error."""
+    try:
+        with network(session.timeout):
             yield
-        except Exception as error:
-            names = [unit.name for unit in bucket.units]
-            raise exchange_failed(session.collective, session.step, names, error) from error
+    except Exception as error:
+        if isinstance(error, ThinwireError):
+            raise
+        names = [unit.name for unit in bucket.units]
+        raise exchange_failed(session.collective, session.step, names, error) from error
 
 
 def _arrive(inboxes: Sequence[Sequence[InFlight]], timeout: float) -> None:

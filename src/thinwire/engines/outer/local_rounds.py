@@ -4,16 +4,14 @@ One exchange is in flight at a time. It is decoded where its outer step is due, 
 the decoded mean then waits for its time, so a resumed run has the same bits.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from thinwire.comm.collectives import Collective
+from thinwire.comm.collectives import Collective, ExchangeFailed, NoAnswer, failed
 from thinwire.comm.texts import known_to_all
 from thinwire.core.errors import ThinwireError
 from thinwire.core.tensors import norm
@@ -21,24 +19,15 @@ from thinwire.engines.outer import flight
 from thinwire.engines.outer.flight import Flight
 from thinwire.engines.outer.outer_step import fragments_of, move
 from thinwire.engines.outer.replica import Replica, averaged
+from thinwire.engines.outer.round_state import Late, restored, saved
 from thinwire.exchange.units import Unit
+from thinwire.exchange.workers import Worker
 from thinwire.methods.local_settings import Local
 from thinwire.session.rounds import OnNonfinite, Rounds, RoundState
 from thinwire.session.session import Session
 
-NUMBERS = ("inner", "count", "exchanged_at", "lr", "moved")
-"""The numbers of a round that are equal on all ranks."""
-
-
-@dataclass
-class Late:
-    """Decoded updates of one fragment that wait for their outer step."""
-
-    fragment: int
-    due: int
-    means: list[Tensor] = field(default_factory=list[Tensor])
-    """One for each unit; empty if an update was not finite."""
-    divisor: float = 1.0
+WAY_OUT = "Restart from the last checkpoint"
+Regroup: TypeAlias = Callable[[Sequence[int], str, float], tuple[Collective, list[str]]]
 
 
 class LocalRounds(Rounds):
@@ -48,6 +37,8 @@ class LocalRounds(Rounds):
         replicas: the workers of this process.
         peers: the collective of each; None for that of the session.
         on_nonfinite: see ``thinwire.attach``.
+        regroup: function from the ranks of this process group that are gone, and a word, to the collective of those
+            that are left, and their words; None if a lost worker is an error.
     """
 
     needs_optimizer = False
@@ -58,8 +49,11 @@ class LocalRounds(Rounds):
         replicas: Sequence[Replica],
         peers: Sequence[Collective] | None = None,
         on_nonfinite: OnNonfinite = "skip",
+        regroup: Regroup | None = None,
     ) -> None:
-        self.replicas, self.peers, self.on_nonfinite = replicas, peers or (), on_nonfinite
+        self.replicas, self.peers, self.on_nonfinite, self.regroup = replicas, peers or (), on_nonfinite, regroup
+        self.others: Sequence[Collective] = ()
+        """Further collectives whose bytes count: those of an optimizer."""
         self.inner = self.count = 0
         """The inner steps made, and the rounds begun; equal on all ranks between rounds."""
         self.momentum: dict[str, Tensor] = {}
@@ -72,14 +66,19 @@ class LocalRounds(Rounds):
 
     def start(self, session: Session, cleanup: ExitStack) -> None:
         self.session, self.peers = session, self.peers or [session.collective]
-        self.sent = session.collective.sent, session.collective.sent_within_node
-        """The bytes sent by the end of the last exchange."""
+        self.mark_sent()
         self.fragments = fragments_of([unit.name for unit in session.units], self.local.fragments)
         self.exchanged_at = [0] * len(self.fragments)
         """The inner step of each fragment's last exchange."""
         self.lr = [1.0] * len(session.units)
         """The inner learning rates at the start of the round."""
         session.ledger.note(f"buffers: {self.local.buffers}; only {session.method.name} moves the anchor")
+
+    def mark_sent(self) -> None:
+        """Count only what is sent from now on."""
+        collective = self.session.collective
+        self.sent = collective.sent, collective.sent_within_node, sum(other.sent for other in self.others)
+        """The bytes sent by the end of the last exchange."""
 
     def begin(self) -> bool:
         return False
@@ -126,6 +125,23 @@ class LocalRounds(Rounds):
             if self.due(fragment):
                 self._exchange(fragment)
 
+    def _check_same_step(self, what: str) -> None:
+        """Raise a ``ThinwireError`` if ranks have made different numbers of inner steps since they began."""
+        said: list[str] = []
+        while not said:
+            try:
+                said = self.session.collective.everyone.exchange_text(str(self.inner))
+            except NoAnswer as error:
+                self._go_on(failed(self.session.collective, what, error, WAY_OUT), arrived=False)
+        if len({*said}) > 1:
+            others = ", ".join(f"rank {rank} {steps}" for rank, steps in enumerate(said))
+            raise known_to_all(
+                ThinwireError(
+                    f"{what}: ranks have made different numbers of inner steps ({others}), so some would wait for "
+                    "rounds that others have ended; step the inner optimizer equally often on all ranks"
+                )
+            )
+
     def _begin_round(self) -> None:
         if self.local.per_lr:
             self.lr = [rate or 1.0 for rate in self.replicas[0].learning_rates()]
@@ -139,6 +155,7 @@ class LocalRounds(Rounds):
     @torch.no_grad()
     def end(self) -> None:
         """End the last round, which may be short, so that all workers hold the anchor. All ranks call it together."""
+        self._check_same_step("detach()")
         self.finish()
         for fragment, at in enumerate(self.exchanged_at):
             if at < self.inner:
@@ -155,27 +172,70 @@ class LocalRounds(Rounds):
         return [delta.div_(self.lr[i]) for delta, i in zip(found, chosen, strict=True)] if self.local.per_lr else found
 
     def _exchange(self, fragment: int) -> None:
-        session, local, chosen = self.session, self.local, self.fragments[fragment]
+        local, chosen = self.local, self.fragments[fragment]
         deltas = [self.deltas(replica, chosen) for replica in self.replicas]
+        if self.on_nonfinite == "zero":
+            self._zero(deltas)
         if local.late:
             self.finish(reset=False)
-        session.begin_step()
-        session.sent_before = self.sent  # with what an optimizer has sent since
-        if fragment == 0:
-            self._average()
         due = self.inner + (local.every if local.late else local.steps_late)
         steps, self.exchanged_at[fragment] = self.inner - self.exchanged_at[fragment], self.inner
-        distances = None if local.penalty is None else self.first
-        self.flight = flight.start(session, self.peers, fragment, due, chosen, deltas, steps, distances)
+        self.count += fragment == 0
+        self._send(fragment, due, deltas, steps)
         if local.late:
             self._give(chosen, 0.0)
         elif due == self.inner or self.inner <= local.start:
             self.finish()
 
+    def _send(self, fragment: int, due: int, deltas: list[list[Tensor]], steps: int) -> None:
+        """Start an exchange, between those workers that are left."""
+        session, chosen = self.session, self.fragments[fragment]
+        kept = None if self.regroup is None else [[delta.clone() for delta in its] for its in deltas]
+        while True:
+            session.begin_step()
+            sent, within, others = self.sent  # with what an optimizer has sent since
+            session.sent_before = sent + others - sum(other.sent for other in self.others), within
+            distances = None if self.local.penalty is None else self.first
+            try:
+                if fragment == 0:
+                    self._average()
+                self.flight = flight.start(session, self.peers, fragment, due, chosen, deltas, steps, distances)
+                self.flight.kept = kept
+                return
+            except ExchangeFailed as error:
+                self._go_on(error, arrived=False)
+                assert kept is not None
+                deltas = [[delta.clone() for delta in its] for its in kept]
+
+    def _go_on(self, error: ExchangeFailed, arrived: bool) -> bool:
+        """Go on with the workers that are left, or raise the error; returns True if the exchange is final.
+
+        Workers compare the anchor after an exchange has arrived. So if one of them has gone on to the next exchange,
+        all have what has arrived here; and if all here have it, none needs it again.
+        """
+        session = self.session
+        if self.regroup is None or error.lost.raised:
+            raise error
+        collective, words = self.regroup(error.lost.gone, f"{session.step} {int(arrived)}", session.timeout)
+        steps = [(int(step), bool(int(has))) for step, has in (word.split() for word in words)]
+        final = arrived and all(has for step, has in steps if step == session.step)
+        if max(step for step, _ in steps) > session.step and not final:
+            raise ThinwireError(
+                f"{error}; the other workers have made an outer step that this one can't make"
+            ) from error
+        session.regroup(collective)
+        self.peers = [collective]
+        self.mark_sent()
+        what = "had arrived" if final else "is repeated without it"
+        session.ledger.note(
+            f"inner step {self.inner}: a worker is lost ({error.lost}), {collective.world} are left, and this is rank "
+            f"{collective.rank} of them; the exchange {what}"
+        )
+        return final
+
     def _average(self) -> None:
         """Average buffers and the optimizers' moments, if the method says so."""
         local, timeout = self.local, self.session.timeout
-        self.count += 1
         if local.buffers == "average":
             averaged(self.peers, [replica.buffers for replica in self.replicas], timeout)
         if local.sync_moments is not None and self.count % local.sync_moments == 0:
@@ -183,20 +243,44 @@ class LocalRounds(Rounds):
 
     def land(self) -> None:
         """Wait for the exchange in flight, decode it, and commit the compressor's state. All ranks call it together."""
-        session, sent = self.session, self.flight
-        if sent is None:
+        session, means, first = self.session, list[Tensor](), 0.0
+        if self.flight is None:
             return
-        means, first = flight.land(session, self.peers, sent)
+        arrived = False
+        while True:
+            sent = self.flight
+            try:
+                means, first = flight.land(session, self.peers, sent)
+                arrived = True
+                session.row.noise_scale = self.replicas[0].noise_scale()
+                session.end_step()
+            except ExchangeFailed as error:
+                if not self._go_on(error, arrived):
+                    assert sent.kept is not None
+                    self._send(sent.fragment, sent.due, sent.kept, sent.steps)
+                    arrived = False
+                    continue
+            break
         self.flight = None
-        session.row.noise_scale = self.replicas[0].noise_scale()
-        session.end_step()
-        self.sent = session.collective.sent, session.collective.sent_within_node
+        self.mark_sent()
         self.late = Late(sent.fragment, sent.due, means, self.local.divisor(self.moved, first))
         if session.transaction.failed or not all(bool(mean.isfinite().all()) for mean in means):
             self.late.means = []
             self._refuse()
         else:
             session.commit(sent.bucket.units)
+
+    def _zero(self, deltas: list[list[Tensor]]) -> None:
+        """Let a worker whose update is not finite send zeros and begin again from the anchor."""
+        for worker, replica, found in zip(self.session.workers, self.replicas, deltas, strict=True):
+            if not all(bool(delta.isfinite().all()) for delta in found):
+                for delta in found:
+                    delta.zero_()
+                self._begin_again(range(len(self.session.units)), worker, replica)
+                self.session.ledger.note(
+                    f"inner step {self.inner}: the update of rank {worker.rank} is not finite; it sends zeros, and "
+                    "begins again from the anchor"
+                )
 
     def _refuse(self) -> None:
         """Make the exchange of a nonfinite update void; all workers have received it."""
@@ -212,53 +296,15 @@ class LocalRounds(Rounds):
 
     @torch.no_grad()
     def state(self) -> RoundState:
-        """Return the round's state; an exchange in flight is decoded first, and waits for its time."""
-        self.land()
-        [replica], units, late = self.replicas, self.session.units, self.late
-        local = {unit.name: replica.state(i) for i, unit in enumerate(units)}
-        shared = {unit.name: {"anchor": unit.own} for unit in units}
-        for name, momentum in self.momentum.items():
-            shared[name]["momentum"] = momentum
-        for i, mean in zip(self.fragments[late.fragment], late.means, strict=True) if late and late.means else ():
-            shared[units[i].name]["late"] = mean
-        waiting = None if late is None else {"fragment": late.fragment, "due": late.due, "divisor": late.divisor}
-        numbers = {key: getattr(self, key) for key in NUMBERS} | {"late": waiting}
-        return RoundState(json.dumps(numbers), local, shared, self.first[0])
+        self._check_same_step("a checkpoint")
+        self.land()  # an exchange in flight is decoded now, and waits for its time
+        return saved(self)
 
     @torch.no_grad()
     def restore(self, state: RoundState | None) -> None:
-        [replica], units = self.replicas, self.session.units
         self.flight = self.late = None
         self.momentum.clear()
-        if state is None:  # of a run that exchanged gradients
-            self.inner, self.exchanged_at = 0, [0] * len(self.fragments)
-            for unit, param in zip(units, replica.params, strict=True):
-                unit.own.copy_(param)
-            return
-        try:
-            numbers: dict[str, Any] = json.loads(state.numbers)
-            for key in NUMBERS:
-                setattr(self, key, numbers[key])
-            waiting = numbers["late"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ThinwireError(f"the checkpoint's round can't be read: {error!r:.100}") from error
-        if len(self.exchanged_at) != len(self.fragments):
-            raise ThinwireError(
-                f"the checkpoint has {len(self.exchanged_at)} fragments, and this run {len(self.fragments)}; load it "
-                "with the same fragments="
-            )
-        self.first = [state.distance]
-        for i, unit in enumerate(units):
-            shared = state.shared[unit.name]
-            unit.own.copy_(shared["anchor"])
-            replica.restore(i, state.local[unit.name])
-            if "momentum" in shared:
-                self.momentum[unit.name] = shared["momentum"]
-        if waiting is not None:
-            chosen: list[int] = self.fragments[int(waiting["fragment"])]
-            found = [state.shared[units[i].name].get("late") for i in chosen]
-            means = [mean for mean in found if mean is not None]
-            self.late = Late(waiting["fragment"], waiting["due"], means, waiting["divisor"])
+        restored(self, state)
 
     # -- the outer step --------------------------------------------------------------------------------------------
 
@@ -274,7 +320,8 @@ class LocalRounds(Rounds):
             return
         chosen, local = self.fragments[late.fragment], self.local
         if not late.means:
-            self._begin_again(chosen)
+            for worker, replica in zip(self.session.workers, self.replicas, strict=True):
+                self._begin_again(chosen, worker, replica)
             return
         moves: list[Tensor] = []
         for i, mean in zip(chosen, late.means, strict=True):
@@ -294,9 +341,9 @@ class LocalRounds(Rounds):
             self.momentum[unit.name] = torch.zeros_like(unit.own)
         return self.momentum[unit.name]
 
-    def _give(self, chosen: Sequence[int], mix: float) -> None:
+    def _give(self, chosen: Sequence[int], mix: float, replicas: Sequence[Replica] | None = None) -> None:
         """Set the workers' parameters to the anchor, but for the share ``mix`` of their own."""
-        for replica in self.replicas:
+        for replica in replicas or self.replicas:
             for i in chosen:
                 anchor = self.session.units[i].own
                 if mix == 0.0:
@@ -304,10 +351,9 @@ class LocalRounds(Rounds):
                 else:
                     replica.params[i].lerp_(anchor.to(replica.params[i].dtype), 1.0 - mix)
 
-    def _begin_again(self, chosen: Sequence[int]) -> None:
-        """Let all workers begin again from the anchor, with sound optimizers."""
-        for worker, replica in zip(self.session.workers, self.replicas, strict=True):
-            if cleared := replica.clear_nonfinite():
-                what = f"cleared {cleared} nonfinite tensors of the optimizer of rank {worker.rank}"
-                self.session.ledger.note(f"inner step {self.inner}: {what}")
-        self._give(chosen, 0.0)
+    def _begin_again(self, chosen: Sequence[int], worker: Worker, replica: Replica) -> None:
+        """Let a worker begin again from the anchor, with a sound optimizer."""
+        if cleared := replica.clear_nonfinite():
+            what = f"cleared {cleared} nonfinite tensors of the optimizer of rank {worker.rank}"
+            self.session.ledger.note(f"inner step {self.inner}: {what}")
+        self._give(chosen, 0.0, [replica])

@@ -1,0 +1,64 @@
+"""Survivors: the ranks of a process group that go on without those that are lost.
+
+Each rank whose exchange has failed writes to the group's store what it has of the exchange. It waits for the others,
+except for those whose connection is closed. The first to see all words decides who the survivors are; all read that.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, cast
+
+import torch.distributed as dist
+
+from thinwire.core.errors import ThinwireError
+
+SURVIVORS = "thinwire/survivors"
+PAUSE = 0.05
+"""Seconds between two looks into the store."""
+
+
+def survivors(
+    group: dist.ProcessGroup, gone: Sequence[int], word: str, timeout: float
+) -> tuple[dist.ProcessGroup, list[str]]:
+    """Make a process group of the ranks that are left, in their old order; returns it, and the words of all of them.
+
+    Args:
+        gone: ranks that have closed their connection.
+        word: a text for the other survivors.
+        timeout: seconds to wait for ranks that are neither gone nor have failed yet.
+
+    Raises:
+        ThinwireError: the store is gone, or the others have decided to go on without this rank.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_process_group_ranks(group)
+    store = cast(Any, group).get_group_store()
+    try:
+        store.set(_key(rank), word)
+        deadline = time.monotonic() + timeout
+        while True:
+            heard = [r for r in range(len(ranks)) if store.check([_key(r)])]
+            waited = set(range(len(ranks))) - {*heard, *gone}
+            if not waited or store.check([SURVIVORS]) or time.monotonic() > deadline:
+                break
+            time.sleep(PAUSE)
+        left: list[int] = json.loads(store.compare_set(SURVIVORS, "", json.dumps(heard)))
+        if rank not in left:
+            raise ThinwireError(
+                f"the other workers did not hear from rank {rank} in time, and have gone on without it; end this "
+                "process, and let it join when they attach again"
+            )
+        words = [store.get(_key(r)).decode() for r in left]
+        patience = timedelta(seconds=timeout)
+        made = dist.new_group([ranks[r] for r in left], patience, backend="gloo", use_local_synchronization=True)
+    except RuntimeError as error:
+        raise ThinwireError(
+            "the store of the process group does not answer, so the workers that are left can't find each other; let "
+            f"it outlive them: start with torchrun, whose agent holds it ({error!s:.100})"
+        ) from error
+    return cast(dist.ProcessGroup, made), words
+
+
+def _key(rank: int) -> str:
+    return f"thinwire/left/{rank}"

@@ -1,0 +1,138 @@
+"""Local updates that go on without a lost worker, and other ways in which workers part."""
+
+import os
+import random
+import re
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import thinwire
+from tests.engines.test_faults import finish, start_ranks
+from tests.engines.test_outer import RECIPES, batch, build, loss_of
+from thinwire import ThinwireError, methods, topk
+from thinwire.comm.collectives import ExchangeFailed
+from thinwire.comm.liveness import Lost
+from thinwire.comm.simulated import Local
+from thinwire.engines.simulator import SimulatedWorkers
+
+KILLS = int(os.environ.get("THINWIRE_KILLS", "1"))
+
+
+def job(folder, *arguments):
+    ranks = start_ranks(4, ["-m", "tests.engines.outer_job", folder, *arguments])
+    outputs = finish(ranks)
+    return [rank.returncode for rank in ranks], [out + errors for out, errors in outputs]
+
+
+@pytest.mark.parametrize("repeat", range(KILLS))
+@pytest.mark.parametrize(("recipe", "moment"), [("diloco", "step"), ("co2", "arrived"), ("streaming", "step")])
+def test_the_other_three_finish_and_agree(tmp_path, recipe, moment, repeat):
+    draw = random.Random(repeat)
+    rank, at = draw.randrange(1, 4), draw.randrange(2, 11) if moment == "step" else draw.randrange(1, 3)
+    codes, said = job(tmp_path, 13, rank, at, recipe, moment)
+    assert codes == [-signal.SIGKILL if other == rank else 0 for other in range(4)], said
+    ends = [re.search(r"ended (\S+) \((\d)", text).groups() for other, text in enumerate(said) if other != rank]
+    assert set(ends) == {(ends[0][0], "3")}
+    for other, text in enumerate(said):
+        assert other == rank or re.search(rf"a worker is lost \(rank {rank} seems to be gone\), 3 are left", text), text
+        assert other == rank or ("had arrived" in text) == (moment == "arrived"), text
+
+
+def test_without_the_store_the_others_say_so(tmp_path):
+    codes, said = job(tmp_path, 13, 0, 5, "diloco", "step")  # rank 0 holds the store
+    assert codes == [-signal.SIGKILL, 3, 3, 3], said
+    assert all("start with torchrun, whose agent holds it" in text for text in said[1:]), said
+
+
+@pytest.mark.parametrize(
+    ("arrived", "words", "final"),
+    [
+        (False, ["4 0", "4 0"], False),
+        (True, ["4 1", "4 0"], False),  # one of them lacks it
+        (True, ["4 1", "4 1"], True),
+        (True, ["4 1", "5 0"], True),  # the other one has gone on, so all had it
+        (False, ["4 0", "5 0"], ThinwireError),
+        (False, ["3 1", "4 0"], False),  # the other one will make its outer step, and come
+    ],
+)  # fmt: skip
+def test_an_exchange_is_final_if_all_that_are_left_have_it(arrived, words, final):
+    model, optimizer = build()
+    sim = SimulatedWorkers(model, methods.local(topk(0.1), every=2), optimizer, 1)
+    rounds, sim.session.step = sim.local.rounds, 4
+    rounds.regroup = lambda gone, word, timeout: (Local.of(1)[0], words)
+    error = ExchangeFailed("step 4 failed")
+    error.lost = Lost(gone=[2])
+    if final is ThinwireError:
+        with pytest.raises(ThinwireError, match="have made an outer step that this one can't make"):
+            rounds._go_on(error, arrived)
+    else:
+        assert rounds._go_on(error, arrived) is final
+    error.lost = Lost(raised="rank 1 failed: no memory")  # an error of the program is no lost worker
+    with pytest.raises(ExchangeFailed):
+        rounds._go_on(error, arrived)
+
+
+@pytest.mark.parametrize("recipe", ["diloco", "streaming"])
+def test_a_nonfinite_worker_sends_zeros(recipe):
+    """The worker begins again from the anchor, and the others' round counts."""
+    model, optimizer = build()
+    sim = SimulatedWorkers(model, RECIPES[recipe], optimizer, 3)
+    sim.local.rounds.on_nonfinite = "zero"
+    for step in range(16):
+        fault = torch.tensor([1.0, torch.nan if step == 3 else 1.0, 1.0])
+        sim.step(lambda worker, step=step, fault=fault: loss_of(model, batch(worker, step)) * fault[worker])
+    sim.session.detach()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert sim.session.ledger.skipped == 0
+    assert any("the update of rank 1 is not finite; it sends zeros" in note for note in sim.session.ledger.notes)
+    assert 0 < sim.session.ledger.wire_bytes < sim.session.ledger.dense_bytes
+
+
+def _parted(rank):
+    """One rank steps once more than the other; both are told. Then options that don't fit."""
+    found = []
+    for call in (lambda wire: wire.state_dict(), lambda wire: wire.detach()):
+        model, optimizer = build()
+        group = dist.group.WORLD
+        wire = thinwire.attach(model, RECIPES["diloco"], optimizer=optimizer, process_group=group)
+        for step in range(1 + rank):
+            optimizer.zero_grad()
+            loss_of(model, batch(rank, step)).backward()
+            optimizer.step()
+        with pytest.raises(ThinwireError) as caught:
+            call(wire)
+        found.append(str(caught.value))
+        wire.abandon()
+    options = {"process_group": group, "on_lost": "continue"}
+    for method, more in (
+        (topk(0.1), {"on_lost": "continue"}),
+        (topk(0.1), {"on_nonfinite": "zero"}),
+        (methods.local(thinwire.ef21(thinwire.compressors.TopK(0.1)), every=2), options),
+        (RECIPES["diloco"], options | {"policy": thinwire.policies.LGreCo()}),
+        (RECIPES["mean_adamw"], options | {"optimizer": build(mean=True)}),
+        (RECIPES["diloco"], options | {"on_lost": "continue" if rank else "error"}),
+    ):
+        model, optimizer = more.pop("optimizer", None) or build()
+        with pytest.raises(ThinwireError) as caught:
+            thinwire.attach(model, method, **{"optimizer": optimizer, "process_group": group} | more)
+        found.append(str(caught.value))
+    return found
+
+
+def test_bad_input(world2):
+    expected = [
+        "a checkpoint: ranks have made different numbers of inner steps (rank 0 1, rank 1 2)",
+        "detach(): ranks have made different numbers of inner steps (rank 0 1, rank 1 2)",
+        'on_lost is "continue", which is for local updates',
+        'on_nonfinite is "zero", which is for local updates',
+        'on_lost="continue" and EF21, whose state is the mean over all workers',
+        'on_lost="continue" with a policy',
+        'on_lost="continue" with MeanAdamW',
+        "ranks differ: rank 0 has on_lost: error",
+    ]
+    for found in world2.run(_parted):
+        for text, says in zip(found, expected, strict=True):
+            assert says in text
