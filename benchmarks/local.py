@@ -42,7 +42,7 @@ def sgd(model: nn.Module) -> list[Optimizer]:
 
 
 def mean_adamw(model: nn.Module) -> list[Optimizer]:
-    return [MeanAdamW(model.parameters(), weight_decay=0.01)]
+    return [MeanAdamW(model.parameters(), weight_decay=0.01, per="row")]
 
 
 def muon(model: nn.Module) -> list[Optimizer]:

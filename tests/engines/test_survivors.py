@@ -91,6 +91,18 @@ def test_a_nonfinite_worker_sends_zeros(recipe):
     assert 0 < sim.session.ledger.wire_bytes < sim.session.ledger.dense_bytes
 
 
+@pytest.mark.parametrize(("period", "warns"), [(4, True), (1, False), (2, False), (99, False)])
+def test_a_scheduler_that_steps_once_a_round_is_said(period, warns):
+    model, optimizer = build()
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    result = thinwire.simulate(
+        model, RECIPES["diloco"], optimizer=optimizer, workers=2, steps=16, loss=loss_of,
+        batches=lambda worker, step: batch(worker, step),
+        after_step=lambda step, loss: schedule.step() if step % period == period - 1 else None,
+    )  # fmt: skip
+    assert any("stepped once a round?" in note for note in result.ledger.notes) == warns
+
+
 def _parted(rank):
     """One rank steps once more than the other; both are told. Then options that don't fit."""
     found = []

@@ -126,7 +126,7 @@ class Session:
             for unit in units:
                 migrate(before.get(unit.name), unit, self.workers, self.collective, self.timeout)
             if said := self.optimizer_link.enter(transfer, units, method):
-                self._say(said)
+                self.say(said)
             self.method, self.units = method, units
             if method.route == "auto":
                 given, link = link, link or measure(self.collective, self.timeout, units[0].param.device)
@@ -158,7 +158,7 @@ class Session:
         density = self._stage(self.step)
         changed = self.optimizer_link.keep(density, self.units) or density != self.stages.density
         if changed and (idle := self.stages.begin(density)):
-            self._say(idle)
+            self.say(idle)
 
     def set_method(self, method: Method | Compressor | Rule) -> None:
         """Change the method between two steps, on all ranks at once. A collective call.
@@ -210,7 +210,8 @@ class Session:
             self.ledger.note(note)
             warn_once(note)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Tell the user, in the ledger and on the first rank's log."""
         self.ledger.note(text)
         if self.collective.everyone.rank == 0:
             log.warning(text)  # Python shows warnings even if logging is not configured
@@ -245,9 +246,9 @@ class Session:
     def begin_step(self) -> None:
         """Begin a step, before its first bucket. An earlier exchange that no optimizer step committed is void."""
         if self.transaction.begin(partly=self.rounds.begin()) == 3:
-            self._say("3 exchanges without a step of the attached optimizer: is it the one that steps?")
+            self.say("3 exchanges without a step of the attached optimizer: is it the one that steps?")
         if text := self.transaction.skips.warning(self.transaction.complaint):
-            self._say(text)
+            self.say(text)
         self.row = StepRow(self.step, self.method.name)
         self.sent_before = self.collective.sent, self.collective.sent_within_node
         self.loss_scale, self.turn = self.rounds.loss_scale, self.transaction.turn

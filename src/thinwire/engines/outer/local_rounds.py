@@ -20,6 +20,7 @@ from thinwire.engines.outer.flight import Flight
 from thinwire.engines.outer.outer_step import fragments_of, move
 from thinwire.engines.outer.replica import Replica, averaged
 from thinwire.engines.outer.round_state import Late, restored, saved
+from thinwire.engines.outer.schedule_watch import ScheduleWatch
 from thinwire.exchange.units import Unit
 from thinwire.exchange.workers import Worker
 from thinwire.methods.local_settings import Local
@@ -56,6 +57,7 @@ class LocalRounds(Rounds):
         """Further collectives whose bytes count: those of an optimizer."""
         self.inner = self.count = 0
         """The inner steps made, and the rounds begun; equal on all ranks between rounds."""
+        self.schedule = ScheduleWatch()
         self.momentum: dict[str, Tensor] = {}
         self.flight: Flight | None = None
         self.late: Late | None = None
@@ -115,7 +117,12 @@ class LocalRounds(Rounds):
     @torch.no_grad()
     def stepped(self) -> None:
         """Act on an inner step that all workers of this process have just made."""
-        if self.inner == self.exchanged_at[0]:
+        begins = self.inner == self.exchanged_at[0]
+        if not self.schedule.done and self.local.every > 1 and self.inner > self.local.start:
+            rates = (group["lr"] for group in self.replicas[0].optimizer.param_groups)
+            if said := self.schedule.look(rates, begins):
+                self.session.say(said)
+        if begins:
             self._begin_round()
         self.inner += 1
         waiting = self.flight or self.late
