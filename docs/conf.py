@@ -28,6 +28,7 @@ nitpick_ignore = [  # internal types that signatures of documented classes name
     ("py:class", f"thinwire.{name}")
     for name in (
         "coding.reader.Allowance",
+        "comm.collectives.Carrier",
         "comm.collectives.Collective",
         "core.memory_capabilities.Absorbed",
         "core.memory_capabilities.MemoryTraits",
@@ -37,5 +38,6 @@ nitpick_ignore = [  # internal types that signatures of documented classes name
         "core.registry.Kind",
         "exchange.workers.Worker",
         "session.optimizers.Several",
+        "session.rounds.RoundState",
     )
 ]

@@ -13,7 +13,6 @@ import thinwire
 from tests.engines.test_faults import finish, start_ranks
 from tests.engines.test_outer import RECIPES, batch, build, loss_of
 from thinwire import ThinwireError, methods, topk
-from thinwire.comm.collectives import ExchangeFailed
 from thinwire.comm.liveness import Lost
 from thinwire.comm.simulated import Local
 from thinwire.engines.simulator import SimulatedWorkers
@@ -63,7 +62,7 @@ def test_an_exchange_is_final_if_all_that_are_left_have_it(arrived, words, final
     sim = SimulatedWorkers(model, methods.local(topk(0.1), every=2), optimizer, 1)
     rounds, sim.session.step = sim.local.rounds, 4
     rounds.regroup = lambda gone, word, timeout: (Local.of(1)[0], words)
-    error = ExchangeFailed("step 4 failed")
+    error = ThinwireError("step 4 failed")
     error.lost = Lost(gone=[2])
     if final is ThinwireError:
         with pytest.raises(ThinwireError, match="have made an outer step that this one can't make"):
@@ -71,7 +70,7 @@ def test_an_exchange_is_final_if_all_that_are_left_have_it(arrived, words, final
     else:
         assert rounds._go_on(error, arrived) is final
     error.lost = Lost(raised="rank 1 failed: no memory")  # an error of the program is no lost worker
-    with pytest.raises(ExchangeFailed):
+    with pytest.raises(ThinwireError, match="step 4 failed"):
         rounds._go_on(error, arrived)
 
 

@@ -34,12 +34,6 @@ class NoAnswer(RuntimeError):
     """Error: the network failed or a rank did not answer in time. No exchange is possible afterwards."""
 
 
-class ExchangeFailed(ThinwireError):
-    """Error of an exchange that did not end; ``lost`` is what this rank knows of the others."""
-
-    lost = Lost()
-
-
 @contextlib.contextmanager
 def network(timeout: float) -> Generator[None]:
     """Turn every ``RuntimeError`` of the backend into a ``NoAnswer``."""
@@ -283,17 +277,17 @@ class Wrapped(Collective):
         self.inner.close()
 
 
-def exchange_failed(collective: Collective, step: int, names: Sequence[str], error: Exception) -> ExchangeFailed:
+def exchange_failed(collective: Collective, step: int, names: Sequence[str], error: Exception) -> ThinwireError:
     """Make the error for a failed exchange of these units: it names the ranks that did not answer and the way out."""
     what = names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
     return failed(collective, f"step {step}: the exchange of {what}", error, "Restart from the last checkpoint")
 
 
-def failed(channel: ControlChannel, what: str, error: Exception, way_out: str) -> ExchangeFailed:
-    """Make the error for a failed collective call."""
+def failed(channel: ControlChannel, what: str, error: Exception, way_out: str) -> ThinwireError:
+    """Make the error for a failed collective call; its ``lost`` is what this rank knows of the others."""
     lost = channel.lost() if isinstance(error, NoAnswer) else Lost()
-    made = ExchangeFailed(_text_of(channel, what, lost, error, way_out))
-    made.lost = lost
+    made = ThinwireError(_text_of(channel, what, lost, error, way_out))
+    made.lost = lost if isinstance(error, NoAnswer) else None
     return made
 
 

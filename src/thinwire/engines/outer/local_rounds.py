@@ -11,7 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from thinwire.comm.collectives import Collective, ExchangeFailed, NoAnswer, failed
+from thinwire.comm.collectives import Collective, NoAnswer, failed
+from thinwire.comm.liveness import Lost
 from thinwire.comm.texts import known_to_all
 from thinwire.core.errors import ThinwireError
 from thinwire.core.tensors import norm
@@ -209,21 +210,22 @@ class LocalRounds(Rounds):
                 self.flight = flight.start(session, self.peers, fragment, due, chosen, deltas, steps, distances)
                 self.flight.kept = kept
                 return
-            except ExchangeFailed as error:
+            except ThinwireError as error:
                 self._go_on(error, arrived=False)
                 assert kept is not None
                 deltas = [[delta.clone() for delta in its] for its in kept]
 
-    def _go_on(self, error: ExchangeFailed, arrived: bool) -> bool:
+    def _go_on(self, error: ThinwireError, arrived: bool) -> bool:
         """Go on with the workers that are left, or raise the error; returns True if the exchange is final.
 
         Workers compare the anchor after an exchange has arrived. So if one of them has gone on to the next exchange,
         all have what has arrived here; and if all here have it, none needs it again.
         """
         session = self.session
-        if self.regroup is None or error.lost.raised:
+        lost: Lost | None = error.lost
+        if self.regroup is None or lost is None or lost.raised:
             raise error
-        collective, words = self.regroup(error.lost.gone, f"{session.step} {int(arrived)}", session.timeout)
+        collective, words = self.regroup(lost.gone, f"{session.step} {int(arrived)}", session.timeout)
         steps = [(int(step), bool(int(has))) for step, has in (word.split() for word in words)]
         final = arrived and all(has for step, has in steps if step == session.step)
         if max(step for step, _ in steps) > session.step and not final:
@@ -235,7 +237,7 @@ class LocalRounds(Rounds):
         self.mark_sent()
         what = "had arrived" if final else "is repeated without it"
         session.ledger.note(
-            f"inner step {self.inner}: a worker is lost ({error.lost}), {collective.world} are left, and this is rank "
+            f"inner step {self.inner}: a worker is lost ({lost}), {collective.world} are left, and this is rank "
             f"{collective.rank} of them; the exchange {what}"
         )
         return final
@@ -261,7 +263,7 @@ class LocalRounds(Rounds):
                 arrived = True
                 session.row.noise_scale = self.replicas[0].noise_scale()
                 session.end_step()
-            except ExchangeFailed as error:
+            except ThinwireError as error:
                 if not self._go_on(error, arrived):
                     assert sent.kept is not None
                     self._send(sent.fragment, sent.due, sent.kept, sent.steps)
