@@ -21,6 +21,7 @@ METHODS: dict[str, Callable[[], thinwire.Method]] = {
     "dgc_int4": lambda: thinwire.dgc(0.02, values="int4"),
     "dgc_two_phase": lambda: thinwire.dgc(0.02, route="two_phase"),
     "topk_two_phase": lambda: thinwire.topk(0.02, route="two_phase"),
+    "sparse_loco_30": lambda: thinwire.sparse_loco(30),
 }
 """One line for each method and route."""
 WIDTH, LAYERS = 512, 4  # 1.05M parameters: gloo's own messages are some 300 bytes for each of ours
@@ -29,10 +30,14 @@ WIDTH, LAYERS = 512, 4  # 1.05M parameters: gloo's own messages are some 300 byt
 def compare(method: thinwire.Method, steps: int) -> dict[str, float]:
     """Bytes of one rank in so many steps."""
     torch.manual_seed(0)
-    ddp = DistributedDataParallel(contenders.mlp(WIDTH, LAYERS))
-    optimizer = contenders.sgd(ddp, 0.9)
-    wire = thinwire.attach(ddp, method, optimizer=optimizer, kernels="reference")  # all send the same bytes
-    contender = contenders.Contender(ddp, optimizer, wire=wire)
+    mlp = contenders.mlp(WIDTH, LAYERS)
+    if method.local is None:
+        model, where = DistributedDataParallel(mlp), {}
+    else:  # the few bytes of a round are compared without the check of replicas, which the ledger does not count
+        model, where = mlp, {"process_group": dist.group.WORLD, "check_every": 0}
+    optimizer = contenders.sgd(model, 0.9)
+    wire = thinwire.attach(model, method, optimizer=optimizer, kernels="reference", **where)  # all send the same bytes
+    contender = contenders.Contender(model, optimizer, wire=wire)
     for _ in range(2):  # the first has other buckets
         contender.step(torch.randn(4, WIDTH))
     dist.barrier()

@@ -8,13 +8,15 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from thinwire.compressors.quantize import Quantize
+from thinwire.compressors.sparse import TopK
 from thinwire.core.errors import ThinwireError
 from thinwire.core.interfaces import Compressor
 from thinwire.core.memory_capabilities import traits_of
 from thinwire.memories.error_feedback import ErrorFeedback
-from thinwire.methods.basic import dense, topk
+from thinwire.methods.basic import dense
 from thinwire.methods.local_settings import Local
 from thinwire.methods.method import Method, Rule
+from thinwire.methods.options import recipe
 
 Exchange: TypeAlias = Method | Compressor | Rule | None
 
@@ -166,6 +168,7 @@ def sparse_loco(
     """Send the largest elements of the update in 2 bits, with a decayed residual (SparseLoCo).
 
     ``e = decay e + delta``; the largest elements of ``e`` are sent and subtracted; the anchor moves by their mean.
+    Vectors are compressed too: dense, those of a usual transformer would cost a fifth of all bits.
 
     Args:
         every, settings: as for ``local``; the outer step is ``lr=1`` without momentum.
@@ -179,12 +182,8 @@ def sparse_loco(
 
     Departures: the largest elements of a whole parameter, not of each chunk of 4096, in Elias-Fano code.
     """
-    sent = topk(density, values=values)
-    rules = tuple(
-        replace(rule, memory=ErrorFeedback(decay=decay)) if isinstance(rule.memory, ErrorFeedback) else rule
-        for rule in sent.rules
-    )
-    return local(replace(sent, rules=rules), every=every, name="sparse_loco", **settings)
+    sent = recipe("topk", TopK(density, values), ErrorFeedback(decay=decay), {}, min_ndim=0)
+    return local(sent, every=every, name="sparse_loco", **settings)
 
 
 def muloco(
