@@ -215,6 +215,25 @@ def test_zeroth(tmp_path):
     assert figures["pertp_2", "loss_after"] == figures["full", "loss_after"]
 
 
+def test_local(tmp_path):
+    options = ["--recipes", "sparse_loco", "muloco", "mean_adamw_topk", "--periods", "2", "--steps", "4"]
+    options += ["--rates", "0.001", "--workers", "2", "--seeds", "1"]
+    figures = run(tmp_path, "benchmarks.local", *options)
+    dense = figures["transformer/dense@4", "bits"]
+    for case in ("lstm/sparse_loco/2@4", *(f"transformer/{name}/2@4" for name in options[1:4])):
+        assert 0 < figures[case, "bits"] < dense
+        assert figures[case, "held_out"] > 0
+    assert run(tmp_path, "benchmarks.local", *options) == figures  # from the file
+
+
+def test_overlap(tmp_path):
+    """Without a lab, on the loopback."""
+    options = ["--link", "none", "--width", "64", "--every", "2", "--rounds", "1", "--turns", "1"]
+    figures = run(tmp_path, "benchmarks.overlap", *options)
+    for case in ("local", "blocking", "delayed", "co2"):
+        assert figures[case, "over_local"] > 0
+
+
 def test_lgreco(tmp_path):
     """Without CIFAR-10 the ResNet is left out."""
     options = ["--seeds", "1", "--steps", "12", "--every", "5", "--looks", "2", "--workers", "2", "--hidden", "24"]
