@@ -171,6 +171,30 @@ class Book:
             rows.append(Row(key, "rate", float(best)))
         return rows
 
+    def table(self) -> str:
+        """Return the figures as Markdown, those of one task and length together, by bits."""
+        rows = self.rows()
+        found = {(row.case, row.metric): row for row in rows}
+        lines: list[str] = []
+        groups = dict.fromkeys(row.case.partition("/")[0] + " @ " + row.case.partition("@")[2] for row in rows)
+        for group in groups:
+            task, _, steps = group.partition(" @ ")
+            cases = {row.case for row in rows if row.case.startswith(task + "/") and row.case.endswith("@" + steps)}
+            dense = found[f"{task}/dense@{steps}", "held_out"].value
+            lines += [
+                f"\n{task}, {steps} steps\n",
+                "| method | H | bits | rate | held-out loss (of all seeds) | over dense |",
+            ]
+            lines.append("|---|---:|---:|---:|---|---:|")
+            for case in sorted(cases, key=lambda case: -found[case, "bits"].value):
+                name, _, every = case.partition("@")[0].removeprefix(task + "/").partition("/")
+                loss, bits, rate = (found[case, metric] for metric in ("held_out", "bits", "rate"))
+                lines.append(
+                    f"| {name} | {every or '-'} | {bits.value:.4f} | {rate.value:g} | {loss.value:.3f} "
+                    f"({loss.low:.3f} to {loss.high:.3f}) | {loss.value - dense:+.3f} |"
+                )
+        return "\n".join(lines)
+
     def write(self) -> None:
         if self.path is not None:
             settings = {key: value for key, value in vars(self.args).items() if key != "json"}
@@ -197,6 +221,7 @@ def main(argv: list[str] | None = None) -> None:
             for case in [Case(task, "dense"), *(Case(task, r, every) for r in recipes for every in args.periods)]:
                 book.tuned(case, steps, rates, args.seeds)
     book.write()
+    print(book.table())
 
 
 if __name__ == "__main__":
