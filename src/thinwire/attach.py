@@ -1,9 +1,6 @@
 """``attach``, the entry point: it finds the wrapper of the model and installs the engine for it (``engines``).
 
-All engines have the same methods. ``exchanged`` returns the parameters whose gradients are exchanged, or raises an
-error before anything has been changed; ``fits`` raises one if a method can't be used; ``compared`` returns the tensors
-that must be equal on all replicas. ``collective`` makes what exchanges the gradients, and ``share`` broadcasts
-parameters and buffers (None if the wrapper has); these two are collective calls. ``install`` connects the session.
+``engines/source.py`` says what all engines offer. Whatever is wrong is an error before anything has been changed.
 """
 
 import contextlib

@@ -128,6 +128,8 @@ class ControlChannel(ABC):
 
     rank: int
     world: int
+    status = ""
+    """A few words for the other ranks, which read them after a failed exchange."""
 
     @property
     def everyone(self) -> "ControlChannel":

@@ -34,6 +34,8 @@ class Lost(NamedTuple):
     """Ranks that did not answer; they may be alive and late."""
     raised: str = ""
     """The error that a rank left in the store."""
+    said: Sequence[tuple[int, str]] = ()
+    """The status of each rank that wrote it to the store."""
 
     def __str__(self) -> str:
         if self.raised:
@@ -56,9 +58,9 @@ class Liveness:
     def __init__(self, group: dist.ProcessGroup, rank: int, world: int) -> None:
         self.group, self.rank, self.world = group, rank, world
 
-    def lost(self) -> Lost:
+    def lost(self, status: str = "") -> Lost:
         """Find out which ranks are lost. On gloo this closes all connections of this rank and ends its exchanges."""
-        self.here()
+        self.here(status)
         closed = self._closed()
         others = [rank for rank in range(self.world) if rank != self.rank]
         found: list[Lost] = []
@@ -79,11 +81,12 @@ class Liveness:
             host = [rank for rank in closed if dist.get_global_rank(self.group, rank) == 0]
             return Lost(host or closed)
         gone = [rank for rank in closed if rank in quiet]
-        return Lost(gone, [rank for rank in quiet if rank not in gone], raised)
+        said = [(rank, self._store.get(_alive(rank)).decode(errors="replace")) for rank in others if rank not in quiet]
+        return Lost(gone, [rank for rank in quiet if rank not in gone], raised, said)
 
-    def here(self) -> None:
-        """Write to the store that this rank is alive."""
-        self._say(_alive(self.rank), "yes")
+    def here(self, status: str = "") -> None:
+        """Write to the store that this rank is alive, and its status."""
+        self._say(_alive(self.rank), status[:SHORT] or "yes")
 
     def leave_word(self, text: str) -> None:
         """Write to the store why this rank will not answer."""

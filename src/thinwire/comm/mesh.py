@@ -55,6 +55,7 @@ class BothAxes(ControlChannel):
         return Lost(gone, silent, along.raised or across.raised)
 
     def here(self) -> None:
+        self.replicas.status = self.shards.status = self.status
         self.replicas.here()
         self.shards.here()
 

@@ -135,10 +135,10 @@ class ProcessGroup(Collective):
         return DTensor.from_local(tensor.unsqueeze(0).contiguous(), self._mesh, [Shard(0)], run_check=False)
 
     def here(self) -> None:
-        self._liveness.here()
+        self._liveness.here(self.status)
 
     def lost(self) -> Lost:
-        found = self._liveness.lost()
+        found = self._liveness.lost(self.status)
         self.hang_up()
         return found
 

@@ -4,6 +4,7 @@ Each rank whose exchange has failed writes to the group's store what it has of t
 except for those whose connection is closed. The first to see all words decides who the survivors are; all read that.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -34,31 +35,39 @@ def survivors(
     """
     rank, ranks = dist.get_rank(group), dist.get_process_group_ranks(group)
     store = cast(Any, group).get_group_store()
-    try:
-        store.set(_key(rank), word)
-        deadline = time.monotonic() + timeout
-        while True:
-            heard = [r for r in range(len(ranks)) if store.check([_key(r)])]
-            waited = set(range(len(ranks))) - {*heard, *gone}
-            if not waited or store.check([SURVIVORS]) or time.monotonic() > deadline:
-                break
-            time.sleep(PAUSE)
-        left: list[int] = json.loads(store.compare_set(SURVIVORS, "", json.dumps(heard)))
+    for attempt in range(len(ranks)):  # another rank may be lost meanwhile
+        try:
+            left = _decided(store, rank, len(ranks), gone, word, attempt, timeout)
+        except RuntimeError as error:
+            raise ThinwireError(
+                "the store of the process group does not answer, so the workers that are left can't find each other; "
+                f"let it outlive them: start with torchrun, whose agent holds it ({error!s:.100})"
+            ) from error
         if rank not in left:
             raise ThinwireError(
                 f"the other workers did not hear from rank {rank} in time, and have gone on without it; end this "
                 "process, and let it join when they attach again"
             )
-        words = [store.get(_key(r)).decode() for r in left]
-        patience = timedelta(seconds=timeout)
-        made = dist.new_group([ranks[r] for r in left], patience, backend="gloo", use_local_synchronization=True)
-    except RuntimeError as error:
-        raise ThinwireError(
-            "the store of the process group does not answer, so the workers that are left can't find each other; let "
-            f"it outlive them: start with torchrun, whose agent holds it ({error!s:.100})"
-        ) from error
-    return cast(dist.ProcessGroup, made), words
+        words = [store.get(_key(attempt, r)).decode() for r in left]
+        patience, chosen = timedelta(seconds=timeout), [ranks[r] for r in left]
+        with contextlib.suppress(RuntimeError):
+            made = dist.new_group(chosen, patience, backend="gloo", use_local_synchronization=True)
+            return cast(dist.ProcessGroup, made), words
+    raise ThinwireError("the workers that are left can't connect to each other; restart from the last checkpoint")
 
 
-def _key(rank: int) -> str:
-    return f"thinwire/left/{rank}"
+def _decided(
+    store: Any, rank: int, world: int, gone: Sequence[int], word: str, attempt: int, timeout: float
+) -> list[int]:
+    """Return the ranks that are left, as the first of them has decided."""
+    store.set(_key(attempt, rank), word)
+    deadline, decision = time.monotonic() + timeout, f"{SURVIVORS}/{attempt}"
+    while True:
+        heard = [r for r in range(world) if store.check([_key(attempt, r)])]
+        if set(heard) | set(gone) >= set(range(world)) or store.check([decision]) or time.monotonic() > deadline:
+            return json.loads(store.compare_set(decision, "", json.dumps(heard)))
+        time.sleep(PAUSE)
+
+
+def _key(attempt: int, rank: int) -> str:
+    return f"thinwire/left/{attempt}/{rank}"

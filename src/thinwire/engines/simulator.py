@@ -18,7 +18,7 @@ from thinwire.core.interfaces import Compressor
 from thinwire.core.sharding import own, wrapped
 from thinwire.engines.names import check_some
 from thinwire.engines.outer.local_rounds import LocalRounds
-from thinwire.engines.outer.outer_engine import anchor_of
+from thinwire.engines.outer.outer_engine import anchor_of, check_for_gradients
 from thinwire.engines.outer.simulated_steps import LocalSteps, SimulatedReplica
 from thinwire.engines.unchanged import Layouts
 from thinwire.exchange import pipeline
@@ -30,7 +30,7 @@ from thinwire.report.ledger import Ledger, Stopwatch
 from thinwire.session.arguments import ORDER, check_held, options
 from thinwire.session.clipping import clip
 from thinwire.session.optimizers import Optimizers, Several, joined
-from thinwire.session.rounds import OptimizerSteps, Rounds
+from thinwire.session.rounds import OnNonfinite, OptimizerSteps, Rounds
 from thinwire.session.session import Session
 from thinwire.session.transaction import Policy
 
@@ -55,9 +55,10 @@ class SimulatedWorkers:
         seed: int = 0,
         kernels: Choice = "auto",
         policy: Policy | None = None,
+        on_nonfinite: OnNonfinite = "skip",
     ) -> None:
         method, workers = method_of(method), whole(1)("workers", workers)
-        asked = options(seed=seed, kernels=kernels, policy=policy)
+        asked = options(seed=seed, kernels=kernels, policy=policy, on_nonfinite=on_nonfinite)
         self.model = of_type(nn.Module, ORDER)("model", model)
         kinds = (torch.optim.Optimizer, Several)
         self.optimizer: Optimizers = of_type(kinds, "pass the one of the model")("optimizer", joined(optimizer))
@@ -68,11 +69,14 @@ class SimulatedWorkers:
         chosen, note = choose(asked["kernels"], named[0][1].device)
         ranks = [Worker(rank, asked["seed"], kernels=chosen) for rank in range(workers)]
         live = [param for _, param in named]
-        rounds: Rounds = OptimizerSteps(self.optimizer)
+        rounds: Rounds = OptimizerSteps(self.optimizer, None, on_nonfinite)
         replicas: list[SimulatedReplica] = []
         if method.local is not None:
             replicas = [SimulatedReplica(self.model, live, self.optimizer) for _ in self.peers]
-            rounds, named = LocalRounds(replicas, self.peers), [(name, anchor_of(param)) for name, param in named]
+            rounds = LocalRounds(replicas, self.peers, on_nonfinite)
+            named = [(name, anchor_of(param)) for name, param in named]
+        else:
+            check_for_gradients(on_nonfinite, "error")
         self.session = Session(named, method, self.peers[0], rounds, asked["seed"], ranks, policy=policy)
         self.session.use_kernels(chosen, note)
         self.layouts = Layouts(dict(named), "simulate again")
@@ -143,6 +147,7 @@ def simulate(
     seed: int = 0,
     kernels: Choice = "auto",
     policy: Policy | None = None,
+    on_nonfinite: OnNonfinite = "skip",
     after_step: Callable[[int, float], object] | None = None,
 ) -> Simulation:
     """Train ``model`` as ``workers`` data-parallel workers would, in one process.
@@ -158,7 +163,7 @@ def simulate(
         loss: ``loss(model, batch)`` returns a scalar.
         workers: the number of workers, at least 1.
         steps: the number of optimizer steps.
-        seed, kernels, policy: as for ``attach``.
+        seed, kernels, policy, on_nonfinite: as for ``attach``.
         after_step: called with the step and the mean loss.
 
     Raises:
@@ -175,7 +180,7 @@ def simulate(
     steps = whole(0)("steps", steps)
     called("batches", batches, "pass a function of worker and step, batches(worker, step)")
     called("loss", loss, "pass a function of model and batch, loss(model, batch)")
-    sim = SimulatedWorkers(model, method, optimizer, workers, seed, kernels, policy)
+    sim = SimulatedWorkers(model, method, optimizer, workers, seed, kernels, policy, on_nonfinite)
     losses: list[float] = []
     try:
         for step in range(steps):

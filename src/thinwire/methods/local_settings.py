@@ -54,7 +54,8 @@ class Local:
             and a round begins from the anchor.
         fragments: parts of the model, by layers in turn, each with its own time of exchange within ``every`` steps.
         mix: share of a worker's own parameters that the outer step leaves, in [0, 1).
-        penalty: divisor of late updates, ``"gap"`` (see ``staleness_gap``) or a function; needs ``delay="round"``.
+        penalty: divisor of late updates, ``"gap"`` (see ``staleness_gap``) or a function, which then has a name in
+            ``PENALTIES`` on every rank; needs ``delay="round"``.
         per_lr: divide ``delta`` by the inner learning rate before the momentum, and multiply the step by it (SlowMo).
         start: exchange after each of the first ``start`` inner steps (post-local SGD).
         contraction: the largest share of an error on a quadratic that a round of inner steps removes, in (0, 1]. The
@@ -99,6 +100,14 @@ class Local:
             buffers=one_of("average", "leave"),
             sync_moments=optional(whole(1, hint=" rounds, or None")),
         )
+        if callable(self.penalty):  # by name, since methods are compared between ranks, and kept, as JSON
+            name = f"{self.penalty.__module__}.{getattr(self.penalty, '__qualname__', type(self.penalty).__qualname__)}"
+            if PENALTIES.setdefault(name, self.penalty) is not self.penalty:
+                raise ThinwireError(
+                    f"penalty is a function called {name}, and so is another one that was given before; give it a name "
+                    "of its own: thinwire.methods.PENALTIES[name] = function, penalty=name"
+                )
+            object.__setattr__(self, "penalty", name)
         if self.fragments > self.every:
             raise ThinwireError(
                 f"fragments is {self.fragments} and every is {self.every}; each fragment needs an inner step of its "
@@ -137,8 +146,9 @@ class Local:
 
     def divisor(self, moved: float, first: float) -> float:
         """Return what a late update is divided by; the same on all ranks."""
-        penalty = PENALTIES[self.penalty] if isinstance(self.penalty, str) else self.penalty
-        value = 1.0 if penalty is None else float(penalty(moved, first, self.every))
+        if self.penalty is None:
+            return 1.0
+        value = float(PENALTIES[cast(str, self.penalty)](moved, first, self.every))
         if not value >= 1.0:
             raise ThinwireError(f"the penalty of a late update is {value}; a divisor must be at least 1")
         return value
@@ -161,12 +171,6 @@ class Local:
         )
 
     def to_json(self) -> dict[str, Any]:
-        if callable(self.penalty):
-            name = getattr(self.penalty, "__qualname__", self.penalty)
-            raise ThinwireError(
-                f"penalty is the function {name}, which JSON can't hold; "
-                "add it to thinwire.methods.PENALTIES under a name on all ranks, and pass the name"
-            )
         return asdict(self)
 
 

@@ -20,6 +20,7 @@ from thinwire.session.changed_gradients import Touched
 from thinwire.session.optimizers import Optimizers, each_of
 
 if TYPE_CHECKING:
+    from thinwire.methods.method import Method
     from thinwire.session.session import Session
 
 OnNonfinite: TypeAlias = Literal["skip", "raise", "zero"]
@@ -79,6 +80,17 @@ class Rounds(ABC):
     def state(self) -> RoundState | None:
         """Return what a checkpoint in the middle of a round needs, or None. All ranks call it together."""
         return None
+
+    def fits(self, state: RoundState | None) -> None:
+        """Raise a ``ThinwireError`` if a checkpoint's state can't be continued here; nothing is changed."""
+        if state is not None:
+            raise ThinwireError(
+                "the checkpoint is of local updates, whose workers differ in the middle of a round; attach with local "
+                "updates, load it, and detach(), after which all hold the same model"
+            )
+
+    def settle(self, method: "Method") -> None:  # noqa: B027
+        """Finish what is in flight before the method changes. All ranks call it together."""
 
     def restore(self, state: RoundState | None) -> None:  # noqa: B027
         """Continue a round from a checkpoint; None if it has none."""

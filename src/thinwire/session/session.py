@@ -171,6 +171,9 @@ class Session:
         """
         before = self.method
         with self._together("set_method()") as together:
+            with together.alone():
+                method = method_of(method)
+            self.rounds.settle(method)
             self._install(method, together)
         self.ledger.method = self.method.name
         self.ledger.note(f"step {self.step}: method changed from {before.name} to {self.method.name}")
@@ -336,6 +339,7 @@ class Session:
         with self._together("loading a checkpoint") as together, remembering(self.units) as adopted:
             with together.alone():
                 restored = checkpoint.restore(adopted(read()), self.units, group.rank, group.world, on_world_change)
+                self.rounds.fits(restored.round)
                 clock, fingerprint = restored.clock(), restored.fingerprint()
             agree(self.collective.everyone, [("checkpoint", clock)])
             agree(self.collective, [("checkpoint", fingerprint)])

@@ -57,7 +57,7 @@ def start(
         distances: a number of each worker to send along, or None.
     """
     bucket = session.bucket([session.units[i].param for i in chosen])
-    with exchanging(session, bucket):
+    with exchanging(session, [unit.name for unit in bucket.units]):
         return _start(session, peers, Flight(fragment, due, steps, bucket, []), deltas, distances)
 
 
@@ -92,7 +92,7 @@ def _whole(session: Session, norm: Tensor) -> Tensor:
 def land(session: Session, peers: Sequence[Collective], flight: Flight) -> tuple[list[Tensor], float]:
     """Wait for an exchange and decode it; returns the mean of each unit, and that of the distances."""
     bucket, inboxes = flight.bucket, flight.inboxes
-    with Stopwatch(session.row, "exchange_seconds"), exchanging(session, bucket):
+    with Stopwatch(session.row, "exchange_seconds"), exchanging(session, [unit.name for unit in bucket.units]):
         _arrive(inboxes, session.timeout)
         if bucket.relays:
             each = zip(session.workers, peers, inboxes, strict=True)
@@ -100,7 +100,8 @@ def land(session: Session, peers: Sequence[Collective], flight: Flight) -> tuple
             _arrive(inboxes, session.timeout)
         first = 0.0
         if flight.distances is not None:
-            first = float(flight.distances.wait(session.timeout).flatten().view(torch.float64).mean())
+            distances = flight.distances.wait(session.timeout).flatten().view(torch.float64)
+            first = float(distances[distances.isfinite()].mean().nan_to_num())
     outs = [torch.empty_like(unit.own) for unit in bucket.units]
     with Stopwatch(session.row, "receive_seconds"):
         session.transaction.statuses = pipeline.receive(
@@ -110,7 +111,7 @@ def land(session: Session, peers: Sequence[Collective], flight: Flight) -> tuple
 
 
 @contextlib.contextmanager
-def exchanging(session: Session, bucket: Bucket) -> Generator[None]:
+def exchanging(session: Session, names: Sequence[str]) -> Generator[None]:
     """Name the ranks that did not answer in an error."""
     try:
         with network(session.timeout):
@@ -118,7 +119,6 @@ def exchanging(session: Session, bucket: Bucket) -> Generator[None]:
     except Exception as error:
         if isinstance(error, ThinwireError):
             raise
-        names = [unit.name for unit in bucket.units]
         raise exchange_failed(session.collective, session.step, names, error) from error
 
 

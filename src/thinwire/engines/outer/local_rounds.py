@@ -4,32 +4,33 @@ One exchange is in flight at a time. It is decoded where its outer step is due, 
 the decoded mean then waits for its time, so a resumed run has the same bits.
 """
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from thinwire.comm.collectives import Collective, NoAnswer, failed
-from thinwire.comm.liveness import Lost
+from thinwire.comm.collectives import Collective, ControlChannel, NoAnswer, failed
+from thinwire.comm.control import Together
 from thinwire.comm.texts import known_to_all
 from thinwire.core.errors import ThinwireError
 from thinwire.core.tensors import norm
 from thinwire.engines.outer import flight
 from thinwire.engines.outer.flight import Flight
+from thinwire.engines.outer.lost_worker import ARRIVED, CHECKING, SENDING, Regroup, different_steps, go_on
 from thinwire.engines.outer.outer_step import fragments_of, move
 from thinwire.engines.outer.replica import Replica, averaged
-from thinwire.engines.outer.round_state import Late, restored, saved
+from thinwire.engines.outer.round_state import Late, checked, restored, saved
 from thinwire.engines.outer.schedule_watch import ScheduleWatch
 from thinwire.exchange.units import Unit
 from thinwire.exchange.workers import Worker
 from thinwire.methods.local_settings import Local
+from thinwire.methods.method import Method
 from thinwire.session.rounds import OnNonfinite, Rounds, RoundState
 from thinwire.session.session import Session
 
 WAY_OUT = "Restart from the last checkpoint"
-Regroup: TypeAlias = Callable[[Sequence[int], str, float], tuple[Collective, list[str]]]
 
 
 class LocalRounds(Rounds):
@@ -41,6 +42,8 @@ class LocalRounds(Rounds):
         on_nonfinite: see ``thinwire.attach``.
         regroup: function from the ranks of this process group that are gone, and a word, to the collective of those
             that are left, and their words; None if a lost worker is an error.
+        control: the channel on which inner steps are compared, past an exchange that some ranks may have begun: gloo
+            ends a process whose message meets one of another size. None for the session's.
     """
 
     needs_optimizer = False
@@ -52,8 +55,10 @@ class LocalRounds(Rounds):
         peers: Sequence[Collective] | None = None,
         on_nonfinite: OnNonfinite = "skip",
         regroup: Regroup | None = None,
+        control: ControlChannel | None = None,
     ) -> None:
         self.replicas, self.peers, self.on_nonfinite, self.regroup = replicas, peers or (), on_nonfinite, regroup
+        self.control = control
         self.others: Sequence[Collective] = ()
         """Further collectives whose bytes count: those of an optimizer."""
         self.inner = self.count = 0
@@ -73,8 +78,8 @@ class LocalRounds(Rounds):
         self.fragments = fragments_of([unit.name for unit in session.units], self.local.fragments)
         self.exchanged_at = [0] * len(self.fragments)
         """The inner step of each fragment's last exchange."""
-        self.lr = [1.0] * len(session.units)
-        """The inner learning rates at the start of the round."""
+        self.lr, self.lr_sum = [1.0] * len(session.units), [0.0] * len(session.units)
+        """The mean inner learning rates of the round that was exchanged last, and their sums since then."""
         session.ledger.note(f"buffers: {self.local.buffers}; only {session.method.name} moves the anchor")
 
     def mark_sent(self) -> None:
@@ -123,9 +128,14 @@ class LocalRounds(Rounds):
             rates = (group["lr"] for group in self.replicas[0].optimizer.param_groups)
             if said := self.schedule.look(rates, begins):
                 self.session.say(said)
-        if begins:
-            self._begin_round()
+        if self.local.per_lr:
+            rates = self.replicas[0].learning_rates()
+            self.lr_sum = [total + rate for total, rate in zip(self.lr_sum, rates, strict=True)]
+        if begins and self.local.penalty is not None:
+            everything = range(len(self.session.units))
+            self.first = [self._norm(self.deltas(replica, everything)) for replica in self.replicas]
         self.inner += 1
+        self.session.collective.everyone.status = str(self.inner)
         waiting = self.flight or self.late
         if waiting is not None and not self.local.late and waiting.due == self.inner:
             self.finish()
@@ -135,27 +145,16 @@ class LocalRounds(Rounds):
 
     def _check_same_step(self, what: str) -> None:
         """Raise a ``ThinwireError`` if ranks have made different numbers of inner steps since they began."""
-        said: list[str] = []
-        while not said:
-            try:
-                said = self.session.collective.everyone.exchange_text(str(self.inner))
-            except NoAnswer as error:
-                self._go_on(failed(self.session.collective, what, error, WAY_OUT), arrived=False)
+        collective = self.session.collective
+        try:
+            said = (self.control or collective.everyone).exchange_text(str(self.inner))
+        except NoAnswer as error:  # those that are left compare their steps when they find each other
+            self._go_on(failed(collective, what, error, WAY_OUT), CHECKING)
+            if self.flight is not None:
+                self._send_again(self.flight)
+            return
         if len({*said}) > 1:
-            others = ", ".join(f"rank {rank} {steps}" for rank, steps in enumerate(said))
-            raise known_to_all(
-                ThinwireError(
-                    f"{what}: ranks have made different numbers of inner steps ({others}), so some would wait for "
-                    "rounds that others have ended; step the inner optimizer equally often on all ranks"
-                )
-            )
-
-    def _begin_round(self) -> None:
-        if self.local.per_lr:
-            self.lr = [rate or 1.0 for rate in self.replicas[0].learning_rates()]
-        if self.local.penalty is not None:
-            everything = range(len(self.session.units))
-            self.first = [self._norm(self.deltas(replica, everything)) for replica in self.replicas]
+            raise known_to_all(different_steps(what, list(enumerate(said))))
 
     def _norm(self, tensors: Sequence[Tensor]) -> float:
         return float(self.session.collective.norm_across_shards(norm(tensors), self.session.timeout))
@@ -164,31 +163,47 @@ class LocalRounds(Rounds):
     def end(self) -> None:
         """End the last round, which may be short, so that all workers hold the anchor. All ranks call it together."""
         self._check_same_step("detach()")
-        self.finish()
+        if not self.local.late:
+            self.finish()
         for fragment, at in enumerate(self.exchanged_at):
             if at < self.inner:
                 self._exchange(fragment)
                 self.finish()
+        self.finish()
         self._give(range(len(self.session.units)), 0.0)
+        replicas = self.session.replicas
+        if replicas is not None and replicas.every and replicas.channel.world > 1:  # no exchange follows that would
+            with Together(self.session.collective, "detach()"):
+                replicas.check(self.session.step, self.session.transaction)
+
+    def settle(self, method: Method) -> None:
+        self.land()
+        if method.local != self.local and all(at == self.inner for at in self.exchanged_at):
+            self.finish()
 
     # -- the exchange ----------------------------------------------------------------------------------------------
 
     def deltas(self, replica: Replica, chosen: Sequence[int]) -> list[Tensor]:
         """Return ``anchor - parameters``; the anchor in the parameter's dtype, as the worker began with it."""
         pairs = [(self.session.units[i].own, replica.params[i]) for i in chosen]
-        found = [anchor.to(param.dtype).to(anchor.dtype) - param for anchor, param in pairs]
-        return [delta.div_(self.lr[i]) for delta, i in zip(found, chosen, strict=True)] if self.local.per_lr else found
+        return [anchor.to(param.dtype).to(anchor.dtype) - param for anchor, param in pairs]
 
     def _exchange(self, fragment: int) -> None:
         local, chosen = self.local, self.fragments[fragment]
         deltas = [self.deltas(replica, chosen) for replica in self.replicas]
-        if self.on_nonfinite == "zero":
-            self._zero(deltas)
+        for worker, replica, found in zip(self.session.workers, self.replicas, deltas, strict=True):
+            if not all(bool(delta.isfinite().all()) for delta in found):
+                self._mend(worker, replica, found)
         if local.late:
             self.finish(reset=False)
         due = self.inner + (local.every if local.late else local.steps_late)
         steps, self.exchanged_at[fragment] = self.inner - self.exchanged_at[fragment], self.inner
         self.count += fragment == 0
+        if local.per_lr:
+            for i in chosen:
+                self.lr[i], self.lr_sum[i] = self.lr_sum[i] / steps or 1.0, 0.0
+                for found in deltas:
+                    found[chosen.index(i)].div_(self.lr[i])
         self._send(fragment, due, deltas, steps)
         if local.late:
             self._give(chosen, 0.0)
@@ -206,40 +221,25 @@ class LocalRounds(Rounds):
             distances = None if self.local.penalty is None else self.first
             try:
                 if fragment == 0:
-                    self._average()
+                    with flight.exchanging(session, ["buffers and moments"]):
+                        self._average()
                 self.flight = flight.start(session, self.peers, fragment, due, chosen, deltas, steps, distances)
                 self.flight.kept = kept
                 return
             except ThinwireError as error:
-                self._go_on(error, arrived=False)
+                self._go_on(error, SENDING)
                 assert kept is not None
                 deltas = [[delta.clone() for delta in its] for its in kept]
 
-    def _go_on(self, error: ThinwireError, arrived: bool) -> bool:
-        """Go on with the workers that are left, or raise the error; returns True if the exchange is final.
+    def _send_again(self, sent: Flight) -> None:
+        assert sent.kept is not None
+        self._send(sent.fragment, sent.due, sent.kept, sent.steps)
 
-        Workers compare the anchor after an exchange has arrived. So if one of them has gone on to the next exchange,
-        all have what has arrived here; and if all here have it, none needs it again.
-        """
-        session = self.session
-        lost: Lost | None = error.lost
-        if self.regroup is None or lost is None or lost.raised:
-            raise error
-        collective, words = self.regroup(lost.gone, f"{session.step} {int(arrived)}", session.timeout)
-        steps = [(int(step), bool(int(has))) for step, has in (word.split() for word in words)]
-        final = arrived and all(has for step, has in steps if step == session.step)
-        if max(step for step, _ in steps) > session.step and not final:
-            raise ThinwireError(
-                f"{error}; the other workers have made an outer step that this one can't make"
-            ) from error
-        session.regroup(collective)
-        self.peers = [collective]
+    def _go_on(self, error: ThinwireError, phase: str) -> bool:
+        """Go on with the workers that are left, or raise the error; returns True if the exchange is final."""
+        collective, final = go_on(self.session, self.regroup, error, self.inner, phase)
+        self.peers, self.control = [collective], None  # the channel before has lost a rank too
         self.mark_sent()
-        what = "had arrived" if final else "is repeated without it"
-        session.ledger.note(
-            f"inner step {self.inner}: a worker is lost ({lost}), {collective.world} are left, and this is rank "
-            f"{collective.rank} of them; the exchange {what}"
-        )
         return final
 
     def _average(self) -> None:
@@ -248,7 +248,16 @@ class LocalRounds(Rounds):
         if local.buffers == "average":
             averaged(self.peers, [replica.buffers for replica in self.replicas], timeout)
         if local.sync_moments is not None and self.count % local.sync_moments == 0:
-            averaged(self.peers, [replica.moments() for replica in self.replicas], timeout)
+            keys = self.replicas[0].moment_keys()
+            names = json.dumps(keys)
+            if any(other != names for other in self.session.collective.everyone.exchange_text(names)):
+                raise known_to_all(
+                    ThinwireError(
+                        f"sync_moments: the optimizers of the ranks keep different tensors, here {names}; give all "
+                        "ranks the same optimizer, and a gradient in the first round"
+                    )
+                )
+            averaged(self.peers, [replica.moments(keys) for replica in self.replicas], timeout)
 
     def land(self) -> None:
         """Wait for the exchange in flight, decode it, and commit the compressor's state. All ranks call it together."""
@@ -264,32 +273,32 @@ class LocalRounds(Rounds):
                 session.row.noise_scale = self.replicas[0].noise_scale()
                 session.end_step()
             except ThinwireError as error:
-                if not self._go_on(error, arrived):
-                    assert sent.kept is not None
-                    self._send(sent.fragment, sent.due, sent.kept, sent.steps)
+                if not self._go_on(error, ARRIVED if arrived else SENDING):
+                    self._send_again(sent)
                     arrived = False
                     continue
             break
         self.flight = None
         self.mark_sent()
-        self.late = Late(sent.fragment, sent.due, means, self.local.divisor(self.moved, first))
+        self.late = Late(sent.fragment, sent.due)
         if session.transaction.failed or not all(bool(mean.isfinite().all()) for mean in means):
-            self.late.means = []
             self._refuse()
         else:
+            self.late.means, self.late.divisor = means, self.local.divisor(self.moved, first)
             session.commit(sent.bucket.units)
 
-    def _zero(self, deltas: list[list[Tensor]]) -> None:
-        """Let a worker whose update is not finite send zeros and begin again from the anchor."""
-        for worker, replica, found in zip(self.session.workers, self.replicas, deltas, strict=True):
-            if not all(bool(delta.isfinite().all()) for delta in found):
-                for delta in found:
-                    delta.zero_()
-                self._begin_again(range(len(self.session.units)), worker, replica)
-                self.session.ledger.note(
-                    f"inner step {self.inner}: the update of rank {worker.rank} is not finite; it sends zeros, and "
-                    "begins again from the anchor"
-                )
+    def _mend(self, worker: Worker, replica: Replica, deltas: list[Tensor]) -> None:
+        """Make a worker whose update is not finite sound again; with "zero" it sends zeros in place of its update."""
+        if self.on_nonfinite != "zero":  # all begin again when the exchange has arrived
+            self._forget_nonfinite(worker, replica)
+            return
+        for delta in deltas:
+            delta.zero_()
+        self._begin_again(range(len(self.session.units)), worker, replica)
+        self.session.ledger.note(
+            f"inner step {self.inner}: the update of rank {worker.rank} is not finite; it sends zeros in its place, "
+            "and begins again from the anchor"
+        )
 
     def _refuse(self) -> None:
         """Make the exchange of a nonfinite update void; all workers have received it."""
@@ -308,6 +317,9 @@ class LocalRounds(Rounds):
         self._check_same_step("a checkpoint")
         self.land()  # an exchange in flight is decoded now, and waits for its time
         return saved(self)
+
+    def fits(self, state: RoundState | None) -> None:
+        checked(self, state)
 
     @torch.no_grad()
     def restore(self, state: RoundState | None) -> None:
@@ -362,7 +374,10 @@ class LocalRounds(Rounds):
 
     def _begin_again(self, chosen: Sequence[int], worker: Worker, replica: Replica) -> None:
         """Let a worker begin again from the anchor, with a sound optimizer."""
-        if cleared := replica.clear_nonfinite():
-            what = f"cleared {cleared} nonfinite tensors of the optimizer of rank {worker.rank}"
-            self.session.ledger.note(f"inner step {self.inner}: {what}")
+        self._forget_nonfinite(worker, replica)
         self._give(chosen, 0.0, [replica])
+
+    def _forget_nonfinite(self, worker: Worker, replica: Replica) -> None:
+        if cleared := replica.clear_nonfinite():
+            what = f"reset the optimizer's state of {cleared} parameters of rank {worker.rank}, which was not finite"
+            self.session.ledger.note(f"inner step {self.inner}: {what}")

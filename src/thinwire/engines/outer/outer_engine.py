@@ -53,9 +53,10 @@ def check_local(method: Method, parameters: int, rounds: LocalRounds | None) -> 
         )
     if rounds is not None and hasattr(rounds, "session") and rounds.local != local:
         if not rounds.begins:
+            way = "change them after a round" if rounds.local.fragments == 1 else "detach() and attach again"
             raise ThinwireError(
                 f"inner step {rounds.inner} is in the middle of a round of {rounds.local.every}, which began with "
-                "other settings of local(...); change them after a round, or give the same ones here"
+                f"other settings of local(...); {way}, or give the same ones here"
             )
         if rounds.local.fragments != local.fragments:
             raise ThinwireError(
@@ -106,7 +107,7 @@ class Outer(Source[ControlChannel]):
     def rounds(self, optimizer: Optimizers | None, scaler: Scaler | None, on_nonfinite: OnNonfinite) -> Rounds:
         replica = Replica([param for _, param in self.live], self.optimizer, floating(self.model.buffers()))
         regroup = self._regroup if self.on_lost == "continue" else None
-        self.clock = LocalRounds([replica], on_nonfinite=on_nonfinite, regroup=regroup)
+        self.clock = LocalRounds([replica], on_nonfinite=on_nonfinite, regroup=regroup, control=self.channel)
         return self.clock
 
     def fits(self, method: Method) -> None:
@@ -120,7 +121,9 @@ class Outer(Source[ControlChannel]):
     def compared(self, every: int) -> Replicas:
         held = self.exchanger.compared(every)
         continues = self.on_lost == "continue"  # then the check also tells that the exchange has arrived everywhere
-        self.replicas = Replicas(self.anchors, held.channel, held.parts, 1 if continues else min(every, 1))
+        names = {name for name, _ in self.live}
+        kept = [(name, param) for name, param in held.named if name not in names]  # frozen: compared once, at the start
+        self.replicas = Replicas([*self.anchors, *kept], held.channel, held.parts, 1 if continues else min(every, 1))
         return self.replicas
 
     def collective(self, link: Link | None, together: Together) -> Collective:
@@ -145,8 +148,9 @@ class Outer(Source[ControlChannel]):
             anchor.copy_(param)
 
     def install(self, session: Session) -> None:
-        rounds = self.clock
+        rounds, anchors = self.clock, {name for name, _ in self.anchors}
         assert rounds is not None
+        self.replicas.named = [(name, param) for name, param in self.replicas.named if name in anchors]
         for one in self.sketching:  # over the group that was given, past an exchange in flight
             carrier = levels(cast(ProcessGroup, self.channel), None, self.link)
             one.carrier, rounds.others = carrier, [*rounds.others, carrier]

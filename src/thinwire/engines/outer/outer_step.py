@@ -14,7 +14,7 @@ def move(mean: Tensor, momentum: Tensor | None, local: Local) -> Tensor:
         momentum: ``m``; None without outer momentum.
     """
     if momentum is None:
-        return mean.mul_(local.lr)
+        return (mean if local.clip is None else mean.clamp_(-local.clip, local.clip)).mul_(local.lr)
     momentum.mul_(local.momentum).add_(mean)
     if local.clip is not None:
         momentum.clamp_(-local.clip, local.clip)

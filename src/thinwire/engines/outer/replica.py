@@ -1,5 +1,6 @@
 """One worker's side of local updates: its parameters, its optimizer, and its buffers."""
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from thinwire.core.interfaces import State
 from thinwire.core.sharding import own
+from thinwire.core.tensors import float_at_least_32
 from thinwire.optim.mean_adamw import MeanAdamW
 from thinwire.session.optimizers import Optimizers, each_of
 
@@ -41,19 +43,23 @@ class Replica:
         rates = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
         return [rates[id(param)] for param in self.live]
 
-    def moments(self) -> list[Tensor]:
-        """Return the optimizer's tensors that are shaped like a parameter."""
+    def moment_keys(self) -> list[str]:
+        """Return the names of the optimizer's tensors that are shaped like their parameter."""
+        pairs = zip(self.live, self.states(), strict=True)
+        return sorted({key for param, state in pairs for key, value in state.items() if _is_like(key, value, param)})
+
+    def moments(self, keys: Sequence[str]) -> list[Tensor]:
+        """Return these tensors of every parameter; zeros where a parameter has none yet, which are not kept."""
         return [
-            own(value)
+            own(state[key]) if key in state else torch.zeros_like(own(param))
             for param, state in zip(self.live, self.states(), strict=True)
-            for value in state.values()
-            if _is_like(value, param)
+            for key in keys
         ]
 
     def state(self, i: int) -> State:
         """Return what differs between workers of one parameter: its value, and the optimizer's tensors of its shape."""
         param, state = self.live[i], self.states()[i]
-        moments = {key: own(value) for key, value in state.items() if _is_like(value, param)}
+        moments = {key: own(value) for key, value in state.items() if _is_like(key, value, param)}
         return {"parameter": self.params[i], **moments}
 
     def restore(self, i: int, saved: State) -> None:
@@ -61,7 +67,7 @@ class Replica:
         param, state = self.live[i], self.states()[i]
         self.params[i].copy_(saved["parameter"])
         for key, value in saved.items():
-            if key != "parameter" and _is_like(state.get(key), param):
+            if key != "parameter" and _is_like(key, state.get(key), param):
                 own(state[key]).copy_(value)
 
     def noise_scale(self) -> float | None:
@@ -70,15 +76,27 @@ class Replica:
         return each[0].get("noise_scale") if len(each) == 1 else None
 
     def clear_nonfinite(self) -> int:
-        """Clear the optimizer's nonfinite tensors, so that the next step is sound; returns their number."""
-        bad = [moment for moment in self.moments() if not bool(moment.isfinite().all())]
-        for moment in bad:
-            moment.zero_()
+        """Forget the optimizer's state of each parameter in which a tensor is nonfinite; returns their number.
+
+        All of it, since the rest may be huge; the optimizer begins with that parameter as in its first step.
+        """
+        pairs = zip(self.live, self.states(), strict=True)
+        bad = [param for param, state in pairs if not all(bool(own(x).isfinite().all()) for x in _tensors(state))]
+        for param in bad:
+            self._forget(param)
         return len(bad)
 
+    def _forget(self, param: Tensor) -> None:
+        for one in each_of(self.optimizer):
+            one.state.pop(param, None)
 
-def _is_like(value: Any, param: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == param.shape and value.ndim > 0
+
+def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
+    return [value for value in state.values() if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def _is_like(key: str, value: Any, param: Tensor) -> bool:
+    return key != "step" and isinstance(value, Tensor) and value.shape == param.shape
 
 
 def sketching(optimizer: Optimizers) -> list[MeanAdamW]:
@@ -100,7 +118,9 @@ def averaged(peers: Sequence[Any], each: Sequence[Sequence[Tensor]], timeout: fl
     """
     if not each or not each[0]:
         return
-    flats = [torch.cat([tensor.flatten().float() for tensor in tensors]) for tensors in each]
+    dtypes = (float_at_least_32(tensor.dtype) for tensor in each[0])
+    widest = functools.reduce(torch.promote_types, dtypes)
+    flats = [torch.cat([tensor.flatten().to(widest) for tensor in tensors]) for tensors in each]
     started = [peer.all_reduce(flat) for peer, flat in zip(peers, flats, strict=True)]
     for arrived, tensors in zip(started, each, strict=True):
         mean = arrived.wait(timeout) / peers[0].world

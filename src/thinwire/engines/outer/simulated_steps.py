@@ -41,6 +41,10 @@ class SimulatedReplica(Replica):
         found = {id(param): state for each in self._states for param, state in each.items()}
         return [found.get(id(param), {}) for param in self.live]
 
+    def _forget(self, param: Tensor) -> None:
+        for state in self._states:
+            state.pop(param, None)
+
     def enter(self) -> None:
         """Put this worker's tensors into the model and the optimizer."""
         for param, held in zip(self.live, self._params, strict=True):
