@@ -229,7 +229,7 @@ def test_four_workers_hold_one_anchor(world4, name):
     results = world4.run(_train, RECIPES[name], 10, mean)
     assert all(torch.equal(results[0][0], other) for other, *_ in results[1:])
     mine, _ = simulated(RECIPES[name], workers=4, steps=10, dtype=torch.float32, mean=mean)
-    reduces = name in ("averaged", "mean_adamw")  # an all-reduce sums in an order of its own
+    reduces = name in ("averaged", "mean_adamw", "sparse_loco")  # an all-reduce sums in an order of its own
     assert torch.equal(mine, results[0][0]) or (reduces and torch.allclose(mine, results[0][0], atol=1e-3))
 
 
@@ -312,8 +312,6 @@ def test_bad_settings(make, says):
 def test_json():
     for method in RECIPES.values():
         assert Method.from_json(method.to_json()) == method
-    with pytest.raises(ThinwireError, match="penalty is the function"):
-        methods.co2(4, penalty=lambda moved, first, every: 2.0).to_json()
 
 
 def test_fragments_hold_layers_in_turn():

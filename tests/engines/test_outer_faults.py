@@ -53,6 +53,9 @@ def test_a_penalty_is_a_function_with_a_name():
     assert Method.from_json(method.to_json()).local.divisor(0.0, 1.0) == 2.0
     mover = Mover(method)
     assert mover.step(8) == -2.0
+    methods.co2(4, penalty=lambda moved, first, every: 2.0)
+    with pytest.raises(ThinwireError, match="and so is another one that was given before"):
+        methods.co2(4, penalty=lambda moved, first, every: 3.0)
 
 
 @pytest.mark.parametrize("steps", [7, 8, 11])
@@ -127,7 +130,7 @@ def test_one_nonfinite_gradient_costs_one_round(method, mode):
         sim.step(lambda worker, bad=bad, huge=huge: huge * model.weight.sum() + (bad if worker else 1.0) * model.scale)
     assert sim.session.ledger.skipped == (1 if mode == "skip" else 0)
     sim.session.detach()
-    assert all(bool(param.isfinite().all()) and float(param.abs().max()) < 10 for param in model.parameters())
+    assert all(bool(param.isfinite().all()) and param.abs().max().item() < 10 for param in model.parameters())
 
 
 def test_zero_is_for_local_updates():

@@ -89,7 +89,7 @@ class Rounds(ABC):
                 "updates, load it, and detach(), after which all hold the same model"
             )
 
-    def settle(self, method: "Method") -> None:  # noqa: B027
+    def before_change(self, method: "Method") -> None:  # noqa: B027
         """Finish what is in flight before the method changes. All ranks call it together."""
 
     def restore(self, state: RoundState | None) -> None:  # noqa: B027

@@ -173,7 +173,7 @@ class Session:
         with self._together("set_method()") as together:
             with together.alone():
                 method = method_of(method)
-            self.rounds.settle(method)
+            self.rounds.before_change(method)
             self._install(method, together)
         self.ledger.method = self.method.name
         self.ledger.note(f"step {self.step}: method changed from {before.name} to {self.method.name}")

@@ -176,7 +176,7 @@ class LocalRounds(Rounds):
             with Together(self.session.collective, "detach()"):
                 replicas.check(self.session.step, self.session.transaction)
 
-    def settle(self, method: Method) -> None:
+    def before_change(self, method: Method) -> None:
         self.land()
         if method.local != self.local and all(at == self.inner for at in self.exchanged_at):
             self.finish()

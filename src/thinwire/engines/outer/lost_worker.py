@@ -1,4 +1,4 @@
-"""What the workers that are left do about an exchange that broke.
+"""Decisions of the workers that are left about an exchange that broke.
 
 They compare the anchor after an exchange has arrived. So if one of them has gone on to the next exchange, all have what
 has arrived at one; and if all of them have it, none needs it again. Else it is repeated without the lost worker.
