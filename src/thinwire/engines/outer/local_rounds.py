@@ -145,11 +145,15 @@ class LocalRounds(Rounds):
 
     def _check_same_step(self, what: str) -> None:
         """Raise a ``ThinwireError`` if ranks have made different numbers of inner steps since they began."""
-        collective = self.session.collective
+        channel, everyone = self.control, self.session.collective.everyone
         try:
-            said = (self.control or collective.everyone).exchange_text(str(self.inner))
+            said = (channel or everyone).exchange_text(str(self.inner))
         except NoAnswer as error:  # those that are left compare their steps when they find each other
-            self._go_on(failed(collective, what, error, WAY_OUT), CHECKING)
+            everyone.here()  # before the look at the other channel, which takes a while
+            failure = failed(channel or everyone, what, error, WAY_OUT)
+            if channel is not None:  # release those that wait in an exchange, and hear their steps
+                failure.lost = failure.lost._replace(said=everyone.lost().said)
+            self._go_on(failure, CHECKING)
             if self.flight is not None:
                 self._send_again(self.flight)
             return
