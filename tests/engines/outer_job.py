@@ -3,7 +3,7 @@
 python -m tests.engines.outer_job FOLDER STEPS [KILLED_RANK KILLED_STEP [RECIPE MOMENT]]
 
 With a recipe, the others go on without the killed rank, and nothing is saved. It is killed in the inner step, or at the
-moment "arrived", when it has received the exchange of that number.
+moment "arrived", when it has received the exchange of that number; "twice": another one four steps later.
 """
 
 import os
@@ -51,7 +51,8 @@ def main(folder: Path, steps: int, killed: tuple[int, int] | None, recipe: str =
         for step in range(first, steps):
             optimizer.zero_grad()
             loss_of(model, batch(rank, step)).backward()
-            if killed == (rank, step) and moment == "step":
+            dies = killed == (rank, step) and moment != "arrived"
+            if dies or (moment == "twice" and killed and (1 + killed[0] % 3, killed[1] + 4) == (rank, step)):
                 os.kill(os.getpid(), signal.SIGKILL)
             optimizer.step()
             if step % 2 and not recipe:

@@ -28,7 +28,9 @@ def job(folder, *arguments):
 
 
 @pytest.mark.parametrize("repeat", range(KILLS))
-@pytest.mark.parametrize(("recipe", "moment"), [("diloco", "step"), ("co2", "arrived"), ("streaming", "step")])
+@pytest.mark.parametrize(
+    ("recipe", "moment"), [("diloco", "step"), ("co2", "arrived"), ("streaming", "step"), ("averaged", "step")]
+)
 def test_the_other_three_finish_and_agree(tmp_path, recipe, moment, repeat):
     draw = random.Random(repeat)
     rank, at = draw.randrange(1, 4), draw.randrange(2, 11) if moment == "step" else draw.randrange(1, 3)
@@ -40,6 +42,15 @@ def test_the_other_three_finish_and_agree(tmp_path, recipe, moment, repeat):
         assert other == rank or re.search(rf"a worker is lost \(rank {rank} seems to be gone\), 3 are left", text), text
         if recipe != "streaming":  # its exchange may have left before the kill
             assert other == rank or ("had arrived" in text) == (moment == "arrived"), text
+
+
+def test_two_workers_lost_one_after_the_other(tmp_path):
+    codes, said = job(tmp_path, 16, 2, 3, "diloco", "twice")
+    assert codes == [0, 0, -signal.SIGKILL, -signal.SIGKILL], said
+    ends = {re.search(r"ended (\S+) \((\d)", text).groups() for text in said[:2]}
+    assert {world for _, world in ends} == {"2"}
+    assert len(ends) == 1
+    assert all("3 are left" in text and "2 are left" in text for text in said[:2])
 
 
 def test_without_the_store_the_others_say_so(tmp_path):
