@@ -186,7 +186,7 @@ class Book:
                 "| method | H | bits | rate | held-out loss (of all seeds) | over dense |",
             ]
             lines.append("|---|---:|---:|---:|---|---:|")
-            for case in sorted(cases, key=lambda case: -found[case, "bits"].value):
+            for case in sorted(cases, key=lambda case: (-found[case, "bits"].value, case)):
                 name, _, every = case.partition("@")[0].removeprefix(task + "/").partition("/")
                 loss, bits, rate = (found[case, metric] for metric in ("held_out", "bits", "rate"))
                 lines.append(

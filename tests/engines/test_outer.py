@@ -382,15 +382,15 @@ def test_resume_in_the_middle_of_a_round(world2, tmp_path, name, stop):
         assert all(torch.equal(expected, other) for other in found)
 
 
-def _job(folder, *arguments):
-    ranks = start_ranks(4, ["-m", "tests.engines.outer_job", folder, 9, *arguments])
+def job(folder, *arguments):
+    ranks = start_ranks(4, ["-m", "tests.engines.outer_job", folder, *arguments])
     outputs = finish(ranks)
     return [rank.returncode for rank in ranks], [out + errors for out, errors in outputs]
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    codes, said = _job(tmp_path_factory.mktemp("unbroken"))
+    codes, said = job(tmp_path_factory.mktemp("unbroken"), 9)
     assert codes == [0] * 4, said
     return said
 
@@ -398,11 +398,11 @@ def unbroken(tmp_path_factory):
 @pytest.mark.parametrize("repeat", range(int(os.environ.get("THINWIRE_KILLS", "1"))))
 def test_a_killed_worker_is_named_and_a_restart_ends_alike(unbroken, tmp_path, repeat):
     rank, step = random.Random(repeat).randrange(4), random.Random(repeat).randrange(3, 8)
-    codes, said = _job(tmp_path, rank, step)
+    codes, said = job(tmp_path, 9, rank, step)
     assert codes == [3 if other != rank else -signal.SIGKILL for other in range(4)], said
     for other, text in enumerate(said):
         assert other == rank or re.search(rf"error .*rank {rank}", text), text
-    codes, said = _job(tmp_path)
+    codes, said = job(tmp_path, 9)
     assert codes == [0] * 4, said
     assert said == unbroken
 

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 
 import thinwire
-from tests.engines.test_faults import finish, start_ranks
-from tests.engines.test_outer import RECIPES, batch, build, loss_of
+from tests.engines.test_outer import RECIPES, batch, build, job, loss_of
 from thinwire import ThinwireError, methods, topk
 from thinwire.comm.liveness import Lost
 from thinwire.comm.simulated import Local
@@ -19,12 +18,6 @@ from thinwire.engines.outer.lost_worker import ARRIVED, SENDING
 from thinwire.engines.simulator import SimulatedWorkers
 
 KILLS = int(os.environ.get("THINWIRE_KILLS", "1"))
-
-
-def job(folder, *arguments):
-    ranks = start_ranks(4, ["-m", "tests.engines.outer_job", folder, *arguments])
-    outputs = finish(ranks)
-    return [rank.returncode for rank in ranks], [out + errors for out, errors in outputs]
 
 
 @pytest.mark.parametrize("repeat", range(KILLS))
