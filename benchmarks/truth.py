@@ -29,7 +29,9 @@ def measure(workers: int, link: str, steps: int, timeout: float = 600.0) -> list
     for name in truth_rank.METHODS:
         case = f"truth/{workers}/{link}/{name}"
         for metric in ("ledger_bytes", "tcp_bytes", "nic_bytes"):
-            rows.append(results.Row(case, metric, sum(rank[name][metric] for rank in ranks) / workers / steps))
+            rows.append(
+                results.Row(case, metric, sum(rank[name][metric] / rank[name]["steps"] for rank in ranks) / workers)
+            )
         ratios = [rank[name]["tcp_bytes"] / rank[name]["ledger_bytes"] for rank in ranks]
         worst = max(ratios, key=lambda ratio: abs(ratio - 1.0))
         rows.append(results.Row(case, "ratio", worst, min(ratios), max(ratios)))

@@ -28,13 +28,13 @@ WIDTH, LAYERS = 512, 4  # 1.05M parameters: gloo's own messages are some 300 byt
 
 
 def compare(method: thinwire.Method, steps: int) -> dict[str, float]:
-    """Bytes of one rank in so many steps."""
+    """Bytes of one rank in so many steps, or in whole rounds of at least as many inner steps."""
     torch.manual_seed(0)
-    mlp = contenders.mlp(WIDTH, LAYERS)
     if method.local is None:
-        model, where = DistributedDataParallel(mlp), {}
-    else:  # the few bytes of a round are compared without the check of replicas, which the ledger does not count
-        model, where = mlp, {"process_group": dist.group.WORLD, "check_every": 0}
+        model, where = DistributedDataParallel(contenders.mlp(WIDTH, LAYERS)), {}
+    else:  # few bytes, so four times the parameters, and no check of replicas, which the ledger does not count
+        model, where = contenders.mlp(WIDTH, 4 * LAYERS), {"process_group": dist.group.WORLD, "check_every": 0}
+        steps = -(-steps // method.local.every) * method.local.every
     optimizer = contenders.sgd(model, 0.9)
     wire = thinwire.attach(model, method, optimizer=optimizer, kernels="reference", **where)  # all send the same bytes
     contender = contenders.Contender(model, optimizer, wire=wire)
@@ -48,7 +48,7 @@ def compare(method: thinwire.Method, steps: int) -> dict[str, float]:
     sent, booked = nic_counters() - counted, wire.ledger.wire_bytes - booked
     wire.detach()
     tcp = sent.tx_bytes - HEADERS * sent.tx_packets
-    return {"ledger_bytes": booked, "tcp_bytes": tcp, "nic_bytes": sent.tx_bytes}
+    return {"ledger_bytes": booked, "tcp_bytes": tcp, "nic_bytes": sent.tx_bytes, "steps": steps}
 
 
 def main(task: dict[str, Any]) -> None:
