@@ -54,9 +54,7 @@ def rounds_of(form: str, task: dict[str, Any], pause: float) -> list[float]:
         param.grad = torch.randn_like(param)
     wire, make = None, FORMS[form]
     if make is not None:
-        wire = thinwire.attach(
-            model, make(every), optimizer=optimizer, process_group=dist.group.WORLD, check_every=0, timeout=120.0
-        )
+        wire = thinwire.attach(model, make(every), optimizer=optimizer, process_group=dist.group.WORLD, timeout=120.0)
     found: list[float] = []
     for _ in range(task["rounds"] + 1):
         dist.barrier()
