@@ -38,6 +38,7 @@ def survivors(
     for attempt in range(len(ranks)):  # another rank may be lost meanwhile
         try:
             left = _decided(store, rank, len(ranks), gone, word, attempt, timeout)
+            words = [store.get(_key(attempt, r)).decode() for r in left]
         except RuntimeError as error:
             raise ThinwireError(
                 "the store of the process group does not answer, so the workers that are left can't find each other; "
@@ -48,7 +49,6 @@ def survivors(
                 f"the other workers did not hear from rank {rank} in time, and have gone on without it; end this "
                 "process, and let it join when they attach again"
             )
-        words = [store.get(_key(attempt, r)).decode() for r in left]
         patience, chosen = timedelta(seconds=timeout), [ranks[r] for r in left]
         with contextlib.suppress(RuntimeError):
             made = dist.new_group(chosen, patience, backend="gloo", use_local_synchronization=True)

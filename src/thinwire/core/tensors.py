@@ -38,6 +38,12 @@ def flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return True if every element is finite; waits for the device once."""
+    found = [x.isfinite().all() for x in tensors]
+    return not found or bool(torch.stack(found).all())
+
+
 def norm(tensors: Iterable[Tensor]) -> Tensor:
     """Return the l2 norm of all elements of all tensors, computed in at least float32, on the first one's device."""
     each: list[Tensor] = []

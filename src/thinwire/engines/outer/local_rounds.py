@@ -15,7 +15,7 @@ from thinwire.comm.collectives import Collective, ControlChannel, NoAnswer, fail
 from thinwire.comm.control import Together
 from thinwire.comm.texts import known_to_all
 from thinwire.core.errors import ThinwireError
-from thinwire.core.tensors import norm
+from thinwire.core.tensors import all_finite, norm
 from thinwire.engines.outer import flight
 from thinwire.engines.outer.flight import Flight
 from thinwire.engines.outer.lost_worker import ARRIVED, CHECKING, SENDING, Regroup, different_steps, go_on
@@ -196,7 +196,7 @@ class LocalRounds(Rounds):
         local, chosen = self.local, self.fragments[fragment]
         deltas = [self.deltas(replica, chosen) for replica in self.replicas]
         for worker, replica, found in zip(self.session.workers, self.replicas, deltas, strict=True):
-            if not all(bool(delta.isfinite().all()) for delta in found):
+            if not all_finite(found):
                 self._mend(worker, replica, found)
         if local.late:
             self.finish(reset=False)
@@ -285,7 +285,7 @@ class LocalRounds(Rounds):
         self.flight = None
         self.mark_sent()
         self.late = Late(sent.fragment, sent.due)
-        if session.transaction.failed or not all(bool(mean.isfinite().all()) for mean in means):
+        if session.transaction.failed or not all_finite(means):
             self._refuse()
         else:
             self.late.means, self.late.divisor = means, self.local.divisor(self.moved, first)

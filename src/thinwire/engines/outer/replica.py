@@ -9,7 +9,7 @@ from torch import Tensor
 
 from thinwire.core.interfaces import State
 from thinwire.core.sharding import own
-from thinwire.core.tensors import float_at_least_32
+from thinwire.core.tensors import all_finite, float_at_least_32
 from thinwire.optim.mean_adamw import MeanAdamW
 from thinwire.session.optimizers import Optimizers, each_of
 
@@ -51,7 +51,7 @@ class Replica:
     def moments(self, keys: Sequence[str]) -> list[Tensor]:
         """Return these tensors of every parameter; zeros where a parameter has none yet, which are not kept."""
         return [
-            own(state[key]) if key in state else torch.zeros_like(own(param))
+            own(state[key]) if _is_like(key, state.get(key), param) else torch.zeros_like(own(param))
             for param, state in zip(self.live, self.states(), strict=True)
             for key in keys
         ]
@@ -81,7 +81,7 @@ class Replica:
         All of it, since the rest may be huge; the optimizer begins with that parameter as in its first step.
         """
         pairs = zip(self.live, self.states(), strict=True)
-        bad = [param for param, state in pairs if not all(bool(own(x).isfinite().all()) for x in _tensors(state))]
+        bad = [param for param, state in pairs if not all_finite(own(x) for x in _tensors(state))]
         for param in bad:
             self._forget(param)
         return len(bad)
